@@ -1,0 +1,49 @@
+# Every target makes .venv and installs what it needs; only Python 3.10+ must be there.
+#   make demo     model, subspaces, unlearning, evaluation, runs/demo/report.html (CPU, minutes)
+#   make test     all tests that need no GPU
+#   make lint     ruff and mypy
+# TORCH says which torch is installed, e.g. make test TORCH='torch==2.9.1'
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: demo test lint install clean FORCE
+.DELETE_ON_ERROR:
+
+demo: install
+	$(VENV)/bin/nsru demo $(ARGS)
+
+# Two workers with one thread each: more threads than cores make the small tests slower.
+test: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 $(ARGS)
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+install: $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info nsru_kernels/_cuda*.so
+
+$(PY):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	  sys.exit(f"nsru-kernels needs Python 3.10 or newer, $(PYTHON) is {v[0]}.{v[1]}. \
+	Name another one: make PYTHON=python3.12" if v < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# Changes only when TORCH does, so that another torch is installed and a second make is instant.
+$(VENV)/.torch: FORCE | $(PY)
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+# torch comes first and by itself: with it there, no package below pulls another build of it.
+$(INSTALLED): $(VENV)/.torch $(SOURCES)
+	$(PY) -m pip install '$(TORCH)'
+	$(PY) -m pip install -e '.[train,test,lint]'
+	@$(PY) -c 'from nsru_kernels.environment import build_line; print(build_line())'
+	@touch $@

@@ -1,0 +1,94 @@
+"""Adds the CUDA extension ``nsru_kernels._cuda`` to the build where nvcc is found.
+
+The extension neither includes nor links torch, so building needs no torch. Read here only:
+NSRU_SKIP_CUDA=1 builds pure Python; NSRU_CUDA_ARCHS sets CMake's architectures ("80;90a").
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, OptionError
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHS = "80;90a"
+REMEDY = "Set NSRU_SKIP_CUDA=1 to install the pure Python package without the CUDA backend."
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc from CUDACXX, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda, in that order."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home), "nvcc"]
+    for place in [*places, "/usr/local/cuda/bin/nvcc"]:
+        if place and (found := shutil.which(place)):
+            return found
+    return None
+
+
+def cuda_archs() -> str:
+    """NSRU_CUDA_ARCHS as a CMake list; commas and blanks separate as well as semicolons."""
+    archs = re.split(r"[;,\s]+", os.environ.get("NSRU_CUDA_ARCHS", DEFAULT_ARCHS).strip(" ;,"))
+    for arch in archs:
+        if not re.fullmatch(r"[1-9]\d{1,2}[af]?(-real|-virtual)?", arch):
+            raise OptionError(
+                f"NSRU_CUDA_ARCHS: expected CMake architectures like '{DEFAULT_ARCHS}', got {arch!r}"
+            )
+    return ";".join(archs)
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        nvcc = find_nvcc()
+        archs = cuda_archs()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        # --fresh: a cache left by an isolated build names tools that pip has deleted since.
+        configure = [
+            "cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_CUDA_COMPILER={nvcc}",
+            f"-DCMAKE_CUDA_ARCHITECTURES={archs}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DNSRU_VERSION={self.distribution.get_version()}",
+        ]  # fmt: skip
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            status = getattr(error, "returncode", error)
+            raise CompileError(f"cmake with {nvcc} failed (status {status}). {REMEDY}") from error
+        print(f"nsru-kernels: CUDA extension built with {nvcc} for {archs}")
+
+
+def cuda_extension() -> list[Extension]:
+    if os.environ.get("NSRU_SKIP_CUDA", "") not in ("", "0"):
+        reason = "NSRU_SKIP_CUDA is set"
+    elif find_nvcc() is None:
+        reason = "nvcc was not found (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)"
+    else:
+        return [Extension("nsru_kernels._cuda", sources=[])]
+    if {"bdist_wheel", "editable_wheel", "build", "install"} & set(sys.argv):
+        print(f"nsru-kernels: pure Python build without the CUDA backend: {reason}")
+    return []
+
+
+setup(
+    packages=[
+        *find_packages(str(ROOT), include=["nsru_kernels", "nsru_kernels.*"]),
+        *find_packages(str(ROOT / "python"), include=["nsru_train", "nsru_train.*"]),
+    ],
+    package_dir={"nsru_train": "python/nsru_train"},
+    ext_modules=cuda_extension(),
+    cmdclass={"build_ext": CMakeBuild},
+)
