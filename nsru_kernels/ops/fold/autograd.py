@@ -1,0 +1,66 @@
+"""The fold for autograd and for torch.compile. P is symmetric, so backward is the fold of dĀ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nsru_kernels.dispatch import implementation
+
+_library = torch.library.Library("nsru", "FRAGMENT")
+_library.define("fold(Tensor[] a, Tensor[] basis, Tensor?[] core, str backend) -> Tensor[]")
+
+
+def fold_many(
+    as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None], backend: str
+) -> list[Tensor]:
+    """Ā_i, unrounded (float32, or float64 for float64 adapters); no autograd."""
+    if torch.compiler.is_compiling():
+        return torch.ops.nsru.fold(as_RK, bases_KQ, cores_QQ, backend)
+    return _fold_many(as_RK, bases_KQ, cores_QQ, backend)
+
+
+@torch.library.impl(_library, "fold", "CompositeExplicitAutograd")
+def _fold_many(
+    as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None], backend: str
+) -> list[Tensor]:
+    device = as_RK[0].device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return implementation("fold", backend, device).fold_many(as_RK, bases_KQ, cores_QQ)
+
+
+@torch.library.register_fake("nsru::fold")
+def _(a, basis, core, backend):
+    return [
+        torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32)).contiguous() for x in a
+    ]
+
+
+class Fold(torch.autograd.Function):
+    """Ā_i = A_i P_i; dA_i = dĀ_i P_i."""
+
+    @staticmethod
+    def forward(ctx, backend, bases, cores, *lora_as):
+        ctx.backend = backend
+        ctx.count = len(bases)
+        ctx.dtypes = [a.dtype for a in lora_as]
+        ctx.save_for_backward(*bases, *cores)
+        folded = fold_many(list(lora_as), bases, cores, backend)
+        return tuple(f.to(dtype) for f, dtype in zip(folded, ctx.dtypes, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        saved = ctx.saved_tensors
+        wanted = [i for i in range(ctx.count) if ctx.needs_input_grad[3 + i]]
+        folded = fold_many(
+            [grads[i] for i in wanted],
+            [saved[i] for i in wanted],
+            [saved[ctx.count + i] for i in wanted],
+            ctx.backend,
+        )
+        result: list[Tensor | None] = [None] * ctx.count
+        for i, grad in zip(wanted, folded, strict=True):
+            result[i] = grad.to(ctx.dtypes[i])
+        return None, None, None, *result

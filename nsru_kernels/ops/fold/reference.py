@@ -1,0 +1,50 @@
+"""Ā = A - (A U) C Uᵀ in eager PyTorch: the definition, on any device, up to float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A column whose squared norm is this close to one is a unit vector that storage rounded:
+# bf16 moves it by at most 2^-8.
+_UNIT_TOLERANCE = 2.0**-7
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a fold of ``dtype`` adapters computes in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fold(a_RK: Tensor, basis_KQ: Tensor, core_QQ: Tensor | None) -> Tensor:
+    """The adapter with its component along the basis removed, unrounded [R, K]."""
+    dtype = accumulate_dtype(a_RK.dtype)
+    a_RK, basis_KQ = a_RK.to(dtype), basis_KQ.to(dtype)
+    along_RQ = a_RK @ basis_KQ
+    if core_QQ is not None:
+        along_RQ = along_RQ @ core_QQ.to(dtype)
+    return torch.addmm(a_RK, along_RQ, basis_KQ.T, alpha=-1)
+
+
+def fold_many(
+    as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None]
+) -> list[Tensor]:
+    """``fold`` of every adapter. Eager PyTorch has no grouped launch, so this is a loop."""
+    return [fold(*args) for args in zip(as_RK, bases_KQ, cores_QQ, strict=True)]
+
+
+def gram_core(basis_KQ: Tensor) -> Tensor:
+    """C [Q, Q] with which Ũ C Ũᵀ is the intended projector, though Ũ was rounded to bf16 or fp16.
+
+    With D the column norms of Ũ and G = (Ũ/D)ᵀ(Ũ/D), C = D⁻¹ G^-½ D² G^-½ D⁻¹. For an orthonormal
+    basis D is one and C is the inverse Gram matrix; for a weighted basis U diag(√w) the weights D² = w stay.
+    """
+    basis = basis_KQ.double()
+    norms = basis.norm(dim=0)
+    norms = torch.where((norms.square() - 1).abs() <= _UNIT_TOLERANCE, 1.0, norms)
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    unit = basis * inverse
+    eigenvalues, vectors = torch.linalg.eigh(unit.T @ unit)
+    positive = eigenvalues > basis.shape[1] * torch.finfo(torch.float32).eps
+    root = (vectors * torch.where(positive, eigenvalues.clamp(min=0).rsqrt(), 0.0)) @ vectors.T
+    core = root @ (norms.square()[:, None] * root)
+    return (inverse[:, None] * core * inverse).float()

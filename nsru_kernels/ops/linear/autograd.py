@@ -1,0 +1,114 @@
+"""The projected linear for autograd and for torch.compile.
+
+In eager the backend is called directly; while compiling, the registered ops ``nsru::linear_forward`` and
+``nsru::linear_backward`` stand in the graph. Both run the same module.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nsru_kernels.dispatch import implementation
+from nsru_kernels.ops.fold.autograd import fold_many
+
+_library = torch.library.Library("nsru", "FRAGMENT")
+_library.define(
+    "linear_forward(Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? bias, float scaling, "
+    "float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor s, float scaling, "
+    "float dropout_p, Tensor? seed, bool[] needs, str backend) -> Tensor[]"
+)
+
+
+@torch.library.impl(_library, "linear_forward", "CompositeExplicitAutograd")
+def _forward(x, weight, a, b, bias, scaling, dropout_p, seed, backend):
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return implementation("linear", backend, x.device).forward(
+            x, weight, a, b, bias, scaling, dropout_p, seed
+        )
+
+
+@torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
+def _backward(dy, x, weight, a, b, s, scaling, dropout_p, seed, needs, backend):
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return implementation("linear", backend, x.device).backward(
+            dy, x, weight, a, b, s, scaling, dropout_p, seed, needs
+        )
+
+
+@torch.library.register_fake("nsru::linear_forward")
+def _(x, weight, a, b, bias, scaling, dropout_p, seed, backend):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+
+
+@torch.library.register_fake("nsru::linear_backward")
+def _(dy, x, weight, a, b, s, scaling, dropout_p, seed, needs, backend):
+    shapes = (x.shape, weight.shape, (weight.shape[0],), a.shape, b.shape)
+    return [
+        x.new_empty(shape) if need else x.new_empty(0)
+        for shape, need in zip(shapes, needs, strict=True)
+    ]
+
+
+class ProjectedLinear(torch.autograd.Function):
+    """y = x Wᵀ + bias + s S Bᵀ, S = dropout(x) Āᵀ, Ā = A P.
+
+    ``folded`` is Ā in x's dtype where the caller has it cached, else None. It is a value, not a variable: the
+    gradient goes to A.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, weight, bias, lora_a, lora_b, basis, core, folded, scaling, dropout_p, seed, backend
+    ):
+        if folded is None:
+            folded = fold_to(x.dtype, lora_a, basis, core, backend)
+        b_RN = lora_b.detach().T.to(x.dtype, memory_format=torch.contiguous_format)
+        x_MK = x.reshape(-1, x.shape[-1])
+        run = torch.ops.nsru.linear_forward if torch.compiler.is_compiling() else _forward
+        y_MN, s_MR = run(x_MK, weight, folded, b_RN, bias, scaling, dropout_p, seed, backend)
+        ctx.save_for_backward(x_MK, weight, folded, b_RN, s_MR, basis, core, seed)
+        ctx.x_shape, ctx.scaling, ctx.dropout_p, ctx.backend = x.shape, scaling, dropout_p, backend
+        ctx.dtypes = (
+            bias.dtype if bias is not None else None,
+            lora_a.dtype,
+            lora_b.dtype,
+        )
+        return y_MN.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x_MK, weight, folded, b_RN, s_MR, basis, core, seed = ctx.saved_tensors
+        bias_dtype, a_dtype, b_dtype = ctx.dtypes
+        needs = list(ctx.needs_input_grad[:5])
+        run = torch.ops.nsru.linear_backward if torch.compiler.is_compiling() else _backward
+        dx, dw, dbias, da, db = run(
+            dy.reshape(-1, weight.shape[0]), x_MK, weight, folded, b_RN, s_MR,
+            ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend,
+        )  # fmt: skip
+        need_x, need_w, need_bias, need_a, need_b = needs
+        if need_a and basis is not None:
+            da = fold_to(a_dtype, da.to(a_dtype), basis, core, ctx.backend)
+        return (
+            dx.view(ctx.x_shape) if need_x else None,
+            dw if need_w else None,
+            dbias.to(bias_dtype) if need_bias else None,
+            da.to(a_dtype) if need_a else None,
+            db.T.to(b_dtype, memory_format=torch.contiguous_format) if need_b else None,
+            *(None,) * 7,
+        )
+
+
+def fold_to(
+    dtype: torch.dtype, a_RK: Tensor, basis_KQ: Tensor | None, core_QQ: Tensor | None, backend: str
+) -> Tensor:
+    """Ā rounded once to ``dtype``; A itself where there is no basis. No autograd."""
+    a_RK = a_RK.detach()
+    if basis_KQ is not None and a_RK.numel():
+        a_RK = fold_many([a_RK], [basis_KQ], [core_QQ], backend)[0]
+    return a_RK.to(dtype, memory_format=torch.contiguous_format)
