@@ -1,0 +1,33 @@
+"""Projected low-rank updates, streaming retain subspaces, and drop-in modules for unlearning with LoRA."""
+
+from nsru_kernels.dispatch import BackendUnavailable, explain
+from nsru_kernels.hf.peft_format import save_lora_adapter
+from nsru_kernels.nn import (
+    NSRULinear,
+    SwapReport,
+    adapters_disabled,
+    merge_adapters,
+    swap_linears,
+)
+from nsru_kernels.ops.fold import project_adapter, project_adapters
+from nsru_kernels.ops.linear import nsru_linear
+from nsru_kernels.subspaces import RetainSketch, RetainSubspace, estimate_retain_subspaces
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "NSRULinear",
+    "RetainSketch",
+    "RetainSubspace",
+    "SwapReport",
+    "adapters_disabled",
+    "estimate_retain_subspaces",
+    "explain",
+    "merge_adapters",
+    "nsru_linear",
+    "project_adapter",
+    "project_adapters",
+    "save_lora_adapter",
+    "swap_linears",
+]

@@ -1,0 +1,1 @@
+"""Glue to PEFT's file format. Imported only when used."""

@@ -1,0 +1,152 @@
+"""(Ā, B) as a plain LoRA adapter in PEFT's directory format, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsru_kernels.files import atomic_write
+from nsru_kernels.nn.linear import NSRULinear
+from nsru_kernels.nn.swap import SwapReport, swap_linears
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+SIDECAR = "nsru.json"
+_PREFIX = "base_model.model."
+
+
+def save_lora_adapter(
+    model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, Any] | None = None
+) -> Path:
+    """Write the adapters as PEFT does: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    The projection is folded in, so PEFT, vLLM and ``merge_and_unload`` take the folder as it is. ``nsru.json``
+    beside them says how much of each adapter leaks into its retain subspace. Each file appears whole or not at
+    all.
+
+    Args:
+        model: has ``NSRULinear`` modules, none merged.
+        path: folder, made if need be.
+        metadata: more entries for ``nsru.json``, e.g. the base model's fingerprint.
+    Returns:
+        the folder.
+    Raises:
+        ValueError: no ``NSRULinear``, or one is merged.
+        OSError: nothing else could be written; files there before are unharmed.
+    """
+    from safetensors.torch import save
+
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, NSRULinear)}
+    if not modules:
+        raise ValueError("save_lora_adapter: model has no NSRULinear; nothing to save.")
+    if merged := [name for name, module in modules.items() if module.merged]:
+        raise ValueError(f"save_lora_adapter: {merged[0]} is merged; call unmerge() first.")
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = module.folded_adapter().cpu().contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    sidecar = {
+        "schema": 1,
+        "leakage": {name: module.leakage() for name, module in modules.items()},
+        **(metadata or {}),
+    }
+    atomic_write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    atomic_write(folder / SIDECAR, json.dumps(sidecar, indent=2) + "\n")
+    atomic_write(folder / CONFIG, json.dumps(_config(model, modules), indent=2) + "\n")
+    return folder
+
+
+def _config(model: nn.Module, modules: dict[str, NSRULinear]) -> dict[str, Any]:
+    first = next(iter(modules.values()))
+    config = getattr(model, "config", None)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "inference_mode": True,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "target_modules": list(modules),
+        "rank_pattern": {n: m.rank for n, m in modules.items() if m.rank != first.rank},
+        "alpha_pattern": {n: m.alpha for n, m in modules.items() if m.alpha != first.alpha},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, tensors) of a PEFT LoRA folder.
+
+    Raises:
+        ValueError: a file is missing, truncated or not LoRA; the message names it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise ValueError(
+                f"adapter: {folder} has no {file}; expected a folder that save_lora_adapter wrote."
+            )
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"adapter: a file in {folder} is truncated or damaged ({error}). Copy it again."
+        ) from error
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"adapter: {folder} is {config.get('peft_type')!r}, expected 'LORA'.")
+    return config, tensors
+
+
+@torch.no_grad()
+def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapReport:
+    """Swap the linears that a plain LoRA adapter names and give them its A and B (no basis: A is Ā).
+
+    Args:
+        model: the base model, changed in place.
+        path: a folder in PEFT's format, with one rank and alpha for all modules.
+    Returns:
+        the swap report.
+    Raises:
+        ValueError: damaged files, unsupported LoRA variants, or an adapter of another model.
+    """
+    config, tensors = read_adapter(path)
+    for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if config.get(option):
+            raise ValueError(f"adapter: {option}={config[option]!r} is not supported; load it with PEFT.")
+    if config.get("bias", "none") != "none":
+        raise ValueError("adapter: trained biases are not supported; load it with PEFT.")
+    names = sorted({key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in tensors})
+    for name in names:
+        a, b = (tensors[f"{_PREFIX}{name}.lora_{side}.weight"] for side in "AB")
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"adapter: the model has no module {name!r}; another base?") from None
+        shape = tuple(getattr(linear, "weight", torch.empty(0)).shape)
+        if shape != (b.shape[0], a.shape[1]):
+            raise ValueError(
+                f"adapter: {name} is made for a weight of {(b.shape[0], a.shape[1])}, "
+                f"the model has {shape}; another base?"
+            )
+    report = swap_linears(model, names, rank=config["r"], alpha=config["lora_alpha"])
+    for name in names:
+        module = model.get_submodule(name)
+        module.lora_A.copy_(tensors[f"{_PREFIX}{name}.lora_A.weight"])
+        module.lora_B.copy_(tensors[f"{_PREFIX}{name}.lora_B.weight"])
+    return report

@@ -1,0 +1,7 @@
+"""Modules: the drop-in linear, and how a model is swapped to it and back."""
+
+from nsru_kernels.nn.linear import NSRULinear, adapters_disabled
+from nsru_kernels.nn.merge import merge_adapters
+from nsru_kernels.nn.swap import SwapReport, swap_linears
+
+__all__ = ["NSRULinear", "SwapReport", "adapters_disabled", "merge_adapters", "swap_linears"]

@@ -1,0 +1,114 @@
+"""Folded adapters, computed once per optimizer step for all adapters of a model and never stale.
+
+A fold is remembered together with what it came from: identity, storage and version counter of A and of the
+basis, and the number of optimizer steps taken in this process (some optimizers write through ``.data``, which
+bumps no version counter). On a CPU the adapter's values are compared too, so that even a hand edit through
+``.data`` is seen; on a GPU that would synchronise, and after such an edit ``FoldCache.clear`` is needed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from nsru_kernels.nn.basis import tensor_key
+from nsru_kernels.ops.fold import project_adapters
+
+if TYPE_CHECKING:
+    from nsru_kernels.nn.linear import NSRULinear
+
+_optimizer_steps = 0
+
+
+def _count_step(*_) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class _Fold(NamedTuple):
+    key: tuple
+    parents: tuple[Tensor, ...]  # kept alive, so that no new tensor can take over an identity in the key
+    values: Tensor | None  # of A, on a CPU
+    folded: Tensor
+
+
+class FoldCache:
+    """The folds of a set of ``NSRULinear`` modules; one stale member refreshes all stale ones together."""
+
+    def __init__(self) -> None:
+        self._folds: weakref.WeakKeyDictionary[NSRULinear, _Fold | None] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def add(self, module: NSRULinear) -> None:
+        """Fold ``module`` together with the members so far."""
+        self._folds[module] = None
+
+    def clear(self) -> None:
+        """Forget every fold; the next forward folds again."""
+        for module in list(self._folds):
+            self._folds[module] = None
+
+    def folded(self, module: NSRULinear, dtype: torch.dtype) -> Tensor | None:
+        """Ā of ``module`` in ``dtype``; None where it has to be folded inside the caller's graph."""
+        if torch.compiler.is_compiling() or module.lora_A.is_inference():
+            return None
+        if module.lora_A.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        if not self._fresh(module, dtype):
+            self._refresh(module, dtype)
+        fold = self._folds[module]
+        assert fold is not None
+        return fold.folded
+
+    def _refresh(self, asked: NSRULinear, dtype: torch.dtype) -> None:
+        stale = [asked]
+        for other in self._folds:
+            if other is not asked and _together(asked, other) and not self._fresh(other, dtype):
+                stale.append(other)
+        device = asked.lora_A.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            folds = project_adapters(
+                [m.lora_A for m in stale], [m.basis for m in stale], backend=asked.backend
+            )
+            for module, folded in zip(stale, folds, strict=True):
+                a_RK, basis_KQ = module.lora_A, module.basis
+                self._folds[module] = _Fold(
+                    _key(module, dtype),
+                    (a_RK,) if basis_KQ is None else (a_RK, basis_KQ),
+                    a_RK.detach().clone() if device.type == "cpu" else None,
+                    folded.detach().to(dtype, copy=folded is a_RK),
+                )
+
+    def _fresh(self, module: NSRULinear, dtype: torch.dtype) -> bool:
+        fold = self._folds.get(module)
+        if fold is None or fold.key != _key(module, dtype):
+            return False
+        return fold.values is None or torch.equal(fold.values, module.lora_A)
+
+
+def _key(module: NSRULinear, dtype: torch.dtype) -> tuple:
+    basis = module.basis
+    return (
+        dtype,
+        tensor_key(module.lora_A),
+        None if basis is None else tensor_key(basis),
+        _optimizer_steps,
+    )
+
+
+def _together(asked: NSRULinear, other: NSRULinear) -> bool:
+    """Whether one launch can fold both."""
+    return (
+        other.backend == asked.backend
+        and other.lora_A.device == asked.lora_A.device
+        and not other.lora_A.is_inference()
+        and (other.basis is None or other.basis.device == asked.lora_A.device)
+    )

@@ -1,0 +1,257 @@
+"""``NSRULinear``: ``nn.Linear`` with a low-rank update confined to the null space of a retain subspace."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsru_kernels.nn.basis import RetainBasis
+from nsru_kernels.nn.fold_cache import FoldCache
+from nsru_kernels.ops.fold import project_adapter
+from nsru_kernels.ops.linear import compute_dtype, projected_linear
+
+
+class NSRULinear(nn.Module):
+    """y = x Wᵀ + b + (alpha/rank) · dropout(x) Āᵀ Bᵀ with Ā = A (I - U Uᵀ); W and b frozen.
+
+    ``lora_A`` [R, K] starts as in PEFT (Kaiming uniform) and ``lora_B`` [N, R] at zero, both float32, so the
+    module starts as its frozen linear. Nothing is kept between calls but the fold of A, which is recomputed
+    whenever A or the basis changed.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        rank: R ≥ 1.
+        alpha: the update is scaled by alpha / rank.
+        basis: U [K, Q] or a ``RetainBasis`` shared with sibling linears. None: plain LoRA.
+        bias: whether there is a bias.
+        dropout: LoRA dropout on x. With p > 0 the null-space property holds in expectation only.
+        backend: "auto", "eager", "triton" or "cuda".
+    Raises:
+        ValueError: rank < 1, a basis of another size, or one with NaN or infinite values.
+
+    >>> layer = NSRULinear.from_linear(nn.Linear(32, 16), rank=4, alpha=8)
+    >>> layer(torch.randn(2, 32)).shape
+    torch.Size([2, 16])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        alpha: float,
+        basis: Tensor | RetainBasis | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"NSRULinear: rank must be ≥ 1, got {rank}.")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"NSRULinear: dropout must be in [0, 1], got {dropout}.")
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.alpha, self.dropout, self.backend = rank, alpha, dropout, backend
+        linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        self.reset_adapter()
+        self.enabled = True
+        self._unmerged_weight: Tensor | None = None
+        self._set_basis(basis)
+        self._share_folds(FoldCache())
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        *,
+        alpha: float,
+        basis: Tensor | RetainBasis | None = None,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> NSRULinear:
+        """Wrap a linear layer: its weight and bias tensors are taken over, not copied, and frozen."""
+        device = linear.weight.device
+        module = cls(
+            linear.in_features,
+            linear.out_features,
+            rank,
+            alpha=alpha,
+            bias=False,
+            dropout=dropout,
+            device="meta",
+            backend=backend,
+        )
+        module.weight, module.bias = linear.weight, linear.bias
+        module.weight.requires_grad_(False)
+        if module.bias is not None:
+            module.bias.requires_grad_(False)
+        module.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+        module.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+        module.reset_adapter()
+        if isinstance(basis, Tensor):
+            basis = basis.to(device)
+        module._set_basis(basis)
+        return module.train(linear.training)
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def basis(self) -> Tensor | None:
+        """U [K, Q], or None for plain LoRA."""
+        holder = self.retain
+        return None if holder is None else holder.basis
+
+    @property
+    def retain(self) -> RetainBasis | None:
+        """The holder of the basis: this module's own, or the sibling's that saves it."""
+        return self._retain[0] if self._retain else None
+
+    def _set_basis(self, basis: Tensor | RetainBasis | None) -> None:
+        if isinstance(basis, Tensor):
+            basis = RetainBasis(basis)
+        if basis is not None and basis.basis.shape[0] != self.in_features:
+            raise ValueError(
+                f"NSRULinear: basis must be [K={self.in_features}, Q] like in_features, "
+                f"got {tuple(basis.basis.shape)}. Was it estimated for another layer?"
+            )
+        # In a tuple the holder is no child: only its first user registers (and saves) it.
+        self._retain = () if basis is None else (basis,)
+        if basis is not None and not basis.owned:
+            basis.owned = True
+            self.subspace = basis
+
+    def _share_folds(self, folds: FoldCache) -> None:
+        self._folds = folds
+        folds.add(self)
+
+    def reset_adapter(self) -> None:
+        """A Kaiming uniform, B zero: the module equals its frozen linear again."""
+        if self.lora_A.is_meta:
+            return
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] of x [..., K], in x's dtype."""
+        if not self.enabled or self.merged:
+            return F.linear(x, self.weight, self.bias)
+        holder = self.retain
+        return projected_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            None if holder is None else holder.basis,
+            self.bias,
+            None if holder is None else holder.core(),
+            self._folds.folded(self, compute_dtype(x)),
+            self.scaling,
+            self.dropout if self.training else 0.0,
+            self.backend,
+        )
+
+    @torch.no_grad()
+    def folded_adapter(self) -> Tensor:
+        """Ā [R, K] in A's dtype: what a plain LoRA adapter of this module has as its A."""
+        return project_adapter(self.lora_A, self.basis, backend=self.backend).clone()
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """s B Ā [N, K] in float32 (float64 for float64 adapters)."""
+        a_RK = self.folded_adapter()
+        dtype = torch.promote_types(a_RK.dtype, torch.float32)
+        with torch.autocast(a_RK.device.type, enabled=False):
+            return self.scaling * (self.lora_B.to(dtype) @ a_RK.to(dtype))
+
+    @torch.no_grad()
+    def leakage(self) -> float:
+        """‖Ā U‖_F / ‖A‖_F with Ā rounded to weight's dtype, U taken in float64; 0.0 without a basis."""
+        if self.basis is None:
+            return 0.0
+        a_RK = self.folded_adapter().to(self.weight.dtype).double()
+        return float((a_RK @ self.basis.double()).norm() / self.lora_A.double().norm())
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is inside ``weight`` at the moment."""
+        return self._unmerged_weight is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W ← round(W + s B Ā), summed in float32. Keeps a copy of W, so that ``unmerge`` is exact."""
+        if self.merged:
+            return
+        delta = self.delta_weight()
+        original = self.weight.detach().clone()
+        self.weight.copy_(original.to(delta.dtype) + delta)
+        self._unmerged_weight = original
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the weight from before ``merge`` back, bit by bit."""
+        if self._unmerged_weight is not None:
+            self.weight.copy_(self._unmerged_weight)
+            self._unmerged_weight = None
+
+    def extra_repr(self) -> str:
+        basis = self.basis
+        q = 0 if basis is None else basis.shape[1]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, rank={self.rank}, alpha={self.alpha}, "
+            f"retain_rank={q}, dropout={self.dropout}"
+        )
+
+    def __getstate__(self):
+        state = dict(super().__getstate__())
+        del state["_folds"]
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._share_folds(FoldCache())
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._unmerged_weight is not None:
+            destination[prefix + "weight"] = self._unmerged_weight
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Within the block every ``NSRULinear`` of ``model`` acts as its frozen linear.
+
+    A merged module keeps its merged weight: call ``unmerge`` first.
+    """
+    modules = [m for m in model.modules() if isinstance(m, NSRULinear)]
+    before = [m.enabled for m in modules]
+    try:
+        for module in modules:
+            module.enabled = False
+        yield
+    finally:
+        for module, enabled in zip(modules, before, strict=True):
+            module.enabled = enabled
