@@ -1,0 +1,87 @@
+"""update_sketch: add a batch of activations to the state of a streaming retain subspace."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsru_kernels.dispatch import implementation
+
+__all__ = ["update_sketch"]
+
+
+def update_sketch(
+    x: Tensor,
+    omega: Tensor,
+    y: Tensor,
+    h: Tensor,
+    mask: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> None:
+    """S = round(x omega);  y += xᵀ S;  h += Sᵀ S, over the rows that `mask` keeps.
+
+    S is rounded to x's dtype before both products, so y h⁻¹ yᵀ is xᵀ P_S x with an exact projector
+    P_S: positive semi-definite, and never above xᵀ x, whatever the rounding.
+
+    Args:
+        x: activations [M, K], any floating dtype.
+        omega: test matrix [K, L], any floating dtype.
+        y: accumulator [K, L], fp32 or fp64, contiguous; written in place.
+        h: accumulator [L, L] of y's dtype, contiguous; written in place.
+        mask: bool [M], True keeps the row. A row left out may hold anything, NaN included.
+        backend: "auto", "eager", "triton" or "cuda".
+
+    Raises:
+        TypeError: x is not floating, the mask not bool, or an accumulator not fp32/fp64.
+        ValueError: shapes, devices or strides do not fit.
+        BackendUnavailable: the named backend cannot serve here.
+
+    Source: Tropp, Yurtsever, Udell, Cevher, "Fixed-rank approximation of a positive-semidefinite
+        matrix from streaming data", 2017 (one pass, fixed test matrix).
+
+    Example:
+        >>> x = torch.eye(4)
+        >>> y, h = torch.zeros(4, 2), torch.zeros(2, 2)
+        >>> update_sketch(x, torch.eye(4, 2), y, h)
+        >>> torch.equal(h, torch.eye(2))
+        True
+    """
+    _check(x, omega, y, h, mask)
+    implementation("sketch", backend, x.device).update_sketch(x, omega, y, h, mask)
+
+
+def _check(x: Tensor, omega: Tensor, y: Tensor, h: Tensor, mask: Tensor | None) -> None:
+    if not x.is_floating_point() or not omega.is_floating_point():
+        raise TypeError(
+            f"update_sketch: x and omega must be floating, got {x.dtype} and {omega.dtype}."
+        )
+    if x.ndim != 2:
+        raise ValueError(
+            f"update_sketch: x must be [M, K], got {tuple(x.shape)}; flatten its tokens first."
+        )
+    rows, k = x.shape
+    if omega.ndim != 2 or omega.shape[0] != k:
+        raise ValueError(
+            f"update_sketch: omega must be [K={k}, L] like x's features, got {tuple(omega.shape)}."
+        )
+    width = omega.shape[1]
+    for name, accumulator, shape in (("y", y, (k, width)), ("h", h, (width, width))):
+        if accumulator.shape != shape:
+            raise ValueError(
+                f"update_sketch: {name} must be {list(shape)}, got {tuple(accumulator.shape)}."
+            )
+        if accumulator.dtype not in (torch.float32, torch.float64) or accumulator.dtype != y.dtype:
+            raise TypeError(
+                f"update_sketch: y and h must both be fp32 or both fp64, got {y.dtype}, {h.dtype}."
+            )
+        if not accumulator.is_contiguous():
+            raise ValueError(f"update_sketch: {name} is written in place and must be contiguous.")
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"update_sketch: mask must be bool, got {mask.dtype}; use mask.bool().")
+        if mask.shape != (rows,):
+            raise ValueError(f"update_sketch: mask must be [M={rows}], got {tuple(mask.shape)}.")
+    devices = {t.device for t in (x, omega, y, h, mask) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"update_sketch: tensors are on {sorted(map(str, devices))}; move to one.")

@@ -1,0 +1,178 @@
+"""What the linear layers of a model see: stream batches through it and hand their inputs on."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Batches = Iterable[Mapping[str, Any]]
+# Takes the input of a linear [..., K] and which of its tokens count [...], None for all.
+Consumer = Callable[[Tensor, "Tensor | None"], None]
+
+
+class ActivationStream:
+    """Runs as much of a model as reaches the given linears, and hands what they see to a consumer.
+
+    Args:
+        model: any module called with the batch's entries; a transformers model runs without its
+            output head when no target needs it, so that there are no logits [B, T, vocab].
+        linears: module name → module.
+    """
+
+    def __init__(self, model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+        backbone = getattr(model, "base_model", model)
+        inside = set(backbone.modules())
+        self.linears = linears
+        self.module = backbone if all(m in inside for m in linears.values()) else model
+        self.device = next(model.parameters()).device
+        takes = inspect.signature(self.module.forward).parameters
+        self.extra = {"use_cache": False} if "use_cache" in takes else {}
+        self.keep_BT: Tensor | None = None
+
+    def group_by_input(self, batch: Mapping[str, Any]) -> list[list[str]]:
+        """One forward; module names grouped by the tensor object that they read, in model order."""
+        calls: dict[str, list[int]] = {name: [] for name in self.linears}
+        numbers = itertools.count()
+        # Weak: activations must not pile up, and an id may come again once its tensor is gone.
+        seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+        def note(name: str, x: Tensor) -> None:
+            known = seen.get(id(x))
+            if known is None or known[0]() is not x:
+                known = seen[id(x)] = (weakref.ref(x), next(numbers))
+            calls[name].append(known[1])
+
+        with _hooks(self.linears, note):
+            self._forward(batch)
+        groups: dict[Any, list[str]] = {}
+        for name, tensors in calls.items():
+            groups.setdefault(tuple(tensors) or name, []).append(name)
+        return list(groups.values())
+
+    def feed(
+        self,
+        batches: Batches,
+        consume: Mapping[str, Consumer],
+        label: str | None,
+    ) -> None:
+        """Run all batches; consume[name](x, kept tokens) on every call of a module.
+
+        Args:
+            label: of the progress bar; None for no bar.
+        Raises: ValueError: whatever a consumer refuses, with the module's name in front.
+        """
+
+        def hand_on(name: str, x: Tensor) -> None:
+            try:
+                consume[name](x, self._kept(x))
+            except ValueError as error:
+                raise ValueError(f"input of {name}: {error}") from error
+
+        with _hooks({name: self.linears[name] for name in consume}, hand_on):
+            for batch in batches if label is None else _with_progress(batches, label):
+                self._forward(batch)
+
+    def _forward(self, batch: Mapping[str, Any]) -> None:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"batches must yield dicts of model arguments, got {type(batch).__name__}."
+            )
+        arguments = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+            if name not in ("labels", "token_mask")
+        }
+        keep_BT = batch.get("token_mask", batch.get("attention_mask"))
+        if keep_BT is not None:
+            if keep_BT.ndim != 2:
+                raise ValueError(
+                    f"attention_mask must be [B, T] to tell padding from tokens, got "
+                    f"{tuple(keep_BT.shape)}; add a token_mask [B, T] to the batch."
+                )
+            keep_BT = keep_BT.to(self.device, torch.bool)
+        self.keep_BT = None if keep_BT is None or keep_BT.all() else keep_BT
+        self.module(**arguments, **self.extra)
+
+    def _kept(self, x: Tensor) -> Tensor | None:
+        if self.keep_BT is None:
+            return None
+        if x.shape[:-1].numel() != self.keep_BT.numel():
+            raise ValueError(
+                f"tokens {tuple(x.shape[:-1])} do not fit the mask {tuple(self.keep_BT.shape)}, so "
+                f"padding cannot be told apart; use batches without padding, or leave this module "
+                f"out of the targets."
+            )
+        return self.keep_BT.reshape(x.shape[:-1]).to(x.device)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back, also after an error."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def with_first(batches: Batches) -> tuple[Mapping[str, Any] | None, Batches]:
+    """The first batch (None when there is none), and all batches including it, to be read once."""
+    items = iter(batches)
+    first = next(items, None)
+    return first, batches if first is None else _Sized(batches, itertools.chain([first], items))
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _Sized:
+    """An iterator with the length of the iterable it came from, for the progress bar."""
+
+    def __init__(self, original: Iterable[Any], items: Iterator[Any]) -> None:
+        self.original, self.items = original, items
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.items
+
+    def __len__(self) -> int:
+        return len(self.original)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _hooks(
+    linears: Mapping[str, nn.Module], consume: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """While it lasts, consume(name, x) before each of the linears runs."""
+
+    def make(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            consume(name, args[0] if args else kwargs["input"])
+
+        return hook
+
+    with contextlib.ExitStack() as handles:
+        for name, linear in linears.items():
+            handle = linear.register_forward_pre_hook(make(name), with_kwargs=True)
+            handles.callback(handle.remove)
+        yield
+
+
+def _with_progress(batches: Iterable[Any], label: str) -> Iterable[Any]:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return batches
+    quiet = is_distributed() and dist.get_rank() != 0
+    return tqdm(batches, desc=label, unit="batch", disable=quiet)

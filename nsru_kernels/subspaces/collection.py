@@ -1,0 +1,186 @@
+"""SubspaceSet: the retain subspaces of a model, their diagnostics and their folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nsru_kernels.subspaces.subspace import RetainSubspace
+
+_SCHEMA = 1
+_INDEX = "index.json"
+_SAMPLES = 1024
+
+
+@dataclasses.dataclass
+class InputDiagnostics:
+    """One distinct linear input: what was retained of it, and what is left open for unlearning.
+
+    Attributes:
+        name: the first module that reads it.
+        modules: every target module that reads it.
+        in_features: K.
+        rank: Q.
+        captured_energy: Σ_{i<=Q} λ̂_i / trace, a certified lower bound.
+        editability: ‖P x_f‖²/‖x_f‖² over the forget set; None without one.
+        rank_limited: the request could not be met within the sketch's width.
+        tokens: retain tokens seen.
+        spectrum: λ̂_i / trace of every direction of the sketch, also beyond Q.
+        editability_by_rank: editability at rank 0, 1, ... len(spectrum); None without a forget set.
+    """
+
+    name: str
+    modules: list[str]
+    in_features: int
+    rank: int
+    captured_energy: float
+    editability: float | None
+    rank_limited: bool
+    tokens: int
+    spectrum: list[float]
+    editability_by_rank: list[float] | None = None
+
+
+class SubspaceSet(dict[str, RetainSubspace]):
+    """Module name → RetainSubspace; modules that read the same input share one object.
+
+    Attributes:
+        inputs: one InputDiagnostics per distinct input, in model order.
+        fingerprint: of the weights that the activations came from.
+    """
+
+    def __init__(
+        self,
+        subspaces: Mapping[str, RetainSubspace],
+        inputs: list[InputDiagnostics],
+        fingerprint: str,
+    ) -> None:
+        super().__init__(subspaces)
+        self.inputs = inputs
+        self.fingerprint = fingerprint
+
+    def table(self) -> str:
+        """The diagnostics as aligned text, one line per distinct input."""
+        header = ("input", "modules", "K", "rank", "captured", "editability", "tokens")
+        rows = [header]
+        for entry in self.inputs:
+            editability = "-" if entry.editability is None else f"{entry.editability:.2%}"
+            rows.append(
+                (
+                    entry.name,
+                    str(len(entry.modules)),
+                    str(entry.in_features),
+                    f"{entry.rank}{'*' if entry.rank_limited else ''}",
+                    f"{entry.captured_energy:.2%}",
+                    editability,
+                    str(entry.tokens),
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in rows
+        ]
+        if any(entry.rank_limited for entry in self.inputs):
+            lines.append("* the sketch's width ran out before the request was met; raise width.")
+        return "\n".join(lines)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError when the weights of `model` are not those the subspaces came from.
+
+        Adapters do not count: a swapped model passes as long as its frozen weights are the same.
+        """
+        found = fingerprint_weights(model)
+        if found != self.fingerprint:
+            raise ValueError(
+                f"the model's weights (fingerprint {found}) differ from those that the retain "
+                f"subspaces were estimated on ({self.fingerprint}); load that model, or estimate "
+                f"the subspaces again."
+            )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write one safetensors file per distinct input and index.json.
+
+        The folder appears complete or not at all; a folder of an earlier save is replaced.
+
+        Raises: ValueError: `folder` exists and holds something else.
+        """
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()) and not (folder / _INDEX).exists():
+            raise ValueError(f"save: {folder} holds other files; give an empty or new folder.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+            complete = Path(scratch) / "complete"
+            complete.mkdir()
+            entries = []
+            for entry in self.inputs:
+                file = f"{entry.name}.safetensors"
+                self[entry.name].save(complete / file)
+                entries.append(dataclasses.asdict(entry) | {"file": file})
+            index = {
+                "schema": _SCHEMA,
+                "kind": "retain-subspaces",
+                "fingerprint": self.fingerprint,
+                "inputs": entries,
+            }
+            (complete / _INDEX).write_text(json.dumps(index, indent=1))
+            if folder.exists():
+                os.replace(folder, Path(scratch) / "previous")
+            os.replace(complete, folder)
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu"
+    ) -> SubspaceSet:
+        """Read a folder of `save`.
+
+        Raises:
+            FileNotFoundError: the folder has no index.json.
+            ValueError: the index or a file of it is damaged, missing or of another version.
+        """
+        folder = Path(folder)
+        path = folder / _INDEX
+        try:
+            index = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"SubspaceSet.load: {path} is damaged: {error}.") from error
+        if index.get("kind") != "retain-subspaces" or index.get("schema") != _SCHEMA:
+            raise ValueError(
+                f"SubspaceSet.load: {path} must be of kind 'retain-subspaces', schema {_SCHEMA}; "
+                f"got {index.get('kind')!r}, {index.get('schema')!r}."
+            )
+        subspaces, inputs = {}, []
+        for entry in index["inputs"]:
+            file = folder / entry.pop("file")
+            if not file.exists():
+                raise ValueError(f"SubspaceSet.load: {file} is missing; estimate again.")
+            inputs.append(InputDiagnostics(**entry))
+            subspaces.update(dict.fromkeys(inputs[-1].modules, RetainSubspace.load(file, device)))
+        return cls(subspaces, inputs, index["fingerprint"])
+
+
+def fingerprint_weights(model: nn.Module) -> str:
+    """A hash over names, shapes and evenly spaced entries of the weights, adapters left out.
+
+    Entries are compared in bf16, so that a model loaded in fp32 or bf16 has the same fingerprint;
+    at most 1024 of a tensor are read, so that it takes milliseconds, and a fine-tuned copy of the
+    model differs in thousands of them.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        if "lora_" in name:
+            continue
+        flat = weight.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES)
+        sample = flat[::step].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,231 @@
+"""estimate_retain_subspaces: stream a model's retain activations into one sketch per input."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nsru_kernels.nn.swap import match_linears
+from nsru_kernels.subspaces.activations import (
+    ActivationStream,
+    Batches,
+    Consumer,
+    evaluating,
+    is_distributed,
+    with_first,
+)
+from nsru_kernels.subspaces.collection import InputDiagnostics, SubspaceSet, fingerprint_weights
+from nsru_kernels.subspaces.distributed import communication_device
+from nsru_kernels.subspaces.sketch import RetainSketch
+from nsru_kernels.subspaces.subspace import RetainSubspace, check_share
+
+
+def estimate_retain_subspaces(
+    model: nn.Module,
+    batches: Batches,
+    targets: str | Sequence[str],
+    *,
+    width: int,
+    rank: int | None = None,
+    energy: float | None = None,
+    forget_batches: Batches | None = None,
+    min_editability: float | None = None,
+    refresh_every: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> SubspaceSet:
+    """Top eigenvectors of XᵀX for the input X of every target, over the tokens of `batches`.
+
+    Linears that read the same tensor (q/k/v, gate/up) share one sketch and one subspace; a first
+    forward finds them. The model runs in eval mode without gradients, and is left as it was found.
+    In an initialised process group every rank passes its own share of the batches (none is fine)
+    and all get the subspaces of the whole.
+
+    Args:
+        model: the model before `swap_linears`.
+        batches: dicts of model arguments, `input_ids` and such; read once, one batch in memory.
+            `attention_mask` [B, T] keeps padding out. An optional `token_mask` [B, T] is not passed
+            to the model and takes the mask's place here, for instance to leave out an attention
+            sink, whose massive norm dominates energy thresholds. `labels` are dropped.
+        targets: as for `swap_linears`.
+        width: L of each sketch; at least `rank`, better rank + 64.
+        rank: the same rank for every input.
+        energy: for every input the smallest rank with this certified share of the energy.
+        forget_batches: like `batches`; adds editability to the diagnostics, the share
+            ‖P x‖²/‖x‖² of forget activation energy that the projector leaves open.
+        min_editability: for every input the largest rank with at least this editability.
+        refresh_every, seed: as for `RetainSketch`.
+        progress: show progress bars (needs tqdm).
+
+    Returns: a SubspaceSet, module name → RetainSubspace, with `.inputs` and `.table()`.
+
+    Raises:
+        ValueError: not exactly one of rank, energy, min_editability; a rank that an input cannot
+            hold; an empty retain or forget set; NaN or infinite activations; a target without a
+            match, or one that no batch reached.
+    """
+    linears = dict(match_linears(model, targets))
+    _check_request(linears, width, rank, energy, min_editability, forget_batches is not None)
+    stream = ActivationStream(model, linears)
+    with evaluating(model):
+        first, batches = with_first(batches)
+        groups = _agree_on_groups(None if first is None else stream.group_by_input(first))
+        sketches = {
+            modules[0]: RetainSketch(
+                linears[modules[0]].in_features,
+                width,
+                refresh_every=refresh_every,
+                seed=seed + index,
+                device=_device_of(linears[modules[0]], stream.device),
+            )
+            for index, modules in enumerate(groups)
+        }
+        consumers: dict[str, Consumer] = {name: s.update for name, s in sketches.items()}
+        stream.feed(batches, consumers, "retain activations" if progress else None)
+        if is_distributed():
+            for sketch in sketches.values():
+                sketch.all_reduce()
+        _check_reached(sketches)
+        wholes = {name: sketch.finalize() for name, sketch in sketches.items()}
+        open_shares: dict[str, list[float]] = {}
+        if forget_batches is not None:
+            forget = {name: _ForgetEnergy(name, whole) for name, whole in wholes.items()}
+            consumers = {name: energies.update for name, energies in forget.items()}
+            stream.feed(forget_batches, consumers, "forget activations" if progress else None)
+            open_shares = {name: energies.editability() for name, energies in forget.items()}
+
+    subspaces: dict[str, RetainSubspace] = {}
+    inputs = []
+    for modules in groups:
+        whole, shares = wholes.pop(modules[0]), open_shares.get(modules[0])
+        subspace = _truncate(whole, rank, energy, min_editability, shares)
+        subspaces.update(dict.fromkeys(modules, subspace))
+        inputs.append(
+            InputDiagnostics(
+                name=modules[0],
+                modules=modules,
+                in_features=subspace.in_features,
+                rank=subspace.rank,
+                captured_energy=subspace.captured_energy,
+                editability=shares[subspace.rank] if shares else None,
+                rank_limited=subspace.rank_limited,
+                tokens=subspace.tokens,
+                spectrum=(whole.eigenvalues / (whole.trace or 1.0)).tolist(),
+                editability_by_rank=shares,
+            )
+        )
+    ordered = {name: subspaces[name] for name in linears}
+    return SubspaceSet(ordered, inputs, fingerprint_weights(model))
+
+
+class _ForgetEnergy:
+    """‖X_f u_i‖² for every direction of a subspace, and ‖X_f‖²_F, summed over the forget set."""
+
+    def __init__(self, name: str, subspace: RetainSubspace) -> None:
+        self.name = name
+        self.basis_KQ = subspace.basis
+        # The last entry is ‖X_f‖²_F: one tensor to reduce over ranks.
+        self.energy = self.basis_KQ.new_zeros(subspace.rank + 1, dtype=torch.float64)
+
+    def update(self, x: Tensor, keep: Tensor | None) -> None:
+        x_MK = x.flatten(0, -2) if keep is None else x[keep]
+        x_MK = x_MK.float()
+        self.energy[:-1] += (x_MK @ self.basis_KQ).square().sum(0, dtype=torch.float64)
+        self.energy[-1] += x_MK.square().sum(1).sum(dtype=torch.float64)
+
+    def editability(self) -> list[float]:
+        """The share of ‖X_f‖² left open at rank 0, 1, ... Q; never rising."""
+        if is_distributed():
+            self.energy = self.energy.to(communication_device(None))
+            dist.all_reduce(self.energy)
+        if not self.energy.isfinite().all():
+            raise ValueError(f"forget activations of {self.name} have NaN or infinite entries.")
+        if self.energy[-1] == 0:
+            raise ValueError(f"forget set is empty: {self.name} has seen no activations from it.")
+        taken = self.energy[:-1].cumsum(0) / self.energy[-1]
+        return [1.0, *(1 - taken).clamp_(0, 1).tolist()]
+
+
+def _truncate(
+    whole: RetainSubspace,
+    rank: int | None,
+    energy: float | None,
+    min_editability: float | None,
+    shares: list[float] | None,
+) -> RetainSubspace:
+    if min_editability is None:
+        return whole.truncate(rank, energy)
+    assert shares is not None
+    largest = sum(share >= min_editability for share in shares) - 1
+    # All directions leave enough open: a wider sketch would have offered more of them.
+    ran_out = largest == whole.rank < whole.in_features
+    return dataclasses.replace(whole.truncate(largest), rank_limited=ran_out)
+
+
+def _agree_on_groups(groups: list[list[str]] | None) -> list[list[str]]:
+    """The groups of the first rank that has batches; all ranks see the same model."""
+    if is_distributed():
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, groups)
+        groups = next((theirs for theirs in everyone if theirs is not None), None)
+    if groups is None:
+        raise ValueError("retain set is empty: batches yields nothing.")
+    return groups
+
+
+def _check_request(
+    linears: Mapping[str, nn.Linear],
+    width: int,
+    rank: int | None,
+    energy: float | None,
+    min_editability: float | None,
+    has_forget: bool,
+) -> None:
+    function = "estimate_retain_subspaces"
+    choices = {"rank": rank, "energy": energy, "min_editability": min_editability}
+    given = [name for name, value in choices.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"{function}: give exactly one of rank, energy, min_editability, got {given or 'none'}."
+        )
+    if energy is not None:
+        check_share(function, "energy", energy)
+    if min_editability is not None:
+        check_share(function, "min_editability", min_editability)
+        if not has_forget:
+            raise ValueError(f"{function}: min_editability needs forget_batches to measure it on.")
+    if rank is not None:
+        if rank < 0:
+            raise ValueError(f"{function}: rank must be 0 or more, got {rank}.")
+        if rank > width:
+            raise ValueError(
+                f"{function}: rank={rank} needs a width of at least that, better {rank + 64}, got "
+                f"width={width}."
+            )
+        for name, linear in linears.items():
+            if rank > linear.in_features:
+                raise ValueError(
+                    f"{function}: rank={rank} is beyond the in_features={linear.in_features} of "
+                    f"{name}; lower it, or choose by energy or min_editability."
+                )
+
+
+def _check_reached(sketches: Mapping[str, RetainSketch]) -> None:
+    missed = [name for name, sketch in sketches.items() if sketch.tokens == 0]
+    if len(missed) == len(sketches):
+        raise ValueError("retain set is empty: the masks leave no token.")
+    if missed:
+        raise ValueError(
+            f"no batch reached {len(missed)} of {len(sketches)} inputs, the first {missed[0]}; "
+            f"leave these modules out of the targets, or add batches that use them."
+        )
+
+
+def _device_of(linear: nn.Linear, default: torch.device) -> torch.device:
+    # Offloaded weights stand on "meta" between calls.
+    return default if linear.weight.is_meta else linear.weight.device

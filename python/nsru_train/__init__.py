@@ -1,0 +1,1 @@
+"""NSRU unlearning: data, trainer, evaluation, command line and report."""

@@ -1,0 +1,384 @@
+"""The command line: ``nsru env | demo | subspace | train | eval | merge | verify | report``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from nsru_train.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    Objective,
+    SubspaceConfig,
+    TrainConfig,
+)
+
+
+def env() -> None:
+    """Versions, devices, and which backend serves which op here and why: paste it into bug reports."""
+    from nsru_kernels.environment import describe_environment, format_environment
+
+    print(format_environment(describe_environment()))
+
+
+def demo(
+    out: str = "runs/demo",
+    data_dir: str | None = None,
+    seeds: int = 3,
+    subspace: SubspaceConfig = SubspaceConfig(),  # noqa: B008
+    lora: LoraConfig = LoraConfig(),  # noqa: B008
+    objective: Objective = Objective(),  # noqa: B008
+    train: TrainConfig = TrainConfig(),  # noqa: B008
+    examples: int = 6,
+    max_seconds: float = 3600,
+) -> None:
+    """The whole way on a small model made on the spot, on a CPU, with a report.
+
+    Args:
+        out: run folder.
+        data_dir: folder with TOFU's files; none makes fictitious authors.
+        seeds: how often both methods are run.
+        subspace: the retain subspaces.
+        lora: the adapters, of both methods.
+        objective: what is optimised, by both methods.
+        train: how; save_steps and seed are not used.
+        examples: forget questions whose answers before and after are kept in the report.
+        max_seconds: for the model to memorise the questions.
+    """
+    from nsru_train.demo import run_demo
+
+    run_demo(
+        out,
+        data_dir=data_dir,
+        seeds=seeds,
+        subspace=subspace,
+        lora=lora,
+        objective=objective,
+        train=train,
+        examples=examples,
+        max_seconds=max_seconds,
+        command=shlex.join(["nsru", *sys.argv[1:]]),
+    )
+    _finish([f"{out}/report.html", f"{out}/results.json", f"{out}/adapter"], f"nsru verify {out}")
+
+
+def subspace(
+    model: ModelConfig,
+    data: DataConfig,
+    subspace: SubspaceConfig = SubspaceConfig(),  # noqa: B008
+    out: str = "runs/subspaces",
+    seed: int = 0,
+) -> None:
+    """Estimate the retain subspaces of a model and show how much room they leave for forgetting.
+
+    Args:
+        model: the base model.
+        data: its retain set is streamed, its forget set measures the editability.
+        subspace: which layers, how wide, and how the rank is chosen.
+        out: run folder; the subspaces go to its folder subspaces.
+        seed: of the random test matrix.
+    """
+    from nsru_train.pipeline import find_subspaces, load_data, load_model
+    from nsru_train.run_folder import RunFolder
+
+    subspace.rule()
+    loaded = load_data(data)
+    run = RunFolder(out)
+    run.write_environment()
+    base, tokenizer = load_model(model)
+    found = find_subspaces(
+        base, tokenizer, loaded.forget, loaded.retain, subspace,
+        max_length=data.max_length, seed=seed,
+    )  # fmt: skip
+    found.save(run.path / "subspaces")
+    print(found.table())
+    run.write_config({"model": asdict(model), "data": asdict(data), "subspace": asdict(subspace)})
+    _finish(
+        [f"{out}/subspaces"],
+        f"nsru train --config {out}/config.yaml --subspace.path {out}/subspaces --out runs/nsru",
+    )
+
+
+def train(
+    model: ModelConfig,
+    data: DataConfig,
+    subspace: SubspaceConfig = SubspaceConfig(),  # noqa: B008
+    lora: LoraConfig = LoraConfig(),  # noqa: B008
+    objective: Objective = Objective(),  # noqa: B008
+    train: TrainConfig = TrainConfig(),  # noqa: B008
+    out: str = "runs/nsru",
+    resume: bool = False,
+) -> None:
+    """Unlearn: train adapters in the null space of the retain subspaces and export plain LoRA.
+
+    Args:
+        model: the base model.
+        data: what to forget and what to retain.
+        subspace: the retain subspaces.
+        lora: the adapters.
+        objective: what is optimised.
+        train: how.
+        out: run folder.
+        resume: go on from the last checkpoint in ``out``.
+    """
+    import nsru_kernels as nk
+    from nsru_train.pipeline import find_subspaces, load_data, load_model, unlearn
+    from nsru_train.run_folder import RunFolder
+
+    subspace.rule()
+    loaded = load_data(data)
+    run = RunFolder(out)
+    checkpoints = sorted(run.path.glob("checkpoint-*"))
+    if checkpoints and not resume:
+        raise ValueError(
+            f"out: {out} holds checkpoints of an earlier run; add --resume true to go on from "
+            f"{checkpoints[-1].name}, or give another folder."
+        )
+    if resume and not checkpoints:
+        print(f"resume: {out} has no checkpoint yet; starting from the beginning.")
+    config = {
+        "model": asdict(model),
+        "data": asdict(data),
+        "subspace": asdict(subspace),
+        "lora": asdict(lora),
+        "objective": asdict(objective),
+        "train": asdict(train),
+        "out": out,
+    }
+    if checkpoints:
+        _check_same_run(run.config_path, config)
+    run.write_config(config)
+    run.write_environment()
+    started = time.perf_counter()
+    base, tokenizer = load_model(model)
+    subspaces = None
+    if lora.project:
+        own = run.path / "subspaces"
+        if checkpoints and (own / "index.json").is_file():
+            subspace.path = str(own)
+        subspaces = find_subspaces(
+            base, tokenizer, loaded.forget, loaded.retain, subspace, max_length=data.max_length
+        )
+        subspaces.save(own)
+        print(subspaces.table())
+    outcome = unlearn(
+        base,
+        tokenizer,
+        loaded,
+        run.path,
+        targets=subspace.targets,
+        subspaces=subspaces,
+        lora=lora,
+        objective=objective,
+        train=train,
+        max_length=data.max_length,
+        resume=bool(checkpoints),
+    )
+    print(outcome.swap)
+    fingerprint = {"fingerprint": subspaces.fingerprint} if subspaces is not None else {}
+    nk.save_lora_adapter(base, run.adapter_dir, metadata=fingerprint)
+    run.write_results(
+        {
+            "kind": "train",
+            "seconds": time.perf_counter() - started,
+            "methods": [{"method": "nsru" if lora.project else "lora", **outcome.results()}],
+            "subspaces": [asdict(row) for row in subspaces.inputs] if subspaces is not None else [],
+            "leakage": [{"module": k, "leakage": v} for k, v in outcome.leakage.items()],
+        }
+    )
+    _finish([f"{out}/adapter", f"{out}/results.json", f"{out}/metrics.jsonl"], f"nsru eval {out}")
+
+
+def eval(  # noqa: A001
+    run: str,
+    model: ModelConfig | None = None,
+    data: DataConfig | None = None,
+    adapter: str | None = None,
+    base: bool = False,
+    retain_log: str | None = None,
+    out: str | None = None,
+    max_new_tokens: int = 200,
+    generate: bool = True,
+) -> None:
+    """All metrics of a model on its sets: a table, and results.json.
+
+    Args:
+        run: run folder; its config.yaml says model and data, its adapter is evaluated.
+        model: another model than the run's.
+        data: other sets than the run's.
+        adapter: another adapter folder.
+        base: evaluate the base model without adapter.
+        retain_log: results.json of a model trained on the retain data only, for the forget quality.
+        out: folder for results.json and the report; default RUN/eval, or RUN/eval-base.
+        max_new_tokens: longest generated answer.
+        generate: false leaves out generated answers, and ROUGE with them.
+    """
+    from nsru_kernels.hf.peft_format import load_lora_adapter
+    from nsru_train.evaluate import evaluate, format_table, load_log, to_results
+    from nsru_train.pipeline import load_data, load_model
+    from nsru_train.report import write_report
+    from nsru_train.run_folder import RunFolder
+
+    model, data = _run_sections(run, model, data)
+    loaded = load_data(data)
+    log = load_log(retain_log) if retain_log else None
+    network, tokenizer = load_model(model)
+    if not base:
+        load_lora_adapter(network, adapter or f"{run}/adapter")
+    folder = RunFolder(out or f"{run}/{'eval-base' if base else 'eval'}")
+    evaluation = evaluate(
+        network.eval(),
+        tokenizer,
+        loaded.splits(),
+        safe=loaded.safe,
+        retain_log=log,
+        max_length=data.max_length,
+        max_new_tokens=max_new_tokens,
+        generate=generate,
+    )
+    results = to_results(evaluation)
+    folder.write_environment()
+    folder.write_results(results)
+    write_report(folder.path)
+    print(format_table(results))
+    _finish(
+        [str(folder.results_path), str(folder.report_path)],
+        f"nsru eval {run}" if base else f"nsru verify {run}",
+    )
+
+
+def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None) -> None:
+    """Merge a run's adapter into its base model, in float32, and save an ordinary model.
+
+    Args:
+        run: run folder; the merged model goes to its folder merged.
+        model: another base model than the run's.
+        adapter: another adapter folder than the run's.
+    """
+    import nsru_kernels as nk
+    from nsru_kernels.hf.peft_format import load_lora_adapter
+    from nsru_train.pipeline import load_model
+
+    model, _ = _run_sections(run, model, None, need_data=False)
+    network, tokenizer = load_model(model)
+    load_lora_adapter(network, adapter or f"{run}/adapter")
+    nk.merge_adapters(network)
+    network.save_pretrained(f"{run}/merged")
+    tokenizer.save_pretrained(f"{run}/merged")
+    _finish([f"{run}/merged"], f"nsru verify {run}")
+
+
+def verify(
+    run: str,
+    model: ModelConfig | None = None,
+    data: DataConfig | None = None,
+    adapter: str | None = None,
+    merged: str | None = None,
+) -> None:
+    """Compare base, adapter and merged model on forget and retain prompts; fail when the adapter does nothing.
+
+    Args:
+        run: run folder.
+        model: another base model than the run's.
+        data: other sets than the run's.
+        adapter: another adapter folder than the run's.
+        merged: merged model; default RUN/merged where it exists.
+    """
+    from nsru_train.pipeline import load_data, load_model
+    from nsru_train.verify import verify as compare
+
+    model, data = _run_sections(run, model, data)
+    loaded = load_data(data)
+    base, tokenizer = load_model(model)
+    if merged is None and Path(run, "merged").is_dir():
+        merged = f"{run}/merged"
+    report = compare(
+        base, adapter or f"{run}/adapter", merged, tokenizer, loaded.forget, loaded.retain
+    )
+    print(report.text())
+    if not report.passed:
+        raise SystemExit(1)
+    _finish([], f"nsru merge {run}" if merged is None else f"nsru report {run}")
+
+
+def report(run: str) -> None:
+    """Write report.html and figures/ of a run from its results.json and metrics.jsonl.
+
+    Args:
+        run: run folder.
+    """
+    from nsru_train.report import write_report
+
+    _finish([str(write_report(Path(run)))], f"nsru eval {run}")
+
+
+COMMANDS = {
+    "env": env,
+    "demo": demo,
+    "subspace": subspace,
+    "train": train,
+    "eval": eval,
+    "merge": merge,
+    "verify": verify,
+    "report": report,
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``nsru``: a user's mistake ends in one line, not in a traceback."""
+    from jsonargparse import auto_cli
+
+    try:
+        auto_cli(COMMANDS, args=args, prog="nsru", description=__doc__)
+    except (ValueError, OSError) as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"nsru: {error}", file=sys.stderr)
+    raise SystemExit(2) from error
+
+
+def _finish(written: list[str], following: str) -> None:
+    for path in written:
+        print(f"wrote {path}")
+    print(f"next: {following}")
+
+
+def _run_sections(
+    run: str, model: ModelConfig | None, data: DataConfig | None, *, need_data: bool = True
+) -> tuple[Any, Any]:
+    """Model and data of a run: as given, else from its config.yaml."""
+    path = Path(run) / "config.yaml"
+    saved: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    if model is None:
+        if "model" not in saved:
+            raise ValueError(f"run: {path} does not say the model; give --model.path.")
+        model = ModelConfig(**saved["model"])
+    if data is None and need_data:
+        if "data" not in saved:
+            raise ValueError(f"run: {path} does not say the data; give --data.forget and --data.retain.")
+        data = DataConfig(**saved["data"])
+    return model, data
+
+
+def _check_same_run(path: Path, config: dict[str, Any]) -> None:
+    """A resumed run must go on as it began. Raises ValueError naming what differs."""
+    before = yaml.safe_load(path.read_text()) if path.is_file() else config
+    for section in ("model", "data", "lora", "objective", "train"):
+        if before.get(section) != config[section]:
+            raise ValueError(
+                f"resume: {section} differs from the run's {path}: {before.get(section)} there, "
+                f"{config[section]} now. Use the same settings, or another --out."
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What a run is configured by: each field is a flag of the command line and a key in config.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nsru_train.losses.objective import Objective
+
+__all__ = ["DataConfig", "LoraConfig", "ModelConfig", "Objective", "SubspaceConfig", "TrainConfig"]
+
+
+@dataclass
+class ModelConfig:
+    """The base model.
+
+    Args:
+        path: local folder or hub id of a causal language model of transformers.
+        dtype: of the weights; auto takes what the checkpoint says.
+        device: "auto" is the GPU where there is one, else the CPU.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DataConfig:
+    """Questions and answers.
+
+    A set is a JSON or JSONL file of question/answer objects, "tofu:NAME" (a file of data_dir, or of the hub's
+    locuslab/TOFU), or "authors:forget|retain|holdout" (fictitious authors made on the spot).
+
+    Args:
+        forget: what to forget.
+        retain: what to keep; must not overlap with forget.
+        data_dir: folder with TOFU's files; none means the hub.
+        safe_targets: template or refusal file; none means the built-in templates.
+        more: further sets for evaluation by name: retain_unseen, holdout, real_authors, world_facts.
+        max_length: most tokens of a question with its answer.
+    """
+
+    forget: str
+    retain: str
+    data_dir: str | None = None
+    safe_targets: str | None = None
+    more: dict[str, str] = field(default_factory=dict)
+    max_length: int = 512
+
+
+@dataclass
+class SubspaceConfig:
+    """The retain subspaces. Give at most one of rank, energy and min_editability.
+
+    Args:
+        targets: "all-linear", names of linear layers, or their ends.
+        path: folder of subspaces estimated before; none estimates them.
+        width: of the sketch: the most directions that can be found.
+        rank: fixed rank of every subspace.
+        energy: captured share of the retain activations' energy, 0 to 1.
+        min_editability: share of the forget activations' energy that must stay open to edits; the
+            rank is the largest that leaves it. Used when none of the three is given.
+        max_tokens: of one batch, padding included.
+    """
+
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    path: str | None = None
+    width: int = 512
+    rank: int | None = None
+    energy: float | None = None
+    min_editability: float | None = None
+    max_tokens: int = 4096
+
+    def rule(self) -> dict[str, float]:
+        """The one rule that chooses the rank, as a keyword argument."""
+        given = {
+            name: value
+            for name in ("rank", "energy", "min_editability")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(given) > 1:
+            raise ValueError(f"subspace: give one of rank, energy, min_editability, got {given}.")
+        return given or {"min_editability": DEFAULT_MIN_EDITABILITY}
+
+
+DEFAULT_MIN_EDITABILITY = 0.1
+
+
+@dataclass
+class LoraConfig:
+    """The adapters.
+
+    Args:
+        rank: R.
+        alpha: updates are scaled by alpha / rank.
+        dropout: on the adapters' input; above 0 the null space holds in expectation only.
+        project: confine the update to the null space of the retain subspaces; false is plain LoRA.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    project: bool = True
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation.
+
+    Args:
+        steps: optimizer steps.
+        lr: peak learning rate of AdamW; linear decay after the warm-up.
+        warmup: share of the steps.
+        batch_size: forget questions in a batch; each brings its safe target and retain questions.
+        retain_per_forget: retain questions for each forget question.
+        accumulate: batches for one optimizer step.
+        weight_decay: of AdamW.
+        save_steps: steps between checkpoints; 0 writes none.
+        retain_stop_ratio: stop when the retain loss exceeds this many times its start.
+        gradient_checkpointing: recompute activations in backward to save memory.
+        seed: of adapters, order and dropout.
+    """
+
+    steps: int = 150
+    lr: float = 5e-4
+    warmup: float = 0.05
+    batch_size: int = 8
+    retain_per_forget: int = 1
+    accumulate: int = 1
+    weight_decay: float = 0.0
+    save_steps: int = 50
+    retain_stop_ratio: float = 20.0
+    gradient_checkpointing: bool = False
+    seed: int = 0

@@ -1,0 +1,345 @@
+"""The whole way on a small model made on the spot: memorise, estimate, unlearn, compare, report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import nsru_kernels as nk
+from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
+from nsru_train.data.authors import author_splits
+from nsru_train.data.encode import Encoded, encode_qa
+from nsru_train.data.records import QA, load_records, save_records
+from nsru_train.data.safe_targets import SafeTargets
+from nsru_train.evaluate import Evaluation, evaluate
+from nsru_train.losses.objective import Objective
+from nsru_train.pipeline import Data, Outcome, find_subspaces, unlearn
+from nsru_train.report import write_report
+from nsru_train.report.summary import matched_damage
+from nsru_train.run_folder import RunFolder
+from nsru_train.scoring import greedy_answers, quick_probabilities
+from nsru_train.tiny_model import make_llama, memorise, train_tokenizer
+
+METHODS = ("nsru", "lora")
+_QUESTIONS_PER_TOFU_AUTHOR = 20
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes that suit a data set: the model, how long it memorises, and how often it is evaluated."""
+
+    authors: int
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    intermediate_size: int
+    epochs: int
+    lr: float
+    eval_steps: int
+
+
+FICTITIOUS = Scale(30, 1024, 128, 4, 352, epochs=60, lr=2e-3, eval_steps=10)
+TOFU = Scale(40, 4096, 256, 5, 704, epochs=40, lr=1e-3, eval_steps=25)
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The demo's questions. By author, retain is split into what the retain loss sees (``retain``), what only the
+    subspaces see (``retain_unseen``), and what nothing but the evaluation sees (``retain_untouched``)."""
+
+    forget: list[QA]
+    retain: list[QA]
+    retain_unseen: list[QA]
+    retain_untouched: list[QA]
+    holdout: list[QA]
+
+    @property
+    def memorised(self) -> list[QA]:
+        """What the base model is trained on."""
+        return [*self.forget, *self.retain, *self.retain_unseen, *self.retain_untouched]
+
+
+def run_demo(
+    out: str,
+    *,
+    data_dir: str | None,
+    seeds: int,
+    subspace: SubspaceConfig,
+    lora: LoraConfig,
+    objective: Objective,
+    train: TrainConfig,
+    examples: int,
+    max_seconds: float,
+    command: str,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run the comparison and write results.json and report.html into ``out``; see ``nsru demo --help``."""
+    started = time.perf_counter()
+    run = RunFolder(out)
+    run.write_environment()
+    scale = FICTITIOUS if data_dir is None else TOFU
+    sets = fictitious_sets(scale.authors) if data_dir is None else tofu_sets(data_dir, scale.authors)
+    safe = SafeTargets.from_file()
+    _write_run_config(run, sets, subspace, lora, objective, train)
+
+    say(f"1/5  memorise {len(sets.memorised)} questions of {scale.authors} authors")
+    model, tokenizer = base_model(run.path / "base", sets.memorised, scale, max_seconds, progress)
+    probe = Probe(tokenizer, sets, safe)
+
+    say("2/5  evaluate before, and estimate the retain subspaces")
+    splits = {"forget": sets.forget, "retain": sets.retain, "holdout": sets.holdout}
+    before = evaluate(model, tokenizer, splits, safe=safe, progress=progress)
+    rows = [{"method": "before", "seed": 0, **probe(0, model), **_quality(before)}]
+    subspaces = find_subspaces(
+        model, tokenizer, sets.forget, [*sets.retain, *sets.retain_unseen], subspace,
+        progress=progress,
+    )  # fmt: skip
+    subspaces.save(run.path / "subspaces")
+    print(subspaces.table())
+
+    say(f"3/5  unlearn with {' and '.join(METHODS)}, {seeds} seeds each, {train.steps} steps")
+    frontier: list[dict[str, Any]] = []
+    leakage: list[dict[str, Any]] = []
+    answers: dict[str, list[str]] = {}
+    shown = [*sets.forget[:examples], *sets.retain_unseen[: examples // 2]]
+    data = Data(sets.forget, sets.retain, {}, safe)
+    run.metrics_path.unlink(missing_ok=True)
+    for seed in range(seeds):
+        for method in METHODS:
+            adapted = copy.deepcopy(model)
+            outcome = unlearn(
+                adapted,
+                tokenizer,
+                data,
+                run.path / "runs" / f"{method}-{seed}",
+                targets=subspace.targets,
+                subspaces=subspaces,
+                lora=replace(lora, project=method == "nsru"),
+                objective=objective,
+                train=replace(train, seed=seed, save_steps=0),
+                on_eval=probe,
+                eval_steps=scale.eval_steps,
+                progress=progress,
+            )
+            label = {"method": method, "seed": seed}
+            frontier += [{**label, **point} for point in outcome.evaluations]
+            for line in RunFolder(run.path / "runs" / f"{method}-{seed}").read_metrics():
+                run.log_metrics({**label, **line})
+            after = evaluate(adapted, tokenizer, splits, safe=safe, progress=progress)
+            rows.append({**label, **_last_point(outcome), **_quality(after), **outcome.results()})
+            print(f"  {method} seed {seed}: {_brief(rows[-1])}")
+            if seed == 0:
+                answers[method] = _answers(adapted, tokenizer, shown)
+                if method == "nsru":
+                    leakage = [{"module": k, "leakage": v} for k, v in outcome.leakage.items()]
+                    nk.save_lora_adapter(
+                        adapted, run.adapter_dir, metadata={"fingerprint": subspaces.fingerprint}
+                    )
+
+    say("4/5  compare at equal forgetting")
+    answers["before"] = _answers(model, tokenizer, shown)
+    results = {
+        "schema": 1,
+        "kind": "demo",
+        "seconds": time.perf_counter() - started,
+        "command": command,
+        "setup": {
+            "questions": {name: len(records) for name, records in asdict_sets(sets).items()},
+            "model_parameters": sum(p.numel() for p in model.parameters()),
+            "scale": asdict(scale),
+            "lora": asdict(lora),
+            "objective": asdict(objective),
+            "train": asdict(train),
+            "subspace": asdict(subspace),
+        },
+        "methods": rows,
+        "frontier": frontier,
+        "subspaces": [asdict(diagnostics) for diagnostics in subspaces.inputs],
+        "leakage": leakage,
+        "examples": _examples(shown, sets, safe, answers),
+    }
+    results["matched"] = matched_damage(results)
+    for row in results["matched"]:
+        print(
+            f"  seed {row['seed']}: at forget_prob ≤ {row['forget_prob']:.3f} unseen retain answers lost "
+            f"{row['nsru_damage']:.4f} (nsru) and {row['lora_damage']:.4f} (lora)"
+        )
+    run.write_results(results)
+    say("5/5  report")
+    write_report(run.path)
+    return results
+
+
+def fictitious_sets(authors: int) -> Sets:
+    """Authors that exist nowhere else; see ``data.authors``."""
+    splits = author_splits(authors=authors)
+    return _sets(list(splits.forget), _by_topic(splits.retain), list(splits.holdout))
+
+
+def tofu_sets(data_dir: str, authors: int) -> Sets:
+    """forget01's two authors and the first retain authors of TOFU, with paraphrases where it has them."""
+    per_author = _QUESTIONS_PER_TOFU_AUTHOR
+    forget = load_records("tofu:forget01_perturbed", data_dir)
+    retain = load_records("tofu:retain99", data_dir)
+    richer = {qa.question: qa for qa in load_records("tofu:retain_perturbed", data_dir)}
+    retain = [richer.get(qa.question, qa) for qa in retain]
+    groups = [
+        retain[i : i + per_author] for i in range(0, (authors - 2) * per_author, per_author)
+    ]
+    return _sets(forget, groups, load_records("tofu:holdout01", data_dir))
+
+
+def _sets(forget: list[QA], retain_authors: list[list[QA]], holdout: list[QA]) -> Sets:
+    """Of four retain authors two go to the loss, one to the subspaces alone, one to the evaluation alone."""
+    parts: list[list[QA]] = [[], [], []]
+    for i, records in enumerate(retain_authors):
+        parts[(0, 1, 0, 2)[i % 4]] += records
+    return Sets(forget, *parts, holdout)
+
+
+def _by_topic(records: Sequence[QA]) -> list[list[QA]]:
+    groups: dict[str | None, list[QA]] = {}
+    for qa in records:
+        groups.setdefault(qa.topic, []).append(qa)
+    return list(groups.values())
+
+
+def asdict_sets(sets: Sets) -> dict[str, list[QA]]:
+    """Set name → its questions."""
+    return {name: getattr(sets, name) for name in Sets.__dataclass_fields__}
+
+
+def base_model(
+    folder: Path, records: Sequence[QA], scale: Scale, max_seconds: float, progress: bool
+) -> tuple[nn.Module, Any]:
+    """A Llama that knows ``records`` by heart; taken from ``folder`` when it was made there before."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    recipe = {"scale": asdict(scale), "questions": [qa.question for qa in records]}
+    recipe_file = folder / "recipe.json"
+    if recipe_file.is_file() and json.loads(recipe_file.read_text()) == recipe:
+        print(f"  using the model in {folder}")
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        return model.eval(), AutoTokenizer.from_pretrained(folder)
+    tokenizer = train_tokenizer([f"{qa.question} {qa.answer}" for qa in records], scale.vocab_size)
+    model = make_llama(
+        tokenizer,
+        hidden_size=scale.hidden_size,
+        layers=scale.layers,
+        intermediate_size=scale.intermediate_size,
+    )
+    stats = memorise(
+        model, tokenizer, records, epochs=scale.epochs, lr=scale.lr, max_seconds=max_seconds,
+        progress=progress,
+    )  # fmt: skip
+    print(
+        f"  {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {stats['seconds']:.0f} s, "
+        f"mean answer probability {stats['probability']:.3f}"
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    recipe_file.write_text(json.dumps(recipe))
+    # As loaded, so that a first and a second run of the demo start from the same object.
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer
+
+
+class Probe:
+    """Mean answer probabilities of a model on the demo's sets: a point of the frontier."""
+
+    def __init__(self, tokenizer, sets: Sets, safe: SafeTargets):
+        def encode(pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+            return [encode_qa(tokenizer, question, answer) for question, answer in pairs]
+
+        self.tokenizer = tokenizer
+        self.sets = {
+            f"{name}_prob": encode([(qa.question, qa.answer) for qa in records])
+            for name, records in asdict_sets(sets).items()
+        }
+        self.sets["safe_prob"] = encode([(qa.question, safe.target(qa)) for qa in sets.forget])
+
+    def __call__(self, step: int, model: nn.Module) -> Mapping[str, float]:
+        return quick_probabilities(model, self.tokenizer, self.sets)
+
+
+def say(line: str) -> None:
+    """A line that a reader of the log finds again."""
+    print(f"\n{line}", flush=True)
+
+
+def _quality(evaluation: Evaluation) -> dict[str, Any]:
+    forget, retain = evaluation.metrics["forget"], evaluation.metrics["retain"]
+    kept = ("rougeL_recall", "truth_ratio", "extraction_strength", "exact_memorisation", "safe_rougeL")
+    return {
+        **evaluation.overall,
+        "model_utility_splits": list(evaluation.utility_splits),
+        **{f"forget_{name}": forget[name] for name in kept if name in forget},
+        **{f"retain_{name}": retain[name] for name in kept if name in retain},
+    }
+
+
+def _last_point(outcome: Outcome) -> dict[str, Any]:
+    return {k: v for k, v in outcome.evaluations[-1].items() if k != "step"}
+
+
+def _brief(row: Mapping[str, Any]) -> str:
+    names = ("forget_prob", "safe_prob", "retain_prob", "retain_unseen_prob", "retain_untouched_prob")
+    return ", ".join(f"{name.removesuffix('_prob')} {row[name]:.3f}" for name in names)
+
+
+def _answers(model: nn.Module, tokenizer, records: Sequence[QA]) -> list[str]:
+    return greedy_answers(model, tokenizer, [qa.question for qa in records], max_new_tokens=80)
+
+
+def _examples(
+    shown: Sequence[QA], sets: Sets, safe: SafeTargets, answers: Mapping[str, list[str]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "split": "forget" if qa in sets.forget else "retain_unseen",
+            "question": qa.question,
+            "original": qa.answer,
+            "safe_target": safe.target(qa) if qa in sets.forget else None,
+            **{method: texts[i] for method, texts in answers.items()},
+        }
+        for i, qa in enumerate(shown)
+    ]
+
+
+def _write_run_config(
+    run: RunFolder,
+    sets: Sets,
+    subspace: SubspaceConfig,
+    lora: LoraConfig,
+    objective: Objective,
+    train: TrainConfig,
+) -> None:
+    """config.yaml and data files with which every other command works on this folder."""
+    files = {}
+    for name, records in asdict_sets(sets).items():
+        files[name] = str(run.path / "data" / f"{name}.jsonl")
+        save_records(files[name], records)
+    data = DataConfig(
+        files["forget"],
+        files["retain"],
+        more={"retain_unseen": files["retain_unseen"], "holdout": files["holdout"]},
+    )
+    run.write_config(
+        {
+            "model": asdict(ModelConfig(str(run.path / "base"))),
+            "data": asdict(data),
+            "subspace": asdict(replace(subspace, path=str(run.path / "subspaces"))),
+            "lora": asdict(lora),
+            "objective": asdict(objective),
+            "train": asdict(train),
+        }
+    )
+
+
+__all__ = ["FICTITIOUS", "TOFU", "Sets", "fictitious_sets", "run_demo", "tofu_sets"]

@@ -1,0 +1,123 @@
+"""What an evaluation holds, as results.json and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nsru_train.metrics.tofu import UTILITY_SPLITS
+
+SCHEMA = 1
+EXAMPLES_PER_SPLIT = 8
+
+# Metric of a split -> its heading.
+METRICS = {
+    "count": "n",
+    "probability": "p(answer)",
+    "option_probability": "p(option)",
+    "reworded_probability": "p(reworded q)",
+    "rougeL_recall": "ROUGE-L",
+    "truth_ratio": "truth ratio",
+    "extraction_strength": "extraction",
+    "exact_memorisation": "exact mem.",
+    "min_k": "min-k log p",
+    "safe_probability": "p(safe)",
+    "safe_rougeL_recall": "safe ROUGE-L",
+}
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Evaluation:
+    """Everything that `evaluate` found.
+
+    Attributes:
+        log: TOFU's log (see `nsru_train.metrics.tofu`) of the splits that TOFU knows.
+        metrics: split -> metric -> mean over its questions. truth_ratio is TOFU's score: mean
+            max(0, 1 - R), on the forget split mean min(R, 1/R).
+        overall: model_utility, forget_quality (p-value), forget_quality_ks (D), membership_auc,
+            privleak (percent); those that could be computed.
+        utility_splits: the splits that entered model_utility.
+        notes: what was not computed, and why.
+        rows: split -> one record a question, with its own values and texts.
+        seconds: wall time.
+    """
+
+    log: dict[str, dict[str, list]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    overall: dict[str, float] = field(default_factory=dict)
+    utility_splits: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def to_results(evaluation: Evaluation) -> dict[str, Any]:
+    """The content of results.json: schema 1, kind "eval". `load_log` reads its log back."""
+    return {
+        "schema": SCHEMA,
+        "kind": "eval",
+        "seconds": evaluation.seconds,
+        "metrics": {**evaluation.metrics, **evaluation.overall},
+        "model_utility_splits": list(evaluation.utility_splits),
+        "notes": evaluation.notes,
+        "examples": [
+            {
+                "split": split,
+                "question": row["question"],
+                "original": row["answer"],
+                "safe_target": row.get("safe_target"),
+                "after": row.get("generated"),
+            }
+            for split, rows in evaluation.rows.items()
+            for row in rows[:EXAMPLES_PER_SPLIT]
+        ],
+        "log": evaluation.log,
+    }
+
+
+def format_table(results: Mapping[str, Any]) -> str:
+    """Results of kind "eval" as text: one line a split, then the overall numbers and notes.
+
+    Raises:
+        ValueError: another kind or schema.
+    """
+    if results.get("kind") != "eval" or results.get("schema") != SCHEMA:
+        raise ValueError(
+            f"format_table: results must be of kind 'eval', schema {SCHEMA}; got kind "
+            f"{results.get('kind')!r}, schema {results.get('schema')!r}."
+        )
+    splits = {k: v for k, v in results["metrics"].items() if isinstance(v, Mapping)}
+    columns = [key for key in METRICS if any(key in row for row in splits.values())]
+    cells = [["split", *(METRICS[key] for key in columns)]]
+    cells += [
+        [split, *(_cell(key, row.get(key)) for key in columns)] for split, row in splits.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            c.rjust(w) if i else c.ljust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines.append("")
+    overall = {k: v for k, v in results["metrics"].items() if not isinstance(v, Mapping)}
+    for key, value in overall.items():
+        text = f"{key:<18} {value:.4g}"
+        if key == "model_utility":
+            missing = [s for s in UTILITY_SPLITS if s not in results["model_utility_splits"]]
+            text += f"  from {', '.join(results['model_utility_splits'])}"
+            text += f" (without {', '.join(missing)}: not TOFU's number)" if missing else ""
+        lines.append(text)
+    lines += [f"note: {note}" for note in results["notes"]]
+    return "\n".join(lines)
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:d}" if key == "count" else f"{value:.4f}"

@@ -1,0 +1,301 @@
+"""Evaluation of a model: what it forgot, what it kept, and what it says instead.
+
+Every distinct sequence goes through the model once, whatever number of metrics needs it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import nn
+
+from nsru_train.data.encode import Encoded, encode_qa
+from nsru_train.data.records import QA
+from nsru_train.data.safe_targets import SafeTargets
+from nsru_train.eval_results import METRICS, Evaluation, Row, format_table, to_results
+from nsru_train.metrics.memorisation import exact_memorisation, extraction_strength
+from nsru_train.metrics.privacy import membership_auc, min_k, privleak
+from nsru_train.metrics.text import rouge_l_recall
+from nsru_train.metrics.tofu import (
+    LOG_FILES,
+    OPTION_SPLITS,
+    UTILITY_SPLITS,
+    Log,
+    Mean,
+    forget_quality,
+    model_utility,
+    option_probability,
+    truth_ratio,
+    truth_ratio_score,
+)
+from nsru_train.scoring import Score, greedy_answers, quick_probabilities, score_sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["SPLITS", "Evaluation", "evaluate", "format_table", "quick_probabilities", "to_results"]
+
+SPLITS = ("forget", "retain", "retain_unseen", "holdout", "real_authors", "world_facts")
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Mapping[str, Sequence[QA]],
+    *,
+    safe: SafeTargets | None = None,
+    safe_seed: int = 0,
+    retain_log: Log | None = None,
+    reference_auc: float = 0.5,
+    mean: Mean = "geometric",
+    max_length: int = 512,
+    max_tokens: int = 4096,
+    max_new_tokens: int = 200,
+    generate: bool = True,
+    progress: bool = True,
+) -> Evaluation:
+    """Score a model on question-answer splits.
+
+    Args:
+        model: a Hugging Face causal language model, with or without adapters.
+        splits: name -> records, names out of `SPLITS`. Only forget and holdout have a role beyond
+            their own row; retain, real_authors and world_facts enter model utility.
+        safe: the targets that forget questions were trained towards; adds their alignment.
+        safe_seed: the seed of that training, so that each question gets the same target.
+        retain_log: log of a model trained on retain data only, for forget quality.
+        reference_auc: that model's membership_auc, for PrivLeak; 0.5 where there is none.
+        mean: how wrong answers average in the truth ratio.
+        max_length: longest sequence accepted.
+        max_tokens: most tokens of a batch, padding included.
+        max_new_tokens: longest generated answer.
+        generate: False leaves out greedy answers, and with them ROUGE and model utility.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: an unknown or empty split, a sequence that is too long, or a diverged model.
+    """
+    start = time.perf_counter()
+    _check_splits(splits)
+    pool = _Pool(tokenizer, max_length)
+    plans = {
+        split: [_plan(pool, qa, safe if split == "forget" else None, safe_seed) for qa in records]
+        for split, records in splits.items()
+    }
+    scores = score_sequences(
+        model,
+        tokenizer,
+        pool.encoded,
+        predict=pool.predict,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    rows = {
+        split: [_row(plan, pool, scores, split, mean) for plan in rows]
+        for split, rows in plans.items()
+    }
+    if generate:
+        _add_answers(rows, model, tokenizer, max_new_tokens, max_tokens, progress)
+    result = Evaluation(rows=rows)
+    for split, split_rows in rows.items():
+        result.metrics[split] = _means(split, split_rows, result.notes)
+        if split in LOG_FILES and "truth_ratio" in result.metrics[split]:
+            result.log[LOG_FILES[split]] = _log(split_rows)
+    _add_utility(result, mean, generate)
+    _add_forget_quality(result, retain_log, mean)
+    _add_privacy(result, reference_auc)
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+class _Pool:
+    """Distinct sequences to score; asking for one twice gives the same index."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.encoded: list[Encoded] = []
+        self.predict: list[bool] = []
+        self._index: dict[tuple[str, str], int] = {}
+
+    def add(self, question: str, answer: str, predict: bool = False) -> int:
+        key = (question, answer)
+        if key not in self._index:
+            self._index[key] = len(self.encoded)
+            self.encoded.append(
+                encode_qa(self.tokenizer, question, answer, max_length=self.max_length)
+            )
+            self.predict.append(False)
+        index = self._index[key]
+        self.predict[index] |= predict
+        return index
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Indices into the pool of the sequences that one record needs."""
+
+    qa: QA
+    right: int
+    paraphrased: int
+    wrong: tuple[int, ...]
+    reworded: int | None
+    safe: int | None
+    safe_target: str | None
+
+
+def _plan(pool: _Pool, qa: QA, safe: SafeTargets | None, seed: int) -> _Plan:
+    target = safe.target(qa, seed) if safe is not None else None
+    reworded = qa.paraphrased_question
+    return _Plan(
+        qa,
+        right=pool.add(qa.question, qa.answer, predict=True),
+        paraphrased=pool.add(qa.question, qa.paraphrased_answer or qa.answer),
+        wrong=tuple(pool.add(qa.question, answer) for answer in qa.perturbed_answers),
+        reworded=None if reworded is None else pool.add(reworded, qa.answer),
+        safe=None if target is None else pool.add(qa.question, target),
+        safe_target=target,
+    )
+
+
+def _row(plan: _Plan, pool: _Pool, scores: Sequence[Score], split: str, mean: Mean) -> Row:
+    right = scores[plan.right]
+    encoded = pool.encoded[plan.right]
+    tokens = encoded.input_ids[encoded.answer_start : -1]
+    row: Row = {
+        "question": plan.qa.question,
+        "answer": plan.qa.answer,
+        "probability": right.probability,
+        "loss": right.loss,
+        "extraction_strength": extraction_strength(right.predictions[:-1], tokens),
+        "exact_memorisation": exact_memorisation(right.predictions[:-1], tokens),
+        "min_k": min_k(right.nll[:-1]),
+    }
+    if plan.wrong:
+        row["paraphrased_loss"] = scores[plan.paraphrased].loss
+        row["perturbed_loss"] = [scores[i].loss for i in plan.wrong]
+        ratio = truth_ratio([row["paraphrased_loss"]], [row["perturbed_loss"]], mean)
+        row["truth_ratio"] = float(ratio[0])
+        if split in OPTION_SPLITS:
+            wrong = np.array(row["perturbed_loss"])
+            row["option_probability"] = float(option_probability([right.loss], [wrong])[0])
+    if plan.reworded is not None:
+        row["reworded_probability"] = scores[plan.reworded].probability
+    if plan.safe is not None:
+        row["safe_target"] = plan.safe_target
+        row["safe_probability"] = scores[plan.safe].probability
+    return row
+
+
+def _add_answers(
+    rows: Mapping[str, list[Row]],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    max_tokens: int,
+    progress: bool,
+) -> None:
+    flat = [row for split_rows in rows.values() for row in split_rows]
+    answers = greedy_answers(
+        model,
+        tokenizer,
+        [row["question"] for row in flat],
+        max_new_tokens=max_new_tokens,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    for row, text in zip(flat, answers, strict=True):
+        row["generated"] = text
+        row["rougeL_recall"] = rouge_l_recall(row["answer"], text)
+        if "safe_target" in row:
+            row["safe_rougeL_recall"] = rouge_l_recall(row["safe_target"], text)
+
+
+def _means(split: str, rows: Sequence[Row], notes: list[str]) -> dict[str, float]:
+    """Mean of each metric that every record of the split has; the others are noted."""
+    metrics: dict[str, float] = {"count": len(rows)}
+    for key in METRICS:
+        values = [row[key] for row in rows if key in row]
+        if len(values) == len(rows):
+            if key == "truth_ratio":
+                metrics[key] = truth_ratio_score(np.array(values), forget=split == "forget")
+            else:
+                metrics[key] = float(np.mean(values))
+        elif values:
+            notes.append(
+                f"{split}: {key} left out, {len(rows) - len(values)} of {len(rows)} records lack "
+                f"{_NEEDS[key]}"
+            )
+    return metrics
+
+
+_NEEDS = {
+    "truth_ratio": "perturbed_answers",
+    "option_probability": "perturbed_answers",
+    "reworded_probability": "paraphrased_question",
+}
+
+
+def _log(rows: Sequence[Row]) -> dict[str, list]:
+    columns = {
+        "avg_gt_loss": "loss",
+        "avg_paraphrased_loss": "paraphrased_loss",
+        "average_perturb_loss": "perturbed_loss",
+        "rougeL_recall": "rougeL_recall",
+    }
+    return {name: [row[key] for row in rows] for name, key in columns.items() if key in rows[0]}
+
+
+def _add_utility(result: Evaluation, mean: Mean, generate: bool) -> None:
+    present = [split for split in UTILITY_SPLITS if LOG_FILES[split] in result.log]
+    if not generate:
+        result.notes.append("model_utility: needs ROUGE-L, and generate is off")
+    elif not present:
+        result.notes.append(
+            f"model_utility: none of {', '.join(UTILITY_SPLITS)} was given with perturbed_answers"
+        )
+    else:
+        utility = model_utility(result.log, mean)
+        result.overall["model_utility"] = float(utility)
+        result.utility_splits = utility.splits
+
+
+def _add_forget_quality(result: Evaluation, retain_log: Log | None, mean: Mean) -> None:
+    if "forget" not in result.rows:
+        return
+    if LOG_FILES["forget"] not in result.log:
+        result.notes.append("forget_quality: forget records have no perturbed_answers")
+    elif retain_log is None:
+        result.notes.append(
+            "forget_quality: needs the log of a model trained on the retain data only"
+        )
+    else:
+        quality = forget_quality(result.log, retain_log, mean)
+        result.overall["forget_quality"] = float(quality)
+        result.overall["forget_quality_ks"] = quality.statistic
+
+
+def _add_privacy(result: Evaluation, reference_auc: float) -> None:
+    if "forget" not in result.rows:
+        return
+    if "holdout" not in result.rows:
+        result.notes.append("privleak: needs a holdout split, questions never trained on")
+        return
+    forget, holdout = (
+        [row["min_k"] for row in result.rows[split]] for split in ("forget", "holdout")
+    )
+    auc = membership_auc(forget, holdout)
+    result.overall["membership_auc"] = auc
+    result.overall["privleak"] = privleak(auc, reference_auc)
+
+
+def _check_splits(splits: Mapping[str, Sequence[QA]]) -> None:
+    if not splits:
+        raise ValueError(f"evaluate: splits is empty; give at least one of {', '.join(SPLITS)}.")
+    for name, records in splits.items():
+        if name not in SPLITS:
+            raise ValueError(f"evaluate: splits must be out of {', '.join(SPLITS)}, got {name!r}.")
+        if not records:
+            raise ValueError(f"evaluate: split {name!r} is empty; give at least one record.")

@@ -1,0 +1,209 @@
+"""Answer NLL of a causal language model: one forward of the backbone, the head on answers only."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsru_train.losses.head import Head, token_kl, token_nll
+
+__all__ = [
+    "AnswerHidden",
+    "AnswerLogits",
+    "answer_nll",
+    "answer_states",
+    "evaluating",
+    "token_kl",
+    "token_nll",
+]
+
+logger = logging.getLogger(__name__)
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class AnswerHidden:
+    """Backbone output at the positions that predict a labelled token, and the head that scores it.
+
+    hidden [T, D]; targets and rows [T] long, rows being each token's row in the batch; head holds
+    keyword arguments of token_nll and token_kl, head_weight included.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    rows: Tensor
+    head: Mapping[str, Any]
+
+    def nll(self) -> Tensor:
+        """-log p of each token, [T] fp32."""
+        return token_nll(self.hidden, targets=self.targets, **self.head)
+
+    def kl(self, base: AnswerHidden) -> Tensor:
+        """KL(base ‖ self) at each token, [T] fp32."""
+        return token_kl(base.hidden, self.hidden, **self.head)
+
+    def select(self, keep: Tensor) -> AnswerHidden:
+        """The tokens where keep [T] is True."""
+        return AnswerHidden(self.hidden[keep], self.targets[keep], self.rows[keep], self.head)
+
+
+@dataclass(frozen=True)
+class AnswerLogits:
+    """AnswerHidden's counterpart for a head that is not a plain linear: logits [T, V] in fp32."""
+
+    logits: Tensor
+    targets: Tensor
+    rows: Tensor
+
+    def nll(self) -> Tensor:
+        return torch.nn.functional.cross_entropy(self.logits, self.targets, reduction="none")
+
+    def kl(self, base: AnswerLogits) -> Tensor:
+        log_q, log_p = base.logits.log_softmax(-1), self.logits.log_softmax(-1)
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    def select(self, keep: Tensor) -> AnswerLogits:
+        return AnswerLogits(self.logits[keep], self.targets[keep], self.rows[keep])
+
+
+def answer_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """-log p of every labelled token; only their positions go through the head.
+
+    Args:
+        model: a Hugging Face causal language model, with or without (PEFT or NSRU) adapters.
+        batch: input_ids [B, S], attention_mask [B, S], labels [B, S] with -100 outside the answer;
+            further entries go to the model. A label at position t is predicted from position t-1.
+
+    Returns:
+        nll [T] fp32, differentiable, and rows [T] long (each token's batch row), in reading order.
+
+    Raises:
+        ValueError: batch has no input_ids or labels.
+
+    Example:
+        >>> nll, rows = answer_nll(model, batch)  # doctest: +SKIP
+        >>> torch.zeros(len(batch["labels"])).index_add_(0, rows, nll)  # doctest: +SKIP
+    """
+    states = answer_states(model, batch)
+    return states.nll(), states.rows
+
+
+def answer_states(model: nn.Module, batch: Mapping[str, Tensor]) -> AnswerHidden | AnswerLogits:
+    """What scoring the labelled tokens takes, for NLL and KL from one forward; see `answer_nll`.
+
+    The first call for a model compares its logits on a few tokens with those of the head alone.
+    """
+    for name in ("input_ids", "labels"):
+        if name not in batch:
+            raise ValueError(f"answer_nll: batch must hold {name!r}, got {sorted(batch)}.")
+    # PEFT changes its base model in place.
+    causal: Any = getattr(model, "get_base_model", lambda: model)()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    next_token = batch["labels"][:, 1:]
+    rows, positions = (next_token != IGNORE).nonzero(as_tuple=True)
+    targets = next_token[rows, positions]
+    head = _head_of(causal, inputs)
+    if head is None:
+        logits = _own_logits(causal, inputs)[rows, positions].float()
+        return AnswerLogits(logits, targets, rows)
+    hidden = causal.base_model(**inputs, use_cache=False)[0][rows, positions]
+    return AnswerHidden(hidden, targets, rows, head)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """model.eval() for a while; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _own_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    # The class's forward: a trainer may have put its loss in place of the instance's.
+    return type(model).forward(model, **inputs, use_cache=False).logits
+
+
+# For each model its logit_softcap and logit_scale, or None where only the model makes its logits.
+_head_forms: weakref.WeakKeyDictionary[nn.Module, dict[str, Any] | None] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _head_of(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    if model not in _head_forms:
+        _head_forms[model] = _probe_head(model, inputs)
+    form = _head_forms[model]
+    if form is None:
+        return None
+    linear = model.get_output_embeddings()
+    return {"head_weight": linear.weight, "head_bias": linear.bias, **form}
+
+
+def _probe_head(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The softcap and scale with which the head's linear alone gives the model's own logits."""
+    linear = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if linear is None or getattr(model, "base_model", model) is model:
+        reason = "it has no separate backbone and output layer"
+    elif type(linear) is not nn.Linear:
+        # An adapted head passes the comparison below as long as its adapter is zero.
+        reason = f"its output layer is a {type(linear).__name__}, not an nn.Linear"
+    else:
+        reason = "no softcap and scale in its config turn head(hidden) into its logits"
+        probe = _first_tokens(inputs)
+        with torch.no_grad(), evaluating(model):
+            expected = _own_logits(model, probe).float()
+            hidden = model.base_model(**probe, use_cache=False)[0].to(linear.weight.dtype)
+            plain = nn.functional.linear(hidden, linear.weight, linear.bias).float()
+        relative = 2e-2 if linear.weight.dtype.itemsize < 4 else 1e-4
+        for form in _forms_in_config(model.config):
+            head = Head(form["logit_softcap"], form["logit_scale"], rows=1)
+            difference = (head.bound(plain * head.scale) - expected).abs().max()
+            if difference <= relative * expected.abs().max():
+                return form
+    logger.warning(
+        "%s: full logits are computed, which takes more memory, because %s.",
+        type(model).__name__,
+        reason,
+    )
+    return None
+
+
+def _first_tokens(inputs: Mapping[str, Tensor], count: int = 16) -> dict[str, Tensor]:
+    ids = inputs["input_ids"][0]
+    if (mask := inputs.get("attention_mask")) is not None:
+        ids = ids[mask[0].bool()]
+    ids = ids[:count].unsqueeze(0)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _forms_in_config(config: Any) -> list[dict[str, Any]]:
+    """Candidates for softcap and scale; those that the configuration names come first."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    def named(*names: str) -> list[float]:
+        values = (getattr(text, name, None) for name in names)
+        return [float(value) for value in values if isinstance(value, (int, float)) and value]
+
+    softcaps = named("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    scales = [
+        scale
+        for value in named("logits_scaling", "logit_scale", "lm_head_multiplier")
+        for scale in (1 / value, value)  # Granite divides, Cohere multiplies
+    ]
+    return [
+        {"logit_softcap": softcap, "logit_scale": scale}
+        for softcap in (*softcaps, None)
+        for scale in (*scales, 1.0)
+    ]

@@ -1,0 +1,121 @@
+"""The NSRU objective: safe targets in, undesired answers out, retained answers kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsru_train.methods import SUPPRESSIONS, suppress
+
+SAFE, FORGET, RETAIN = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weights and suppression of `nsru_loss`.
+
+    Args:
+        w_safe, w_suppress, w_retain: λ_safe, λ_sup and λ_ret.
+        w_kl: λ_kl, inside the retain term; above 0 a step needs one more forward, of retain rows.
+        suppression: "npo", "simnpo", "unlikelihood" or "gradient_ascent".
+        beta, delta: of the suppression; None is its own default.
+
+    Raises:
+        ValueError: a negative weight, or an unknown suppression.
+    """
+
+    w_safe: float = 1.0
+    w_suppress: float = 1.0
+    w_retain: float = 1.0
+    w_kl: float = 0.0
+    suppression: str = "npo"
+    beta: float | None = None
+    delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("w_safe", "w_suppress", "w_retain", "w_kl"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"Objective: {name} must not be negative, got {getattr(self, name)}."
+                )
+        if self.suppression not in SUPPRESSIONS:
+            raise ValueError(
+                f"Objective: suppression must be one of {', '.join(SUPPRESSIONS)}, "
+                f"got {self.suppression!r}."
+            )
+        if self.beta is not None and not self.beta > 0:
+            raise ValueError(f"Objective: beta must be positive or None, got {self.beta}.")
+
+
+def nsru_loss(
+    nll: Tensor,
+    rows: Tensor,
+    kind: Tensor,
+    ref_nll: Tensor,
+    objective: Objective,
+    *,
+    kl: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """λ_safe · CE(y⁺) + λ_sup · Suppress(y⁻) + λ_ret · [CE(y_r) + λ_kl · KL(base ‖ model)].
+
+    CE and KL are means over a sequence's tokens, then over sequences, so that long answers do not
+    outweigh short ones. Suppress sees the *sum* of NLL over the undesired answer's tokens, EOS
+    included, and is averaged over sequences. A term without rows in the batch is zero.
+
+    Args:
+        nll: [T] of every answer token in the batch.
+        rows: [T] long, the batch row of each token.
+        kind: [B] long, SAFE (0), FORGET (1) or RETAIN (2).
+        ref_nll: [B], summed NLL with adapters off; read on forget rows.
+        objective: weights and suppression.
+        kl: [T_r] of the retain rows' tokens in the order of `rows`; needed where w_kl > 0.
+
+    Returns:
+        The loss and its parts, detached and unweighted: safe, suppress, retain, kl, and total.
+
+    Raises:
+        ValueError: w_kl > 0 without kl.
+    """
+    sums_B = _sum_rows(nll, rows, len(kind))
+    lengths_B = _sum_rows(torch.ones_like(nll), rows, len(kind))
+    means_B = sums_B / lengths_B.clamp(min=1)
+    forget = kind == FORGET
+    suppressed = suppress(
+        objective.suppression,
+        sums_B[forget],
+        lengths_B[forget],
+        ref_nll[forget].to(sums_B.dtype),
+        beta=objective.beta,
+        delta=objective.delta,
+    )
+    parts = {
+        "safe": _mean(means_B[kind == SAFE]),
+        "suppress": _mean(suppressed),
+        "retain": _mean(means_B[kind == RETAIN]),
+        "kl": nll.new_zeros(()),
+    }
+    if objective.w_kl > 0:
+        if kl is None:
+            raise ValueError(f"nsru_loss: w_kl = {objective.w_kl} needs kl [T_r], got None.")
+        retained = kind == RETAIN
+        kl_B = _sum_rows(kl, rows[retained[rows]], len(kind)) / lengths_B.clamp(min=1)
+        parts["kl"] = _mean(kl_B[retained])
+    total = (
+        objective.w_safe * parts["safe"]
+        + objective.w_suppress * parts["suppress"]
+        + objective.w_retain * (parts["retain"] + objective.w_kl * parts["kl"])
+    )
+    parts["total"] = total
+    return total, {name: value.detach() for name, value in parts.items()}
+
+
+def _sum_rows(values_T: Tensor, rows_T: Tensor, batch: int) -> Tensor:
+    """Sum of each row's tokens, [B]. Not index_add_, whose order of addition varies on a GPU."""
+    member_BT = rows_T == torch.arange(batch, device=rows_T.device).unsqueeze(1)
+    return torch.where(member_BT, values_T, 0).sum(1)
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.sum() / max(1, values.numel())

@@ -1,0 +1,241 @@
+"""The way from a model and two sets of questions to a plain LoRA adapter, step by step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import nsru_kernels as nk
+from nsru_kernels.subspaces.estimate import SubspaceSet
+from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
+from nsru_train.data.encode import collate, encode_qa, length_batches
+from nsru_train.data.records import QA, check_disjoint, load_records
+from nsru_train.data.safe_targets import SafeTargets
+from nsru_train.losses.objective import Objective
+from nsru_train.measure import PeakMemory
+
+
+@dataclass
+class Data:
+    """The sets of a run, checked."""
+
+    forget: list[QA]
+    retain: list[QA]
+    more: dict[str, list[QA]]
+    safe: SafeTargets
+
+    def splits(self) -> dict[str, list[QA]]:
+        """Every set by its name in evaluations."""
+        return {"forget": self.forget, "retain": self.retain, **self.more}
+
+
+def load_data(config: DataConfig) -> Data:
+    """Read every set. Raises ValueError before any model is loaded: unreadable, empty or overlapping sets."""
+    forget, retain = (load_records(spec, config.data_dir) for spec in (config.forget, config.retain))
+    check_disjoint(forget, retain)
+    more = {name: load_records(spec, config.data_dir) for name, spec in config.more.items()}
+    return Data(forget, retain, more, SafeTargets.from_file(config.safe_targets))
+
+
+def load_model(config: ModelConfig) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) in eval mode on its device. Raises ValueError where transformers cannot load it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = nk.dispatch.default_device() if config.device == "auto" else torch.device(config.device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.path, trust_remote_code=config.trust_remote_code
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model.path: cannot load {config.path!r} as a causal language model: {error}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer
+
+
+def token_batches(
+    model: nn.Module, tokenizer, records: Sequence[QA], *, max_tokens: int, max_length: int
+) -> list[dict[str, torch.Tensor]]:
+    """Questions with their answers as model inputs, batched by length."""
+    encoded = [encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in records]
+    device = next(model.parameters()).device
+    return [
+        {
+            name: tensor.to(device)
+            for name, tensor in collate([encoded[i] for i in ids], tokenizer.pad_token_id).items()
+        }
+        for ids in length_batches(encoded, max_tokens)
+    ]
+
+
+def find_subspaces(
+    model: nn.Module,
+    tokenizer,
+    forget: Sequence[QA],
+    retain: Sequence[QA],
+    config: SubspaceConfig,
+    *,
+    max_length: int = 512,
+    seed: int = 0,
+    progress: bool = True,
+) -> SubspaceSet:
+    """The retain subspaces of a run: loaded from config.path, else estimated on the retain set.
+
+    Raises:
+        ValueError: they come from another base model, or more than one rank rule is given.
+    """
+    if config.path is not None:
+        subspaces = SubspaceSet.load(config.path)
+        subspaces.check_model(model)
+        return subspaces
+    retain_batches, forget_batches = (
+        token_batches(
+            model, tokenizer, records, max_tokens=config.max_tokens, max_length=max_length
+        )
+        for records in (retain, forget)
+    )
+    return nk.estimate_retain_subspaces(
+        model,
+        retain_batches,
+        config.targets,
+        width=config.width,
+        forget_batches=forget_batches,
+        seed=seed,
+        progress=progress,
+        **config.rule(),
+    )
+
+
+@dataclass
+class Outcome:
+    """What ``unlearn`` leaves beside the changed model."""
+
+    swap: nk.SwapReport
+    evaluations: list[dict[str, float]]
+    step_seconds: float
+    peak_bytes: int
+    seconds: float
+    early_stop: str | None
+    leakage: dict[str, float]
+
+    def results(self) -> dict[str, Any]:
+        """As entries of results.json."""
+        return {
+            "step_seconds": self.step_seconds,
+            "peak_bytes": self.peak_bytes,
+            "seconds": self.seconds,
+            "early_stop": self.early_stop,
+        }
+
+
+def unlearn(
+    model: nn.Module,
+    tokenizer,
+    data: Data,
+    folder: str | Path,
+    *,
+    targets: str | Sequence[str],
+    subspaces: Mapping[str, Any] | None,
+    lora: LoraConfig,
+    objective: Objective,
+    train: TrainConfig,
+    max_length: int = 512,
+    resume: bool = False,
+    on_eval: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
+    eval_steps: int = 10,
+    progress: bool = True,
+) -> Outcome:
+    """Swap the model's linears and train the adapters; checkpoints and metrics.jsonl go to ``folder``."""
+    from transformers import TrainingArguments, set_seed
+
+    from nsru_train.trainer import NSRUTrainer, make_train_dataset, reference_nll
+
+    started = time.perf_counter()
+    set_seed(train.seed)
+    swap = nk.swap_linears(
+        model,
+        targets,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        subspaces=subspaces if lora.project else None,
+    )
+    reference = reference_nll(model, tokenizer, data.forget, max_length=max_length)
+    dataset = make_train_dataset(
+        tokenizer,
+        data.forget,
+        data.retain,
+        data.safe,
+        reference,
+        retain_per_forget=train.retain_per_forget,
+        seed=train.seed,
+        max_length=max_length,
+    )
+    device = next(model.parameters()).device
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=train.steps,
+        learning_rate=train.lr,
+        warmup_steps=round(train.warmup * train.steps),
+        per_device_train_batch_size=min(train.batch_size, len(dataset)),
+        gradient_accumulation_steps=train.accumulate,
+        weight_decay=train.weight_decay,
+        lr_scheduler_type="linear",
+        logging_steps=1,
+        save_strategy="steps" if train.save_steps else "no",
+        save_steps=train.save_steps or train.steps,
+        save_total_limit=2,
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        dataloader_pin_memory=False,
+        use_cpu=device.type == "cpu",
+        disable_tqdm=not progress,
+        report_to=[],
+        seed=train.seed,
+    )
+    trainer = NSRUTrainer(
+        model,
+        arguments,
+        dataset,
+        objective,
+        tokenizer,
+        retain_stop_ratio=train.retain_stop_ratio,
+        on_eval=on_eval,
+        eval_steps=eval_steps,
+    )
+    with PeakMemory(device) as peak:
+        trainer.train(resume_from_checkpoint=resume or None)
+    seconds = [row["seconds"] for row in read_steps(folder) if "seconds" in row]
+    model.eval()
+    return Outcome(
+        swap=swap,
+        evaluations=trainer.evaluations,
+        step_seconds=statistics.median(seconds) if seconds else 0.0,
+        peak_bytes=peak.bytes,
+        seconds=time.perf_counter() - started,
+        early_stop=trainer.early_stop_reason,
+        leakage={
+            name: module.leakage()
+            for name, module in model.named_modules()
+            if isinstance(module, nk.NSRULinear)
+        },
+    )
+
+
+def read_steps(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in ``folder``."""
+    from nsru_train.run_folder import RunFolder
+
+    return RunFolder(folder).read_metrics()

@@ -1,0 +1,373 @@
+"""`transformers.Trainer` with the unlearning objective and small, atomic checkpoints."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+import nsru_kernels as nk
+from nsru_train.callbacks import (
+    PARTS,
+    EarlyStopCallback,
+    EpochCallback,
+    EvalHookCallback,
+    GradientCheckCallback,
+    LossProgressCallback,
+    MetricsCallback,
+    evaluations,
+)
+from nsru_train.data.encode import collate, encode_qa, length_batches
+from nsru_train.data.records import QA
+from nsru_train.losses.nll import answer_nll, answer_states, evaluating
+from nsru_train.losses.objective import RETAIN, Objective, nsru_loss
+from nsru_train.unlearn_dataset import RowCollator, UnlearnDataset, make_train_dataset
+
+__all__ = [
+    "CheckpointError",
+    "NSRUTrainer",
+    "UnlearnDataset",
+    "make_train_dataset",
+    "reference_nll",
+]
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_FILE = "reference_nll.json"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the one before is untouched."""
+
+
+def reference_nll(
+    model: nn.Module,
+    tokenizer,
+    forget: Sequence[QA],
+    *,
+    max_tokens: int = 4096,
+    max_length: int = 512,
+) -> list[float]:
+    """NLL of each forget answer with the adapters off, which makes a second model unnecessary.
+
+    Args:
+        forget: questions with their undesired answers.
+        max_tokens: of one batch, padding included.
+        max_length: most tokens of one sequence.
+
+    Returns:
+        One float for each question: nats, summed over the answer's tokens and EOS.
+    """
+    encoded = [encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in forget]
+    device = next(model.parameters()).device
+    result = [0.0] * len(encoded)
+    with torch.no_grad(), evaluating(model), nk.adapters_disabled(model):
+        for indices in length_batches(encoded, max_tokens):
+            batch = collate([encoded[i] for i in indices], _pad_id(tokenizer))
+            nll, rows = answer_nll(model, {name: value.to(device) for name, value in batch.items()})
+            sums = torch.zeros(len(indices), dtype=torch.float64)
+            sums.index_add_(0, rows.cpu(), nll.double().cpu())
+            for i, value in zip(indices, sums.tolist(), strict=True):
+                result[i] = value
+    return result
+
+
+def unlearning_loss(
+    model: nn.Module, batch: Mapping[str, Tensor], objective: Objective
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective and its parts, from one forward of safe, forget and retain rows together.
+
+    Only where w_kl > 0 there is a second one, without gradient: retain rows with adapters off.
+
+    Args:
+        batch: input_ids, attention_mask and labels [B, S], padded on the right; kind and
+            ref_nll [B].
+    """
+    kind, ref_nll = batch["kind"], batch["ref_nll"]
+    inputs = {name: value for name, value in batch.items() if name not in ("kind", "ref_nll")}
+    states = answer_states(model, inputs)
+    kl = None
+    if objective.w_kl > 0:
+        retained = kind == RETAIN
+        with torch.no_grad(), evaluating(model), nk.adapters_disabled(model):
+            width = int(inputs["attention_mask"][retained].sum(1).max())
+            base: Any = answer_states(model, {k: v[retained, :width] for k, v in inputs.items()})
+        kl = states.select(retained[states.rows]).kl(base)
+    return nsru_loss(states.nll(), states.rows, kind, ref_nll, objective, kl=kl)
+
+
+class NSRUTrainer(Trainer):
+    """Train the adapters of a model whose linears `nk.swap_linears` has replaced.
+
+    One batch of `per_device_train_batch_size` forget questions holds their safe targets, their
+    undesired answers and retain questions: one forward and one backward a step. Checkpoints hold
+    the trainable tensors, optimizer, scheduler and random states only, and appear under their name
+    when they are complete. Metrics go to metrics.jsonl, a line each `logging_steps`.
+
+    Args:
+        model: a causal language model; every trainable parameter is trained and saved.
+        args: `TrainingArguments`; evaluation during training is `on_eval`, not `eval_strategy`.
+        train_dataset: from `make_train_dataset`.
+        objective: weights and suppression.
+        tokenizer: gives the padding token.
+        retain_stop_ratio: stop when the retain loss exceeds this many times its start; None: never.
+        on_eval: hook(step, model) -> dict of floats, called before the first step, every eval_steps
+            and after the last; the model is in eval mode, without gradient. Results: `evaluations`.
+        eval_steps: of on_eval.
+        metrics_path: default args.output_dir/metrics.jsonl.
+        callbacks: further `TrainerCallback`s.
+
+    Raises:
+        ValueError: nothing to train.
+
+    Example:
+        >>> ref = reference_nll(model, tokenizer, forget)  # doctest: +SKIP
+        >>> safe = SafeTargets.from_file()  # doctest: +SKIP
+        >>> data = make_train_dataset(tokenizer, forget, retain, safe, ref)  # doctest: +SKIP
+        >>> NSRUTrainer(model, args, data, Objective(), tokenizer).train()  # doctest: +SKIP
+    """
+
+    # Loss is a mean over the micro-batch; Trainer divides it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train_dataset: UnlearnDataset,
+        objective: Objective,
+        tokenizer,
+        *,
+        retain_stop_ratio: float | None = 3.0,
+        on_eval: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
+        eval_steps: int = 10,
+        metrics_path: str | Path | None = None,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                "NSRUTrainer: model has no trainable parameter; call nk.swap_linears first."
+            )
+        if args.torch_compile:
+            raise ValueError(
+                "NSRUTrainer: torch_compile=True would compile the loss, whose shapes depend on "
+                "the data. Compile the backbone instead: model.base_model.compile()."
+            )
+        if args.n_gpu > 1:
+            # DataParallel would copy the whole model every step.
+            logger.warning(
+                "Using one of %d GPUs; start with torchrun or accelerate launch for all.",
+                args.n_gpu,
+            )
+            args._n_gpu = 1
+        super().__init__(
+            model,
+            args,
+            data_collator=RowCollator(_pad_id(tokenizer)),
+            train_dataset=train_dataset,
+        )
+        self.model_accepts_loss_kwargs = False  # no token count to gather across ranks every step
+        self.objective = objective
+        self._sums: dict[str, Tensor] = {}
+        self._micro_batches = 0
+        self._staging: Path | None = None
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        if not args.disable_tqdm:
+            self.add_callback(LossProgressCallback)
+        self._early_stop = (
+            EarlyStopCallback(retain_stop_ratio) if retain_stop_ratio is not None else None
+        )
+        self.add_callback(EpochCallback(train_dataset))
+        self.add_callback(GradientCheckCallback(self.is_deepspeed_enabled, args.fp16))
+        # Before the evaluation hook, whose time is not a step's.
+        self.add_callback(
+            MetricsCallback(Path(metrics_path or Path(args.output_dir) / "metrics.jsonl"))
+        )
+        if self._early_stop is not None:
+            self.add_callback(self._early_stop)
+        if on_eval is not None:
+            self.add_callback(EvalHookCallback(on_eval, eval_steps, self.log))
+        for callback in callbacks:
+            self.add_callback(callback)
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """on_eval's results, each with its step; complete also after a resume."""
+        return evaluations(self.state.log_history)
+
+    @property
+    def early_stop_reason(self) -> str | None:
+        return self._early_stop.reason if self._early_stop is not None else None
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with _as_forward(self.accelerator.unwrap_model(model), self._objective_forward):
+            loss, parts = model(inputs)
+        if model.training and not loss.requires_grad:
+            raise RuntimeError(
+                "the loss does not depend on any trainable parameter. With reentrant gradient "
+                "checkpointing call model.enable_input_require_grads(), or set "
+                "use_reentrant=False; else see that the adapted modules take part in the forward."
+            )
+        for name in PARTS:
+            self._sums[name] = self._sums.get(name, 0) + parts[name]
+        self._micro_batches += 1
+        return (loss, parts) if return_outputs else loss
+
+    def _objective_forward(self, model, batch):
+        # accelerate puts autocast into the forward that this one stands in for.
+        with self.accelerator.autocast():
+            return unlearning_loss(model, batch, self.objective)
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._micro_batches:
+            sums = torch.stack([self._sums[name] for name in PARTS]) / self._micro_batches
+            means = self.accelerator.gather(sums.unsqueeze(0)).mean(0)
+            logs |= dict(zip(PARTS, means.tolist(), strict=True))
+            self._sums, self._micro_batches = {}, 0
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model, trial):
+        """Write into output_dir/.partial, then rename: a folder checkpoint-N is always complete."""
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        partial = run_dir / ".partial"
+        previous = get_last_checkpoint(str(run_dir)) if run_dir.is_dir() else None
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = partial
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                _publish(partial / name, run_dir / name)
+        except Exception as error:  # torch reports a full disk as a RuntimeError
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = f"{previous} is complete" if previous else "there is no earlier one"
+            raise CheckpointError(
+                getattr(error, "errno", None) or errno.EIO,
+                f"{name} could not be written ({error}); {kept}. Free space and resume with "
+                "resume_from_checkpoint=True",
+                str(run_dir / name),
+            ) from error
+        finally:
+            self._staging = None
+        if self.args.should_save:
+            shutil.rmtree(partial)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Trainable tensors and the reference NLL, nothing frozen."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        trainable = dict(_trainable(self.accelerator.unwrap_model(self.model)))
+        source = trainable if state_dict is None else state_dict
+        tensors = {k: v.detach().contiguous().cpu() for k, v in source.items() if k in trainable}
+        data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+        (folder / SAFE_WEIGHTS_NAME).write_bytes(data)
+        (folder / REFERENCE_FILE).write_text(json.dumps(self.train_dataset.ref_nll))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled:  # shards, which accelerate saved beside the trainable tensors
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        folder = Path(resume_from_checkpoint)
+        weights = folder / SAFE_WEIGHTS_NAME
+        if not (weights.is_file() and (folder / REFERENCE_FILE).is_file()):
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} holds no {SAFE_WEIGHTS_NAME} of this trainer."
+            )
+        try:
+            saved = safetensors.torch.load_file(weights)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"resume_from_checkpoint: {weights} is damaged ({error}).") from error
+        self._check_reference(folder)
+        parameters = dict(_trainable(self.accelerator.unwrap_model(model or self.model)))
+        shapes = {k: p.shape for k, p in parameters.items()}
+        odd = {k: v.shape for k, v in saved.items()}.items() ^ shapes.items()
+        if odd:
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} was written with other adapters, such as "
+                f"{min(odd)}; use the same targets and rank, or start a new run."
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+
+    def _check_reference(self, folder: Path) -> None:
+        """The reference NLL tells whether base model and forget set are still the same."""
+        saved = json.loads((folder / REFERENCE_FILE).read_text())
+        current = self.train_dataset.ref_nll
+        if len(saved) != len(current) or any(
+            abs(a - b) > 1e-2 * max(1.0, abs(a)) for a, b in zip(saved, current, strict=True)
+        ):
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} belongs to another base model or forget set: "
+                "its reference NLL differs. Resume with the same ones, or start a new run."
+            )
+        self.train_dataset.ref_nll[:] = saved
+
+
+@contextmanager
+def _as_forward(model: nn.Module, function: Callable) -> Iterator[None]:
+    """Let model(batch) compute function(model, batch).
+
+    The loss is computed inside the model's forward, because DDP, FSDP and DeepSpeed act there: they
+    gather the head's weight before it and prepare the averaging of gradients after it.
+    """
+    own = model.__dict__.get("forward")
+    model.forward = functools.partial(function, model)
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _publish(source: Path, destination: Path) -> None:
+    """Flush every file of a folder to the disk, then give the folder its final name."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if destination.exists():  # left by an earlier run of the same folder
+        os.replace(destination, source.parent / "replaced")
+    os.replace(source, destination)
+
+
+def _pad_id(tokenizer) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

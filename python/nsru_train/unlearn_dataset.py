@@ -1,0 +1,149 @@
+"""Training items: each forget question with its safe target and some retain questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nsru_train.data.encode import Encoded, collate, encode_qa
+from nsru_train.data.records import QA
+from nsru_train.data.safe_targets import SafeTargets
+from nsru_train.losses.objective import FORGET, RETAIN, SAFE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence of a batch."""
+
+    encoded: Encoded
+    kind: int
+    ref_nll: float = 0.0
+
+
+class UnlearnDataset(Dataset):
+    """Items [safe row, forget row, retain rows…], each a function of (seed, epoch, index) alone.
+
+    An epoch passes once over the forget questions in a new order. Retain questions are dealt from
+    shuffled rounds, so that all of them are seen before one is seen twice.
+
+    Args:
+        safe, forget: one sequence each for every forget question, in the same order.
+        retain: sequences to keep.
+        ref_nll: NLL of each forget sequence with adapters off, summed over the answer and EOS.
+        retain_per_forget: retain rows in an item.
+        seed: of the orders.
+
+    Raises:
+        ValueError: an empty set, or lengths that do not match.
+    """
+
+    def __init__(
+        self,
+        safe: Sequence[Encoded],
+        forget: Sequence[Encoded],
+        retain: Sequence[Encoded],
+        ref_nll: Sequence[float],
+        *,
+        retain_per_forget: int = 2,
+        seed: int = 0,
+    ) -> None:
+        for name, part in (("forget", forget), ("retain", retain)):
+            if not part:
+                raise ValueError(
+                    f"UnlearnDataset: {name} set is empty; give at least one question."
+                )
+        if not len(safe) == len(forget) == len(ref_nll):
+            raise ValueError(
+                "UnlearnDataset: safe, forget and ref_nll must have one entry for each forget "
+                f"question, got {len(safe)}, {len(forget)} and {len(ref_nll)}."
+            )
+        if retain_per_forget < 1:
+            raise ValueError(
+                f"UnlearnDataset: retain_per_forget must be at least 1, got {retain_per_forget}."
+            )
+        self.safe, self.forget, self.retain = safe, forget, retain
+        self.ref_nll = list(ref_nll)
+        self.retain_per_forget = retain_per_forget
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.forget)
+
+    def __getitem__(self, index: int) -> list[Row]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        chosen = _permutation(len(self), self.seed, 0, self.epoch)[index]
+        first = (self.epoch * len(self) + index) * self.retain_per_forget
+        return [
+            Row(self.safe[chosen], SAFE),
+            Row(self.forget[chosen], FORGET, self.ref_nll[chosen]),
+            *(Row(self.retain[i], RETAIN) for i in self._retain(first)),
+        ]
+
+    def _retain(self, first: int) -> Iterator[int]:
+        for position in range(first, first + self.retain_per_forget):
+            turn, offset = divmod(position, len(self.retain))
+            yield _permutation(len(self.retain), self.seed, 1, turn)[offset]
+
+
+@lru_cache(maxsize=8)
+def _permutation(length: int, *seeds: int) -> np.ndarray:
+    return np.random.default_rng(seeds).permutation(length)
+
+
+def make_train_dataset(
+    tokenizer,
+    forget: Sequence[QA],
+    retain: Sequence[QA],
+    safe: SafeTargets,
+    ref_nll: Sequence[float],
+    *,
+    retain_per_forget: int = 2,
+    seed: int = 0,
+    max_length: int = 512,
+) -> UnlearnDataset:
+    """Encode everything up front: a text that does not fit is refused before training starts.
+
+    Args:
+        ref_nll: from `reference_nll`, one for each forget question.
+        seed: of the orders and of the safe targets' variants.
+
+    Raises:
+        ValueError: an empty set, a text longer than max_length, or lengths that do not match.
+    """
+
+    def encode(qa: QA, answer: str) -> Encoded:
+        return encode_qa(tokenizer, qa.question, answer, max_length=max_length)
+
+    return UnlearnDataset(
+        safe=[encode(qa, safe.target(qa, seed)) for qa in forget],
+        forget=[encode(qa, qa.answer) for qa in forget],
+        retain=[encode(qa, qa.answer) for qa in retain],
+        ref_nll=ref_nll,
+        retain_per_forget=retain_per_forget,
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """Items to one batch, padded to its longest sequence, with kind [B] and ref_nll [B]."""
+
+    pad_token_id: int
+
+    def __call__(self, items: Sequence[Sequence[Row]]) -> dict[str, Tensor]:
+        rows = [row for item in items for row in item]
+        batch = collate([row.encoded for row in rows], self.pad_token_id)
+        batch["kind"] = torch.tensor([row.kind for row in rows])
+        batch["ref_nll"] = torch.tensor([row.ref_nll for row in rows], dtype=torch.float32)
+        return batch
