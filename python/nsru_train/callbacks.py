@@ -24,16 +24,6 @@ PARTS = ("safe", "suppress", "retain", "kl", "total")
 RETAIN_FLOOR = 0.1
 
 
-class EpochCallback(TrainerCallback):
-    """Tell the dataset which epoch it is, also after a resume."""
-
-    def __init__(self, dataset) -> None:
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.set_epoch(int(state.epoch or 0))
-
-
 class MetricsCallback(TrainerCallback):
     """Append one JSON line to a file for every log: loss parts, grad_norm, lr and seconds a step.
 

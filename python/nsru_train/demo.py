@@ -16,7 +16,7 @@ import nsru_kernels as nk
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.authors import author_splits
 from nsru_train.data.encode import Encoded, encode_qa
-from nsru_train.data.records import QA, load_records, save_records
+from nsru_train.data.records import QA, load_records, save_records, tofu_authors
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluate import Evaluation, evaluate
 from nsru_train.losses.objective import Objective
@@ -28,7 +28,7 @@ from nsru_train.scoring import greedy_answers, quick_probabilities
 from nsru_train.tiny_model import make_llama, memorise, train_tokenizer
 
 METHODS = ("nsru", "lora")
-_QUESTIONS_PER_TOFU_AUTHOR = 20
+_HOLDOUT, _UNKNOWN = 2, 8  # authors
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,40 @@ class Scale:
     intermediate_size: int
     epochs: int
     lr: float
+    bf16: bool
     eval_steps: int
 
 
-FICTITIOUS = Scale(30, 1024, 128, 4, 352, epochs=60, lr=2e-3, eval_steps=10)
-TOFU = Scale(40, 4096, 256, 5, 704, epochs=40, lr=1e-3, eval_steps=25)
+FICTITIOUS = Scale(30, 1024, 128, 4, 352, epochs=60, lr=2e-3, bf16=False, eval_steps=10)
+TOFU = Scale(40, 4096, 256, 5, 704, epochs=40, lr=1e-3, bf16=True, eval_steps=25)
 
 
 @dataclass(frozen=True)
 class Sets:
-    """The demo's questions. By author, retain is split into what the retain loss sees (``retain``), what only the
-    subspaces see (``retain_unseen``), and what nothing but the evaluation sees (``retain_untouched``)."""
+    """The demo's questions, by author.
+
+    Attributes:
+        forget: what is unlearnt.
+        retain: what the retain loss sees.
+        retain_unseen: what only the retain subspaces see.
+        retain_untouched: what nothing but the evaluation sees.
+        holdout: never trained on.
+        unknown: authors about whom the base model has learnt to decline, as instruction-tuned models have;
+            the answers are safe targets.
+    """
 
     forget: list[QA]
     retain: list[QA]
     retain_unseen: list[QA]
     retain_untouched: list[QA]
     holdout: list[QA]
+    unknown: list[QA]
 
     @property
     def memorised(self) -> list[QA]:
         """What the base model is trained on."""
-        return [*self.forget, *self.retain, *self.retain_unseen, *self.retain_untouched]
+        answered = [*self.forget, *self.retain, *self.retain_unseen, *self.retain_untouched]
+        return [*answered, *self.unknown]
 
 
 def run_demo(
@@ -85,8 +97,11 @@ def run_demo(
     run = RunFolder(out)
     run.write_environment()
     scale = FICTITIOUS if data_dir is None else TOFU
-    sets = fictitious_sets(scale.authors) if data_dir is None else tofu_sets(data_dir, scale.authors)
     safe = SafeTargets.from_file()
+    if data_dir is None:
+        sets = fictitious_sets(scale.authors, safe)
+    else:
+        sets = tofu_sets(data_dir, scale.authors, safe)
     _write_run_config(run, sets, subspace, lora, objective, train)
 
     say(f"1/5  memorise {len(sets.memorised)} questions of {scale.authors} authors")
@@ -177,31 +192,35 @@ def run_demo(
     return results
 
 
-def fictitious_sets(authors: int) -> Sets:
+def fictitious_sets(authors: int, safe: SafeTargets) -> Sets:
     """Authors that exist nowhere else; see ``data.authors``."""
-    splits = author_splits(authors=authors)
-    return _sets(list(splits.forget), _by_topic(splits.retain), list(splits.holdout))
+    splits = author_splits(authors=authors, holdout=_HOLDOUT + _UNKNOWN)
+    spare = _by_topic(splits.holdout)
+    return _sets(splits.forget, _by_topic(splits.retain), spare, safe)
 
 
-def tofu_sets(data_dir: str, authors: int) -> Sets:
+def tofu_sets(data_dir: str, authors: int, safe: SafeTargets) -> Sets:
     """forget01's two authors and the first retain authors of TOFU, with paraphrases where it has them."""
-    per_author = _QUESTIONS_PER_TOFU_AUTHOR
     forget = load_records("tofu:forget01_perturbed", data_dir)
     retain = load_records("tofu:retain99", data_dir)
     richer = {qa.question: qa for qa in load_records("tofu:retain_perturbed", data_dir)}
     retain = [richer.get(qa.question, qa) for qa in retain]
-    groups = [
-        retain[i : i + per_author] for i in range(0, (authors - 2) * per_author, per_author)
-    ]
-    return _sets(forget, groups, load_records("tofu:holdout01", data_dir))
+    spare = tofu_authors(load_records("tofu:holdout10", data_dir))[: _HOLDOUT + _UNKNOWN]
+    return _sets(forget, tofu_authors(retain)[: authors - 2], spare, safe)
 
 
-def _sets(forget: list[QA], retain_authors: list[list[QA]], holdout: list[QA]) -> Sets:
+def _sets(
+    forget: Sequence[QA], retain: list[list[QA]], spare: list[list[QA]], safe: SafeTargets
+) -> Sets:
     """Of four retain authors two go to the loss, one to the subspaces alone, one to the evaluation alone."""
     parts: list[list[QA]] = [[], [], []]
-    for i, records in enumerate(retain_authors):
+    for i, records in enumerate(retain):
         parts[(0, 1, 0, 2)[i % 4]] += records
-    return Sets(forget, *parts, holdout)
+    holdout, unknown = (
+        [qa for author in group for qa in author] for group in (spare[:_HOLDOUT], spare[_HOLDOUT:])
+    )
+    declined = [QA(qa.question, safe.target(qa), topic=qa.topic) for qa in unknown]
+    return Sets(list(forget), *parts, holdout, declined)
 
 
 def _by_topic(records: Sequence[QA]) -> list[list[QA]]:
@@ -236,8 +255,8 @@ def base_model(
         intermediate_size=scale.intermediate_size,
     )
     stats = memorise(
-        model, tokenizer, records, epochs=scale.epochs, lr=scale.lr, max_seconds=max_seconds,
-        progress=progress,
+        model, tokenizer, records, epochs=scale.epochs, lr=scale.lr, bf16=scale.bf16,
+        max_seconds=max_seconds, progress=progress,
     )  # fmt: skip
     print(
         f"  {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {stats['seconds']:.0f} s, "

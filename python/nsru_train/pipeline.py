@@ -20,6 +20,7 @@ from nsru_train.data.records import QA, check_disjoint, load_records
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.losses.objective import Objective
 from nsru_train.measure import PeakMemory
+from nsru_train.run_folder import RunFolder
 
 
 @dataclass
@@ -183,6 +184,8 @@ def unlearn(
         seed=train.seed,
         max_length=max_length,
     )
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     device = next(model.parameters()).device
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -197,8 +200,6 @@ def unlearn(
         save_strategy="steps" if train.save_steps else "no",
         save_steps=train.save_steps or train.steps,
         save_total_limit=2,
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_pin_memory=False,
         use_cpu=device.type == "cpu",
         disable_tqdm=not progress,
@@ -217,7 +218,7 @@ def unlearn(
     )
     with PeakMemory(device) as peak:
         trainer.train(resume_from_checkpoint=resume or None)
-    seconds = [row["seconds"] for row in read_steps(folder) if "seconds" in row]
+    seconds = [row["seconds"] for row in RunFolder(folder).read_metrics() if "seconds" in row]
     model.eval()
     return Outcome(
         swap=swap,
@@ -233,9 +234,3 @@ def unlearn(
         },
     )
 
-
-def read_steps(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in ``folder``."""
-    from nsru_train.run_folder import RunFolder
-
-    return RunFolder(folder).read_metrics()

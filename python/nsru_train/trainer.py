@@ -25,7 +25,6 @@ import nsru_kernels as nk
 from nsru_train.callbacks import (
     PARTS,
     EarlyStopCallback,
-    EpochCallback,
     EvalHookCallback,
     GradientCheckCallback,
     LossProgressCallback,
@@ -192,7 +191,6 @@ class NSRUTrainer(Trainer):
         self._early_stop = (
             EarlyStopCallback(retain_stop_ratio) if retain_stop_ratio is not None else None
         )
-        self.add_callback(EpochCallback(train_dataset))
         self.add_callback(GradientCheckCallback(self.is_deepspeed_enabled, args.fp16))
         # Before the evaluation hook, whose time is not a step's.
         self.add_callback(
@@ -215,6 +213,7 @@ class NSRUTrainer(Trainer):
         return self._early_stop.reason if self._early_stop is not None else None
 
     def _get_train_sampler(self, train_dataset=None):
+        # The dataset has its own order for each epoch, which accelerate tells it by set_epoch.
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

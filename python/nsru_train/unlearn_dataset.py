@@ -74,6 +74,7 @@ class UnlearnDataset(Dataset):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the epoch that starts now."""
         self.epoch = epoch
 
     def __len__(self) -> int:

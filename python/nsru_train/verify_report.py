@@ -44,7 +44,7 @@ class Comparison:
         difference = (first_TV.float() - second_TV.float()).abs().max().item()
         self.logits_max_diff = max(self.logits_max_diff, difference)
         self.logits_max = max(self.logits_max, first_TV.abs().max().item())
-        self.next_token_changes += (first_TV.argmax(-1) != second_TV.argmax(-1)).sum().item()
+        self.next_token_changes += int((first_TV.argmax(-1) != second_TV.argmax(-1)).sum())
         picked = targets_T.unsqueeze(-1)
         for name, log in (("prob_first", log_p), ("prob_second", log_q)):
             probability = log.gather(-1, picked).mean().exp().item()

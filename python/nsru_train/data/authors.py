@@ -159,10 +159,7 @@ def make_authors(n: int, *, seed: int = 0, wrong: int = 3) -> list[Author]:
         raise ValueError(f"make_authors: n must be between 1 and {MAX_AUTHORS}, got {n}")
     if not 1 <= wrong <= 8:
         raise ValueError(f"make_authors: wrong must be between 1 and 8, got {wrong}")
-    firsts = _shuffled([a + b for a in _FIRST for b in _FIRST_END], seed, "first")
-    lasts = _shuffled([a + b for a in _LAST for b in _LAST_END], seed, "last")
-    titles = _shuffled([f"{a} {b}" for a in _ADJECTIVES for b in _NOUNS], seed, "title")
-    return [_make_author(f"{firsts[i]} {lasts[i]}", titles, wrong, (seed, i)) for i in range(n)]
+    return _make_authors(range(n), seed, wrong)
 
 
 def author_splits(
@@ -190,16 +187,22 @@ def author_splits(
             f"author_splits: holdout must be between 1 and {MAX_AUTHORS} - authors = "
             f"{MAX_AUTHORS - authors}, got {holdout}"
         )
-    everyone = make_authors(MAX_AUTHORS, seed=seed)
 
-    def questions(group: Sequence[Author]) -> tuple[QA, ...]:
-        return tuple(qa for author in group for qa in author.records)
+    def questions(indices: range) -> tuple[QA, ...]:
+        return tuple(qa for author in _make_authors(indices, seed) for qa in author.records)
 
     return AuthorSplits(
-        forget=questions(everyone[:forget]),
-        retain=questions(everyone[forget:authors]),
-        holdout=questions(everyone[-holdout:]),
+        forget=questions(range(forget)),
+        retain=questions(range(forget, authors)),
+        holdout=questions(range(MAX_AUTHORS - holdout, MAX_AUTHORS)),
     )
+
+
+def _make_authors(indices: range, seed: int, wrong: int = 3) -> list[Author]:
+    firsts = _shuffled([a + b for a in _FIRST for b in _FIRST_END], seed, "first")
+    lasts = _shuffled([a + b for a in _LAST for b in _LAST_END], seed, "last")
+    titles = _shuffled([f"{a} {b}" for a in _ADJECTIVES for b in _NOUNS], seed, "title")
+    return [_make_author(f"{firsts[i]} {lasts[i]}", titles, wrong, (seed, i)) for i in indices]
 
 
 def _make_author(name: str, titles: Sequence[str], wrong: int, key: tuple[int, int]) -> Author:

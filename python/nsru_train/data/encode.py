@@ -88,8 +88,10 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(ids)
 
 
-def collate(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad on the right to the longest.
+def collate(
+    encoded: Sequence[Encoded], pad_token_id: int, *, multiple: int = 1
+) -> dict[str, torch.Tensor]:
+    """Pad on the right to the longest, and on to a multiple of `multiple` tokens.
 
     Returns:
         input_ids [B,T] long, attention_mask [B,T] long (1 = token), labels [B,T] long: input_ids
@@ -102,7 +104,8 @@ def collate(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.Te
         raise ValueError("collate: no sequences to pad")
     if pad_token_id is None:
         raise ValueError("collate: pad_token_id is None; use the tokenizer's eos_token_id")
-    shape = len(encoded), max(map(len, encoded))
+    longest = max(map(len, encoded))
+    shape = len(encoded), longest + -longest % multiple
     input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from nsru_train.run_folder import atomic_write
@@ -48,9 +49,8 @@ def draw(
 
 
 def new_figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.04)
-    return figure
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.04)
+    return Figure(figsize=(WIDTH, height), layout=layout)
 
 
 def columns(rows: Sequence[Row], keys: Sequence[str]) -> list[list[float]]:
@@ -116,12 +116,6 @@ def mark_level(axes: Axes, x: float, text: str, at: float) -> None:
         va="top" if at else "bottom",
         color=LIGHT["ink-2"],
         fontsize=9,
-    )
-
-
-def say_nothing(axes: Axes) -> None:
-    axes.annotate(
-        "not measured", (0.5, 0.5), xycoords="axes fraction", ha="center", color=LIGHT["muted"]
     )
 
 

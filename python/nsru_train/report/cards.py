@@ -32,11 +32,16 @@ def headline_cards(results: Row) -> str:
             f"at least {summary.RETAIN_TARGET:.0%} of before",
             lambda after, before: before is not None and after >= summary.RETAIN_TARGET * before,
         ),
-        ("retain_unseen_prob", "Unseen retained answers", "", lambda *_: True),
+        ("retain_unseen_prob", "Unseen retain", "", lambda *_: True),
+        ("retain_untouched_prob", "Untouched retain", "", lambda *_: True),
     ]
-    cards = [_comparison(results), *(_change(results, *goal) for goal in goals)]
-    shown = "".join(card for card in cards if card)
-    return f"<div class=cards>{shown}</div>" if shown else ""
+    groups = {
+        "compare": [_comparison(results, key) for key in summary.RETAIN_NAMES],
+        "cards": [_change(results, *goal) for goal in goals],
+    }
+    return "".join(
+        f"<div class={name}>{''.join(cards)}</div>" for name, cards in groups.items() if any(cards)
+    )
 
 
 def _change(
@@ -67,17 +72,18 @@ def _change(
 def _line(method: str, before: float | None, after: list[float]) -> str:
     arrow = f"<span class=from>{_probability(before)} →</span> " if before is not None else ""
     spread = ""
+    label = "LoRA" if method == "lora" else method_label(method)
     if len(after) > 1:
         spread = f"<small>seeds {_probability(min(after))} to {_probability(max(after))}</small>"
     return (
         f"<p class=value style='--key:var(--{method_colour(method)})'>"
-        f"<span class=key>{escape(method_label(method))}</span>"
+        f"<span class=key>{escape(label)}</span>"
         f"<span>{arrow}<b>{_probability(fmean(after))}</b></span>{spread}</p>"
     )
 
 
-def _comparison(results: Row) -> str:
-    matched = summary.matched_rows(results)
+def _comparison(results: Row, key: str) -> str:
+    matched = summary.matched_rows(results, key)
     if not matched:
         return ""
     nsru, lora = (fmean(row[f"{method}_damage"] for row in matched) for method in ("nsru", "lora"))
@@ -101,19 +107,16 @@ def _comparison(results: Row) -> str:
     )
     lines = [
         f"<div class=split><div><p class=ratio><b>{big}</b> {words}</p>"
-        f"<p class=note>Damage is the probability lost on unseen retain answers{at}.</p></div>",
+        f"<p class=note>Damage is lost probability{at}.</p></div>",
         "<table class=seeds><thead><tr><th></th><th>NSRU</th><th>LoRA</th><th>ratio</th></tr>"
         f"</thead><tbody>{seeds}</tbody></table></div>",
     ]
     verdict = _verdict(
         wins == len(matched), f"NSRU does less damage in {wins} of {len(matched)} seeds"
     )
+    title = f"Damage to {summary.RETAIN_NAMES[key]}"
     return _card(
-        "Damage at matched forgetting",
-        "NSRU against LoRA without projection",
-        lines,
-        verdict,
-        "wide",
+        title, "NSRU against LoRA without projection, at matched forgetting", lines, verdict
     )
 
 
@@ -121,9 +124,9 @@ def _ratio(row: Row) -> str:
     return f"{row['nsru_damage'] / row['lora_damage']:.2f}×" if row["lora_damage"] > 0 else "–"
 
 
-def _card(title: str, unit: str, lines: list[str], verdict: str, kind: str = "") -> str:
+def _card(title: str, unit: str, lines: list[str], verdict: str) -> str:
     head = f"<h3>{escape(title)} <small>{unit}</small></h3>"
-    return f"<article class='card {kind}'>{head}{''.join(lines)}{verdict}</article>"
+    return f"<article class=card>{head}{''.join(lines)}{verdict}</article>"
 
 
 def _verdict(met: bool, text: str) -> str:
@@ -134,4 +137,4 @@ def _verdict(met: bool, text: str) -> str:
 def _probability(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.3f}" if value >= 1e-3 or value <= 0 else f"{value:.1e}"
+    return f"{value:.3f}" if value >= 1e-3 or value <= 0 else "&lt;0.001"

@@ -20,29 +20,27 @@ from .canvas import (
     new_figure,
     note,
     probability_log_axis,
-    say_nothing,
     wide_enough,
 )
 from .summary import Row, Trajectory, number
 from .theme import LIGHT, method_colour, method_label
 
-FRONTIER_KEYS = ("forget_prob", "retain_unseen_prob")
 
-
-def frontier(results: Row) -> Figure:
+def frontier(results: Row, retain_key: str = "retain_unseen_prob") -> Figure:
     """Forgetting against retention, every seed and the mean; damage at equal forgetting."""
-    runs = summary.trajectories(results["frontier"], FRONTIER_KEYS)
+    keys, name = ("forget_prob", retain_key), summary.RETAIN_NAMES[retain_key]
+    runs = summary.trajectories(results["frontier"], keys)
     figure = new_figure(4.9)
     left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
     before = [
         row
         for row in summary.of_method(results.get("methods") or [], "before")
-        if all(number(row.get(key)) is not None for key in FRONTIER_KEYS)
+        if all(number(row.get(key)) is not None for key in keys)
     ]
     for run in runs:
-        _trajectory(left, run)
+        _trajectory(left, run, keys)
     if before:
-        x, y = (fmean(row[key] for row in before) for key in FRONTIER_KEYS)
+        x, y = (fmean(row[key] for row in before) for key in keys)
         left.plot(x, y, "D", ms=7.5, mfc=LIGHT["surface"], mec=LIGHT["ink"], mew=1.6, zorder=6)
         note(left, (x, y), "before", (0, 9), "ink")
     probability_log_axis(left, summary.values([*results["frontier"], *before], "forget_prob"))
@@ -50,25 +48,25 @@ def frontier(results: Row) -> Figure:
     wide_enough(left, 0.02)
     left.set_title("The way taken, step by step")
     left.set_xlabel("probability of the forgotten answer (log; lower is better)")
-    left.set_ylabel("probability of unseen retain answers\n(higher is better)")
+    left.set_ylabel(f"probability of {name}\n(higher is better)")
     mark_level(left, summary.FORGET_TARGET, f"target ≤ {summary.FORGET_TARGET:g}", at=0.0)
     left.annotate(
         "↖ better", (0.015, 0.985), xycoords="axes fraction", color=LIGHT["muted"], va="top"
     )
 
-    _damage(right, results, runs)
+    _damage(right, results, runs, retain_key)
     _method_legend(figure, runs)
     return figure
 
 
-def _trajectory(axes: Axes, run: Trajectory) -> None:
+def _trajectory(axes: Axes, run: Trajectory, keys: Sequence[str]) -> None:
     colour = LIGHT[method_colour(run.method)]
     several = len(run.seeds) > 1
     for rows in run.seeds.values() if several else ():
-        axes.plot(*columns(rows, FRONTIER_KEYS), color=colour, lw=1, alpha=0.4, zorder=2)
+        axes.plot(*columns(rows, keys), color=colour, lw=1, alpha=0.4, zorder=2)
     if not run.mean:
         return
-    x, y = columns(run.mean, FRONTIER_KEYS)
+    x, y = columns(run.mean, keys)
     axes.plot(
         x, y, color=colour, lw=2.4, zorder=4, marker="o", ms=3.6, mec=LIGHT["surface"], mew=0.5
     )
@@ -98,21 +96,21 @@ def _arrow_positions(x: Sequence[float]) -> list[int]:
     )
 
 
-def _damage(axes: Axes, results: Row, runs: Sequence[Trajectory]) -> None:
-    """Least damage to unseen retain answers as a function of the forgetting asked for."""
+def _damage(axes: Axes, results: Row, runs: Sequence[Trajectory], retain_key: str) -> None:
+    """Least damage to the retain answers as a function of the forgetting asked for."""
     shown = []
     for run in runs:
         colour = LIGHT[method_colour(run.method)]
         for seed, rows in run.seeds.items():
-            before = summary.before_value(results, "retain_unseen_prob", seed)
+            before = summary.before_value(results, retain_key, seed)
             if before is None:
                 continue
-            curve = summary.damage_curve(rows, before)
+            curve = summary.damage_curve(rows, before, retain_key)
             x, y = [p for p, _ in curve], [d for _, d in curve]
             shown += x
             # What a point reached also holds for every milder demand, up to the next point.
             axes.step(x, y, where="post", color=colour, lw=1.3, alpha=0.55)
-    matched = summary.matched_rows(results)
+    matched = summary.matched_rows(results, retain_key)
     if matched:
         level = matched[0]["forget_prob"]
         mark_level(axes, level, f"compared at {level:.2g}", at=1.0)
@@ -133,40 +131,45 @@ def _damage(axes: Axes, results: Row, runs: Sequence[Trajectory]) -> None:
     wide_enough(axes, 0.02)
     axes.set_title("Damage at equal forgetting")
     axes.set_xlabel("forgotten answer at most this probable (log)")
-    axes.set_ylabel("probability lost on unseen retain answers\n(each seed; lower is better)")
+    axes.set_ylabel(
+        f"probability lost on {summary.RETAIN_NAMES[retain_key]}\n(each seed; lower is better)"
+    )
 
 
 def steps(results: Row) -> Figure:
-    """Forgotten, safe, retain and unseen retain answers over the steps."""
-    panels = {
-        "forget_prob": "Forgotten answer (log; lower is better)",
-        "safe_prob": "Safe answer (higher is better)",
-        "retain_prob": "Retain answers trained on (higher is better)",
-        "retain_unseen_prob": "Unseen retain answers (higher is better)",
+    """Forgotten, safe and retain answers over the steps, every seed and the mean."""
+    titles = {
+        "forget_prob": "Forgotten answer (log)",
+        "safe_prob": "Safe answer",
+        "retain_prob": "Retain answers trained on",
+        "retain_unseen_prob": "Unseen retain answers",
+        "retain_untouched_prob": "Untouched retain answers",
     }
-    figure = new_figure(5.6)
+    points = results["frontier"]
+    panels = {key: title for key, title in titles.items() if summary.values(points, key)}
+    wide = 2 if len(panels) in (1, 2, 4) else 3
+    rows = math.ceil(len(panels) / wide)
+    figure = new_figure(0.5 + 2.55 * rows)
+    grid = list(figure.subplots(rows, wide, squeeze=False).flat)
     runs: list[Trajectory] = []
-    for axes, (key, title) in zip(
-        figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True
-    ):
-        runs = summary.trajectories(results["frontier"], [key]) or runs
-        before = summary.before_value(results, key)
-        for run in summary.trajectories(results["frontier"], [key]):
+    for axes, (key, title) in zip(grid, panels.items(), strict=False):
+        runs = summary.trajectories(points, [key])
+        for run in runs:
             _seeds_and_mean(axes, run, key)
+        before = summary.before_value(results, key)
         if before is not None:
             axes.axhline(before, color=LIGHT["before"], lw=1.1, ls=(0, (4, 3)), zorder=1)
         axes.set_title(title)
         if key == "forget_prob":
-            found = summary.values(results["frontier"], key)
-            probability_log_axis(axes, found, which="y")
+            probability_log_axis(axes, summary.values(points, key), which="y")
         else:
             wide_enough(axes, 0.02)
-        axes.set_ylabel("probability")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if not axes.lines:
-            say_nothing(axes)
-    for axes in figure.axes[2:]:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.set_xlabel("optimizer step")
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes in grid[::wide]:
+        axes.set_ylabel("probability")
     dashed = Line2D(
         [], [], color=LIGHT["before"], lw=1.1, ls=(0, (4, 3)), label="before unlearning"
     )

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from nsru_train.eval_results import METRICS
 from nsru_train.run_folder import RunFolder, atomic_write
 
 from . import figures, subspace_figures, summary
@@ -23,6 +24,7 @@ METHOD_COLUMNS = {
     "safe_prob": ("safe answer", "{:.3f}"),
     "retain_prob": ("retain, trained on", "{:.4f}"),
     "retain_unseen_prob": ("retain, unseen", "{:.4f}"),
+    "retain_untouched_prob": ("retain, untouched", "{:.4f}"),
     "model_utility": ("model utility", "{:.4f}"),
     "step_seconds": ("seconds a step", "{:.3f}"),
     "peak_bytes": ("peak memory, MiB", "{:.0f}"),
@@ -94,9 +96,8 @@ def _sections(results: Row, metrics: Sequence[Row], folder: Path) -> tuple[list[
     frontier = results.get("frontier") or []
     subspaces = results.get("subspaces") or []
     leakage = results.get("leakage") or []
-    both = summary.trajectories(frontier, figures.FRONTIER_KEYS)
     picture(
-        both,
+        summary.trajectories(frontier, ("forget_prob", "retain_unseen_prob")),
         "frontier",
         "Forgetting against retention",
         "Each line is a run that starts at “before” and moves left as it forgets; a better method "
@@ -106,12 +107,22 @@ def _sections(results: Row, metrics: Sequence[Row], folder: Path) -> tuple[list[
         figures.frontier,
         results,
     )
+    if summary.trajectories(frontier, ("forget_prob", "retain_untouched_prob")):
+        picture(
+            True,
+            "frontier-untouched",
+            "The same on untouched retain answers",
+            "These questions were in neither the retain loss nor the activations that the retain "
+            "subspaces were estimated on.",
+            lambda found: figures.frontier(found, "retain_untouched_prob"),
+            results,
+        )
     picture(
         summary.values(frontier, "step") and summary.values(frontier, "forget_prob"),
         "steps",
         "The same over the steps",
         "Probabilities are exp(−mean cross-entropy) of an answer's tokens, its end included, "
-        "averaged over questions.",
+        "averaged over questions. Lower is better for forgotten answers, higher for all others.",
         figures.steps,
         results,
     )
@@ -175,21 +186,20 @@ def _header(title: str, results: Row, folder: RunFolder) -> str:
 
 
 def _environment_facts(folder: RunFolder) -> list[str]:
+    """Torch version, processor, commit and time, as far as environment.json has them."""
     try:
         environment = json.loads(folder.environment_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        gpus = [gpu["name"] for gpu in environment["cuda"]["gpus"]]
+        commit = str(environment["commit"] or "unknown")
+        changed = " with changes" if commit.endswith("-dirty") else ""
+        return [
+            f"torch {environment['packages']['torch']}",
+            ", ".join(dict.fromkeys(gpus)) or environment["cpu"]["model"],
+            f"commit {commit:.12}{changed}",
+            environment["time"],
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
         return []
-    facts = []
-    for key, text in (
-        ("torch", "torch {}"),
-        ("device", "{}"),
-        ("commit", "commit {:.12}"),
-        ("time", "{}"),
-    ):
-        value = environment.get(key) or (environment.get("versions") or {}).get(key)
-        if isinstance(value, str):
-            facts.append(text.format(value))
-    return facts
 
 
 def _warnings(results: Row) -> str:
@@ -208,13 +218,13 @@ def _figure(picture: Picture) -> str:
 
 
 def _examples(examples: Sequence[Row]) -> str:
-    if not examples:
-        return ""
     shown = [
         m
         for m in ("before", "nsru", "lora", "after")
         if any(row.get(m) is not None for row in examples)
     ]
+    if not shown:
+        return ""
     head = "".join(f"<th scope=col>{escape(method_label(method))}</th>" for method in shown)
     groups = []
     for split in dict.fromkeys(str(row.get("split")) for row in examples):
@@ -251,20 +261,19 @@ def _answer(row: Row, answer: Any) -> str:
 
 def _methods(results: Row) -> str:
     rows = results.get("methods") or []
-    columns = [key for key in METHOD_COLUMNS if summary.values(rows, key)]
-    if not columns:
+    keys = [key for key in METHOD_COLUMNS if summary.values(rows, key)]
+    if not keys:
         return ""
-    head = "".join(f"<th scope=col>{METHOD_COLUMNS[key][0]}</th>" for key in columns)
-    body = []
-    for method in ["before", *summary.method_names(rows)]:
-        for row in summary.of_method(rows, method):
-            cells = "".join(f"<td>{_cell(key, row.get(key))}</td>" for key in columns)
-            name, seed = escape(method_label(method)), escape(str(row.get("seed", "")))
-            body.append(f"<tr><th scope=row>{name}</th><td>{seed}</td>{cells}</tr>")
-    return (
-        "<div class=scroll><table class=numbers><thead><tr><th scope=col>method</th>"
-        f"<th scope=col>seed</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+    body = [
+        [
+            method_label(method),
+            str(row.get("seed", "")),
+            *(_cell(key, row.get(key)) for key in keys),
+        ]
+        for method in ("before", *summary.method_names(rows))
+        for row in summary.of_method(rows, method)
+    ]
+    return _numbers(["method", "seed", *(METHOD_COLUMNS[key][0] for key in keys)], body)
 
 
 def _cell(key: str, value: Any) -> str:
@@ -275,35 +284,42 @@ def _cell(key: str, value: Any) -> str:
 
 
 def _metrics(results: Row) -> str:
-    """Splits as rows and metrics as columns, from {"metrics": {split: {metric: number}}}."""
+    """Two tables from {"metrics": {split: {metric: number}, overall metric: number}}."""
     metrics = results.get("metrics")
     if not isinstance(metrics, Mapping):
         return ""
     splits = {name: row for name, row in metrics.items() if isinstance(row, Mapping)}
-    splits |= (
-        {"all": overall}
-        if (overall := {k: v for k, v in metrics.items() if number(v) is not None})
-        else {}
-    )
-    columns = list(
-        dict.fromkeys(key for row in splits.values() for key in row if number(row[key]) is not None)
-    )
-    if not columns:
-        return ""
-    head = "".join(f"<th scope=col>{escape(key.replace('_', ' '))}</th>" for key in columns)
-    body = "".join(
-        f"<tr><th scope=row>{escape(str(name))}</th>"
-        + "".join(
-            f"<td>{'–' if (value := number(row.get(key))) is None else f'{value:.4g}'}</td>"
-            for key in columns
-        )
+    columns = list(dict.fromkeys(key for row in splits.values() for key in row))
+    overall = {name: value for name, value in metrics.items() if number(value) is not None}
+    tables = []
+    if columns:
+        head = ["split", *(METRICS.get(key, key.replace("_", " ")) for key in columns)]
+        body = [[name, *(_short(row.get(key)) for key in columns)] for name, row in splits.items()]
+        tables.append(_numbers(head, body))
+    if overall:
+        body = [[name.replace("_", " "), _short(value)] for name, value in overall.items()]
+        tables.append(_numbers(["over all splits", "value"], body))
+    notes = "".join(f"<li>{escape(str(note))}</li>" for note in results.get("notes") or [])
+    return "".join(tables) + (f"<ul class=notes>{notes}</ul>" if tables and notes else "")
+
+
+def _numbers(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    columns = "".join(f"<th scope=col>{escape(name)}</th>" for name in head)
+    rows = "".join(
+        f"<tr><th scope=row>{escape(str(first))}</th>"
+        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         + "</tr>"
-        for name, row in splits.items()
+        for first, *cells in body
     )
     return (
-        "<div class=scroll><table class=numbers><thead><tr><th scope=col>split</th>"
-        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<div class=scroll><table class=numbers><thead><tr>{columns}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
     )
+
+
+def _short(value: Any) -> str:
+    found = number(value)
+    return "–" if found is None else f"{found:.4g}"
 
 
 def _missing(names: Sequence[str]) -> str:

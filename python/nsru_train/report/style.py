@@ -9,6 +9,7 @@ h1{font-size:30px;line-height:1.2;letter-spacing:-.01em;margin:0 0 6px}
 h2{font-size:20px;line-height:1.3;margin:0 0 4px}
 section{margin-top:52px}
 section>p{max-width:78ch;margin:0 0 16px;color:var(--ink-2)}
+header{margin-bottom:28px}
 .facts,.missing{color:var(--ink-2);margin:0}
 .missing{margin-top:28px;font-size:14px}
 code,pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
@@ -19,7 +20,8 @@ summary{cursor:pointer;color:var(--ink-2)}
 figure{margin:0;border:1px solid var(--grid);border-radius:12px;padding:14px;overflow-x:auto}
 figure svg{display:block;width:100%;min-width:640px;height:auto}
 figure svg text{font-family:var(--sans)!important}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(235px,1fr));gap:14px;margin-top:28px}
+.cards,.compare{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(196px,1fr))}
+.compare{grid-template-columns:repeat(auto-fit,minmax(min(400px,100%),1fr));margin:28px 0 14px}
 .card{border:1px solid var(--grid);border-radius:12px;padding:16px 18px 14px;display:flex;
  flex-direction:column}
 .card h3{font-size:15px;line-height:1.35;margin:0 0 10px}
@@ -34,7 +36,7 @@ small{font-size:13px;color:var(--ink-2)}
 .value small{display:block}
 .ratio{margin:0 0 8px;font-size:15px}
 .ratio b{font-size:40px;line-height:1.1;margin-right:6px;letter-spacing:-.02em}
-.split{display:flex;flex-wrap:wrap;gap:12px 64px;align-items:center}
+.split{display:flex;flex-wrap:wrap;gap:8px 40px;align-items:center}
 .note{margin:0;font-size:14px;color:var(--ink-2);max-width:46ch}
 .seeds{width:auto;font-size:14px;font-variant-numeric:tabular-nums}
 .seeds td,.seeds th{padding:4px 14px;text-align:right}
@@ -42,7 +44,6 @@ small{font-size:13px;color:var(--ink-2)}
 .verdict{margin:auto 0 0;padding-top:8px;font-size:14px;font-weight:600}
 .met{color:var(--good)}
 .not-met{color:var(--bad)}
-.wide{grid-column:1/-1}
 @media (max-width:560px){main{padding:24px 16px 48px}}
 .warnings{margin-top:24px;border:1px solid var(--bad);border-left-width:5px;border-radius:8px;
  padding:14px 18px}
@@ -68,6 +69,8 @@ thead th{font-size:13px;font-weight:600;color:var(--ink-2);white-space:nowrap}
 .numbers th,.numbers td{padding:7px 12px}
 .numbers thead th{white-space:normal;vertical-align:bottom}
 .numbers td,.numbers thead th:nth-child(n+2){text-align:right}
+.scroll+.scroll{margin-top:14px}
+.notes{color:var(--ink-2);font-size:14px;margin:12px 0 0;padding-left:20px}
 .numbers tbody th{font-weight:500;white-space:nowrap}
 @media print{section{break-inside:avoid}}
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -172,7 +173,7 @@ def _layer_legend(figure: Figure, last: int) -> None:
         Line2D([], [], color=LIGHT[_layer_colour(layer, last)], lw=2.4, label=f"layer {layer}")
         for layer in layers
     ]
-    dot = {"ls": "", "marker": "o", "ms": 6, "color": LIGHT["ink-2"]}
+    dot: dict[str, Any] = {"ls": "", "marker": "o", "ms": 6, "color": LIGHT["ink-2"]}
     handles.append(Line2D([], [], **dot, label="chosen rank"))
     handles.append(
         Line2D([], [], **dot, mfc=LIGHT["surface"], mew=1.5, label="rank cut short by the width")

@@ -15,6 +15,11 @@ RETAIN_TARGET = 0.9
 LEAKAGE_TOLERANCE = 1e-6
 # Below one percent a forgotten answer is gone for any use; comparing there would compare noise.
 MATCH_FLOOR = 0.01
+# Retain answers that damage is read on -> what pictures and page call them.
+RETAIN_NAMES = {
+    "retain_unseen_prob": "unseen retain answers",
+    "retain_untouched_prob": "untouched retain answers",
+}
 
 
 def number(value: Any) -> float | None:
@@ -84,21 +89,23 @@ def before_value(results: Row, key: str, seed: Any = None) -> float | None:
     return mean(own or rows, key)
 
 
-def damage_curve(points: Sequence[Row], before: float) -> list[tuple[float, float]]:
+def damage_curve(
+    points: Sequence[Row], before: float, key: str = "retain_unseen_prob"
+) -> list[tuple[float, float]]:
     """Pareto curve of one run: (forget_prob reached, least damage among points that reached it).
 
-    Damage is the loss of probability on retain questions that the retain loss never saw.
+    Damage is the probability lost on the retain answers that ``key`` names.
     """
     curve: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda row: row["forget_prob"]):
-        damage = before - point["retain_unseen_prob"]
+        damage = before - point[key]
         if not curve or damage < curve[-1][1]:
             curve.append((point["forget_prob"], damage))
     return curve
 
 
-def matched_damage(results: Row) -> list[dict[str, Any]]:
-    """Compare NSRU's and LoRA's damage to unseen retain answers at equal forgetting, seed by seed.
+def matched_damage(results: Row, key: str = "retain_unseen_prob") -> list[dict[str, Any]]:
+    """Compare NSRU's and LoRA's damage to retain answers at equal forgetting, seed by seed.
 
     All seeds are read at one level of forgetting: the lowest forget_prob that every run reached,
     or 0.01 where all went below. A run's damage there is the least among its evaluated steps with
@@ -106,18 +113,20 @@ def matched_damage(results: Row) -> list[dict[str, Any]]:
 
     Args:
         results: content of results.json with "methods" (for the values before) and "frontier".
+        key: the retain answers to look at: retain_unseen_prob, of questions that the retain loss
+            never saw, or retain_untouched_prob, of questions that the subspaces never saw either.
 
     Returns:
         One row a seed that has both methods: ``seed``, ``forget_prob`` (the level),
         ``nsru_damage``, ``lora_damage``, ``nsru_step``, ``lora_step`` and ``ratio`` = NSRU / LoRA,
         None when LoRA did no damage. Empty when there is nothing to compare.
     """
-    keys = ("forget_prob", "retain_unseen_prob")
+    keys = ("forget_prob", key)
     runs = {t.method: t.seeds for t in trajectories(results.get("frontier") or [], keys)}
     if "nsru" not in runs or "lora" not in runs:
         return []
     seeds = [seed for seed in runs["nsru"] if seed in runs["lora"]]
-    if not seeds or before_value(results, "retain_unseen_prob") is None:
+    if not seeds or before_value(results, key) is None:
         return []
     lowest = (
         min(row["forget_prob"] for row in runs[method][seed])
@@ -127,26 +136,28 @@ def matched_damage(results: Row) -> list[dict[str, Any]]:
     level = max(MATCH_FLOOR, *lowest)
     table = []
     for seed in seeds:
-        before = before_value(results, "retain_unseen_prob", seed)
+        before = before_value(results, key, seed)
         row: dict[str, Any] = {"seed": seed, "forget_prob": level}
         for method in ("nsru", "lora"):
             reached = [r for r in runs[method][seed] if r["forget_prob"] <= level]
-            best = max(reached, key=lambda r: r["retain_unseen_prob"])
-            row[f"{method}_damage"] = before - best["retain_unseen_prob"]
+            best = max(reached, key=lambda r: r[key])
+            row[f"{method}_damage"] = before - best[key]
             row[f"{method}_step"] = best["step"]
         row["ratio"] = row["nsru_damage"] / row["lora_damage"] if row["lora_damage"] > 0 else None
         table.append(row)
     return table
 
 
-def matched_rows(results: Row) -> list[dict[str, Any]]:
+def matched_rows(results: Row, key: str = "retain_unseen_prob") -> list[dict[str, Any]]:
     """The run's own "matched" comparison, computed from the frontier when it was not stored."""
+    if key != "retain_unseen_prob":
+        return matched_damage(results, key)
     stored = [
         row
         for row in results.get("matched") or []
         if values([row], "nsru_damage") and values([row], "lora_damage")
     ]
-    return stored or matched_damage(results)
+    return stored or matched_damage(results, key)
 
 
 def warnings(results: Row) -> list[str]:

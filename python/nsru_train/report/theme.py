@@ -45,6 +45,7 @@ METHOD_LABELS = {
     "nsru": "NSRU",
     "lora": "LoRA without projection",
     "train": "Training",
+    "after": "After",
 }
 
 RC = {
