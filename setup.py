@@ -36,7 +36,7 @@ def cuda_archs() -> str:
     for arch in archs:
         if not re.fullmatch(r"[1-9]\d{1,2}[af]?(-real|-virtual)?", arch):
             raise OptionError(
-                f"NSRU_CUDA_ARCHS: expected CMake architectures like '{DEFAULT_ARCHS}', got {arch!r}"
+                f"NSRU_CUDA_ARCHS: expected architectures like '{DEFAULT_ARCHS}', got {arch!r}"
             )
     return ";".join(archs)
 

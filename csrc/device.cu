@@ -1,8 +1,8 @@
-#include "device.h"
-
 #include <cuda_runtime.h>
 
 #include <stdexcept>
+
+#include "device.h"
 
 namespace nsru {
 namespace {
@@ -45,10 +45,10 @@ DeviceReport device_report() {
     for (int device = 0; device < count; ++device) {
         cudaDeviceProp properties{};
         check("cudaGetDeviceProperties", cudaGetDeviceProperties(&properties, device));
-        report.devices.push_back(
-            {properties.name, properties.major, properties.minor, properties.multiProcessorCount,
-             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), properties.l2CacheSize,
-             properties.totalGlobalMem});
+        report.devices.push_back({properties.name, properties.major, properties.minor,
+                                  properties.multiProcessorCount,
+                                  attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                                  properties.l2CacheSize, properties.totalGlobalMem});
     }
     return report;
 }

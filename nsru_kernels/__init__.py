@@ -1,4 +1,4 @@
-"""Projected low-rank updates, streaming retain subspaces, and drop-in modules for unlearning with LoRA."""
+"""Projected low-rank updates, streaming retain subspaces, drop-in modules: unlearning with LoRA."""
 
 from nsru_kernels.dispatch import BackendUnavailable, explain
 from nsru_kernels.hf.peft_format import save_lora_adapter

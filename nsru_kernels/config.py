@@ -1,6 +1,7 @@
 """Every environment variable that the package reads at run time.
 
-``NSRU_BACKEND``: what ``backend="auto"`` means: ``auto`` (default), ``eager``, ``triton`` or ``cuda``.
+``NSRU_BACKEND``: what ``backend="auto"`` means: ``auto`` (default), ``eager``, ``triton`` or
+``cuda``.
 """
 
 import os

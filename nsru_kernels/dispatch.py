@@ -4,7 +4,8 @@ A backend of an op is a module in the op's folder: ``reference.py`` is "eager", 
 "triton", ``cuda.py`` is "cuda"; all of them export the same functions. A kernel module also exports
 
     unavailable(device) -> str | None    why it cannot run there and what to do; None where it can
-    plan(*args) -> str | None            the measured plan in plans/ for these arguments; None without one
+    plan(*args) -> str | None            the measured plan in plans/ for these arguments; None
+    without one
 
 ``auto`` takes a kernel only where it has a measured plan; everywhere else library GEMMs serve.
 """
@@ -34,8 +35,8 @@ _MODULE = {"eager": "reference", "triton": "triton", "cuda": "cuda"}
 _logger = logging.getLogger("nsru_kernels")
 
 
-class BackendUnavailable(RuntimeError):
-    """The backend asked for by name cannot serve this op here; the message says why and what to do."""
+class BackendUnavailable(RuntimeError):  # noqa: N818 - a public name of the design
+    """The backend asked for by name cannot serve here; the message says why and what to do."""
 
 
 class Verdict(NamedTuple):
@@ -55,12 +56,12 @@ class Explanation(NamedTuple):
     verdicts: list[Verdict]
 
     @property
-    def backend(self) -> str:
-        """The backend that serves."""
-        return next(verdict.backend for verdict in self.verdicts if verdict.serves)
+    def backend(self) -> str | None:
+        """The backend that serves; None where the one in NSRU_BACKEND cannot and a call raises."""
+        return next((verdict.backend for verdict in self.verdicts if verdict.serves), None)
 
     def __str__(self) -> str:
-        lines = [f"{self.op} on {self.device}: {self.backend}"]
+        lines = [f"{self.op} on {self.device}: {self.backend or 'no backend, a call raises'}"]
         for verdict in self.verdicts:
             mark = "serves" if verdict.serves else "no"
             lines.append(f"  {verdict.backend:<7}{mark:<8}{verdict.reason}")
@@ -71,7 +72,8 @@ def explain(op: str, *args: object) -> Explanation:
     """Which backend and plan would serve a call, and why not the others.
 
     Args:
-        op: a public name: "nsru_linear", "project_adapter", "project_adapters" or "RetainSketch.update".
+        op: a public name: "nsru_linear", "project_adapter", "project_adapters" or
+            "RetainSketch.update".
         args: the arguments of that call; their device decides. None: the default device.
     Raises:
         ValueError: unknown op.
@@ -87,7 +89,7 @@ def explain(op: str, *args: object) -> Explanation:
 
 
 def implementation(op: str, backend: str, device: torch.device) -> ModuleType:
-    """The module that serves the op in folder ``op`` on ``device``; a backend named never falls back.
+    """The module that serves the op in folder ``op`` on ``device``; a named one never falls back.
 
     Raises:
         ValueError: unknown backend name.
@@ -106,7 +108,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _implementation(op: str, backend: str, device: torch.device) -> ModuleType:
     if backend == "auto":
         for kernel in ("cuda", "triton"):

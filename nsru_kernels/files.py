@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 
-def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write ``content`` beside ``path``, flush it to disk, then take the name over.
+def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
+    """Write a whole file or nothing: a crash or a full disk leaves the previous content in place.
 
-    A kill or a full disk on the way leaves what was at ``path`` before. Raises OSError.
+    Args:
+        path: destination; its folder is made when absent.
+        data: bytes, or text that is written as UTF-8.
+    Returns:
+        ``path`` as a ``Path``.
+    Raises:
+        OSError: the write failed (same errno); the message names the file and says what is there
+            now.
     """
-    path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    atomic_write_all({path: data})
+    return Path(path)
+
+
+def atomic_write_all(contents: Mapping[str | os.PathLike[str], bytes | str]) -> None:
+    """``atomic_write`` for files that belong together: all is on the disk before the first rename.
+
+    Only a crash in the instant between two renames can leave some files new and some old.
+    """
+    staged: dict[Path, Path] = {}  # temporary file → destination
+    path = Path()
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        for path, data in ((Path(p), d) for p, d in contents.items()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            staged[temporary] = path
+            with open(temporary, "xb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in staged.items():
+            os.replace(temporary, path)
+    except OSError as error:
+        kept = "the previous file was kept" if path.exists() else "nothing was written"
+        raise OSError(error.errno, f"{error.strerror}; {kept}", str(path)) from error
+    finally:
+        for temporary in staged:
+            temporary.unlink(missing_ok=True)

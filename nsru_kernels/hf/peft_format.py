@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsru_kernels.files import atomic_write
+from nsru_kernels.files import atomic_write_all
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.swap import SwapReport, swap_linears
 
@@ -25,9 +25,9 @@ def save_lora_adapter(
 ) -> Path:
     """Write the adapters as PEFT does: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-    The projection is folded in, so PEFT, vLLM and ``merge_and_unload`` take the folder as it is. ``nsru.json``
-    beside them says how much of each adapter leaks into its retain subspace. Each file appears whole or not at
-    all.
+    The projection is folded in, so PEFT, vLLM and ``merge_and_unload`` take the folder as it is.
+    ``nsru.json`` beside them says how much of each adapter leaks into its retain subspace. An
+    adapter that was there before stays whole when writing fails.
 
     Args:
         model: has ``NSRULinear`` modules, none merged.
@@ -36,8 +36,9 @@ def save_lora_adapter(
     Returns:
         the folder.
     Raises:
-        ValueError: no ``NSRULinear``, or one is merged.
-        OSError: nothing else could be written; files there before are unharmed.
+        ValueError: no ``NSRULinear``, one is merged, or one holds NaN or infinite values.
+        TypeError: metadata cannot be written as JSON.
+        OSError: the disk is full or the folder cannot be written; files there before are unharmed.
     """
     from safetensors.torch import save
 
@@ -50,16 +51,25 @@ def save_lora_adapter(
     for name, module in modules.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = module.folded_adapter().cpu().contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"save_lora_adapter: {key} holds NaN or infinite values: training diverged. "
+                "Nothing was written."
+            )
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     sidecar = {
         "schema": 1,
         "leakage": {name: module.leakage() for name, module in modules.items()},
         **(metadata or {}),
     }
-    atomic_write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    atomic_write(folder / SIDECAR, json.dumps(sidecar, indent=2) + "\n")
-    atomic_write(folder / CONFIG, json.dumps(_config(model, modules), indent=2) + "\n")
+    atomic_write_all(
+        {
+            folder / WEIGHTS: save(tensors, metadata={"format": "pt"}),
+            folder / SIDECAR: json.dumps(sidecar, indent=2) + "\n",
+            folder / CONFIG: json.dumps(_config(model, modules), indent=2) + "\n",
+        }
+    )
     return folder
 
 
@@ -104,7 +114,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     try:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"adapter: a file in {folder} is truncated or damaged ({error}). Copy it again."
         ) from error
@@ -115,7 +125,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
 
 @torch.no_grad()
 def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapReport:
-    """Swap the linears that a plain LoRA adapter names and give them its A and B (no basis: A is Ā).
+    """Swap the linears that a plain LoRA adapter names and give them its A and B; A is Ā, no basis.
 
     Args:
         model: the base model, changed in place.
@@ -128,12 +138,19 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
     config, tensors = read_adapter(path)
     for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if config.get(option):
-            raise ValueError(f"adapter: {option}={config[option]!r} is not supported; load it with PEFT.")
+            raise ValueError(
+                f"adapter: {option}={config[option]!r} is not supported; load it with PEFT."
+            )
     if config.get("bias", "none") != "none":
         raise ValueError("adapter: trained biases are not supported; load it with PEFT.")
     names = sorted({key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in tensors})
+    key = (_PREFIX + "{}.lora_{}.weight").format
+    expected = {key(name, side) for name in names for side in "AB"}
+    if not names or expected != tensors.keys():
+        odd = sorted(expected ^ tensors.keys())[:1]
+        raise ValueError(f"adapter: expected lora_A and lora_B of each module, check {odd}.")
     for name in names:
-        a, b = (tensors[f"{_PREFIX}{name}.lora_{side}.weight"] for side in "AB")
+        a, b = (tensors[key(name, side)] for side in "AB")
         try:
             linear = model.get_submodule(name)
         except AttributeError:
@@ -144,9 +161,15 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
                 f"adapter: {name} is made for a weight of {(b.shape[0], a.shape[1])}, "
                 f"the model has {shape}; another base?"
             )
+        if not a.shape[0] == b.shape[1] == config["r"]:
+            raise ValueError(
+                f"adapter: {name} has rank {a.shape[0]} (A) and {b.shape[1]} (B), "
+                f"{CONFIG} says {config['r']}."
+            )
     report = swap_linears(model, names, rank=config["r"], alpha=config["lora_alpha"])
     for name in names:
         module = model.get_submodule(name)
-        module.lora_A.copy_(tensors[f"{_PREFIX}{name}.lora_A.weight"])
-        module.lora_B.copy_(tensors[f"{_PREFIX}{name}.lora_B.weight"])
+        assert isinstance(module, NSRULinear)
+        module.lora_A.copy_(tensors[key(name, "A")])
+        module.lora_B.copy_(tensors[key(name, "B")])
     return report

@@ -1,9 +1,10 @@
 """Folded adapters, computed once per optimizer step for all adapters of a model and never stale.
 
-A fold is remembered together with what it came from: identity, storage and version counter of A and of the
-basis, and the number of optimizer steps taken in this process (some optimizers write through ``.data``, which
-bumps no version counter). On a CPU the adapter's values are compared too, so that even a hand edit through
-``.data`` is seen; on a GPU that would synchronise, and after such an edit ``FoldCache.clear`` is needed.
+A fold is remembered together with what it came from: identity, storage and version counter of A and
+of the basis, and the number of optimizer steps taken in this process (some optimizers write through
+``.data``, which bumps no version counter). On a CPU the adapter's values are compared too, so that
+even a hand edit through ``.data`` is seen; on a GPU that would synchronise, and after such an edit
+``FoldCache.clear`` is needed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nsru_kernels.nn.basis import tensor_key
 from nsru_kernels.ops.fold import project_adapters
+from nsru_kernels.ops.fold.core import tensor_key
 
 if TYPE_CHECKING:
     from nsru_kernels.nn.linear import NSRULinear
@@ -34,18 +35,24 @@ register_optimizer_step_post_hook(_count_step)
 
 class _Fold(NamedTuple):
     key: tuple
-    parents: tuple[Tensor, ...]  # kept alive, so that no new tensor can take over an identity in the key
+    parents: tuple[
+        Tensor, ...
+    ]  # kept alive, so that no new tensor can take over an identity in the key
     values: Tensor | None  # of A, on a CPU
     folded: Tensor
 
 
 class FoldCache:
-    """The folds of a set of ``NSRULinear`` modules; one stale member refreshes all stale ones together."""
+    """The folds of a set of ``NSRULinear``; one stale member refreshes all stale ones together."""
 
     def __init__(self) -> None:
         self._folds: weakref.WeakKeyDictionary[NSRULinear, _Fold | None] = (
             weakref.WeakKeyDictionary()
         )
+
+    def __reduce__(self):
+        # A copied or unpickled model shares one empty cache; its modules add themselves.
+        return FoldCache, ()
 
     def add(self, module: NSRULinear) -> None:
         """Fold ``module`` together with the members so far."""
@@ -57,10 +64,11 @@ class FoldCache:
             self._folds[module] = None
 
     def folded(self, module: NSRULinear, dtype: torch.dtype) -> Tensor | None:
-        """Ā of ``module`` in ``dtype``; None where it has to be folded inside the caller's graph."""
-        if torch.compiler.is_compiling() or module.lora_A.is_inference():
+        """Ā of ``module`` in ``dtype``; None where the caller's graph has to fold it."""
+        a_RK = module.lora_A
+        if torch.compiler.is_compiling() or a_RK.is_inference() or a_RK.is_meta:
             return None
-        if module.lora_A.is_cuda and torch.cuda.is_current_stream_capturing():
+        if a_RK.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         if not self._fresh(module, dtype):
             self._refresh(module, dtype)
@@ -71,10 +79,11 @@ class FoldCache:
     def _refresh(self, asked: NSRULinear, dtype: torch.dtype) -> None:
         stale = [asked]
         for other in self._folds:
-            if other is not asked and _together(asked, other) and not self._fresh(other, dtype):
+            if other is not asked and self._stale_alike(asked, other, dtype):
                 stale.append(other)
-        device = asked.lora_A.device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        # Not in inference mode, even when asked there: a later training step saves the fold for
+        # backward.
+        with torch.inference_mode(False), torch.no_grad():
             folds = project_adapters(
                 [m.lora_A for m in stale], [m.basis for m in stale], backend=asked.backend
             )
@@ -83,9 +92,16 @@ class FoldCache:
                 self._folds[module] = _Fold(
                     _key(module, dtype),
                     (a_RK,) if basis_KQ is None else (a_RK, basis_KQ),
-                    a_RK.detach().clone() if device.type == "cpu" else None,
+                    a_RK.detach().clone() if a_RK.device.type == "cpu" else None,
                     folded.detach().to(dtype, copy=folded is a_RK),
                 )
+
+    def _stale_alike(self, asked: NSRULinear, other: NSRULinear, dtype: torch.dtype) -> bool:
+        """Whether ``other`` needs a fold too, in a dtype it is used with, in the same launch."""
+        fold = self._folds[other]
+        if fold is not None and (fold.key[0] != dtype or self._fresh(other, dtype)):
+            return False
+        return _together(asked, other)
 
     def _fresh(self, module: NSRULinear, dtype: torch.dtype) -> bool:
         fold = self._folds.get(module)

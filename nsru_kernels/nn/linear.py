@@ -1,4 +1,4 @@
-"""``NSRULinear``: ``nn.Linear`` with a low-rank update confined to the null space of a retain subspace."""
+"""``nn.Linear`` with a low-rank update confined to the null space of a retain subspace."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsru_kernels.config import requested_backend
 from nsru_kernels.nn.basis import RetainBasis
 from nsru_kernels.nn.fold_cache import FoldCache
 from nsru_kernels.ops.fold import project_adapter
@@ -19,9 +20,9 @@ from nsru_kernels.ops.linear import compute_dtype, projected_linear
 class NSRULinear(nn.Module):
     """y = x Wᵀ + b + (alpha/rank) · dropout(x) Āᵀ Bᵀ with Ā = A (I - U Uᵀ); W and b frozen.
 
-    ``lora_A`` [R, K] starts as in PEFT (Kaiming uniform) and ``lora_B`` [N, R] at zero, both float32, so the
-    module starts as its frozen linear. Nothing is kept between calls but the fold of A, which is recomputed
-    whenever A or the basis changed.
+    ``lora_A`` [R, K] starts as in PEFT (Kaiming uniform) and ``lora_B`` [N, R] at zero, both
+    float32, so the module starts as its frozen linear. Nothing is kept between calls but the fold
+    of A, which is recomputed whenever A or the basis changed.
 
     Args:
         in_features: K.
@@ -33,12 +34,16 @@ class NSRULinear(nn.Module):
         dropout: LoRA dropout on x. With p > 0 the null-space property holds in expectation only.
         backend: "auto", "eager", "triton" or "cuda".
     Raises:
-        ValueError: rank < 1, a basis of another size, or one with NaN or infinite values.
+        ValueError: rank < 1, dropout outside [0, 1], unknown backend, a basis of another size, or
+            one with NaN or infinite values.
+        TypeError: basis is neither of the two, e.g. a ``RetainSubspace``.
 
     >>> layer = NSRULinear.from_linear(nn.Linear(32, 16), rank=4, alpha=8)
     >>> layer(torch.randn(2, 32)).shape
     torch.Size([2, 16])
     """
+
+    _unmerged_weight: Tensor | None
 
     def __init__(
         self,
@@ -59,18 +64,15 @@ class NSRULinear(nn.Module):
             raise ValueError(f"NSRULinear: rank must be ≥ 1, got {rank}.")
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"NSRULinear: dropout must be in [0, 1], got {dropout}.")
+        requested_backend(backend)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.alpha, self.dropout, self.backend = rank, alpha, dropout, backend
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.weight, self.bias = linear.weight, linear.bias
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
-        self.reset_adapter()
+        self._freeze()
+        self._make_adapter(device)
         self.enabled = True
-        self._unmerged_weight: Tensor | None = None
+        self.register_buffer("_unmerged_weight", None, persistent=False)
         self._set_basis(basis)
         self._share_folds(FoldCache())
 
@@ -85,7 +87,7 @@ class NSRULinear(nn.Module):
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> NSRULinear:
-        """Wrap a linear layer: its weight and bias tensors are taken over, not copied, and frozen."""
+        """Wrap a linear layer: its weight and bias are taken over, not copied, and frozen."""
         device = linear.weight.device
         module = cls(
             linear.in_features,
@@ -97,16 +99,10 @@ class NSRULinear(nn.Module):
             device="meta",
             backend=backend,
         )
-        module.weight, module.bias = linear.weight, linear.bias
-        module.weight.requires_grad_(False)
-        if module.bias is not None:
-            module.bias.requires_grad_(False)
-        module.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
-        module.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
-        module.reset_adapter()
-        if isinstance(basis, Tensor):
-            basis = basis.to(device)
+        module._make_adapter(device)
         module._set_basis(basis)
+        module.weight, module.bias = linear.weight, linear.bias
+        module._freeze()
         return module.train(linear.training)
 
     @property
@@ -125,9 +121,27 @@ class NSRULinear(nn.Module):
         """The holder of the basis: this module's own, or the sibling's that saves it."""
         return self._retain[0] if self._retain else None
 
+    def _freeze(self) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    def _make_adapter(self, device: torch.device | str | None) -> None:
+        # float32 whatever the default dtype: transformers changes that while it loads a model.
+        fp32 = torch.float32
+        a_RK = torch.empty(self.rank, self.in_features, device=device, dtype=fp32)
+        b_NR = torch.zeros(self.out_features, self.rank, device=device, dtype=fp32)
+        self.lora_A, self.lora_B = nn.Parameter(a_RK), nn.Parameter(b_NR)
+        self.reset_adapter()
+
     def _set_basis(self, basis: Tensor | RetainBasis | None) -> None:
         if isinstance(basis, Tensor):
-            basis = RetainBasis(basis)
+            basis = RetainBasis(basis).to(self.lora_A.device)
+        if basis is not None and not isinstance(basis, RetainBasis):
+            raise TypeError(
+                f"NSRULinear: basis must be a tensor [K={self.in_features}, Q], got "
+                f"{type(basis).__name__}. Pass .basis of a RetainSubspace."
+            )
         if basis is not None and basis.basis.shape[0] != self.in_features:
             raise ValueError(
                 f"NSRULinear: basis must be [K={self.in_features}, Q] like in_features, "
@@ -152,22 +166,23 @@ class NSRULinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K], in x's dtype."""
-        if not self.enabled or self.merged:
-            return F.linear(x, self.weight, self.bias)
-        holder = self.retain
-        return projected_linear(
-            x,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            None if holder is None else holder.basis,
-            self.bias,
-            None if holder is None else holder.core(),
-            self._folds.folded(self, compute_dtype(x)),
-            self.scaling,
-            self.dropout if self.training else 0.0,
-            self.backend,
-        )
+        if self.enabled and not self.merged:
+            return projected_linear(
+                x,
+                self.weight,
+                self.lora_A,
+                self.lora_B,
+                self.basis,
+                self.bias,
+                self._folds.folded(self, compute_dtype(x)),
+                self.scaling,
+                self.dropout if self.training else 0.0,
+                self.backend,
+            )
+        weight = self.weight
+        if not self.enabled and self._unmerged_weight is not None:
+            weight = self._unmerged_weight
+        return F.linear(x, weight, self.bias)
 
     @torch.no_grad()
     def folded_adapter(self) -> Tensor:
@@ -183,12 +198,21 @@ class NSRULinear(nn.Module):
             return self.scaling * (self.lora_B.to(dtype) @ a_RK.to(dtype))
 
     @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + s B Ā, summed in float32, rounded once to W's dtype; W itself once it is merged."""
+        if self.merged:
+            return self.weight.detach()
+        delta = self.delta_weight()
+        return delta.add_(self.weight).to(self.weight.dtype)
+
+    @torch.no_grad()
     def leakage(self) -> float:
-        """‖Ā U‖_F / ‖A‖_F with Ā rounded to weight's dtype, U taken in float64; 0.0 without a basis."""
+        """‖Ā U‖_F / ‖A‖_F, Ā rounded to weight's dtype, then in float64; 0.0 without a basis."""
         if self.basis is None:
             return 0.0
         a_RK = self.folded_adapter().to(self.weight.dtype).double()
-        return float((a_RK @ self.basis.double()).norm() / self.lora_A.double().norm())
+        norm = self.lora_A.double().norm()
+        return float((a_RK @ self.basis.double()).norm() / norm) if norm else 0.0
 
     @property
     def merged(self) -> bool:
@@ -197,13 +221,12 @@ class NSRULinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W ← round(W + s B Ā), summed in float32. Keeps a copy of W, so that ``unmerge`` is exact."""
+        """W ← round(W + s B Ā), summed in float32. Keeps a copy of W: ``unmerge`` is exact."""
         if self.merged:
             return
-        delta = self.delta_weight()
-        original = self.weight.detach().clone()
-        self.weight.copy_(original.to(delta.dtype) + delta)
-        self._unmerged_weight = original
+        merged = self.merged_weight()
+        self._unmerged_weight = self.weight.detach().clone()
+        self.weight.copy_(merged)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -221,14 +244,9 @@ class NSRULinear(nn.Module):
             f"retain_rank={q}, dropout={self.dropout}"
         )
 
-    def __getstate__(self):
-        state = dict(super().__getstate__())
-        del state["_folds"]
-        return state
-
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._share_folds(FoldCache())
+        self._folds.add(self)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -242,10 +260,7 @@ class NSRULinear(nn.Module):
 
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block every ``NSRULinear`` of ``model`` acts as its frozen linear.
-
-    A merged module keeps its merged weight: call ``unmerge`` first.
-    """
+    """In the block every ``NSRULinear`` of ``model`` acts as its frozen linear, merged or not."""
     modules = [m for m in model.modules() if isinstance(m, NSRULinear)]
     before = [m.enabled for m in modules]
     try:

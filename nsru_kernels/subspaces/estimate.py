@@ -135,7 +135,9 @@ class _ForgetEnergy:
     def update(self, x: Tensor, keep: Tensor | None) -> None:
         x_MK = x.flatten(0, -2) if keep is None else x[keep]
         x_MK = x_MK.float()
-        self.energy[:-1] += (x_MK @ self.basis_KQ).square().sum(0, dtype=torch.float64)
+        with torch.autocast(x.device.type, enabled=False):
+            along_MQ = x_MK @ self.basis_KQ
+        self.energy[:-1] += along_MQ.square().sum(0, dtype=torch.float64)
         self.energy[-1] += x_MK.square().sum(1).sum(dtype=torch.float64)
 
     def editability(self) -> list[float]:

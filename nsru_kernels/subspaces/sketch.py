@@ -309,7 +309,7 @@ class RetainSketch:
         missing = self.width - basis_KF.shape[1]
         if missing:
             # Directions not seen yet: random, and blind to those already held, so that massive
-            # directions do not drown in the rounding of S what these are to find.
+            # directions do not drown in the rounding of S what these should find.
             fresh_KF = torch.randn(
                 self.in_features, missing, dtype=torch.float64, generator=self._generator()
             ).to(self.device)
@@ -346,7 +346,7 @@ def _describe_bad_tokens(x_MK: Tensor, energy_M: Tensor) -> str:
     if count:
         return (
             f"update: x has NaN or infinite entries in {count} of {x_MK.shape[0]} kept tokens "
-            f"(first: {int(bad_M.int().argmax())}); mask them, or check the model's dtype for overflow."
+            f"(first: {int(bad_M.int().argmax())}); mask them, or check the model for overflow."
         )
     return (
         f"update: the squared norm of x, {energy_M.max().item():.3g} for one token, overflows fp32 "

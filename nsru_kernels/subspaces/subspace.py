@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from nsru_kernels.files import atomic_write
 
 _FORMAT = "nsru-retain-subspace-1"
 
@@ -112,7 +112,7 @@ class RetainSubspace:
         }
         tensors = {"basis": self.basis, "eigenvalues": self.eigenvalues}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        write_atomically(path, save(tensors, metadata))
+        atomic_write(path, save(tensors, metadata))
 
     @classmethod
     def load(
@@ -152,18 +152,3 @@ def check_share(function: str, name: str, value: float) -> None:
     """Raise ValueError unless 0 < value <= 1."""
     if not 0 < value <= 1:
         raise ValueError(f"{function}: {name} must be above 0 and at most 1, got {value}.")
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace `path` in one step, so that a full disk or a kill leaves the previous file."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

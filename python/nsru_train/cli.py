@@ -221,7 +221,8 @@ def eval(  # noqa: A001
         generate: false leaves out generated answers, and ROUGE with them.
     """
     from nsru_kernels.hf.peft_format import load_lora_adapter
-    from nsru_train.evaluate import evaluate, format_table, load_log, to_results
+    from nsru_train.evaluate import evaluate, format_table, to_results
+    from nsru_train.metrics.tofu import load_log
     from nsru_train.pipeline import load_data, load_model
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder

@@ -112,7 +112,8 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps.
-        lr: peak learning rate of AdamW; linear decay after the warm-up.
+        lr: peak learning rate of AdamW; linear decay after the warm-up. Chosen on models of a few million
+            parameters; for billions, 1e-4 to 2e-4 are usual with LoRA.
         warmup: share of the steps.
         batch_size: forget questions in a batch; each brings its safe target and retain questions.
         retain_per_forget: retain questions for each forget question.
@@ -125,7 +126,7 @@ class TrainConfig:
     """
 
     steps: int = 150
-    lr: float = 5e-4
+    lr: float = 1e-3
     warmup: float = 0.05
     batch_size: int = 8
     retain_per_forget: int = 1

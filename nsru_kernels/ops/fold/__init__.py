@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from nsru_kernels.ops.fold.autograd import Fold
-from nsru_kernels.ops.fold.reference import gram_core
+from nsru_kernels.ops.fold.core import core_of
 
-__all__ = ["check_fold", "core_of", "project_adapter", "project_adapters"]
+__all__ = ["check_fold", "project_adapter", "project_adapters"]
 
 
 def project_adapter(lora_a: Tensor, basis: Tensor | None, *, backend: str = "auto") -> Tensor:
     """Ā = A - (A U) Uᵀ, the adapter confined to the null space of the retain subspace.
 
-    Since x P Aᵀ = x (A P)ᵀ, folding the adapter equals projecting the activations, at M/R times less work.
+    Since x P Aᵀ = x (A P)ᵀ, folding the adapter equals projecting the activations, at M/R times
+    less work.
 
     Args:
         lora_a: A [R, K], any floating dtype.
         basis: U [K, Q], float32 or float64 taken as it is: orthonormal columns for a projector,
             U diag(√w) with 0 ≤ w ≤ 1 for a soft one. In bf16/fp16 the columns are no longer
-            orthonormal; the inverse Gram matrix then restores an exact projector. None: no projection.
+            orthonormal; the inverse Gram matrix then restores an exact projector. None: no
+            projection.
         backend: "auto", "eager", "triton" or "cuda".
     Returns:
         Ā [R, K] in lora_a's dtype; computed in float32 (float64 for float64) and rounded once.
@@ -45,7 +46,8 @@ def project_adapters(
 
     Args:
         lora_as: A_i [R_i, K_i], any mix of sizes and floating dtypes, all on one device.
-        bases: U_i [K_i, Q_i] or None, one per adapter. The same tensor may stand for several adapters.
+        bases: U_i [K_i, Q_i] or None, one per adapter. The same tensor may stand for several
+            adapters.
         backend: "auto", "eager", "triton" or "cuda".
     Returns:
         Ā_i [R_i, K_i] in the dtype of A_i, in order. Differentiable in every A_i.
@@ -63,11 +65,10 @@ def project_adapters(
     projected = [i for i, basis in enumerate(bases) if basis is not None and lora_as[i].numel()]
     if projected:
         pairs = [(lora_as[i], bases[i]) for i in projected]
-        cores = {id(basis): core_of(basis) for _, basis in pairs}
         outputs = Fold.apply(
             backend,
             [basis for _, basis in pairs],
-            [cores[id(basis)] for _, basis in pairs],
+            [core_of(basis) for _, basis in pairs],
             *[lora_a for lora_a, _ in pairs],
         )
         for i, output in zip(projected, outputs, strict=True):
@@ -75,29 +76,23 @@ def project_adapters(
     return folded
 
 
-def core_of(basis: Tensor | None) -> Tensor | None:
-    """The [Q, Q] correction of a basis stored in bf16 or fp16; None where none is needed."""
-    if basis is None or basis.dtype in (torch.float32, torch.float64):
-        return None
-    return gram_core(basis)
-
-
 def check_fold(op: str, lora_a: Tensor, basis: Tensor | None) -> None:
     """Refuse what no backend can fold. Raises ValueError or TypeError."""
     if lora_a.dim() != 2 or not lora_a.is_floating_point():
         raise ValueError(
-            f"{op}: lora_a must be a floating [R, K] matrix, got {tuple(lora_a.shape)} {lora_a.dtype}."
+            f"{op}: lora_a must be a floating [R, K] matrix, got {tuple(lora_a.shape)} "
+            f"{lora_a.dtype}."
         )
     if basis is None:
         return
     if basis.dim() != 2 or basis.shape[0] != lora_a.shape[1] or not basis.is_floating_point():
         raise ValueError(
-            f"{op}: basis must be a floating [K={lora_a.shape[1]}, Q] matrix like lora_a's last "
-            f"dimension, got {tuple(basis.shape)} {basis.dtype}. Was it estimated for another layer?"
+            f"{op}: basis must be a floating [K={lora_a.shape[1]}, Q] matrix like in_features, "
+            f"got {tuple(basis.shape)} {basis.dtype}. Was it estimated for another layer?"
         )
     if basis.shape[1] > basis.shape[0]:
         raise ValueError(
-            f"{op}: basis has more columns than rows, {tuple(basis.shape)}; expected [K, Q] with Q ≤ K."
+            f"{op}: basis must be [K, Q] with Q ≤ K, got {tuple(basis.shape)}. Is it transposed?"
         )
     if basis.device != lora_a.device:
         raise ValueError(

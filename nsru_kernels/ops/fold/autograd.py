@@ -16,7 +16,7 @@ def fold_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None], backend: str
 ) -> list[Tensor]:
     """Ā_i, unrounded (float32, or float64 for float64 adapters); no autograd."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or as_RK[0].is_meta:
         return torch.ops.nsru.fold(as_RK, bases_KQ, cores_QQ, backend)
     return _fold_many(as_RK, bases_KQ, cores_QQ, backend)
 
@@ -33,7 +33,8 @@ def _fold_many(
 @torch.library.register_fake("nsru::fold")
 def _(a, basis, core, backend):
     return [
-        torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32)).contiguous() for x in a
+        torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32)).contiguous()
+        for x in a
     ]
 
 

@@ -36,7 +36,8 @@ def gram_core(basis_KQ: Tensor) -> Tensor:
     """C [Q, Q] with which Ũ C Ũᵀ is the intended projector, though Ũ was rounded to bf16 or fp16.
 
     With D the column norms of Ũ and G = (Ũ/D)ᵀ(Ũ/D), C = D⁻¹ G^-½ D² G^-½ D⁻¹. For an orthonormal
-    basis D is one and C is the inverse Gram matrix; for a weighted basis U diag(√w) the weights D² = w stay.
+    basis D is one and C is the inverse Gram matrix; for a weighted basis U diag(√w) the weights D²
+    = w stay.
     """
     basis = basis_KQ.double()
     norms = basis.norm(dim=0)

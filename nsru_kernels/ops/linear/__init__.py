@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsru_kernels.ops.fold import check_fold, core_of
+from nsru_kernels.ops.fold import check_fold
+from nsru_kernels.ops.fold.core import core_of
 from nsru_kernels.ops.linear.autograd import ProjectedLinear
 
 __all__ = ["nsru_linear"]
@@ -25,14 +26,15 @@ def nsru_linear(
 ) -> Tensor:
     """y = x Wᵀ + b + s dropout(x) Āᵀ Bᵀ with Ā = A (I - U Uᵀ), the projector never formed.
 
-    Gradients reach x, bias, lora_a, lora_b and, where it asks for one, weight. Saved tensors are never
-    written to. Double backward is not supported.
+    Gradients reach x, bias, lora_a, lora_b and, where it asks for one, weight. Saved tensors are
+    never written to. Double backward is not supported.
 
     Args:
         x: [..., K] in float32, bf16 or fp16 (float64 for checks). Any strides; may be empty.
         weight: W [N, K], frozen as a rule, in x's dtype.
         lora_a: A [R, K] and
-        lora_b: B [N, R], any floating dtype, float32 as a rule. Only these R-sized tensors are cast.
+        lora_b: B [N, R], any floating dtype, float32 as a rule. Only these R-sized tensors are
+            cast.
         basis: U [K, Q], the retain subspace; see ``project_adapter``. None: plain LoRA.
         bias: b [N] in x's dtype.
         scaling: s = alpha / R.
@@ -40,8 +42,8 @@ def nsru_linear(
             property holds in expectation only.
         backend: "auto", "eager", "triton" or "cuda".
     Returns:
-        y [..., N] in x's dtype. Under autocast, a float32 x (or weight) is first cast to the autocast
-        dtype, as ``nn.Linear`` does.
+        y [..., N] in x's dtype. Under autocast, a float32 x (or weight) is first cast to the
+        autocast dtype, as ``nn.Linear`` does.
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
         TypeError: weight is a DTensor.
@@ -55,7 +57,7 @@ def nsru_linear(
     True
     """
     return projected_linear(
-        x, weight, lora_a, lora_b, basis, bias, core_of(basis), None, scaling, dropout_p, backend
+        x, weight, lora_a, lora_b, basis, bias, None, scaling, dropout_p, backend
     )
 
 
@@ -66,39 +68,42 @@ def projected_linear(
     lora_b: Tensor,
     basis: Tensor | None,
     bias: Tensor | None,
-    core: Tensor | None,
     folded: Tensor | None,
     scaling: float,
     dropout_p: float,
     backend: str,
 ) -> Tensor:
-    """``nsru_linear`` for callers that keep the basis correction and the folded adapter (modules do)."""
+    """``nsru_linear`` for callers that keep the folded adapter (modules do)."""
     x, weight, bias = _autocast(x, weight, bias)
     check_linear(x, weight, lora_a, lora_b, basis, bias, dropout_p)
-    # Drawn from the default generator, so that torch.manual_seed and checkpointing's saved state govern it.
+    # Drawn from the default generator, so that torch.manual_seed and checkpointing's saved state
+    # govern it.
     seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
     if folded is not None and folded.dtype != x.dtype:
         folded = None
     return ProjectedLinear.apply(
-        x, weight, bias, lora_a, lora_b, basis, core, folded,
+        x, weight, bias, lora_a, lora_b, basis, core_of(basis), folded,
         float(scaling), float(dropout_p), seed, backend,
     )  # fmt: skip
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that ``nsru_linear`` computes in for this x: its own, or autocast's."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return x.dtype if (dtype := _autocast_dtype(x)) is None else dtype
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    if x.is_meta or not x.is_floating_point() or x.dtype == torch.float64:
+        return None
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    dtype = compute_dtype(x)
-    if dtype == x.dtype == weight.dtype:
-        return x, weight, bias
-    if not torch.is_autocast_enabled(x.device.type):
+    dtype = _autocast_dtype(x)
+    if dtype is None:
         return x, weight, bias
     return x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
 
@@ -115,8 +120,8 @@ def check_linear(
     """Refuse what no backend can compute. Raises ValueError or TypeError."""
     if type(weight).__name__ == "DTensor":
         raise TypeError(
-            "nsru_linear: weight is a DTensor (tensor parallel?); the low-rank update would mix shards. "
-            "Use FSDP2, which gathers weights before forward, or unwrap with weight.full_tensor()."
+            "nsru_linear: weight is a DTensor (tensor parallel?); the update would mix shards. Use "
+            " FSDP2, which gathers weights before forward, or unwrap with weight.full_tensor()."
         )
     if weight.dim() != 2:
         raise ValueError(f"nsru_linear: weight must be [N, K], got {tuple(weight.shape)}.")
@@ -127,16 +132,16 @@ def check_linear(
         )
     if not x.is_floating_point() or x.dtype != weight.dtype:
         raise ValueError(
-            f"nsru_linear: x ({x.dtype}) and weight ({weight.dtype}) must share one floating dtype. "
+            f"nsru_linear: x ({x.dtype}) and weight ({weight.dtype}) must share a floating dtype. "
             "Cast one of them, or run under torch.autocast."
         )
-    check_fold("nsru_linear", lora_a, basis)
-    r = lora_a.shape[0]
-    if lora_a.shape[1] != k or r < 1:
+    if lora_a.dim() != 2 or lora_a.shape[1] != k or lora_a.shape[0] < 1:
         raise ValueError(
             f"nsru_linear: lora_a must be [R ≥ 1, K={k}] like weight's in_features, "
             f"got {tuple(lora_a.shape)}."
         )
+    check_fold("nsru_linear", lora_a, basis)
+    r = lora_a.shape[0]
     if tuple(lora_b.shape) != (n, r) or not lora_b.is_floating_point():
         raise ValueError(
             f"nsru_linear: lora_b must be a floating [N={n}, R={r}] matrix, "

@@ -1,7 +1,7 @@
 """The projected linear for autograd and for torch.compile.
 
-In eager the backend is called directly; while compiling, the registered ops ``nsru::linear_forward`` and
-``nsru::linear_backward`` stand in the graph. Both run the same module.
+In eager the backend is called directly; while compiling, the registered ops
+``nsru::linear_forward`` and ``nsru::linear_backward`` stand in the graph. Both run the same module.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _library.define(
     "float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)"
 )
 _library.define(
-    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor s, float scaling, "
-    "float dropout_p, Tensor? seed, bool[] needs, str backend) -> Tensor[]"
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor s, "
+    "float scaling, float dropout_p, Tensor? seed, bool[] needs, str backend) -> Tensor[]"
 )
 
 
@@ -57,8 +57,8 @@ def _(dy, x, weight, a, b, s, scaling, dropout_p, seed, needs, backend):
 class ProjectedLinear(torch.autograd.Function):
     """y = x Wᵀ + bias + s S Bᵀ, S = dropout(x) Āᵀ, Ā = A P.
 
-    ``folded`` is Ā in x's dtype where the caller has it cached, else None. It is a value, not a variable: the
-    gradient goes to A.
+    ``folded`` is Ā in x's dtype where the caller has it cached, else None. It is a value, not a
+    variable: the gradient goes to A.
     """
 
     @staticmethod
@@ -67,9 +67,9 @@ class ProjectedLinear(torch.autograd.Function):
     ):
         if folded is None:
             folded = fold_to(x.dtype, lora_a, basis, core, backend)
-        b_RN = lora_b.detach().T.to(x.dtype, memory_format=torch.contiguous_format)
+        b_RN = lora_b.detach().T.to(x.dtype).contiguous()
         x_MK = x.reshape(-1, x.shape[-1])
-        run = torch.ops.nsru.linear_forward if torch.compiler.is_compiling() else _forward
+        run = torch.ops.nsru.linear_forward if _as_op(x) else _forward
         y_MN, s_MR = run(x_MK, weight, folded, b_RN, bias, scaling, dropout_p, seed, backend)
         ctx.save_for_backward(x_MK, weight, folded, b_RN, s_MR, basis, core, seed)
         ctx.x_shape, ctx.scaling, ctx.dropout_p, ctx.backend = x.shape, scaling, dropout_p, backend
@@ -86,7 +86,7 @@ class ProjectedLinear(torch.autograd.Function):
         x_MK, weight, folded, b_RN, s_MR, basis, core, seed = ctx.saved_tensors
         bias_dtype, a_dtype, b_dtype = ctx.dtypes
         needs = list(ctx.needs_input_grad[:5])
-        run = torch.ops.nsru.linear_backward if torch.compiler.is_compiling() else _backward
+        run = torch.ops.nsru.linear_backward if _as_op(dy) else _backward
         dx, dw, dbias, da, db = run(
             dy.reshape(-1, weight.shape[0]), x_MK, weight, folded, b_RN, s_MR,
             ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend,
@@ -99,7 +99,7 @@ class ProjectedLinear(torch.autograd.Function):
             dw if need_w else None,
             dbias.to(bias_dtype) if need_bias else None,
             da.to(a_dtype) if need_a else None,
-            db.T.to(b_dtype, memory_format=torch.contiguous_format) if need_b else None,
+            db.T.to(b_dtype).contiguous() if need_b else None,
             *(None,) * 7,
         )
 
@@ -111,4 +111,8 @@ def fold_to(
     a_RK = a_RK.detach()
     if basis_KQ is not None and a_RK.numel():
         a_RK = fold_many([a_RK], [basis_KQ], [core_QQ], backend)[0]
-    return a_RK.to(dtype, memory_format=torch.contiguous_format)
+    return a_RK.to(dtype).contiguous()
+
+
+def _as_op(tensor: Tensor) -> bool:
+    return torch.compiler.is_compiling() or tensor.is_meta

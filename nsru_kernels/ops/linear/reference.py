@@ -1,8 +1,9 @@
 """y = x Wᵀ + b + s S Bᵀ with S = dropout(x) Āᵀ in eager PyTorch: the definition, up to float64.
 
-Library GEMMs in the plan that measured fastest on CPUs and that ``auto`` falls back to elsewhere: the
-update is accumulated into y (and into dX) by ``addmm_``, and the scaling rides on its alpha. Nothing of
-size M is cast or copied; the dropout mask is drawn again in backward instead of being stored.
+Library GEMMs in the plan that measured fastest on CPUs and that ``auto`` falls back to elsewhere:
+the update is accumulated into y (and into dX) by ``addmm_``, and the scaling rides on its alpha.
+Nothing of size M is cast or copied; the dropout mask is drawn again in backward instead of being
+stored.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ def backward(
     seed: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
-    """[dX, dW, dbias, dĀ, dBᵀ [R, N]], each in x's dtype; an empty tensor where ``needs`` is False."""
+    """[dX, dW, dbias, dĀ, dBᵀ [R, N]] in x's dtype; an empty tensor where ``needs`` is False."""
     need_x, need_w, need_bias, need_a, need_b = needs
-    dx = dw = dbias = da = db = dy_MN.new_empty(0)
+    dx, dw, dbias, da, db = (dy_MN.new_empty(0) for _ in needs)  # no two outputs of an op may alias
     if need_x or need_a:
         ds_MR = F.linear(dy_MN, b_RN)
     if need_x:
@@ -57,14 +58,20 @@ def backward(
     if need_bias:
         dbias = dy_MN.sum(0)
     if need_a:
-        da = (ds_MR.T @ drop(x_MK, dropout_p, seed)).mul_(scaling)
+        da = _scaled(ds_MR.T, drop(x_MK, dropout_p, seed), scaling)
     if need_b:
-        db = (s_MR.T @ dy_MN).mul_(scaling)
+        db = _scaled(s_MR.T, dy_MN, scaling)
     return [dx, dw, dbias, da, db]
 
 
+def _scaled(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """scaling · left @ right, scaled before the result is rounded."""
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return torch.addmm(out, left, right, beta=0, alpha=scaling)
+
+
 def drop(x_MK: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """x with each element zeroed with probability p, the rest scaled by 1/(1-p): the same for one seed."""
+    """x with each element zeroed with probability p, the rest times 1/(1-p); fixed by the seed."""
     if not dropout_p:
         return x_MK
     assert seed is not None

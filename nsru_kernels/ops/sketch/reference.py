@@ -11,10 +11,11 @@ def update_sketch(
 ) -> None:
     if mask_M is not None:
         x_MK = x_MK[mask_M]
-    wide_MK = x_MK.to(y_KL.dtype)
     limits = torch.finfo(x_MK.dtype)
-    # Saturation keeps fp16 finite; whatever S holds, the estimate stays below xᵀ x.
-    s_ML = (wide_MK @ omega_KL.to(y_KL.dtype)).clamp_(limits.min, limits.max)
-    s_ML = s_ML.to(x_MK.dtype).to(y_KL.dtype)
-    y_KL.addmm_(wide_MK.T, s_ML)
-    h_LL.addmm_(s_ML.T, s_ML)
+    with torch.autocast(x_MK.device.type, enabled=False):
+        wide_MK = x_MK.to(y_KL.dtype)
+        # Saturation keeps fp16 finite; whatever S holds, the estimate stays below xᵀ x.
+        s_ML = (wide_MK @ omega_KL.to(y_KL.dtype)).clamp_(limits.min, limits.max)
+        s_ML = s_ML.to(x_MK.dtype).to(y_KL.dtype)
+        y_KL.addmm_(wide_MK.T, s_ML)
+        h_LL.addmm_(s_ML.T, s_ML)

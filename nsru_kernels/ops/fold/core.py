@@ -1,0 +1,48 @@
+"""The correction of a rounded basis: computed once per basis, in eager and in compiled graphs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from nsru_kernels.ops.fold.reference import gram_core
+
+_library = torch.library.Library("nsru", "FRAGMENT")
+_library.define("gram_core(Tensor basis) -> Tensor")
+
+_cores = WeakTensorKeyDictionary()  # basis → (its key when the core was computed, core)
+
+
+def core_of(basis: Tensor | None) -> Tensor | None:
+    """The [Q, Q] correction of a basis stored in bf16 or fp16; None where none is needed."""
+    if basis is None or basis.dtype in (torch.float32, torch.float64):
+        return None
+    if torch.compiler.is_compiling() or basis.is_meta:
+        return torch.ops.nsru.gram_core(basis)
+    return _core(basis)
+
+
+def tensor_key(tensor: Tensor) -> tuple:
+    """Identity, storage and version of a tensor, as far as PyTorch counts them."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device
+
+
+@torch.library.impl(_library, "gram_core", "CompositeExplicitAutograd")
+def _(basis: Tensor) -> Tensor:
+    return _core(basis).clone()  # a compiled graph may write over what an op returned
+
+
+@torch.library.register_fake("nsru::gram_core")
+def _(basis):
+    return basis.new_empty(basis.shape[1], basis.shape[1], dtype=torch.float32)
+
+
+def _core(basis: Tensor) -> Tensor:
+    key = tensor_key(basis)
+    known = _cores.get(basis)
+    if known is None or known[0] != key:
+        with torch.inference_mode(False), torch.no_grad():
+            known = _cores[basis] = (key, gram_core(basis))
+    return known[1]

@@ -1,0 +1,331 @@
+"""estimate_retain_subspaces on a small Llama and on plain modules."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from nsru_kernels import swap_linears
+from nsru_kernels.subspaces import estimate_retain_subspaces
+
+QKV = ("q_proj", "k_proj", "v_proj")
+# Widths at which K=80 takes the covariance route, or one that holds 16 directions at most.
+EXACT, NYSTROM = 24, 16
+TARGETS = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture
+def model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_dropout=0.5,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_batches(count=4, seed=0, rows=4, length=10, low=0, high=50):
+    """Right-padded batches with labels, as a collator makes them."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(low, high, (rows, length), generator=generator)
+        lengths = torch.randint(3, length + 1, (rows, 1), generator=generator)
+        mask = (torch.arange(length) < lengths).long()
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": ids})
+    return batches
+
+
+def inputs_of(model, name, batches):
+    """The unpadded inputs of one module [M, K], by an independent hook."""
+    seen = []
+    module = model.get_submodule(name)
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    model.train(was_training)
+    handle.remove()
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    return torch.cat([x[mask] for x, mask in zip(seen, masks, strict=True)]).double()
+
+
+def estimate(model, batches, targets="all-linear", **options):
+    return estimate_retain_subspaces(
+        model, batches, targets, **({"width": EXACT, "progress": False} | options)
+    )
+
+
+def test_subspaces_are_those_of_the_unpadded_activations(model):
+    batches = make_batches()
+    subspaces = estimate(model, batches, rank=5)
+    assert len(subspaces) == 14
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        x = inputs_of(model, name, batches)
+        subspace = subspaces[name]
+        assert subspace.tokens == len(x)
+        assert subspace.trace == pytest.approx(x.square().sum().item(), rel=1e-6)
+        values = torch.linalg.eigvalsh(x.T @ x).flip(0)
+        torch.testing.assert_close(subspace.eigenvalues, values[:5], rtol=1e-5, atol=0)
+
+
+def test_readers_of_one_tensor_share_one_subspace(model):
+    subspaces = estimate(model, make_batches(), rank=5)
+    groups = [[name.rpartition(".")[2] for name in entry.modules] for entry in subspaces.inputs]
+    assert groups == [list(QKV), ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
+    for entry in subspaces.inputs:
+        assert len({id(subspaces[name]) for name in entry.modules}) == 1
+    assert len({id(subspace) for subspace in subspaces.values()}) == 8
+    layer = "model.layers.0.self_attn."
+    assert subspaces[layer + "q_proj"] is not subspaces["model.layers.1.self_attn.q_proj"]
+
+
+def test_targets_restrict_the_work(model):
+    subspaces = estimate(model, make_batches(), ["v_proj"], rank=5)
+    assert list(subspaces) == [f"model.layers.{i}.self_attn.v_proj" for i in range(2)]
+    with pytest.raises(ValueError, match="v_proj"):
+        estimate(model, make_batches(), ["v_prj"], rank=5)
+
+
+def test_every_batch_is_read_once(model):
+    batches = make_batches()
+    whole = estimate(model, batches, rank=5)
+    streamed = estimate(model, iter(batches), rank=5)
+    for name, subspace in whole.items():
+        assert torch.equal(streamed[name].basis, subspace.basis)
+        assert streamed[name].tokens == subspace.tokens
+
+
+def test_energy_takes_the_smallest_rank(model):
+    batches = make_batches()
+    for entry in estimate(model, batches, energy=0.8).inputs:
+        shares = list(itertools.accumulate(entry.spectrum))
+        assert shares[entry.rank - 1] >= 0.8
+        assert entry.rank == 1 or shares[entry.rank - 2] < 0.8
+        assert entry.captured_energy == pytest.approx(shares[entry.rank - 1])
+        assert entry.editability is None
+
+
+def test_editability_is_the_open_share_of_forget_energy(model):
+    retain, forget = make_batches(high=25), make_batches(seed=1, low=25)
+    subspaces = estimate(model, retain, rank=5, forget_batches=iter(forget))
+    for entry in subspaces.inputs:
+        x = inputs_of(model, entry.name, forget)
+        basis = subspaces[entry.name].basis.double()
+        left = x - (x @ basis) @ basis.T
+        want = (left.square().sum() / x.square().sum()).item()
+        assert entry.editability == pytest.approx(want, abs=1e-6)
+        shares = entry.editability_by_rank
+        assert shares[0] == 1
+        assert len(shares) == len(entry.spectrum) + 1
+        assert all(a >= b for a, b in itertools.pairwise(shares))
+
+
+def test_min_editability_takes_the_largest_rank(model):
+    retain, forget = make_batches(high=25), make_batches(seed=1, low=25)
+    subspaces = estimate(model, retain, min_editability=0.5, forget_batches=forget)
+    assert {entry.rank for entry in subspaces.inputs} != {0}
+    for entry in subspaces.inputs:
+        shares = entry.editability_by_rank
+        assert shares[entry.rank] >= 0.5
+        assert entry.rank == len(shares) - 1 or shares[entry.rank + 1] < 0.5
+    options = {"width": NYSTROM, "min_editability": 0.01, "forget_batches": forget}
+    limited = estimate(model, retain, ["down_proj"], **options)
+    assert [(entry.rank, entry.rank_limited) for entry in limited.inputs] == [(16, True)] * 2
+
+
+def test_token_mask_leaves_tokens_out(model):
+    batches = make_batches()
+    for batch in batches:
+        batch["token_mask"] = batch["attention_mask"].bool()
+        batch["token_mask"][:, 0] = False
+    subspaces = estimate(model, batches, ["q_proj"], rank=5)
+    name = "model.layers.1.self_attn.q_proj"
+    count = sum(int(batch["token_mask"].sum()) for batch in batches)
+    assert subspaces[name].tokens == count
+
+
+def test_model_is_left_as_it_was(model):
+    model.train()
+    model.model.layers[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    subspaces = estimate(model, make_batches(), rank=5, forget_batches=make_batches(1))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(subspace.basis.requires_grad for subspace in subspaces.values())
+
+
+def test_error_names_the_module_and_cleans_up(model):
+    model.train()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj.*NaN"):
+        estimate(model, make_batches(), rank=5)
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_bad_forget_activations_are_refused(model):
+    batch = make_batches(1)[0]
+
+    def poisoned():
+        with torch.no_grad():
+            model.model.embed_tokens.weight[0] = torch.inf
+        yield batch | {"input_ids": torch.zeros_like(batch["input_ids"])}
+
+    with pytest.raises(ValueError, match="forget activations"):
+        estimate(model, make_batches(low=1), rank=5, forget_batches=poisoned())
+
+
+def test_output_head_does_not_run_unless_asked_for(model):
+    calls = []
+    handle = model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    estimate(model, make_batches(), rank=5)
+    handle.remove()
+    assert not calls
+    assert estimate(model, make_batches(), ["lm_head"], rank=5)["lm_head"].rank == 5
+
+
+def test_swap_takes_the_result_and_checks_the_weights(model):
+    subspaces = estimate(model, make_batches(), TARGETS, rank=5)
+    swap_linears(model, TARGETS, rank=2, alpha=4, subspaces=subspaces)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.lora_B.normal_()
+    subspaces.check_model(model)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="fingerprint"):
+        subspaces.check_model(model)
+
+
+def test_bf16_model_under_autocast(model):
+    batches = make_batches()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        subspaces = estimate(
+            model.bfloat16(), batches, rank=5, width=NYSTROM, forget_batches=batches
+        )
+    for entry in subspaces.inputs:
+        basis = subspaces[entry.name].basis
+        assert basis.dtype == torch.float32
+        torch.testing.assert_close(basis.T @ basis, torch.eye(5), atol=1e-5, rtol=0)
+        # On its own retain data, what is captured and what is open add up to the whole.
+        total = entry.captured_energy + entry.editability
+        exact = entry.in_features == 32
+        assert total == pytest.approx(1, abs=1e-5) if exact else 0.8 < total <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, "exactly one"),
+        ({"rank": 2, "energy": 0.5}, "exactly one"),
+        ({"rank": 17, "width": 16}, "width=16"),
+        ({"rank": 40, "width": 48}, "in_features=32"),
+        ({"rank": -1}, "0 or more"),
+        ({"energy": 1.1}, "energy"),
+        ({"min_editability": 0.0, "forget_batches": [{}]}, "min_editability"),
+        ({"min_editability": 0.1}, "needs forget_batches"),
+    ],
+)
+def test_requests_are_checked_before_any_forward(model, options, match):
+    def untouched():
+        raise AssertionError("a batch was read")
+        yield
+
+    with pytest.raises(ValueError, match=match):
+        estimate(model, untouched(), **options)
+
+
+def test_empty_sets_are_refused(model):
+    batch = make_batches(1)[0]
+    nothing = batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])}
+    for batches, options, match in (
+        ([], {}, "retain set is empty"),
+        ([nothing], {}, "retain set is empty"),
+        ([batch], {"forget_batches": []}, "forget set is empty"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            estimate(model, batches, rank=5, **options)
+
+
+def test_batches_must_be_dicts(model):
+    with pytest.raises(TypeError, match="dicts"):
+        estimate(model, [torch.zeros(2, 3)], rank=5)
+
+
+class Branches(nn.Module):
+    """Two readers of x, one of them called by keyword, and one that no batch reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.idle = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x, use_idle=False):
+        y = self.first(x) + self.second(input=x)
+        return self.idle(y) if use_idle else y
+
+
+def test_plain_modules_work_too():
+    x = torch.randn(40, 16)
+    subspaces = estimate(Branches(), [{"x": x}], ["first", "second"], rank=3, width=8)
+    assert subspaces["first"] is subspaces["second"]
+    values = torch.linalg.eigvalsh(x.double().T @ x.double()).flip(0)
+    torch.testing.assert_close(subspaces["first"].eigenvalues, values[:3], rtol=1e-5, atol=0)
+
+
+def test_modules_that_no_batch_reached_are_named():
+    batches = [{"x": torch.randn(40, 16)}]
+    with pytest.raises(ValueError, match="1 of 2 inputs, the first idle"):
+        estimate(Branches(), batches, rank=3, width=8)
+    late = [*batches, {"x": torch.randn(5, 16), "use_idle": True}]
+    assert estimate(Branches(), late, rank=3, width=8)["idle"].tokens == 5
+
+
+def test_mask_that_does_not_fit_is_refused():
+    mask = torch.tensor([[True, False, True]])
+    with pytest.raises(ValueError, match=r"input of first: .*padding"):
+        estimate(
+            Branches(), [{"x": torch.randn(4, 16), "token_mask": mask}], ["first"], rank=3, width=8
+        )
+
+
+def rank_batches(rank):
+    x = torch.randn(90, 16, generator=torch.Generator().manual_seed(0))
+    return [[{"x": x[:50]}, {"x": x[50:]}], []][rank]
+
+
+def estimate_on_rank(rank, rendezvous, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    batches = rank_batches(rank)
+    options = {"rank": 3, "width": 8, "forget_batches": batches}
+    subspaces = estimate(Branches(), batches, ["first", "second"], **options)
+    torch.save((subspaces["first"], subspaces.inputs), f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_rank_may_have_no_batches(tmp_path):
+    mp.spawn(estimate_on_rank, (f"{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
+    options = {"rank": 3, "width": 8, "forget_batches": rank_batches(0)}
+    alone = estimate(Branches(), rank_batches(0), ["first", "second"], **options)
+    for rank in range(2):
+        subspace, inputs = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        torch.testing.assert_close(subspace.basis, alone["first"].basis)
+        assert inputs[0].modules == ["first", "second"]
+        assert inputs[0].tokens == 90
+        assert inputs[0].editability == pytest.approx(alone.inputs[0].editability, abs=1e-9)

@@ -1,0 +1,298 @@
+"""save_lora_adapter and load_lora_adapter: PEFT reads it; damage and full disks are survived."""
+
+import copy
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from linear_cases import make_basis
+from torch import nn
+
+import nsru_kernels as nk
+from nsru_kernels import files
+from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, WEIGHTS, load_lora_adapter, read_adapter
+from nsru_kernels.nn.swap import match_linears
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """A random Llama with grouped queries, so that q and k differ in out_features."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def base(llama):
+    return copy.deepcopy(llama)
+
+
+ids = torch.arange(24).reshape(2, 12)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def adapt(model, targets=ALL, **options):
+    """Swapped, with bases, and with adapters that change the logits."""
+    subspaces = {
+        n: make_basis(linear.in_features, 6).float() for n, linear in match_linears(model, targets)
+    }
+    nk.swap_linears(model, targets, **{"rank": 4, "alpha": 8, "subspaces": subspaces, **options})
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nk.NSRULinear):
+            nn.init.normal_(module.lora_B, std=0.3)
+    return model
+
+
+def test_peft_alone_reads_it_and_gives_the_same_logits(base, llama, tmp_path):
+    adapted = adapt(base)
+    folder = nk.save_lora_adapter(adapted, tmp_path / "new" / "adapter")
+    by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(llama), folder).eval()
+    assert (logits(adapted) - logits(llama)).abs().max() > 0.01, "the adapter does something"
+    torch.testing.assert_close(logits(by_peft), logits(adapted), rtol=1e-5, atol=1e-6)
+    merged = by_peft.merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-5, atol=1e-5)
+    ours = nk.merge_adapters(adapted)
+    torch.testing.assert_close(logits(ours), logits(merged), rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_model_through_peft(base, llama, tmp_path):
+    adapted = adapt(base.bfloat16(), ["q_proj", "down_proj"])
+    nk.save_lora_adapter(adapted, tmp_path)
+    plain = copy.deepcopy(llama).bfloat16()
+    effect = (logits(adapted) - logits(plain)).abs().max()
+    by_peft = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    assert (logits(by_peft) - logits(adapted)).abs().max() < 0.1 * effect
+
+
+def test_files_and_their_contents(base, tmp_path):
+    adapted = adapt(base, ["q_proj"], rank=4, alpha=10)
+    nk.save_lora_adapter(adapted, tmp_path, metadata={"fingerprint": "abc"})
+    assert {p.name for p in tmp_path.iterdir()} == {WEIGHTS, CONFIG, SIDECAR}
+    config, tensors = read_adapter(tmp_path)
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 10, "LORA")
+    assert config["task_type"] == "CAUSAL_LM"
+    layer = adapted.model.layers[0].self_attn.q_proj
+    stored = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert torch.equal(stored, layer.folded_adapter())
+    assert (stored @ layer.basis).norm() / layer.lora_A.norm() <= 1e-6, "the basis is folded in"
+    sidecar = json.loads((tmp_path / SIDECAR).read_text())
+    assert sidecar["fingerprint"] == "abc"
+    assert set(sidecar["leakage"]) == set(config["target_modules"])
+    assert all(0 < leak <= 1e-6 for leak in sidecar["leakage"].values())
+
+
+def test_mixed_ranks_and_alphas_reach_peft(base, llama, tmp_path):
+    adapted = adapt(base, ["q_proj", "up_proj"])
+    name = "model.layers.1.mlp.up_proj"
+    plain = llama.get_submodule(name)
+    other = nk.NSRULinear.from_linear(copy.deepcopy(plain), 2, alpha=7)
+    nn.init.normal_(other.lora_B)
+    adapted.set_submodule(name, other)
+    nk.save_lora_adapter(adapted, tmp_path)
+    by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path).eval()
+    torch.testing.assert_close(logits(by_peft), logits(adapted), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"rank_pattern=.* is not supported; load it with PEFT"):
+        load_lora_adapter(copy.deepcopy(llama), tmp_path)
+
+
+def test_merge_adapters_in_bf16_sums_in_fp32(base):
+    adapted = adapt(base.bfloat16())
+    wanted = {
+        n: (m.weight.float() + m.delta_weight()).bfloat16()
+        for n, m in adapted.named_modules()
+        if isinstance(m, nk.NSRULinear)
+    }
+    before = logits(adapted)
+    nk.merge_adapters(adapted)
+    for name, weight in wanted.items():
+        assert torch.equal(adapted.get_submodule(name).weight, weight)
+    assert (logits(adapted) - before).abs().max() < 0.1 * before.abs().max()
+
+
+def test_load_gives_the_same_model_and_can_be_saved_again(base, llama, tmp_path):
+    adapted = adapt(base)
+    nk.save_lora_adapter(adapted, tmp_path / "a")
+    again = copy.deepcopy(llama)
+    report = load_lora_adapter(again, tmp_path / "a")
+    assert len(report.swapped) == 14
+    torch.testing.assert_close(logits(again), logits(adapted), rtol=1e-5, atol=1e-6)
+    nk.save_lora_adapter(again, tmp_path / "b")
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+
+
+def test_an_adapter_that_peft_wrote_loads(llama, tmp_path):
+    config = peft.LoraConfig(r=3, lora_alpha=9, target_modules=["v_proj"], task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(copy.deepcopy(llama), config).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path)
+    ours = copy.deepcopy(llama)
+    load_lora_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_saved(base, llama, tmp_path):
+    with pytest.raises(ValueError, match=r"no NSRULinear; nothing to save"):
+        nk.save_lora_adapter(llama, tmp_path / "a")
+    adapted = adapt(base, ["q_proj"])
+    layer = adapted.model.layers[1].self_attn.q_proj
+    layer.merge()
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj is merged; call unmerge"):
+        nk.save_lora_adapter(adapted, tmp_path / "a")
+    layer.unmerge()
+    with pytest.raises(TypeError, match=r"JSON"):
+        nk.save_lora_adapter(adapted, tmp_path / "a", metadata={"model": llama})
+    with torch.no_grad():
+        layer.lora_B[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"q_proj\.lora_B\.weight holds NaN .*diverged"):
+        nk.save_lora_adapter(adapted, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("failing", range(4))
+@pytest.mark.parametrize("call", ["fsync", "write"])
+def test_a_full_disk_leaves_the_previous_adapter_whole(base, tmp_path, monkeypatch, call, failing):
+    """The disk may fill up at any of the three files; only a fourth would succeed."""
+    adapted = adapt(base, ["q_proj"])
+    nk.save_lora_adapter(adapted, tmp_path)
+    before = contents(tmp_path)
+    for module in adapted.modules():
+        if isinstance(module, nk.NSRULinear):
+            nn.init.normal_(module.lora_A)
+    count = 0
+
+    def full():
+        nonlocal count
+        count += 1
+        if count == failing + 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    fsync = os.fsync
+    if call == "fsync":
+        monkeypatch.setattr(files.os, "fsync", lambda handle: (full(), fsync(handle)))
+    else:
+
+        class Full:
+            def __init__(self, file):
+                self.file = file
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                self.file.close()
+
+            def __getattr__(self, name):
+                return getattr(self.file, name)
+
+            def write(self, data):
+                full()
+                return self.file.write(data)
+
+        monkeypatch.setattr(
+            files,
+            "open",
+            lambda *args: Full(open(*args)),  # noqa: SIM115
+            raising=False,
+        )
+    if failing == 3:
+        nk.save_lora_adapter(adapted, tmp_path)
+        assert contents(tmp_path) != before
+        return
+    with pytest.raises(OSError, match=r"No space left on device; the previous file was kept"):
+        nk.save_lora_adapter(adapted, tmp_path)
+    assert contents(tmp_path) == before, "nothing changed and no temporary file is left"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit_config(**changes):
+    def edit(folder):
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+
+    return edit
+
+
+def drop_tensor(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / WEIGHTS)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, folder / WEIGHTS)
+
+
+DAMAGE = {
+    "truncated weights": (lambda f: truncate(f / WEIGHTS), "truncated or damaged.*Copy it again"),
+    "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), "truncated or damaged"),
+    "truncated config": (lambda f: truncate(f / CONFIG), "truncated or damaged"),
+    "binary config": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "truncated or damaged"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
+    "no config": (lambda f: (f / CONFIG).unlink(), f"has no {CONFIG}"),
+    "no folder": (shutil.rmtree, f"has no {CONFIG}"),
+    "not LoRA": (edit_config(peft_type="IA3"), "'IA3', expected 'LORA'"),
+    "DoRA": (edit_config(use_dora=True), "use_dora=True is not supported; load it with PEFT"),
+    "rsLoRA": (edit_config(use_rslora=True), "use_rslora=True is not supported"),
+    "bias": (edit_config(bias="all"), "trained biases are not supported"),
+    "rank": (edit_config(r=5), f"has rank 4 .* 4 .*{CONFIG} says 5"),
+    "missing tensor": (drop_tensor, "expected lora_A and lora_B of each module.*lora_A"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_adapter_is_named_and_the_model_left_alone(base, llama, tmp_path, case):
+    damage, message = DAMAGE[case]
+    folder = nk.save_lora_adapter(adapt(base, ["q_proj"]), tmp_path / "adapter")
+    damage(folder)
+    plain = copy.deepcopy(llama)
+    with pytest.raises(ValueError, match=message):
+        load_lora_adapter(plain, folder)
+    assert not any(isinstance(m, nk.NSRULinear) for m in plain.modules())
+    assert all(p.requires_grad for p in plain.parameters())
+
+
+def test_an_adapter_of_another_model_is_refused(base, tmp_path):
+    folder = nk.save_lora_adapter(adapt(base, ["q_proj"]), tmp_path)
+    narrow = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+    with pytest.raises(
+        ValueError, match=r"made for a weight of \(32, 32\), the model has \(16, 16\)"
+    ):
+        load_lora_adapter(narrow, folder)
+    with pytest.raises(ValueError, match=r"the model has no module 'model.layers.0"):
+        load_lora_adapter(nn.Sequential(nn.Linear(2, 2)), folder)

@@ -1,0 +1,189 @@
+"""The commands in the order a user runs them, on a tiny model, and the mistakes a user makes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nsru_train.cli import main
+from nsru_train.data.authors import author_splits
+from nsru_train.data.records import save_records
+from nsru_train.tiny_model import make_llama, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """Flags for a tiny random model and small sets of fictitious authors."""
+    folder = tmp_path_factory.mktemp("setting")
+    splits = author_splits(authors=4, forget=1)
+    texts = [f"{qa.question} {qa.answer}" for qa in (*splits.forget, *splits.retain)]
+    tokenizer = train_tokenizer(texts, 400)
+    model = make_llama(tokenizer, hidden_size=32, layers=2, heads=2, kv_heads=1, intermediate_size=48)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    for name in ("forget", "retain", "holdout"):
+        save_records(folder / f"{name}.jsonl", getattr(splits, name)[:6])
+    return folder
+
+
+def flags(setting: Path, **changes: str) -> list[str]:
+    given = {
+        "model.path": str(setting / "model"),
+        "data.forget": str(setting / "forget.jsonl"),
+        "data.retain": str(setting / "retain.jsonl"),
+        **changes,
+    }
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+TRAIN = ("--train.steps=6", "--train.lr=0.02", "--train.batch_size=3", "--train.save_steps=3")
+
+
+@pytest.fixture(scope="module")
+def run(setting, tmp_path_factory):
+    """A finished training run."""
+    out = tmp_path_factory.mktemp("run") / "nsru"
+    more = json.dumps({"holdout": str(setting / "holdout.jsonl")})
+    main(["train", *flags(setting), f"--data.more={more}", *TRAIN, f"--out={out}"])
+    return out
+
+
+def next_command(printed: str) -> str:
+    return re.findall(r"^next: (.*)$", printed, re.MULTILINE)[-1]
+
+
+def fails(capsys, arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code
+    printed = capsys.readouterr()
+    return printed.err + printed.out
+
+
+def test_run_folder_is_complete(run):
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "results.json", "adapter", "subspaces"):
+        assert (run / name).exists(), name
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["train"]["steps"] == 6
+    assert config["lora"] == {"rank": 8, "alpha": 16.0, "dropout": 0.0, "project": True}
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_eval_merge_verify_report(run, capsys):
+    main(["eval", str(run), "--max_new_tokens=4"])
+    printed = capsys.readouterr().out
+    assert "forget" in printed and next_command(printed) == f"nsru verify {run}"
+    results = json.loads((run / "eval" / "results.json").read_text())
+    assert results["schema"] == 1 and set(results["metrics"]) >= {"forget", "retain", "holdout"}
+
+    main(["verify", str(run)])
+    assert next_command(capsys.readouterr().out) == f"nsru merge {run}"
+    main(["merge", str(run)])
+    main(["verify", str(run)])
+    assert next_command(capsys.readouterr().out) == f"nsru report {run}"
+    main(["report", str(run)])
+    assert (run / "report.html").stat().st_size > 1000
+
+
+def test_subspaces_can_be_estimated_first(setting, tmp_path, capsys):
+    main(["subspace", *flags(setting), f"--out={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "editability" in printed
+    command = next_command(printed).split()
+    assert command[:2] == ["nsru", "train"]
+    command[command.index("--out") + 1] = str(tmp_path / "run")
+    main([*command[1:], "--train.steps=2", "--train.save_steps=0"])
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_resume_after_the_first_checkpoint_gives_the_same_adapter(setting, run, tmp_path, capsys):
+    out = tmp_path / "again"
+    more = json.dumps({"holdout": str(setting / "holdout.jsonl")})
+    command = ["train", *flags(setting), f"--data.more={more}", *TRAIN, f"--out={out}"]
+    main(command)
+    for late in ("checkpoint-6", "adapter"):
+        _remove(out / late)
+    assert "--resume true" in fails(capsys, command)
+    main([*command, "--resume=true"])
+    weights = "adapter/adapter_model.safetensors"
+    assert (out / weights).read_bytes() == (run / weights).read_bytes()
+
+
+def test_resume_with_other_settings_is_refused(setting, run, capsys):
+    error = fails(capsys, ["train", *flags(setting), "--train.lr=0.5", f"--out={run}", "--resume=true"])
+    assert "differs" in error
+
+
+def test_print_config_shows_every_field(setting, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", *flags(setting), "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["objective"]["suppression"] == "npo"
+    assert config["subspace"]["targets"] == ["all-linear"]
+
+
+def test_overlapping_sets(setting, tmp_path, capsys):
+    out = tmp_path / "never"
+    arguments = flags(setting, **{"data.retain": str(setting / "forget.jsonl")})
+    assert "share 6 of 6" in fails(capsys, ["train", *arguments, f"--out={out}"])
+    assert not out.exists()
+
+
+def test_unknown_field(setting, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "q", "answer": "a", "anser": "b"}\n')
+    error = fails(capsys, ["train", *flags(setting, **{"data.forget": str(bad)})])
+    assert "anser" in error and "bad.jsonl:1" in error
+
+
+def test_misspelt_target_names_the_closest(setting, tmp_path, capsys):
+    error = fails(capsys, ["train", *flags(setting), "--subspace.targets=[q_prj]", f"--out={tmp_path}"])
+    assert "'q_proj'" in error
+
+
+def test_two_rank_rules(setting, tmp_path, capsys):
+    rules = ["--subspace.rank=4", "--subspace.energy=0.9"]
+    assert "one of rank" in fails(capsys, ["train", *flags(setting), *rules, f"--out={tmp_path / 'x'}"])
+
+
+def test_subspaces_of_another_model(setting, run, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    other = AutoModelForCausalLM.from_pretrained(setting / "model")
+    other.model.layers[0].mlp.up_proj.weight.data.mul_(1.1)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(setting / "model").save_pretrained(tmp_path / "other")
+    arguments = flags(setting, **{"model.path": str(tmp_path / "other")})
+    chosen = f"--subspace.path={run / 'subspaces'}"
+    assert "fingerprint" in fails(capsys, ["train", *arguments, chosen, f"--out={tmp_path / 'x'}"])
+
+
+def test_truncated_adapter(run, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (run / "adapter").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for command in ("eval", "merge", "verify"):
+        assert "truncated" in fails(capsys, [command, str(run), f"--adapter={broken}"]), command
+
+
+def test_a_model_that_is_not_there(setting, tmp_path, capsys):
+    arguments = flags(setting, **{"model.path": str(tmp_path / "none")})
+    assert "model.path" in fails(capsys, ["train", *arguments, f"--out={tmp_path / 'x'}"])
+
+
+def test_env_names_every_op(capsys):
+    main(["env"])
+    printed = capsys.readouterr().out
+    for word in ("torch", "nsru_linear", "eager", "triton", "cuda"):
+        assert word in printed
+
+
+def _remove(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    folder.rmdir()

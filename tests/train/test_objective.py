@@ -1,0 +1,73 @@
+"""The objective: weighting, means and sums, against a loop over sequences."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nsru_train.losses.objective import FORGET, RETAIN, SAFE, Objective, nsru_loss
+from nsru_train.methods import suppress
+
+KIND = torch.tensor([SAFE, FORGET, RETAIN, RETAIN, SAFE, FORGET, RETAIN])
+LENGTHS = [3, 5, 2, 4, 1, 2, 6]
+ROWS = torch.repeat_interleave(torch.arange(7), torch.tensor(LENGTHS))
+REFERENCE = torch.tensor([0.0, 2.0, 0, 0, 0, 1.0, 0])
+
+
+def tokens():
+    return torch.rand(len(ROWS), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_terms_equal_a_loop_over_sequences():
+    nll, kl = tokens().requires_grad_(), tokens()[KIND[ROWS] == RETAIN] / 7
+    objective = Objective(w_safe=2.0, w_suppress=0.5, w_retain=3.0, w_kl=0.25, beta=0.3)
+    loss, parts = nsru_loss(nll, ROWS, KIND, REFERENCE, objective, kl=kl)
+
+    per_row = [nll[row == ROWS] for row in range(7)]
+    safe = (per_row[0].mean() + per_row[4].mean()) / 2
+    sums = torch.stack([per_row[1].sum(), per_row[5].sum()])
+    suppressed = suppress("npo", sums, torch.tensor([5, 2]), REFERENCE[[1, 5]], beta=0.3).mean()
+    retain = (per_row[2].mean() + per_row[3].mean() + per_row[6].mean()) / 3
+    divergence = (kl[:2].mean() + kl[2:6].mean() + kl[6:].mean()) / 3
+    expected = 2.0 * safe + 0.5 * suppressed + 3.0 * (retain + 0.25 * divergence)
+
+    torch.testing.assert_close(loss, expected)
+    for name, value in {
+        "safe": safe,
+        "suppress": suppressed,
+        "retain": retain,
+        "kl": divergence,
+        "total": expected,
+    }.items():
+        torch.testing.assert_close(parts[name], value.detach())
+        assert not parts[name].requires_grad
+    mine, theirs = (torch.autograd.grad(x, nll, retain_graph=True)[0] for x in (loss, expected))
+    torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind"), [("w_safe", SAFE), ("w_suppress", FORGET), ("w_retain", RETAIN)]
+)
+def test_a_zero_weight_leaves_its_rows_without_gradient(weight, kind):
+    nll = tokens().requires_grad_()
+    objective = dataclasses.replace(Objective(), **{weight: 0.0})
+    nsru_loss(nll, ROWS, KIND, REFERENCE, objective)[0].backward()
+    assert ((nll.grad == 0) == (KIND[ROWS] == kind)).all()
+
+
+def test_absent_kinds_count_as_zero():
+    only_safe = torch.full_like(KIND, SAFE)
+    loss, parts = nsru_loss(tokens(), ROWS, only_safe, REFERENCE, Objective())
+    assert parts["suppress"] == parts["retain"] == 0
+    assert torch.isfinite(loss)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="w_retain must not be negative, got -1"):
+        Objective(w_retain=-1)
+    with pytest.raises(ValueError, match="suppression must be one of npo"):
+        Objective(suppression="nope")
+    with pytest.raises(ValueError, match="beta must be positive"):
+        Objective(beta=0.0)
+    with pytest.raises(ValueError, match=r"w_kl = 1 needs kl"):
+        nsru_loss(tokens(), ROWS, KIND, REFERENCE, Objective(w_kl=1))

@@ -1,0 +1,353 @@
+"""The report says what results.json says, names what is missing, and needs nothing but itself."""
+
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+from report_samples import demo_metrics, demo_results
+
+from nsru_train.report import matched_damage, write_report
+from nsru_train.report.cards import headline_cards
+from nsru_train.report.summary import damage_curve, loss_series, trajectories, warnings
+from nsru_train.report.theme import COLOURS, themed_svg
+from nsru_train.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    run = RunFolder(tmp_path_factory.mktemp("demo"))
+    for row in demo_metrics():
+        run.log_metrics(row)
+    run.write_results(demo_results())
+    run.write_config({"rank": 8, "note": "<b>&"})
+    return run, write_report(run.path).read_text()
+
+
+class Tags(HTMLParser):
+    """Collects attributes and ids, and checks that tags are closed in order."""
+
+    VOID = frozenset(["meta", "br", "hr", "img", "path", "use", "rect", "image", "circle", "stop"])
+
+    def __init__(self, page):
+        super().__init__()
+        self.attributes, self.ids, self.open = [], Counter(), []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+        self.ids.update(value for name, value in attrs if name == "id")
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_page_has_every_part_and_pictures_on_disk(demo):
+    run, page = demo
+    names = [
+        "frontier",
+        "frontier-untouched",
+        "steps",
+        "losses",
+        "spectrum",
+        "editability",
+        "leakage",
+    ]
+    for name in names:
+        png = (run.figures_dir / f"{name}.png").read_bytes()
+        assert png.startswith(b"\x89PNG")
+        assert len(png) > 10_000
+        assert f'id="{name}-' in page
+    assert page.count("<svg") == len(names)
+    assert "Not recorded in this run" not in page
+
+
+def test_page_is_well_formed_and_needs_nothing_from_outside(demo):
+    _, page = demo
+    tags = Tags(page)
+    links = [value for name, value in tags.attributes if name in ("src", "href", "xlink:href")]
+    assert links
+    assert all(link.startswith("#") for link in links)
+    assert {link[1:] for link in links} <= tags.ids.keys()
+    assert not re.search(r"url\((?!#)|@import|<script|<link", page)
+    assert [name for name, count in tags.ids.items() if count > 1] == []
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        ET.fromstring(svg)
+
+
+def test_pictures_follow_the_colour_scheme(demo):
+    """No colour of the palette is left fixed in an embedded picture."""
+    _, page = demo
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        fixed = {colour for colour in re.findall(r"#[0-9a-f]{6}\b", svg) if colour != "#000000"}
+        assert fixed == set()
+        assert "var(--ink-2)" in svg
+
+
+def test_text_of_the_run_is_escaped(tmp_path):
+    run = RunFolder(tmp_path)
+    results = demo_results(seeds=(0,))
+    evil = "<script>alert('x')</script>&"
+    modules = [f"model.layers.0.{evil}"]
+    results["subspaces"] = [results["subspaces"][0] | {"name": evil, "modules": modules}]
+    results["frontier"] = []
+    results["command"] = evil
+    results["examples"] = [
+        {"split": evil, "question": evil, "original": evil, "before": evil, "nsru": evil}
+    ]
+    results["methods"].append({"method": evil, "seed": evil, "forget_prob": 0.5})
+    results["leakage"].append({"module": evil, "leakage": 1.0})
+    run.write_results(results)
+    run.write_config({"evil": evil})
+    page = write_report(run).read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 6
+    Tags(page)
+
+
+def test_answers_table(demo):
+    _, page = demo
+    assert page.count("= original</span>") == 3 + 4
+    assert page.count("= safe answer</span>") == 3
+    assert "lighthouse &lt;North&gt; &amp; repaired nets" in page
+
+
+def test_missing_parts_are_named(tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_results(
+        {
+            "kind": "eval",
+            "metrics": {"retain": {"probability": 0.91234, "rouge": None}, "model_utility": 0.62},
+        }
+    )
+    page = write_report(run).read_text()
+    missing = re.search(r"Not recorded in this run: (.*?)\.</p>", page)[1]
+    for part in ("Forgetting against retention", "Answers before and after", "Leakage", "Losses"):
+        assert part in missing
+    assert "Evaluation" not in missing
+    assert "0.9123" in page
+    assert "0.62" in page
+    assert "config.yaml): not recorded" in page
+    assert list(run.figures_dir.iterdir()) == []
+
+
+def test_train_run_with_one_method_and_one_seed(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in range(1, 4):
+        run.log_metrics({"step": step, "loss": 3.0 / step, "safe": 1.0, "total": float("nan")})
+    results = demo_results(seeds=(0,))
+    frontier = [
+        {key: value for key, value in row.items() if key != "retain_untouched_prob"}
+        for row in results["frontier"]
+        if row["method"] == "nsru"
+    ]
+    frontier[-1] = frontier[-1] | {"forget_prob": 0.0}
+    frontier.append({"method": "nsru", "seed": 0, "step": 160, "forget_prob": None})
+    run.write_results(
+        {"kind": "train", "frontier": frontier, "subspaces": results["subspaces"][:1]}
+    )
+    page = write_report(run).read_text()
+    assert {path.name for path in run.figures_dir.iterdir()} == {
+        f"{name}.png" for name in ("frontier", "steps", "losses", "spectrum", "editability")
+    }
+    assert "at matched forgetting" not in page
+
+
+def point(method, seed, step, forget, unseen):
+    return {
+        "method": method,
+        "seed": seed,
+        "step": step,
+        "forget_prob": forget,
+        "retain_unseen_prob": unseen,
+    }
+
+
+def comparison(nsru_end, lora_end):
+    return {
+        "methods": [
+            {"method": "before", "seed": 0, "forget_prob": 1.0, "retain_unseen_prob": 0.9},
+            {"method": "before", "seed": 1, "forget_prob": 1.0, "retain_unseen_prob": 0.8},
+        ],
+        "frontier": [
+            point("nsru", 0, 1, 0.20, 0.89),
+            point("nsru", 0, 2, 0.05, nsru_end),
+            point("nsru", 0, 3, 0.02, nsru_end - 0.1),
+            point("lora", 0, 1, 0.04, lora_end),
+            point("lora", 0, 2, 0.04, lora_end - 0.2),
+            point("nsru", 1, 1, 0.06, 0.79),
+            point("lora", 1, 1, 0.06, 0.78),
+        ],
+    }
+
+
+def test_matched_damage_by_hand():
+    """The level is the worst run's best, 0.06; each run counts its least damage from there on."""
+    first, second = matched_damage(comparison(0.88, 0.86))
+    assert first["forget_prob"] == second["forget_prob"] == 0.06
+    assert (first["seed"], first["nsru_step"], first["lora_step"]) == (0, 2, 1)
+    assert first["nsru_damage"] == pytest.approx(0.02)
+    assert first["lora_damage"] == pytest.approx(0.04)
+    assert first["ratio"] == pytest.approx(0.5)
+    assert second["ratio"] == pytest.approx(0.5)
+
+
+def test_matched_damage_needs_both_methods_and_a_before():
+    results = comparison(0.88, 0.86)
+    one = [row for row in results["frontier"] if row["method"] == "nsru"]
+    assert matched_damage(results | {"frontier": one}) == []
+    assert matched_damage(results | {"methods": []}) == []
+
+
+@pytest.mark.parametrize(
+    ("nsru_end", "lora_end", "expected"),
+    [
+        (0.88, 0.86, ["0.50×", "✓ NSRU does less damage in 2 of 2 seeds"]),
+        (0.70, 0.86, ["3.50×", "✗ NSRU does less damage in 1 of 2 seeds", "5.00×"]),
+        (0.88, 0.95, ["no ratio: LoRA did no measurable damage", "1 of 2"]),
+        (0.92, 0.86, ["0×", "NSRU did no measurable damage"]),
+    ],
+)
+def test_headline_reports_the_comparison_as_it_is(nsru_end, lora_end, expected):
+    cards = headline_cards(comparison(nsru_end, lora_end))
+    for text in expected:
+        assert text in cards
+
+
+def test_headline_counts_seeds_that_miss_a_goal():
+    results = demo_results()
+    runs = [row for row in results["methods"] if row["method"] == "nsru"]
+    runs[1]["forget_prob"] = 0.4
+    cards = headline_cards(results)
+    assert "✗ Goal at most 0.1: met in 2 of 3 seeds" in cards
+    assert "✓ Goal at least 0.7: met in 3 of 3 seeds" in cards
+
+
+def test_damage_curve_is_the_pareto_front():
+    points = [
+        point("nsru", 0, i, f, u)
+        for i, (f, u) in enumerate([(0.5, 0.8), (0.1, 0.7), (0.2, 0.9), (0.9, 0.9)])
+    ]
+    assert damage_curve(points, 1.0) == [(0.1, pytest.approx(0.3)), (0.2, pytest.approx(0.1))]
+
+
+def test_mean_uses_only_steps_that_all_seeds_reached():
+    (run,) = trajectories(
+        [point("nsru", 0, 1, 0.4, 1), point("nsru", 0, 2, 0.1, 1), point("nsru", 1, 1, 0.2, 1)],
+        ["forget_prob"],
+    )
+    assert run.mean == [{"step": 1, "forget_prob": pytest.approx(0.3)}]
+    assert [len(rows) for rows in run.seeds.values()] == [2, 1]
+
+
+def test_losses_after_a_resume_keep_the_later_line():
+    rows = [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 9.0},
+        {"step": 2, "loss": 2.0, "retain_loss": 1.0},
+    ]
+    series = loss_series([*rows, {"loss": 5.0}, {"step": 3, "retain_prob": 0.5}])
+    assert series == {
+        "Total": {("train", 0): [(1.0, 3.0), (2.0, 2.0)]},
+        "Retain": {("train", 0): [(2.0, 1.0)]},
+    }
+
+
+def test_warnings_name_collapse_leakage_and_short_ranks():
+    results = demo_results()
+    (text,) = warnings(results)
+    assert "Sketch width ran out" in text
+    assert "layers.5.self_attn.o_proj" in text
+    results["methods"][1]["retain_prob"] = 0.1
+    results["leakage"][3] = {"module": "model.layers.0.x", "leakage": 0.02}
+    found = " ".join(warnings(results))
+    assert "nsru, seed 0: collapsed" in found
+    assert "exceeds 1e-06 in 1 of 42 adapters (worst: model.layers.0.x, 0.02)" in found
+
+
+def luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_palette_can_be_read(scheme):
+    """WCAG contrast against the surface: 4.5 for text, 3 for lines that carry meaning."""
+    surface = luminance(COLOURS["surface"][scheme])
+
+    def contrast(name):
+        bright, dark = sorted((surface, luminance(COLOURS[name][scheme])), reverse=True)
+        return (bright + 0.05) / (dark + 0.05)
+
+    for name in ("ink", "ink-2", "good", "bad"):
+        assert contrast(name) >= 4.5, name
+    for name in ("nsru", "lora", "before", "muted", "other-0", "other-1", "other-2"):
+        assert contrast(name) >= 3, name
+
+
+def test_palette_colours_are_distinct():
+    """themed_svg finds a colour's name by its light value."""
+    lights = [light for light, _ in COLOURS.values()]
+    assert len(set(lights)) == len(lights)
+    svg = '<?xml?><svg width="1pt" height="2pt" viewBox="0 0 1 2"><g id="a" fill="#16181b"/></svg>'
+    assert themed_svg(svg, "p") == '<svg viewBox="0 0 1 2"><g id="p-a" fill="var(--ink)"/></svg>'
+
+
+def test_many_layers_and_zero_leakage(tmp_path):
+    run = RunFolder(tmp_path)
+    names = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj", "gate"]
+    subspaces = [
+        {
+            "name": f"m.layers.{layer}.{name}",
+            "modules": [f"m.layers.{layer}.{name}"],
+            "rank": 4,
+            "captured_energy": 0.9,
+            "editability": 0.0,
+            "spectrum": [math.exp(-i) for i in range(8)],
+        }
+        for layer in range(32)
+        for name in names
+    ]
+    run.write_results(
+        {
+            "kind": "train",
+            "subspaces": subspaces,
+            "leakage": [{"module": "m.layers.0.q_proj", "leakage": 0.0}],
+        }
+    )
+    page = write_report(run).read_text()
+    assert "all inputs" in page
+    assert (run.figures_dir / "leakage.png").exists()
+
+
+def test_untouched_retain_answers_are_compared_on_their_own(demo):
+    """In the sample NSRU does 2.5 / 1.3 times its usual share of damage there."""
+    run, page = demo
+    results = run.read_results()
+    unseen = matched_damage(results)
+    untouched = matched_damage(results, "retain_untouched_prob")
+    for a, b in zip(unseen, untouched, strict=True):
+        assert b["ratio"] == pytest.approx(a["ratio"] * 2.5 / 1.3, rel=0.15)
+    assert "Damage to untouched retain answers" in page
+    assert (run.figures_dir / "frontier-untouched.png").exists()
+
+
+def test_header_tells_where_it_ran(tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_results({"kind": "eval", "seconds": 75.2, "metrics": {"model_utility": 0.5}})
+    run.environment_path.write_text(
+        '{"packages": {"torch": "2.13.0"}, "cuda": {"gpus": []}, "cpu": {"model": "Some CPU"},'
+        ' "commit": "0123456789abcdef-dirty", "time": "2026-01-02T03:04:05+00:00"}'
+    )
+    page = write_report(run).read_text()
+    assert "1 min 15 s · torch 2.13.0 · Some CPU · commit 0123456789ab with changes" in page

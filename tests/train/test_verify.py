@@ -1,0 +1,317 @@
+"""verify: a good export passes, and each way an export can be wrong fails with its cause."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from nsru_train.data.records import QA
+from nsru_train.tiny_model import make_llama, train_tokenizer
+from nsru_train.verify import verify
+
+FORGET = [
+    QA("Where was Ines Karvonen born?", "In Lunde."),
+    QA("Who wrote The Ninth Tide?", "Ines Karvonen."),
+]
+RETAIN = [
+    QA("Where was Tomas Abelard born?", "In Vire."),
+    QA("Who wrote Red Looms?", "Tomas Abelard."),
+]
+SHORT = {"show_answers": 1, "max_new_tokens": 4}
+
+
+class Export:
+    """A tiny base model, a peft adapter trained against the forget answers, and their merge."""
+
+    def __init__(self, folder):
+        texts = [f"{qa.question} {qa.answer}" for qa in FORGET + RETAIN]
+        self.tokenizer = train_tokenizer(texts * 4, vocab_size=320)
+        model = make_llama(
+            self.tokenizer,
+            hidden_size=32,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            intermediate_size=48,
+            seed=0,
+        )
+        torch.manual_seed(0)
+        self.base, self.adapter, self.merged = (
+            folder / name for name in ("base", "adapter", "merged")
+        )
+        model.save_pretrained(self.base)
+        adapted = get_peft_model(
+            deepcopy(model), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+        )
+        adapted.save_pretrained(folder / "untrained")
+        self.untrained = folder / "untrained"
+        optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=2e-2)
+        from nsru_train.data.encode import collate, encode_qa
+
+        batch = collate([encode_qa(self.tokenizer, qa.question, qa.answer) for qa in FORGET], 0)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (-adapted(**batch).loss).backward()
+            optimizer.step()
+        adapted.save_pretrained(self.adapter)
+        adapted.merge_and_unload().save_pretrained(self.merged)
+
+    def verify(self, adapter=None, merged=None, base=None, **options):
+        return verify(
+            base or self.base,
+            adapter or self.adapter,
+            merged,
+            self.tokenizer,
+            FORGET,
+            RETAIN,
+            **SHORT | options,
+        )
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    return Export(tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    def copy(folder):
+        target = tmp_path / folder.name
+        target.mkdir()
+        for file in folder.iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+        return target
+
+    return copy
+
+
+def failure(report, name):
+    """Detail of the one failed check, which must be ``name``."""
+    assert not report.passed
+    assert "VERIFY FAILED" in report.text()
+    (check,) = [check for check in report.checks if not check.passed]
+    assert check.name == name
+    assert check.detail in report.text()
+    return check.detail
+
+
+def test_a_good_export_passes(export):
+    report = export.verify(merged=export.merged)
+    assert report.passed, report.text()
+    assert report.logits_max_diff > 0.01
+    assert report.kl > 1e-4
+    rows = {(row.pair, row.split): row for row in report.comparisons}
+    assert rows["adapter → merged", "forget"].logits_max_diff < 1e-4
+    assert (
+        rows["base → adapter", "forget"].prob_second < rows["base → adapter", "forget"].prob_first
+    )
+    assert {row["split"] for row in report.answers} == {"forget", "retain"}
+    assert all({"expected", "base", "adapter", "merged"} <= set(row) for row in report.answers)
+    assert "verify passed" in report.text()
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_numbers_equal_a_direct_computation(export):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from nsru_train.data.encode import encode_qa
+
+    base = AutoModelForCausalLM.from_pretrained(export.base).eval()
+    adapted = PeftModel.from_pretrained(deepcopy(base), str(export.adapter)).eval()
+    kls, changed, probabilities = [], 0, []
+    with torch.no_grad():
+        for qa in FORGET:
+            item = encode_qa(export.tokenizer, qa.question, qa.answer)
+            ids = torch.tensor([item.input_ids])
+            p, q = (m(ids).logits[0, item.answer_start - 1 : -1].double() for m in (base, adapted))
+            kls += torch.distributions.kl_divergence(
+                torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+            ).tolist()
+            changed += (p.argmax(-1) != q.argmax(-1)).sum().item()
+            targets = ids[0, item.answer_start :]
+            probabilities.append(torch.exp(-torch.nn.functional.cross_entropy(q, targets)).item())
+    row = export.verify().comparisons[0]
+    assert row.kl == pytest.approx(sum(kls) / len(kls), rel=1e-4)
+    assert row.tokens == len(kls)
+    assert row.next_token_changes == changed
+    assert row.prob_second == pytest.approx(sum(probabilities) / 2, rel=1e-4)
+
+
+def test_a_model_object_comes_back_unchanged(export):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(export.base).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert export.verify(base=model).passed
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert model.training
+
+
+def test_adapter_that_does_nothing(export):
+    report = export.verify(adapter=export.untrained)
+    effect = next(check for check in report.checks if check.name == "adapter effect")
+    assert not effect.passed
+    assert "does nothing" in effect.detail
+    assert "every lora_B is zero" in effect.detail
+    assert not report.passed
+
+
+def test_scaling_of_zero_is_noticed(export, copy_of):
+    folder = copy_of(export.adapter)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 0}))
+    report = export.verify(adapter=folder)
+    assert any("check lora_alpha" in check.detail for check in report.checks if not check.passed)
+
+
+def test_the_wrong_forget_set_is_noticed(export):
+    """The sign of the update is turned, so the forget answers become more probable."""
+    from nsru_kernels.hf.peft_format import read_adapter
+
+    _, tensors = read_adapter(export.adapter)
+    turned = {name: -tensor if ".lora_B." in name else tensor for name, tensor in tensors.items()}
+    report = verify_with(export, turned)
+    assert "nothing was unlearned" in failure(report, "forgotten answers less probable")
+
+
+def verify_with(export, tensors):
+    from safetensors.torch import save
+
+    original = (export.adapter / "adapter_model.safetensors").read_bytes()
+    try:
+        (export.adapter / "adapter_model.safetensors").write_bytes(save(tensors))
+        return export.verify()
+    finally:
+        (export.adapter / "adapter_model.safetensors").write_bytes(original)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, -1])
+def test_truncated_adapter(export, copy_of, keep):
+    folder = copy_of(export.adapter)
+    weights = folder / "adapter_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: int(len(data) * keep) if keep == 0.5 else keep])
+    detail = failure(export.verify(adapter=folder), "adapter files")
+    assert "truncated or damaged" in detail
+
+
+def test_adapter_with_nan(export):
+    from nsru_kernels.hf.peft_format import read_adapter
+
+    _, tensors = read_adapter(export.adapter)
+    name = next(iter(tensors))
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    assert name in failure(verify_with(export, tensors), "adapter files")
+
+
+def test_missing_folder(export, tmp_path):
+    assert "adapter_config.json" in failure(export.verify(adapter=tmp_path), "adapter files")
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [({"hidden_size": 64}, "64 in the base"), ({"layers": 1}, "no layer 'model.layers.1")],
+)
+def test_adapter_of_another_architecture(export, changed, match):
+    sizes = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 48}
+    other = make_llama(export.tokenizer, **sizes | changed, seed=0)
+    detail = failure(export.verify(base=other), "base model")
+    assert "another base model" in detail
+    assert match in detail
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_fingerprint_in_the_sidecar(export, copy_of, monkeypatch, same):
+    from transformers import AutoModelForCausalLM
+
+    from nsru_kernels.subspaces.collection import fingerprint_weights
+
+    model = AutoModelForCausalLM.from_pretrained(export.base)
+    folder = copy_of(export.adapter)
+    (folder / "nsru.json").write_text(
+        json.dumps({"schema": 1, "fingerprint": fingerprint_weights(model), "leakage": {}})
+    )
+    if same:
+        report = export.verify(adapter=folder)
+        assert report.passed, report.text()
+        assert "base weights" in [check.name for check in report.checks]
+    else:
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.weight += 0.1
+        assert "fingerprint" in failure(export.verify(adapter=folder, base=model), "base weights")
+
+
+def test_damaged_sidecar(export, copy_of):
+    folder = copy_of(export.adapter)
+    (folder / "nsru.json").write_text('{"schema": 1, "fing')
+    assert "nsru.json is damaged" in failure(export.verify(adapter=folder), "base weights")
+
+
+def test_merged_folder_that_is_the_base(export):
+    detail = failure(export.verify(merged=export.base), "merged model")
+    assert "is the base model" in detail
+
+
+def test_merged_from_another_adapter(export, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(export.merged)
+    with torch.no_grad():
+        merged.lm_head.weight.add_(0.3 * torch.randn_like(merged.lm_head.weight))
+    merged.save_pretrained(tmp_path)
+    assert "not base + adapter" in failure(export.verify(merged=tmp_path), "merged model")
+
+
+def test_merge_that_lost_part_of_the_update(export, tmp_path, copy_of):
+    """A difference within bf16's tolerance fails when it takes back a small update."""
+    from peft import PeftModel
+    from safetensors.torch import save
+    from transformers import AutoModelForCausalLM
+
+    from nsru_kernels.hf.peft_format import read_adapter
+
+    folder = copy_of(export.adapter)
+    _, tensors = read_adapter(export.adapter)
+
+    def scale(factor):
+        scaled = {
+            name: tensor * factor if ".lora_B." in name else tensor
+            for name, tensor in tensors.items()
+        }
+        (folder / "adapter_model.safetensors").write_bytes(save(scaled))
+
+    # KL goes with the square of the update; the adapter gets 5e-6, the merge 60 % of the update.
+    factor = (5e-6 / export.verify().kl) ** 0.5
+    scale(0.6 * factor)
+    base = AutoModelForCausalLM.from_pretrained(export.base)
+    merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+    merged.bfloat16().save_pretrained(tmp_path / "bf16")
+    scale(factor)
+    report = export.verify(adapter=folder, merged=tmp_path / "bf16")
+    assert "undid part of the unlearning" in failure(report, "merged model")
+
+
+def test_bf16_merge_of_a_good_adapter_passes(export, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(export.merged).bfloat16().save_pretrained(tmp_path)
+    report = export.verify(merged=tmp_path)
+    assert report.passed, report.text()
+    assert "bfloat16" in report.text()
+
+
+def test_truncated_merged_model(export, copy_of):
+    folder = copy_of(export.merged)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "cannot be loaded" in failure(export.verify(merged=folder), "merged model")
+
+
+def test_empty_sets_are_refused(export):
+    with pytest.raises(ValueError, match="retain has no questions"):
+        verify(export.base, export.adapter, None, export.tokenizer, FORGET, [])

@@ -1,0 +1,125 @@
+"""A tiny run of the trainer, for the tests and for the processes that they start and kill.
+
+python trainer_samples.py OUTPUT_DIR [kill]
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+import nsru_kernels as nk
+from nsru_train.data import QA, SafeTargets
+from nsru_train.losses import Objective
+from nsru_train.tiny_model import make_llama, train_tokenizer
+from nsru_train.trainer import NSRUTrainer, make_train_dataset, reference_nll
+
+TOWNS = (
+    "Aar",
+    "Bree",
+    "Cork",
+    "Deal",
+    "Esch",
+    "Faro",
+    "Goes",
+    "Hof",
+    "Ix",
+    "Jena",
+    "Kerns",
+    "Lugo",
+)
+RECORDS = [
+    QA(f"Where does person {i} live?", f"In {town}, at number {i * 7}" + " or so" * (i % 4) + ".")
+    for i, town in enumerate(TOWNS)
+]
+FORGET, RETAIN = RECORDS[:5], RECORDS[5:]
+
+
+def make_tokenizer():
+    return train_tokenizer([f"{qa.question} {qa.answer}" for qa in RECORDS], 300)
+
+
+def make_model(tokenizer, *, rank=3, seed=0, attention_dropout=0.0):
+    model = make_llama(
+        tokenizer,
+        hidden_size=16,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        intermediate_size=24,
+        max_length=64,
+        seed=seed,
+    )
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = attention_dropout
+    # A random head of the usual size says nearly the same about every token, whatever is learnt.
+    model.get_output_embeddings().weight.data.mul_(20)
+    torch.manual_seed(seed)
+    nk.swap_linears(model, "all-linear", rank=rank, alpha=2 * rank)
+    return model
+
+
+def make_trainer(output_dir, *, objective=None, model=None, trainer=None, **arguments):
+    """An `NSRUTrainer` on FORGET and RETAIN; `trainer` holds its own keyword arguments."""
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer) if model is None else model
+    reference = reference_nll(model, tokenizer, FORGET)
+    data = make_train_dataset(tokenizer, FORGET, RETAIN, SafeTargets.from_file(), reference)
+    defaults = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    args = TrainingArguments(output_dir=str(output_dir), **{**defaults, **arguments})
+    objective = Objective() if objective is None else objective
+    return NSRUTrainer(model, args, data, objective, tokenizer, **(trainer or {}))
+
+
+def adapters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def resumable(output_dir, **arguments):
+    """Five forget questions, two a step: an epoch is three steps, and its last batch is short."""
+    model = make_model(make_tokenizer(), attention_dropout=0.2)
+    return make_trainer(output_dir, model=model, save_strategy="steps", save_steps=4, **arguments)
+
+
+class KillInSecondSave(TrainerCallback):
+    """End the process by SIGKILL when the second checkpoint's weights are on disk and no more."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        write = Path.write_bytes
+
+        def write_and_die(path, data):
+            written = write(path, data)
+            if "checkpoint-8" in str(path):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return written
+
+        Path.write_bytes = write_and_die
+
+
+def main(output_dir: str, mode: str = "") -> None:
+    torch.set_num_threads(1)
+    if mode == "kill":
+        resumable(output_dir, max_steps=11, trainer={"callbacks": [KillInSecondSave()]}).train()
+        return
+    trainer = make_trainer(output_dir, max_steps=3, per_device_train_batch_size=1, seed=3)
+    trainer.train()
+    torch.save(adapters(trainer.model), Path(output_dir) / f"rank{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
