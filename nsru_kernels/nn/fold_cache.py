@@ -92,7 +92,7 @@ class FoldCache:
                 self._folds[module] = _Fold(
                     _key(module, dtype),
                     (a_RK,) if basis_KQ is None else (a_RK, basis_KQ),
-                    a_RK.detach().clone() if a_RK.device.type == "cpu" else None,
+                    _values(a_RK),
                     folded.detach().to(dtype, copy=folded is a_RK),
                 )
 
@@ -108,6 +108,10 @@ class FoldCache:
         if fold is None or fold.key != _key(module, dtype):
             return False
         return fold.values is None or torch.equal(fold.values, module.lora_A)
+
+
+def _values(a_RK: Tensor) -> Tensor | None:
+    return a_RK.detach().clone() if a_RK.device.type == "cpu" else None
 
 
 def _key(module: NSRULinear, dtype: torch.dtype) -> tuple:

@@ -22,7 +22,7 @@ from nsru_train.config import (
 
 
 def env() -> None:
-    """Versions, devices, and which backend serves which op here and why: paste it into bug reports."""
+    """Versions, devices, and which backend serves which op and why: paste it into bug reports."""
     from nsru_kernels.environment import describe_environment, format_environment
 
     print(format_environment(describe_environment()))
@@ -196,7 +196,7 @@ def train(
     _finish([f"{out}/adapter", f"{out}/results.json", f"{out}/metrics.jsonl"], f"nsru eval {out}")
 
 
-def eval(  # noqa: A001
+def eval(
     run: str,
     model: ModelConfig | None = None,
     data: DataConfig | None = None,
@@ -283,7 +283,7 @@ def verify(
     adapter: str | None = None,
     merged: str | None = None,
 ) -> None:
-    """Compare base, adapter and merged model on forget and retain prompts; fail when the adapter does nothing.
+    """Compare base, adapter and merged model; fail loudly when the adapter does nothing.
 
     Args:
         run: run folder.
@@ -320,7 +320,7 @@ def report(run: str) -> None:
     _finish([str(write_report(Path(run)))], f"nsru eval {run}")
 
 
-COMMANDS = {
+COMMANDS: dict[str, Any] = {
     "env": env,
     "demo": demo,
     "subspace": subspace,
@@ -365,7 +365,9 @@ def _run_sections(
         model = ModelConfig(**saved["model"])
     if data is None and need_data:
         if "data" not in saved:
-            raise ValueError(f"run: {path} does not say the data; give --data.forget and --data.retain.")
+            raise ValueError(
+                f"run: {path} does not say the data; give --data.forget and --data.retain."
+            )
         data = DataConfig(**saved["data"])
     return model, data
 

@@ -1,9 +1,9 @@
-"""What a run is configured by: each field is a flag of the command line and a key in config.yaml."""
+"""What configures a run: each field is a flag of the command line and a key in config.yaml."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from nsru_train.losses.objective import Objective
 
@@ -31,15 +31,17 @@ class ModelConfig:
 class DataConfig:
     """Questions and answers.
 
-    A set is a JSON or JSONL file of question/answer objects, "tofu:NAME" (a file of data_dir, or of the hub's
-    locuslab/TOFU), or "authors:forget|retain|holdout" (fictitious authors made on the spot).
+    A set is a JSON or JSONL file of question/answer objects, "tofu:NAME" (a file of data_dir, or of
+    the hub's locuslab/TOFU), or "authors:forget|retain|holdout" (fictitious authors made on the
+    spot).
 
     Args:
         forget: what to forget.
         retain: what to keep; must not overlap with forget.
         data_dir: folder with TOFU's files; none means the hub.
         safe_targets: template or refusal file; none means the built-in templates.
-        more: further sets for evaluation by name: retain_unseen, holdout, real_authors, world_facts.
+        more: further sets for evaluation by name: retain_unseen, holdout, real_authors,
+            world_facts.
         max_length: most tokens of a question with its answer.
     """
 
@@ -74,7 +76,7 @@ class SubspaceConfig:
     min_editability: float | None = None
     max_tokens: int = 4096
 
-    def rule(self) -> dict[str, float]:
+    def rule(self) -> dict[str, Any]:
         """The one rule that chooses the rank, as a keyword argument."""
         given = {
             name: value
@@ -112,8 +114,8 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps.
-        lr: peak learning rate of AdamW; linear decay after the warm-up. Chosen on models of a few million
-            parameters; for billions, 1e-4 to 2e-4 are usual with LoRA.
+        lr: peak learning rate of AdamW; linear decay after the warm-up. Chosen on models of a few
+            million parameters; for billions, 1e-4 to 2e-4 are usual with LoRA.
         warmup: share of the steps.
         batch_size: forget questions in a batch; each brings its safe target and retain questions.
         retain_per_forget: retain questions for each forget question.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ _HOLDOUT, _UNKNOWN = 2, 8  # authors
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes that suit a data set: the model, how long it memorises, and how often it is evaluated."""
+    """Sizes that suit a data set: the model, how it memorises, how often it is evaluated."""
 
     authors: int
     vocab_size: int
@@ -60,8 +60,8 @@ class Sets:
         retain_unseen: what only the retain subspaces see.
         retain_untouched: what nothing but the evaluation sees.
         holdout: never trained on.
-        unknown: authors about whom the base model has learnt to decline, as instruction-tuned models have;
-            the answers are safe targets.
+        unknown: authors about whom the base model has learnt to decline, as instruction-tuned
+            models have; the answers are safe targets.
     """
 
     forget: list[QA]
@@ -92,7 +92,7 @@ def run_demo(
     command: str,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Run the comparison and write results.json and report.html into ``out``; see ``nsru demo --help``."""
+    """Run the comparison, write results.json and report.html into ``out``; see ``nsru demo -h``."""
     started = time.perf_counter()
     run = RunFolder(out)
     run.write_environment()
@@ -160,7 +160,7 @@ def run_demo(
 
     say("4/5  compare at equal forgetting")
     answers["before"] = _answers(model, tokenizer, shown)
-    results = {
+    results: dict[str, Any] = {
         "schema": 1,
         "kind": "demo",
         "seconds": time.perf_counter() - started,
@@ -183,8 +183,8 @@ def run_demo(
     results["matched"] = matched_damage(results)
     for row in results["matched"]:
         print(
-            f"  seed {row['seed']}: at forget_prob ≤ {row['forget_prob']:.3f} unseen retain answers lost "
-            f"{row['nsru_damage']:.4f} (nsru) and {row['lora_damage']:.4f} (lora)"
+            f"  seed {row['seed']}: at forget_prob ≤ {row['forget_prob']:.3f} unseen retain answers "
+            f"lost {row['nsru_damage']:.4f} (nsru) and {row['lora_damage']:.4f} (lora)"
         )
     run.write_results(results)
     say("5/5  report")
@@ -200,11 +200,12 @@ def fictitious_sets(authors: int, safe: SafeTargets) -> Sets:
 
 
 def tofu_sets(data_dir: str, authors: int, safe: SafeTargets) -> Sets:
-    """forget01's two authors and the first retain authors of TOFU, with paraphrases where it has them."""
+    """forget01's two authors and TOFU's first retain authors, paraphrased where TOFU has that."""
     forget = load_records("tofu:forget01_perturbed", data_dir)
     retain = load_records("tofu:retain99", data_dir)
-    richer = {qa.question: qa for qa in load_records("tofu:retain_perturbed", data_dir)}
-    retain = [richer.get(qa.question, qa) for qa in retain]
+    # The first rows once more, with paraphrases and wrong answers.
+    richer = load_records("tofu:retain_perturbed", data_dir)
+    retain = [*richer, *retain[len(richer) :]]
     spare = tofu_authors(load_records("tofu:holdout10", data_dir))[: _HOLDOUT + _UNKNOWN]
     return _sets(forget, tofu_authors(retain)[: authors - 2], spare, safe)
 
@@ -212,15 +213,19 @@ def tofu_sets(data_dir: str, authors: int, safe: SafeTargets) -> Sets:
 def _sets(
     forget: Sequence[QA], retain: list[list[QA]], spare: list[list[QA]], safe: SafeTargets
 ) -> Sets:
-    """Of four retain authors two go to the loss, one to the subspaces alone, one to the evaluation alone."""
-    parts: list[list[QA]] = [[], [], []]
-    for i, records in enumerate(retain):
-        parts[(0, 1, 0, 2)[i % 4]] += records
-    holdout, unknown = (
-        [qa for author in group for qa in author] for group in (spare[:_HOLDOUT], spare[_HOLDOUT:])
+    """Of four retain authors two go to the loss, one to the subspaces, one to evaluation alone."""
+
+    def flat(authors: Iterable[list[QA]]) -> list[QA]:
+        return [qa for author in authors for qa in author]
+
+    return Sets(
+        forget=list(forget),
+        retain=flat(retain[0::2]),
+        retain_unseen=flat(retain[1::4]),
+        retain_untouched=flat(retain[3::4]),
+        holdout=flat(spare[:_HOLDOUT]),
+        unknown=[QA(qa.question, safe.target(qa), topic=qa.topic) for qa in flat(spare[_HOLDOUT:])],
     )
-    declined = [QA(qa.question, safe.target(qa), topic=qa.topic) for qa in unknown]
-    return Sets(list(forget), *parts, holdout, declined)
 
 
 def _by_topic(records: Sequence[QA]) -> list[list[QA]]:
@@ -294,7 +299,13 @@ def say(line: str) -> None:
 
 def _quality(evaluation: Evaluation) -> dict[str, Any]:
     forget, retain = evaluation.metrics["forget"], evaluation.metrics["retain"]
-    kept = ("rougeL_recall", "truth_ratio", "extraction_strength", "exact_memorisation", "safe_rougeL")
+    kept = (
+        "rougeL_recall",
+        "truth_ratio",
+        "extraction_strength",
+        "exact_memorisation",
+        "safe_rougeL",
+    )
     return {
         **evaluation.overall,
         "model_utility_splits": list(evaluation.utility_splits),
@@ -308,7 +319,13 @@ def _last_point(outcome: Outcome) -> dict[str, Any]:
 
 
 def _brief(row: Mapping[str, Any]) -> str:
-    names = ("forget_prob", "safe_prob", "retain_prob", "retain_unseen_prob", "retain_untouched_prob")
+    names = (
+        "forget_prob",
+        "safe_prob",
+        "retain_prob",
+        "retain_unseen_prob",
+        "retain_untouched_prob",
+    )
     return ", ".join(f"{name.removesuffix('_prob')} {row[name]:.3f}" for name in names)
 
 

@@ -10,7 +10,7 @@ _INTERVAL_SECONDS = 0.02
 
 
 class PeakMemory:
-    """Peak bytes within a ``with`` block: allocated on the GPU, or resident in RAM (sampled) on a CPU.
+    """Peak bytes in a ``with`` block: allocated on a GPU, or resident in RAM (sampled) on a CPU.
 
     >>> with PeakMemory(torch.device("cpu")) as peak:
     ...     x = torch.ones(10)

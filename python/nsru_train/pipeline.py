@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.losses.objective import Objective
 from nsru_train.measure import PeakMemory
 from nsru_train.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -38,18 +41,22 @@ class Data:
 
 
 def load_data(config: DataConfig) -> Data:
-    """Read every set. Raises ValueError before any model is loaded: unreadable, empty or overlapping sets."""
-    forget, retain = (load_records(spec, config.data_dir) for spec in (config.forget, config.retain))
+    """Read every set. Raises ValueError where one is unreadable, empty, or forget meets retain."""
+    forget, retain = (
+        load_records(spec, config.data_dir) for spec in (config.forget, config.retain)
+    )
     check_disjoint(forget, retain)
     more = {name: load_records(spec, config.data_dir) for name, spec in config.more.items()}
     return Data(forget, retain, more, SafeTargets.from_file(config.safe_targets))
 
 
-def load_model(config: ModelConfig) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) in eval mode on its device. Raises ValueError where transformers cannot load it."""
+def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model, tokenizer), in eval mode. Raises ValueError where transformers cannot load them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = nk.dispatch.default_device() if config.device == "auto" else torch.device(config.device)
+    device = (
+        nk.dispatch.default_device() if config.device == "auto" else torch.device(config.device)
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, trust_remote_code=config.trust_remote_code
@@ -70,7 +77,9 @@ def token_batches(
     model: nn.Module, tokenizer, records: Sequence[QA], *, max_tokens: int, max_length: int
 ) -> list[dict[str, torch.Tensor]]:
     """Questions with their answers as model inputs, batched by length."""
-    encoded = [encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in records]
+    encoded = [
+        encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in records
+    ]
     device = next(model.parameters()).device
     return [
         {
@@ -142,8 +151,8 @@ class Outcome:
 
 
 def unlearn(
-    model: nn.Module,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     data: Data,
     folder: str | Path,
     *,
@@ -158,7 +167,7 @@ def unlearn(
     eval_steps: int = 10,
     progress: bool = True,
 ) -> Outcome:
-    """Swap the model's linears and train the adapters; checkpoints and metrics.jsonl go to ``folder``."""
+    """Swap the model's linears and train; checkpoints and metrics.jsonl go to ``folder``."""
     from transformers import TrainingArguments, set_seed
 
     from nsru_train.trainer import NSRUTrainer, make_train_dataset, reference_nll
@@ -233,4 +242,3 @@ def unlearn(
             if isinstance(module, nk.NSRULinear)
         },
     )
-

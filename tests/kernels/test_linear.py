@@ -171,6 +171,13 @@ def test_dropout_of_everything_and_of_nothing():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_gradient_of_a_stays_in_the_null_space_of_a_rounded_basis():
+    inputs, basis = make_inputs(9, k=256, q=16)
+    basis = basis.bfloat16()
+    _, grads = run(functools.partial(nk.nsru_linear, basis=basis), inputs)
+    assert (grads["lora_a"] @ basis.float()).norm() / grads["lora_a"].norm() < 1e-6
+
+
 class RecordCopies(TorchDispatchMode):
     """Sizes of everything that is cast or copied."""
 

@@ -228,6 +228,28 @@ def test_massive_channels_do_not_hide_the_others(dtype, width):
     assert 1 - captured(ordinary, rest) <= 1.04 * (1 - optimum(ordinary, 14))
 
 
+def test_a_massive_direction_is_out_of_the_way_after_one_refresh():
+    values = harmonic(300)
+    values[:2] = 1e7
+    x = stream(values, 4096)
+    subspace = sketch_of(x, 40, refresh_every=2048).finalize(rank=16)
+    assert 1 - captured(x, subspace.basis) <= 1.15 * (1 - optimum(x, 16))
+
+
+def test_small_directions_survive_without_a_refresh():
+    x = stream(10 ** (-0.2 * torch.arange(1, 201).double()), 4096)
+    whole = sketch_of(x, 50, refresh_every=10_000).finalize()
+    # λ_33 / λ_1 = 4e-7: what fp32 sums resolve, and no more.
+    assert 33 <= whole.rank <= 40
+    assert_certified(whole, x)
+
+
+def test_trace_is_exact_enough_for_the_certificate():
+    x = torch.randn(512, 4096).bfloat16()
+    sketch = sketch_of(x, 4)
+    assert sketch.trace == pytest.approx(x.double().square().sum().item(), rel=2e-7)
+
+
 def test_estimate_stays_below_the_second_moment():
     x = stream(harmonic(200), 1000, torch.bfloat16)
     whole = sketch_of(x, 40, refresh_every=200).finalize()

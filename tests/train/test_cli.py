@@ -20,7 +20,9 @@ def setting(tmp_path_factory):
     splits = author_splits(authors=4, forget=1)
     texts = [f"{qa.question} {qa.answer}" for qa in (*splits.forget, *splits.retain)]
     tokenizer = train_tokenizer(texts, 400)
-    model = make_llama(tokenizer, hidden_size=32, layers=2, heads=2, kv_heads=1, intermediate_size=48)
+    model = make_llama(
+        tokenizer, hidden_size=32, layers=2, heads=2, kv_heads=1, intermediate_size=48
+    )
     for part in (model, tokenizer):
         part.save_pretrained(folder / "model")
     for name in ("forget", "retain", "holdout"):
@@ -63,7 +65,14 @@ def fails(capsys, arguments: list[str]) -> str:
 
 
 def test_run_folder_is_complete(run):
-    for name in ("config.yaml", "environment.json", "metrics.jsonl", "results.json", "adapter", "subspaces"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "results.json",
+        "adapter",
+        "subspaces",
+    ):
         assert (run / name).exists(), name
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["train"]["steps"] == 6
@@ -74,9 +83,11 @@ def test_run_folder_is_complete(run):
 def test_eval_merge_verify_report(run, capsys):
     main(["eval", str(run), "--max_new_tokens=4"])
     printed = capsys.readouterr().out
-    assert "forget" in printed and next_command(printed) == f"nsru verify {run}"
+    assert "forget" in printed
+    assert next_command(printed) == f"nsru verify {run}"
     results = json.loads((run / "eval" / "results.json").read_text())
-    assert results["schema"] == 1 and set(results["metrics"]) >= {"forget", "retain", "holdout"}
+    assert results["schema"] == 1
+    assert set(results["metrics"]) >= {"forget", "retain", "holdout"}
 
     main(["verify", str(run)])
     assert next_command(capsys.readouterr().out) == f"nsru merge {run}"
@@ -112,7 +123,9 @@ def test_resume_after_the_first_checkpoint_gives_the_same_adapter(setting, run, 
 
 
 def test_resume_with_other_settings_is_refused(setting, run, capsys):
-    error = fails(capsys, ["train", *flags(setting), "--train.lr=0.5", f"--out={run}", "--resume=true"])
+    error = fails(
+        capsys, ["train", *flags(setting), "--train.lr=0.5", f"--out={run}", "--resume=true"]
+    )
     assert "differs" in error
 
 
@@ -135,17 +148,22 @@ def test_unknown_field(setting, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "q", "answer": "a", "anser": "b"}\n')
     error = fails(capsys, ["train", *flags(setting, **{"data.forget": str(bad)})])
-    assert "anser" in error and "bad.jsonl:1" in error
+    assert "anser" in error
+    assert "bad.jsonl:1" in error
 
 
 def test_misspelt_target_names_the_closest(setting, tmp_path, capsys):
-    error = fails(capsys, ["train", *flags(setting), "--subspace.targets=[q_prj]", f"--out={tmp_path}"])
+    error = fails(
+        capsys, ["train", *flags(setting), "--subspace.targets=[q_prj]", f"--out={tmp_path}"]
+    )
     assert "'q_proj'" in error
 
 
 def test_two_rank_rules(setting, tmp_path, capsys):
     rules = ["--subspace.rank=4", "--subspace.energy=0.9"]
-    assert "one of rank" in fails(capsys, ["train", *flags(setting), *rules, f"--out={tmp_path / 'x'}"])
+    assert "one of rank" in fails(
+        capsys, ["train", *flags(setting), *rules, f"--out={tmp_path / 'x'}"]
+    )
 
 
 def test_subspaces_of_another_model(setting, run, tmp_path, capsys):

@@ -15,7 +15,9 @@ def test_example_runs_as_written(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(code.strip().splitlines()) <= 15
     tokenizer = train_tokenizer(["What must stay.", "What must go.", "What must be."], 270)
-    model = make_llama(tokenizer, hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=48)
+    model = make_llama(
+        tokenizer, hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=48
+    )
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)

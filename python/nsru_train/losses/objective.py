@@ -17,8 +17,8 @@ class Objective:
     """Weights and suppression of `nsru_loss`.
 
     Args:
-        w_safe, w_suppress, w_retain: λ_safe, λ_sup and λ_ret. NPO is a sum over an answer's tokens, cross-entropy a
-            mean: 1/50 puts both on one footing for answers of 50 tokens.
+        w_safe, w_suppress, w_retain: λ_safe, λ_sup and λ_ret. NPO is a sum over an answer's tokens,
+            cross-entropy a mean: 1/50 puts both on one footing for answers of 50 tokens.
         w_kl: λ_kl, inside the retain term; above 0 a step needs one more forward, of retain rows.
         suppression: "npo", "simnpo", "unlikelihood" or "gradient_ascent".
         beta, delta: of the suppression; None is its own default.
