@@ -183,8 +183,8 @@ def run_demo(
     results["matched"] = matched_damage(results)
     for row in results["matched"]:
         print(
-            f"  seed {row['seed']}: at forget_prob ≤ {row['forget_prob']:.3f} unseen retain answers "
-            f"lost {row['nsru_damage']:.4f} (nsru) and {row['lora_damage']:.4f} (lora)"
+            f"  seed {row['seed']}: at forget_prob ≤ {row['forget_prob']:.3f} unseen retain answers"
+            f" lost {row['nsru_damage']:.4f} (nsru) and {row['lora_damage']:.4f} (lora)"
         )
     run.write_results(results)
     say("5/5  report")
@@ -243,7 +243,7 @@ def asdict_sets(sets: Sets) -> dict[str, list[QA]]:
 def base_model(
     folder: Path, records: Sequence[QA], scale: Scale, max_seconds: float, progress: bool
 ) -> tuple[nn.Module, Any]:
-    """A Llama that knows ``records`` by heart; taken from ``folder`` when it was made there before."""
+    """A Llama that knows ``records`` by heart, from ``folder`` when it was made there before."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     recipe = {"scale": asdict(scale), "questions": [qa.question for qa in records]}
@@ -264,7 +264,7 @@ def base_model(
         max_seconds=max_seconds, progress=progress,
     )  # fmt: skip
     print(
-        f"  {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {stats['seconds']:.0f} s, "
+        f"  {model.num_parameters() / 1e6:.1f}M parameters, {stats['seconds']:.0f} s, "
         f"mean answer probability {stats['probability']:.3f}"
     )
     model.save_pretrained(folder)

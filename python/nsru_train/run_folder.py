@@ -52,7 +52,8 @@ class RunFolder:
     Example:
         >>> run = RunFolder("runs/first")
         >>> run.log_metrics({"step": 10, "loss": 0.7})
-        >>> run.write_results({"kind": "train", "seconds": 12.5})
+        >>> run.write_results({"kind": "train", "seconds": 12.5}).name
+        'results.json'
     """
 
     def __init__(self, path: str | Path):
