@@ -130,6 +130,7 @@ def train(
     """
     import nsru_kernels as nk
     from nsru_train.pipeline import find_subspaces, load_data, load_model, unlearn
+    from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder
 
     subspace.rule()
@@ -193,7 +194,8 @@ def train(
             "leakage": [{"module": k, "leakage": v} for k, v in outcome.leakage.items()],
         }
     )
-    _finish([f"{out}/adapter", f"{out}/results.json", f"{out}/metrics.jsonl"], f"nsru eval {out}")
+    write_report(run.path)
+    _finish([f"{out}/adapter", f"{out}/results.json", f"{out}/report.html"], f"nsru eval {out}")
 
 
 def eval(

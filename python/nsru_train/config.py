@@ -122,7 +122,8 @@ class TrainConfig:
         accumulate: batches for one optimizer step.
         weight_decay: of AdamW.
         save_steps: steps between checkpoints; 0 writes none.
-        retain_stop_ratio: stop when the retain loss exceeds this many times its start.
+        retain_stop_ratio: stop when the retain loss exceeds this many times its start (which counts
+            as 0.1 nats a token where it is less).
         gradient_checkpointing: recompute activations in backward to save memory.
         seed: of adapters, order and dropout.
     """
@@ -135,6 +136,6 @@ class TrainConfig:
     accumulate: int = 1
     weight_decay: float = 0.0
     save_steps: int = 50
-    retain_stop_ratio: float = 20.0
+    retain_stop_ratio: float = 5.0
     gradient_checkpointing: bool = False
     seed: int = 0

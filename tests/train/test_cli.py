@@ -40,7 +40,13 @@ def flags(setting: Path, **changes: str) -> list[str]:
     return [f"--{name}={value}" for name, value in given.items()]
 
 
-TRAIN = ("--train.steps=6", "--train.lr=0.02", "--train.batch_size=3", "--train.save_steps=3")
+TRAIN = (
+    "--objective.w_suppress=1",
+    "--train.steps=6",
+    "--train.lr=0.02",
+    "--train.batch_size=3",
+    "--train.save_steps=3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +78,8 @@ def test_run_folder_is_complete(run):
         "results.json",
         "adapter",
         "subspaces",
+        "report.html",
+        "figures",
     ):
         assert (run / name).exists(), name
     config = yaml.safe_load((run / "config.yaml").read_text())
