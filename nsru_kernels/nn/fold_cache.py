@@ -3,8 +3,8 @@
 A fold is remembered together with what it came from: identity, storage and version counter of A and
 of the basis, and the number of optimizer steps taken in this process (some optimizers write through
 ``.data``, which bumps no version counter). On a CPU the adapter's values are compared too, so that
-even a hand edit through ``.data`` is seen; on a GPU that would synchronise, and after such an edit
-``FoldCache.clear`` is needed.
+even a hand edit through ``.data`` is seen; on a GPU that would synchronise. After such an edit
+there, or of a basis anywhere, ``FoldCache.clear`` is needed.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ def project_adapter(lora_a: Tensor, basis: Tensor | None, *, backend: str = "aut
         ValueError: shapes or devices do not fit, or basis requires a gradient.
         BackendUnavailable: a backend named explicitly cannot run here.
 
+    >>> import torch
     >>> a, u = torch.randn(4, 32), torch.linalg.qr(torch.randn(32, 8)).Q
     >>> bool((project_adapter(a, u) @ u).abs().max() < 1e-5)
     True
