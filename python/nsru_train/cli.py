@@ -339,9 +339,21 @@ def main(args: list[str] | None = None) -> None:
     from jsonargparse import auto_cli
 
     try:
-        auto_cli(COMMANDS, args=args, prog="nsru", description=__doc__)
+        auto_cli(COMMANDS, args=_underscored(args), prog="nsru", description=__doc__)
     except (ValueError, OSError) as error:
         _fail(error)
+
+
+def _underscored(args: list[str] | None) -> list[str]:
+    """--data-dir means --data_dir, as in most command lines."""
+    given = sys.argv[1:] if args is None else args
+    names = (arg.partition("=") for arg in given)
+    return [
+        name.replace("-", "_").replace("__", "--", 1) + equals + value
+        if name.startswith("--")
+        else name + equals + value
+        for name, equals, value in names
+    ]
 
 
 def _fail(error: Exception) -> NoReturn:

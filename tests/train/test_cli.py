@@ -167,6 +167,14 @@ def test_misspelt_target_names_the_closest(setting, tmp_path, capsys):
     assert "'q_proj'" in error
 
 
+def test_dashes_in_flags(setting, capsys):
+    with pytest.raises(SystemExit):
+        main(
+            ["train", *flags(setting), "--lora.rank", "4", "--data.max-length=99", "--print-config"]
+        )
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["max_length"] == 99
+
+
 def test_two_rank_rules(setting, tmp_path, capsys):
     rules = ["--subspace.rank=4", "--subspace.energy=0.9"]
     assert "one of rank" in fails(

@@ -8,6 +8,7 @@ import pytest
 
 from nsru_train import demo
 from nsru_train.cli import main
+from nsru_train.config import DEFAULT_MIN_EDITABILITY
 from nsru_train.data.records import check_disjoint
 from nsru_train.data.safe_targets import SafeTargets
 
@@ -60,7 +61,12 @@ def test_frontier_has_every_evaluation(results):
 def test_lora_is_not_projected_and_nsru_is(results):
     leakage = [row["leakage"] for row in results["leakage"]]
     assert 0 < max(leakage) < 1e-6
-    assert all(0.05 <= row["editability"] <= 1 for row in results["subspaces"])
+    assert all(DEFAULT_MIN_EDITABILITY <= row["editability"] <= 1 for row in results["subspaces"])
+
+
+def test_examples_come_from_both_sides(results):
+    assert {row["split"] for row in results["examples"]} == {"forget", "retain_unseen"}
+    assert all({"before", "nsru", "lora"} <= set(row) for row in results["examples"])
 
 
 def test_files(out):

@@ -18,7 +18,7 @@ class Objective:
 
     Args:
         w_safe, w_suppress, w_retain: λ_safe, λ_sup and λ_ret. NPO is a sum over an answer's tokens,
-            cross-entropy a mean: 1/50 puts both on one footing for answers of 50 tokens.
+            cross-entropy a mean: 0.05 puts both on one footing for answers of 20 tokens.
         w_kl: λ_kl, inside the retain term; above 0 a step needs one more forward, of retain rows.
         suppression: "npo", "simnpo", "unlikelihood" or "gradient_ascent".
         beta, delta: of the suppression; None is its own default.
@@ -28,7 +28,7 @@ class Objective:
     """
 
     w_safe: float = 1.0
-    w_suppress: float = 0.02
+    w_suppress: float = 0.05
     w_retain: float = 1.0
     w_kl: float = 0.0
     suppression: str = "npo"
