@@ -17,7 +17,7 @@ import importlib
 import importlib.util
 import logging
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -96,6 +96,15 @@ def implementation(op: str, backend: str, device: torch.device) -> ModuleType:
         BackendUnavailable: the named backend cannot serve this op on this device.
     """
     return _implementation(op, requested_backend(backend), device)
+
+
+def run(op: str, function: str, backend: str, device: torch.device, *args: Any) -> Any:
+    """Call ``function`` of the module that serves ``op``, with autocast off: ops choose dtypes."""
+    call = getattr(implementation(op, backend, device), function)
+    if not torch.is_autocast_enabled(device.type):
+        return call(*args)
+    with torch.autocast(device.type, enabled=False):
+        return call(*args)
 
 
 def backend_status(device: torch.device | None = None) -> list[Verdict]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsru_kernels.dispatch import implementation
+from nsru_kernels.dispatch import run
 
 _library = torch.library.Library("nsru", "FRAGMENT")
 _library.define("fold(Tensor[] a, Tensor[] basis, Tensor?[] core, str backend) -> Tensor[]")
@@ -25,9 +25,7 @@ def fold_many(
 def _fold_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None], backend: str
 ) -> list[Tensor]:
-    device = as_RK[0].device
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return implementation("fold", backend, device).fold_many(as_RK, bases_KQ, cores_QQ)
+    return run("fold", "fold_many", backend, as_RK[0].device, as_RK, bases_KQ, cores_QQ)
 
 
 @torch.library.register_fake("nsru::fold")

@@ -121,7 +121,7 @@ def check_linear(
     if type(weight).__name__ == "DTensor":
         raise TypeError(
             "nsru_linear: weight is a DTensor (tensor parallel?); the update would mix shards. Use "
-            " FSDP2, which gathers weights before forward, or unwrap with weight.full_tensor()."
+            "FSDP2, which gathers weights before forward, or unwrap with weight.full_tensor()."
         )
     if weight.dim() != 2:
         raise ValueError(f"nsru_linear: weight must be [N, K], got {tuple(weight.shape)}.")

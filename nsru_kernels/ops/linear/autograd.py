@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsru_kernels.dispatch import implementation
+from nsru_kernels.dispatch import run
 from nsru_kernels.ops.fold.autograd import fold_many
 
 _library = torch.library.Library("nsru", "FRAGMENT")
@@ -26,18 +26,14 @@ _library.define(
 
 @torch.library.impl(_library, "linear_forward", "CompositeExplicitAutograd")
 def _forward(x, weight, a, b, bias, scaling, dropout_p, seed, backend):
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return implementation("linear", backend, x.device).forward(
-            x, weight, a, b, bias, scaling, dropout_p, seed
-        )
+    args = (x, weight, a, b, bias, scaling, dropout_p, seed)
+    return run("linear", "forward", backend, x.device, *args)
 
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
 def _backward(dy, x, weight, a, b, s, scaling, dropout_p, seed, needs, backend):
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return implementation("linear", backend, x.device).backward(
-            dy, x, weight, a, b, s, scaling, dropout_p, seed, needs
-        )
+    args = (dy, x, weight, a, b, s, scaling, dropout_p, seed, needs)
+    return run("linear", "backward", backend, x.device, *args)
 
 
 @torch.library.register_fake("nsru::linear_forward")
@@ -69,8 +65,8 @@ class ProjectedLinear(torch.autograd.Function):
             folded = fold_to(x.dtype, lora_a, basis, core, backend)
         b_RN = lora_b.detach().T.to(x.dtype).contiguous()
         x_MK = x.reshape(-1, x.shape[-1])
-        run = torch.ops.nsru.linear_forward if _as_op(x) else _forward
-        y_MN, s_MR = run(x_MK, weight, folded, b_RN, bias, scaling, dropout_p, seed, backend)
+        call = torch.ops.nsru.linear_forward if _as_op(x) else _forward
+        y_MN, s_MR = call(x_MK, weight, folded, b_RN, bias, scaling, dropout_p, seed, backend)
         ctx.save_for_backward(x_MK, weight, folded, b_RN, s_MR, basis, core, seed)
         ctx.x_shape, ctx.scaling, ctx.dropout_p, ctx.backend = x.shape, scaling, dropout_p, backend
         ctx.dtypes = (
@@ -86,8 +82,8 @@ class ProjectedLinear(torch.autograd.Function):
         x_MK, weight, folded, b_RN, s_MR, basis, core, seed = ctx.saved_tensors
         bias_dtype, a_dtype, b_dtype = ctx.dtypes
         needs = list(ctx.needs_input_grad[:5])
-        run = torch.ops.nsru.linear_backward if _as_op(dy) else _backward
-        dx, dw, dbias, da, db = run(
+        call = torch.ops.nsru.linear_backward if _as_op(dy) else _backward
+        dx, dw, dbias, da, db = call(
             dy.reshape(-1, weight.shape[0]), x_MK, weight, folded, b_RN, s_MR,
             ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend,
         )  # fmt: skip
