@@ -47,7 +47,7 @@ class Scale:
 
 
 FICTITIOUS = Scale(30, 1024, 128, 4, 352, epochs=60, lr=2e-3, bf16=False, eval_steps=10)
-TOFU = Scale(40, 4096, 256, 5, 704, epochs=40, lr=1e-3, bf16=True, eval_steps=25)
+TOFU = Scale(40, 4096, 256, 5, 704, epochs=40, lr=1e-3, bf16=True, eval_steps=10)
 
 
 @dataclass(frozen=True)
