@@ -166,6 +166,7 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
                 f"adapter: {name} has rank {a.shape[0]} (A) and {b.shape[1]} (B), "
                 f"{CONFIG} says {config['r']}."
             )
+    _check_fingerprint(model, Path(path) / SIDECAR)
     report = swap_linears(model, names, rank=config["r"], alpha=config["lora_alpha"])
     for name in names:
         module = model.get_submodule(name)
@@ -173,3 +174,20 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
         module.lora_A.copy_(tensors[key(name, "A")])
         module.lora_B.copy_(tensors[key(name, "B")])
     return report
+
+
+def _check_fingerprint(model: nn.Module, sidecar: Path) -> None:
+    """Raise ValueError when ``nsru.json`` says that the adapter was trained on other weights."""
+    from nsru_kernels.subspaces.collection import fingerprint_weights
+
+    if not sidecar.is_file():
+        return
+    try:
+        wanted = json.loads(sidecar.read_text()).get("fingerprint")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"adapter: {sidecar} is damaged ({error}). Copy it again.") from error
+    if wanted is not None and (found := fingerprint_weights(model)) != wanted:
+        raise ValueError(
+            f"adapter: {sidecar.parent} was trained on weights with fingerprint {wanted}, "
+            f"the model has {found}; load the base model that it was trained on."
+        )

@@ -24,6 +24,10 @@ PARTS = ("safe", "suppress", "retain", "kl", "total")
 RETAIN_FLOOR = 0.1
 
 
+class GradientError(RuntimeError, ValueError):
+    """The adapters cannot be trained as asked for: a user's mistake, so a ValueError too."""
+
+
 class MetricsCallback(TrainerCallback):
     """Append one JSON line to a file for every log: loss parts, grad_norm, lr and seconds a step.
 
@@ -122,14 +126,14 @@ class GradientCheckCallback(TrainerCallback):
         # A loss scaler finds its scale by overflowing; it skips those steps itself.
         bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
         if bad and not self.fp16:
-            raise RuntimeError(
+            raise GradientError(
                 f"{len(bad)} of {len(norms)} adapter gradients are not finite in the first steps, "
                 f"such as that of {bad[0]}. Look for NaN or inf in the weights and the retain "
                 "bases, or train in bfloat16."
             )
         silent = [name for name, norm in norms.items() if norm == 0]
         if len(silent) == len(norms):
-            raise RuntimeError(
+            raise GradientError(
                 f"all {len(norms)} adapter gradients are zero in the first steps, such as that of "
                 f"{silent[0]}: training would change nothing. See that a term with weight above 0 "
                 "reaches the adapted modules, and that the rank of their retain bases is below "

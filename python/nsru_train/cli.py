@@ -66,7 +66,7 @@ def demo(
         max_seconds=max_seconds,
         command=shlex.join(["nsru", *sys.argv[1:]]),
     )
-    _finish([f"{out}/report.html", f"{out}/results.json", f"{out}/adapter"], f"nsru verify {out}")
+    _finish([f"{out}/report.html", f"{out}/results.json", f"{out}/adapter"], "verify", out)
 
 
 def subspace(
@@ -91,8 +91,10 @@ def subspace(
     subspace.rule()
     loaded = load_data(data)
     run = RunFolder(out)
-    run.write_environment()
+    if run.metrics_path.exists():
+        raise ValueError(f"out: {out} holds a training run; give another folder.")
     base, tokenizer = load_model(model)
+    run.write_environment()
     found = find_subspaces(
         base, tokenizer, loaded.forget, loaded.retain, subspace,
         max_length=data.max_length, seed=seed,
@@ -102,7 +104,8 @@ def subspace(
     run.write_config({"model": asdict(model), "data": asdict(data), "subspace": asdict(subspace)})
     _finish(
         [f"{out}/subspaces"],
-        f"nsru train --config {out}/config.yaml --subspace.path {out}/subspaces --out runs/nsru",
+        *("train", "--config", f"{out}/config.yaml", "--subspace.path", f"{out}/subspaces"),
+        *("--out", "runs/nsru"),
     )
 
 
@@ -128,7 +131,10 @@ def train(
         out: run folder.
         resume: go on from the last checkpoint in ``out``.
     """
+    from transformers.trainer_utils import get_last_checkpoint
+
     import nsru_kernels as nk
+    from nsru_kernels.subspaces.collection import fingerprint_weights
     from nsru_train.pipeline import find_subspaces, load_data, load_model, unlearn
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder
@@ -136,13 +142,18 @@ def train(
     subspace.rule()
     loaded = load_data(data)
     run = RunFolder(out)
-    checkpoints = sorted(run.path.glob("checkpoint-*"))
-    if checkpoints and not resume:
+    last = get_last_checkpoint(run.path)
+    if last is not None and not resume:
         raise ValueError(
             f"out: {out} holds checkpoints of an earlier run; add --resume true to go on from "
-            f"{checkpoints[-1].name}, or give another folder."
+            f"{Path(last).name}, or give another folder."
         )
-    if resume and not checkpoints:
+    if last is None and run.results_path.exists():
+        raise ValueError(
+            f"out: {out} holds a finished run without checkpoints; give another folder, or remove "
+            f"{run.results_path} to replace it."
+        )
+    if resume and last is None:
         print(f"resume: {out} has no checkpoint yet; starting from the beginning.")
     config = {
         "model": asdict(model),
@@ -153,16 +164,16 @@ def train(
         "train": asdict(train),
         "out": out,
     }
-    if checkpoints:
+    if last is not None:
         _check_same_run(run.config_path, config)
-    run.write_config(config)
-    run.write_environment()
     started = time.perf_counter()
     base, tokenizer = load_model(model)
+    run.write_config(config)
+    run.write_environment()
     subspaces = None
     if lora.project:
         own = run.path / "subspaces"
-        if checkpoints and (own / "index.json").is_file():
+        if last is not None and (own / "index.json").is_file():
             subspace.path = str(own)
         subspaces = find_subspaces(
             base, tokenizer, loaded.forget, loaded.retain, subspace, max_length=data.max_length
@@ -180,11 +191,10 @@ def train(
         objective=objective,
         train=train,
         max_length=data.max_length,
-        resume=bool(checkpoints),
+        resume=last is not None,
     )
     print(outcome.swap)
-    fingerprint = {"fingerprint": subspaces.fingerprint} if subspaces is not None else {}
-    nk.save_lora_adapter(base, run.adapter_dir, metadata=fingerprint)
+    nk.save_lora_adapter(base, run.adapter_dir, metadata={"fingerprint": fingerprint_weights(base)})
     run.write_results(
         {
             "kind": "train",
@@ -195,7 +205,7 @@ def train(
         }
     )
     write_report(run.path)
-    _finish([f"{out}/adapter", f"{out}/results.json", f"{out}/report.html"], f"nsru eval {out}")
+    _finish([f"{out}/adapter", f"{out}/results.json", f"{out}/report.html"], "eval", out)
 
 
 def eval(
@@ -253,7 +263,8 @@ def eval(
     print(format_table(results))
     _finish(
         [str(folder.results_path), str(folder.report_path)],
-        f"nsru eval {run}" if base else f"nsru verify {run}",
+        "eval" if base else "verify",
+        run,
     )
 
 
@@ -275,7 +286,7 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     nk.merge_adapters(network)
     network.save_pretrained(f"{run}/merged")
     tokenizer.save_pretrained(f"{run}/merged")
-    _finish([f"{run}/merged"], f"nsru verify {run}")
+    _finish([f"{run}/merged"], "verify", run)
 
 
 def verify(
@@ -303,12 +314,18 @@ def verify(
     if merged is None and Path(run, "merged").is_dir():
         merged = f"{run}/merged"
     report = compare(
-        base, adapter or f"{run}/adapter", merged, tokenizer, loaded.forget, loaded.retain
+        base,
+        adapter or f"{run}/adapter",
+        merged,
+        tokenizer,
+        loaded.forget,
+        loaded.retain,
+        max_length=data.max_length,
     )
     print(report.text())
     if not report.passed:
         raise SystemExit(1)
-    _finish([], f"nsru merge {run}" if merged is None else f"nsru report {run}")
+    _finish([], "merge" if merged is None else "report", run)
 
 
 def report(run: str) -> None:
@@ -319,7 +336,9 @@ def report(run: str) -> None:
     """
     from nsru_train.report import write_report
 
-    _finish([str(write_report(Path(run)))], f"nsru eval {run}")
+    if not Path(run).is_dir():
+        raise ValueError(f"run: no folder {run}; give the --out of nsru train.")
+    _finish([str(write_report(Path(run)))], "eval", run)
 
 
 COMMANDS: dict[str, Any] = {
@@ -361,10 +380,10 @@ def _fail(error: Exception) -> NoReturn:
     raise SystemExit(2) from error
 
 
-def _finish(written: list[str], following: str) -> None:
+def _finish(written: list[str], *following: str) -> None:
     for path in written:
         print(f"wrote {path}")
-    print(f"next: {following}")
+    print(f"next: {shlex.join(['nsru', *following])}")
 
 
 def _run_sections(
@@ -372,24 +391,44 @@ def _run_sections(
 ) -> tuple[Any, Any]:
     """Model and data of a run: as given, else from its config.yaml."""
     path = Path(run) / "config.yaml"
-    saved: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    saved = _read_config(path)
     if model is None:
         if "model" not in saved:
             raise ValueError(f"run: {path} does not say the model; give --model.path.")
-        model = ModelConfig(**saved["model"])
+        model = _section(ModelConfig, saved["model"], path)
     if data is None and need_data:
         if "data" not in saved:
             raise ValueError(
                 f"run: {path} does not say the data; give --data.forget and --data.retain."
             )
-        data = DataConfig(**saved["data"])
+        data = _section(DataConfig, saved["data"], path)
     return model, data
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A run's config.yaml, empty where there is none."""
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML ({error}); restore it.") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} must hold sections such as model and data, got {saved!r:.60}.")
+    return saved
+
+
+def _section(kind: Any, values: Any, path: Path) -> Any:
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: {error}; was it written by another version, or changed by hand?"
+        ) from error
 
 
 def _check_same_run(path: Path, config: dict[str, Any]) -> None:
     """A resumed run must go on as it began. Raises ValueError naming what differs."""
-    before = yaml.safe_load(path.read_text()) if path.is_file() else config
-    for section in ("model", "data", "lora", "objective", "train"):
+    before = _read_config(path) or config
+    for section in ("model", "data", "subspace", "lora", "objective", "train"):
         if before.get(section) != config[section]:
             raise ValueError(
                 f"resume: {section} differs from the run's {path}: {before.get(section)} there, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -124,7 +125,7 @@ class TrainConfig:
         weight_decay: of AdamW.
         save_steps: steps between checkpoints; 0 writes none.
         retain_stop_ratio: stop when the retain loss exceeds this many times its start (which counts
-            as 0.1 nats a token where it is less).
+            as 0.1 nats a token where it is less); none never stops.
         gradient_checkpointing: recompute activations in backward to save memory.
         seed: of adapters, order and dropout.
     """
@@ -137,6 +138,22 @@ class TrainConfig:
     accumulate: int = 1
     weight_decay: float = 0.0
     save_steps: int = 50
-    retain_stop_ratio: float = 5.0
+    retain_stop_ratio: float | None = 5.0
     gradient_checkpointing: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "retain_per_forget", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.save_steps < 0:
+            raise ValueError(f"train.save_steps must be 0 (none) or more, got {self.save_steps}.")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"train.lr must be positive and finite, got {self.lr}.")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"train.warmup must be a share from 0 to 1, got {self.warmup}.")
+        if self.retain_stop_ratio is not None and not self.retain_stop_ratio > 1:
+            raise ValueError(
+                f"train.retain_stop_ratio must be above 1, or null for no early stop, got "
+                f"{self.retain_stop_ratio}."
+            )

@@ -90,7 +90,7 @@ def evaluate(
         tokenizer,
         pool.encoded,
         predict=pool.predict,
-        max_tokens=max_tokens,
+        max_tokens=max(max_tokens, max_length),
         progress=progress,
     )
     rows = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +19,17 @@ from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfi
 from nsru_train.data.encode import collate, encode_qa, length_batches
 from nsru_train.data.records import QA, check_disjoint, load_records
 from nsru_train.data.safe_targets import SafeTargets
+from nsru_train.evaluate import SPLITS
 from nsru_train.losses.objective import Objective
 from nsru_train.measure import PeakMemory
 from nsru_train.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+MORE_SPLITS = tuple(name for name in SPLITS if name not in ("forget", "retain"))
 
 
 @dataclass
@@ -42,6 +48,10 @@ class Data:
 
 def load_data(config: DataConfig) -> Data:
     """Read every set. Raises ValueError where one is unreadable, empty, or forget meets retain."""
+    if unknown := sorted(config.more.keys() - set(MORE_SPLITS)):
+        raise ValueError(
+            f"data.more: names must be out of {', '.join(MORE_SPLITS)}, got {', '.join(unknown)}."
+        )
     forget, retain = (
         load_records(spec, config.data_dir) for spec in (config.forget, config.retain)
     )
@@ -54,9 +64,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     """(model, tokenizer), in eval mode. Raises ValueError where transformers cannot load them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = (
-        nk.dispatch.default_device() if config.device == "auto" else torch.device(config.device)
-    )
+    device = _device(config.device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, trust_remote_code=config.trust_remote_code
@@ -73,6 +81,19 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     return model.to(device).eval(), tokenizer
 
 
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return nk.dispatch.default_device()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"model.device: {name!r} cannot be used here ({reason}); give auto, cpu or cuda:N. "
+            "`nsru env` lists the devices."
+        ) from error
+
+
 def token_batches(
     model: nn.Module, tokenizer, records: Sequence[QA], *, max_tokens: int, max_length: int
 ) -> list[dict[str, torch.Tensor]]:
@@ -86,7 +107,7 @@ def token_batches(
             name: tensor.to(device)
             for name, tensor in collate([encoded[i] for i in ids], tokenizer.pad_token_id).items()
         }
-        for ids in length_batches(encoded, max_tokens)
+        for ids in length_batches(encoded, max(max_tokens, max_length))
     ]
 
 
@@ -109,6 +130,7 @@ def find_subspaces(
     if config.path is not None:
         subspaces = SubspaceSet.load(config.path)
         subspaces.check_model(model)
+        _check_room(subspaces)
         return subspaces
     retain_batches, forget_batches = (
         token_batches(
@@ -116,7 +138,7 @@ def find_subspaces(
         )
         for records in (retain, forget)
     )
-    return nk.estimate_retain_subspaces(
+    subspaces = nk.estimate_retain_subspaces(
         model,
         retain_batches,
         config.targets,
@@ -126,6 +148,27 @@ def find_subspaces(
         progress=progress,
         **config.rule(),
     )
+    _check_room(subspaces)
+    return subspaces
+
+
+def _check_room(subspaces: SubspaceSet) -> None:
+    """Raise ValueError when no input leaves anything to train, warn where one does or is plain."""
+    full = [entry for entry in subspaces.inputs if entry.rank == entry.in_features]
+    plain = [entry for entry in subspaces.inputs if entry.rank == 0]
+    count = len(subspaces.inputs)
+    if len(full) == count:
+        raise ValueError(
+            f"subspace: all {count} retain subspaces have full rank, such as {full[0].name} with "
+            f"{full[0].rank}: no update is left in their null space. Lower rank or energy, or use "
+            "min_editability."
+        )
+    for entries, effect in ((full, "nothing is trained there"), (plain, "nothing is protected")):
+        if entries:
+            logger.warning(
+                "%d of %d retain subspaces have rank %d, such as %s: %s.",
+                len(entries), count, entries[0].rank, entries[0].name, effect,
+            )  # fmt: skip
 
 
 @dataclass
@@ -146,7 +189,7 @@ class Outcome:
             "step_seconds": self.step_seconds,
             "peak_bytes": self.peak_bytes,
             "seconds": self.seconds,
-            "early_stop": self.early_stop,
+            "stopped_early": self.early_stop,
         }
 
 

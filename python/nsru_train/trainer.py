@@ -66,7 +66,7 @@ def reference_nll(
 
     Args:
         forget: questions with their undesired answers.
-        max_tokens: of one batch, padding included.
+        max_tokens: of one batch, padding included; a single longer sequence gets its own batch.
         max_length: most tokens of one sequence.
 
     Returns:
@@ -76,7 +76,7 @@ def reference_nll(
     device = next(model.parameters()).device
     result = [0.0] * len(encoded)
     with torch.no_grad(), evaluating(model), nk.adapters_disabled(model):
-        for indices in length_batches(encoded, max_tokens):
+        for indices in length_batches(encoded, max(max_tokens, max_length)):
             batch = collate([encoded[i] for i in indices], _pad_id(tokenizer))
             nll, rows = answer_nll(model, {name: value.to(device) for name, value in batch.items()})
             sums = torch.zeros(len(indices), dtype=torch.float64)

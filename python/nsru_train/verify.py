@@ -44,6 +44,7 @@ def verify(
     max_questions: int = 16,
     show_answers: int = 3,
     max_new_tokens: int = 48,
+    max_length: int = 512,
 ) -> VerifyReport:
     """Compare base, base + adapter as peft serves it, and merged model on both sets of questions.
 
@@ -59,6 +60,7 @@ def verify(
         max_questions: compared from each set, from its start.
         show_answers: greedy answers shown from each set.
         max_new_tokens: length limit of a shown answer.
+        max_length: most tokens of a question with its answer.
 
     Returns:
         The report. It fails, with the likely cause, when a file is damaged, the adapter was made
@@ -83,7 +85,7 @@ def verify(
             _compare(
                 report, model, Path(adapter_dir), merged_dir, tensors, tokenizer,
                 {"forget": forget[:max_questions], "retain": retain[:max_questions]},
-                show_answers, max_new_tokens,
+                show_answers, max_new_tokens, max_length,
             )  # fmt: skip
     finally:
         model.train(was_training)
@@ -178,6 +180,7 @@ def _compare(
     splits: Mapping[str, Sequence[QA]],
     show_answers: int,
     max_new_tokens: int,
+    max_length: int,
 ) -> None:
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -219,7 +222,10 @@ def _compare(
             answer["merged"] = lambda q: _answer(merged, tokenizer, q, max_new_tokens)
 
         encoded = {
-            split: [encode_qa(tokenizer, qa.question, qa.answer) for qa in records]
+            split: [
+                encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length)
+                for qa in records
+            ]
             for split, records in splits.items()
         }
         found = _run(models, encoded, model.device)

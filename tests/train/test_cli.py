@@ -62,6 +62,17 @@ def next_command(printed: str) -> str:
     return re.findall(r"^next: (.*)$", printed, re.MULTILINE)[-1]
 
 
+def other_model(setting: Path, folder: Path) -> Path:
+    """The setting's model with one weight matrix changed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    other = AutoModelForCausalLM.from_pretrained(setting / "model")
+    other.model.layers[0].mlp.up_proj.weight.data.mul_(1.1)
+    other.save_pretrained(folder / "other")
+    AutoTokenizer.from_pretrained(setting / "model").save_pretrained(folder / "other")
+    return folder / "other"
+
+
 def fails(capsys, arguments: list[str]) -> str:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -183,13 +194,7 @@ def test_two_rank_rules(setting, tmp_path, capsys):
 
 
 def test_subspaces_of_another_model(setting, run, tmp_path, capsys):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    other = AutoModelForCausalLM.from_pretrained(setting / "model")
-    other.model.layers[0].mlp.up_proj.weight.data.mul_(1.1)
-    other.save_pretrained(tmp_path / "other")
-    AutoTokenizer.from_pretrained(setting / "model").save_pretrained(tmp_path / "other")
-    arguments = flags(setting, **{"model.path": str(tmp_path / "other")})
+    arguments = flags(setting, **{"model.path": str(other_model(setting, tmp_path))})
     chosen = f"--subspace.path={run / 'subspaces'}"
     assert "fingerprint" in fails(capsys, ["train", *arguments, chosen, f"--out={tmp_path / 'x'}"])
 
@@ -208,6 +213,44 @@ def test_truncated_adapter(run, tmp_path, capsys):
 def test_a_model_that_is_not_there(setting, tmp_path, capsys):
     arguments = flags(setting, **{"model.path": str(tmp_path / "none")})
     assert "model.path" in fails(capsys, ["train", *arguments, f"--out={tmp_path / 'x'}"])
+
+
+def test_adapter_of_another_base(setting, run, tmp_path, capsys):
+    other = other_model(setting, tmp_path)
+    for command in ("eval", "merge", "verify"):
+        error = fails(capsys, [command, str(run), f"--model.path={other}"])
+        assert "fingerprint" in error, command
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--train.steps=0", "train.steps"),
+        ("--train.lr=nan", "train.lr"),
+        ("--train.warmup=3", "train.warmup"),
+        ("--train.retain_stop_ratio=0.5", "train.retain_stop_ratio"),
+        ("--model.device=cuda:99", "model.device"),
+        ("--subspace.rank=32", "full rank"),
+        ('--data.more={"holdot": "x.jsonl"}', "holdout"),
+    ],
+)
+def test_unusable_settings(setting, tmp_path, capsys, flag, named):
+    targets = "--subspace.targets=[q_proj]"
+    error = fails(capsys, ["train", *flags(setting), targets, flag, f"--out={tmp_path / 'x'}"])
+    assert named in error
+
+
+def test_finished_runs_are_kept(setting, tmp_path, capsys):
+    short = ["--train.steps=2", "--train.save_steps=0", f"--out={tmp_path}"]
+    main(["train", *flags(setting), *short])
+    adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert "finished run" in fails(capsys, ["train", *flags(setting), *short])
+    assert "training run" in fails(capsys, ["subspace", *flags(setting), f"--out={tmp_path}"])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_report_of_nothing(tmp_path, capsys):
+    assert "no folder" in fails(capsys, ["report", str(tmp_path / "none")])
 
 
 def test_env_names_every_op(capsys):

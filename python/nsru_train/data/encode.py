@@ -75,9 +75,17 @@ def _render(tokenizer: PreTrainedTokenizerBase, question: str, answer: str | Non
         messages = [{"role": "user", "content": question}]
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer is None
-        )
+        from jinja2 import TemplateError
+
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer is None
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"the tokenizer's chat_template refuses a user message with its answer ({error}); "
+                "correct it, or set chat_template = None"
+            ) from error
     # The space goes with the answer: BPE vocabularies hold it as part of the first word.
     return f"Question: {question}\nAnswer:" + ("" if answer is None else f" {answer}")
 
