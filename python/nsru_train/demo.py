@@ -109,7 +109,9 @@ def run_demo(
     probe = Probe(tokenizer, sets, safe)
 
     say("2/5  evaluate before, and estimate the retain subspaces")
-    splits = {"forget": sets.forget, "retain": sets.retain, "holdout": sets.holdout}
+    # Model utility needs wrong answers to compare with, which TOFU has for half of its authors here.
+    retain = [qa for qa in sets.retain if qa.perturbed_answers]
+    splits = {"forget": sets.forget, "retain": retain, "holdout": sets.holdout}
     before = evaluate(model, tokenizer, splits, safe=safe, progress=progress)
     rows = [{"method": "before", "seed": 0, **probe(0, model), **_quality(before)}]
     subspaces = find_subspaces(

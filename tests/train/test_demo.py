@@ -40,7 +40,7 @@ def test_methods(results):
     for row in results["methods"]:
         for name in ("forget_prob", "safe_prob", "retain_prob", "retain_unseen_prob"):
             assert 0 <= row[name] <= 1, (row["method"], name)
-        assert "model_utility" in row
+        assert 0 <= row["model_utility"] <= 1
     for row in results["methods"][1:]:
         assert row["step_seconds"] > 0
         assert row["peak_bytes"] > 1 << 20
