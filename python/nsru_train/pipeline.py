@@ -185,7 +185,9 @@ class Outcome:
 
     def results(self) -> dict[str, Any]:
         """As entries of results.json."""
+        ranks = self.swap.retain_ranks.values()
         return {
+            "mean_retain_rank": statistics.fmean(ranks),
             "step_seconds": self.step_seconds,
             "peak_bytes": self.peak_bytes,
             "seconds": self.seconds,

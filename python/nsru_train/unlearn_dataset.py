@@ -117,7 +117,7 @@ def make_train_dataset(
 
     Args:
         ref_nll: from `reference_nll`, one for each forget question.
-        seed: of the orders and of the safe targets' variants.
+        seed: of the orders. The safe target of a question is the same for every seed.
 
     Raises:
         ValueError: an empty set, a text longer than max_length, or lengths that do not match.
@@ -127,7 +127,7 @@ def make_train_dataset(
         return encode_qa(tokenizer, qa.question, answer, max_length=max_length)
 
     return UnlearnDataset(
-        safe=[encode(qa, safe.target(qa, seed)) for qa in forget],
+        safe=[encode(qa, safe.target(qa)) for qa in forget],
         forget=[encode(qa, qa.answer) for qa in forget],
         retain=[encode(qa, qa.answer) for qa in retain],
         ref_nll=ref_nll,

@@ -59,6 +59,9 @@ def test_frontier_has_every_evaluation(results):
 
 
 def test_lora_is_not_projected_and_nsru_is(results):
+    ranks = {row["method"]: row["mean_retain_rank"] for row in results["methods"][1:]}
+    assert ranks["lora"] == 0
+    assert ranks["nsru"] > 0
     leakage = [row["leakage"] for row in results["leakage"]]
     assert 0 < max(leakage) < 1e-6
     assert all(DEFAULT_MIN_EDITABILITY <= row["editability"] <= 1 for row in results["subspaces"])

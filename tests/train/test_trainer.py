@@ -442,3 +442,14 @@ def test_two_processes_average_the_adapters_gradients(tmp_path):
     for ours, theirs in zip(together, metrics(tmp_path / "alone"), strict=False):
         for part in ("safe", "suppress", "retain", "total", "grad_norm"):
             assert ours[part] == pytest.approx(theirs[part], rel=1e-4), part
+
+
+def test_safe_targets_are_the_ones_that_evaluation_scores(tokenizer):
+    """Whatever the seed of the run: scoring another variant would measure what nobody trained."""
+    safe = SafeTargets.from_file()
+    wanted = [encode_qa(tokenizer, qa.question, safe.target(qa)) for qa in samples.FORGET]
+    for seed in (0, 1):
+        data = make_train_dataset(
+            tokenizer, samples.FORGET, samples.RETAIN, safe, [0.0] * 5, seed=seed
+        )
+        assert data.safe == wanted
