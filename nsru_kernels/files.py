@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -48,3 +50,23 @@ def atomic_write_all(contents: Mapping[str | os.PathLike[str], bytes | str]) -> 
     finally:
         for temporary in staged:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder to write into; it takes the name of ``path`` only when the block ends well.
+
+    An error in the block (a full disk, say) leaves what was at ``path`` as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged, previous = (path.with_name(f".{path.name}.{secrets.token_hex(4)}") for _ in range(2))
+    staged.mkdir()
+    try:
+        yield staged
+        if path.exists():
+            os.replace(path, previous)
+        os.replace(staged, path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)

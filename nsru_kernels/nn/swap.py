@@ -65,7 +65,9 @@ def swap_linears(
 ) -> SwapReport:
     """Replace linear layers in place by ``NSRULinear`` and freeze every other parameter.
 
-    Weights are taken over, not copied. Linears that share one subspace object share one basis
+    Save the result with ``save_lora_adapter``, or ``merge_adapters`` and ``save_pretrained``;
+    transformers alone would read a swapped model back without its adapters. Weights are taken over,
+    not copied. Linears that share one subspace object share one basis
     tensor. Nothing is changed unless everything fits.
 
     Args:
@@ -207,7 +209,7 @@ def _cannot_swap(module: nn.Module) -> str | None:
     if nn.utils.parametrize.is_parametrized(module):
         return "has a parametrization; remove it first"
     if type(module) is not nn.Linear:
-        return f"{type(module).__name__} is not a plain nn.Linear"
+        return f"{type(module).__name__} is not a plain nn.Linear; only those are supported"
     if hasattr(module, "_hf_hook"):
         return "accelerate moves its weights during forward; load the model without offloading"
     if any(getattr(module, hooks) for hooks in _HOOKS):

@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from nsru_kernels.files import whole_folder
 from nsru_kernels.subspaces.subspace import RetainSubspace
 
 _SCHEMA = 1
@@ -116,10 +116,7 @@ class SubspaceSet(dict[str, RetainSubspace]):
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / _INDEX).exists():
             raise ValueError(f"save: {folder} holds other files; give an empty or new folder.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-            complete = Path(scratch) / "complete"
-            complete.mkdir()
+        with whole_folder(folder) as complete:
             entries = []
             for entry in self.inputs:
                 file = f"{entry.name}.safetensors"
@@ -132,9 +129,6 @@ class SubspaceSet(dict[str, RetainSubspace]):
                 "inputs": entries,
             }
             (complete / _INDEX).write_text(json.dumps(index, indent=1))
-            if folder.exists():
-                os.replace(folder, Path(scratch) / "previous")
-            os.replace(complete, folder)
 
     @classmethod
     def load(

@@ -277,6 +277,7 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
         adapter: another adapter folder than the run's.
     """
     import nsru_kernels as nk
+    from nsru_kernels.files import whole_folder
     from nsru_kernels.hf.peft_format import load_lora_adapter
     from nsru_train.pipeline import load_model
 
@@ -284,8 +285,9 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     network, tokenizer = load_model(model)
     load_lora_adapter(network, adapter or f"{run}/adapter")
     nk.merge_adapters(network)
-    network.save_pretrained(f"{run}/merged")
-    tokenizer.save_pretrained(f"{run}/merged")
+    with whole_folder(f"{run}/merged") as folder:
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     _finish([f"{run}/merged"], "verify", run)
 
 

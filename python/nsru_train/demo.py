@@ -109,7 +109,7 @@ def run_demo(
     probe = Probe(tokenizer, sets, safe)
 
     say("2/5  evaluate before, and estimate the retain subspaces")
-    # Model utility needs wrong answers to compare with, which TOFU has for half of its authors here.
+    # Model utility needs wrong answers to compare with; TOFU has them for its first 400 rows.
     retain = [qa for qa in sets.retain if qa.perturbed_answers]
     splits = {"forget": sets.forget, "retain": retain, "holdout": sets.holdout}
     before = evaluate(model, tokenizer, splits, safe=safe, progress=progress)
@@ -188,10 +188,23 @@ def run_demo(
             f"  seed {row['seed']}: at forget_prob ≤ {row['forget_prob']:.3f} unseen retain answers"
             f" lost {row['nsru_damage']:.4f} (nsru) and {row['lora_damage']:.4f} (lora)"
         )
+    for name, bound, reached in goals(rows):
+        print(f"  nsru {name} {bound}: {'reached' if reached else 'MISSED'}")
     run.write_results(results)
     say("5/5  report")
     write_report(run.path)
     return results
+
+
+def goals(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, bool]]:
+    """(quantity, bound, whether every NSRU run is within it) for what the demo sets out to show."""
+    before, *after = (row for row in rows if row["method"] in ("before", "nsru"))
+    kept = 0.9 * before["retain_prob"]
+    return [
+        ("forget_prob", "≤ 0.1", all(row["forget_prob"] <= 0.1 for row in after)),
+        ("safe_prob", "≥ 0.7", all(row["safe_prob"] >= 0.7 for row in after)),
+        ("retain_prob", f"≥ {kept:.3f}", all(row["retain_prob"] >= kept for row in after)),
+    ]
 
 
 def fictitious_sets(authors: int, safe: SafeTargets) -> Sets:

@@ -68,7 +68,7 @@ def test_an_epoch_holds_each_forget_question_once_with_its_safe_target(dataset, 
     for safe, forget, *retain in items:
         assert [row.kind for row in (safe, forget, *retain)] == [SAFE, FORGET] + [RETAIN] * 3
         qa = samples.FORGET[int(forget.ref_nll)]
-        target = SafeTargets.from_file().target(qa, 1)
+        target = SafeTargets.from_file().target(qa)
         assert forget.encoded == encode_qa(tokenizer, qa.question, qa.answer)
         assert safe.encoded == encode_qa(tokenizer, qa.question, target)
     assert sorted(item[1].ref_nll for item in items) == [0.0, 1.0, 2.0, 3.0, 4.0]
