@@ -181,6 +181,8 @@ class EarlyStopCallback(TrainerCallback):
             return
         logger.warning("Stopped early: %s. Lower the learning rate or w_suppress.", self.reason)
         control.should_training_stop = True
+        # A run resumed from this step would go past the stop; from an earlier one it stops here.
+        control.should_save = False
 
 
 class EvalHookCallback(TrainerCallback):

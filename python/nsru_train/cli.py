@@ -201,7 +201,7 @@ def train(
             "seconds": time.perf_counter() - started,
             "methods": [{"method": "nsru" if lora.project else "lora", **outcome.results()}],
             "subspaces": [asdict(row) for row in subspaces.inputs] if subspaces is not None else [],
-            "leakage": [{"module": k, "leakage": v} for k, v in outcome.leakage.items()],
+            "leakage": outcome.leakage,
         }
     )
     write_report(run.path)

@@ -155,7 +155,7 @@ def run_demo(
             if seed == 0:
                 answers[method] = _answers(adapted, tokenizer, shown)
                 if method == "nsru":
-                    leakage = [{"module": k, "leakage": v} for k, v in outcome.leakage.items()]
+                    leakage = outcome.leakage
                     nk.save_lora_adapter(
                         adapted, run.adapter_dir, metadata={"fingerprint": subspaces.fingerprint}
                     )

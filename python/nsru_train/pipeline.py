@@ -181,7 +181,7 @@ class Outcome:
     peak_bytes: int
     seconds: float
     early_stop: str | None
-    leakage: dict[str, float]
+    leakage: list[dict[str, Any]]
 
     def results(self) -> dict[str, Any]:
         """As entries of results.json."""
@@ -281,9 +281,14 @@ def unlearn(
         peak_bytes=peak.bytes,
         seconds=time.perf_counter() - started,
         early_stop=trainer.early_stop_reason,
-        leakage={
-            name: module.leakage()
+        leakage=[
+            {"module": name, "leakage": module.leakage(), "rounding": rounding(module.weight)}
             for name, module in model.named_modules()
             if isinstance(module, nk.NSRULinear)
-        },
+        ],
     )
+
+
+def rounding(weight: torch.Tensor) -> float:
+    """Leakage that rounding the folded adapter to the weight's dtype can cause at most."""
+    return torch.finfo(weight.dtype).eps / 2

@@ -44,11 +44,17 @@ def encode_qa(
         Encoded, whose prompt part equals `encode_prompt(tokenizer, question)`.
 
     Raises:
-        ValueError: longer than max_length; no EOS token; the answer changes the prompt's tokens.
+        ValueError: longer than max_length; no EOS token, or one inside the answer; the answer
+            changes the prompt's tokens.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("tokenizer has no eos_token; set one, an answer must end with it")
+    if tokenizer.eos_token in answer:
+        raise ValueError(
+            f"answer {answer[:60]!r} holds the tokenizer's eos_token {tokenizer.eos_token!r}, "
+            "which would end it there; remove it from the text"
+        )
     prompt = encode_prompt(tokenizer, question)
     full = _tokens(tokenizer, _render(tokenizer, question, answer))
     if full[: len(prompt)] != prompt or len(full) == len(prompt):

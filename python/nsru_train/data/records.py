@@ -68,6 +68,12 @@ FIELDS = tuple(f.name for f in fields(QA))
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} must be non-empty text, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds half of a surrogate pair at character {error.start}, got {value!r:.60}"
+        ) from None
 
 
 def check_parts(name: str, parts: Mapping[str, Any]) -> None:

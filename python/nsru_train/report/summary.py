@@ -180,7 +180,10 @@ def warnings(results: Row) -> list[str]:
         row
         for row in results.get("leakage") or []
         if row.get("method", "nsru") == "nsru"
-        and (number(row.get("leakage")) is None or row["leakage"] > LEAKAGE_TOLERANCE)
+        and (
+            number(row.get("leakage")) is None
+            or row["leakage"] > max(LEAKAGE_TOLERANCE, row.get("rounding", 0.0))
+        )
     ]
     if leaking:
         worst = max(leaking, key=lambda row: number(row.get("leakage")) or float("inf"))
