@@ -142,10 +142,17 @@ class SubspaceSet(dict[str, RetainSubspace]):
         """
         folder = Path(folder)
         path = folder / _INDEX
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"SubspaceSet.load: {folder} has no {_INDEX}; give a folder that SubspaceSet.save "
+                "or `nsru subspace` wrote."
+            )
         try:
             index = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"SubspaceSet.load: {path} is damaged: {error}.") from error
+        if not isinstance(index, dict) or not {"inputs", "fingerprint"} <= index.keys():
+            raise ValueError(f"SubspaceSet.load: {path} is not an index of SubspaceSet.save.")
         if index.get("kind") != "retain-subspaces" or index.get("schema") != _SCHEMA:
             raise ValueError(
                 f"SubspaceSet.load: {path} must be of kind 'retain-subspaces', schema {_SCHEMA}; "

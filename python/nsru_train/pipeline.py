@@ -76,7 +76,9 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         raise ValueError(
             f"model.path: cannot load {config.path!r} as a causal language model: {error}"
         ) from error
-    if tokenizer.pad_token_id is None:
+    # A pad token is often added to a tokenizer without a row in the embedding.
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
 
