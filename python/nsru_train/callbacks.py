@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
 
+from nsru_kernels.files import atomic_write
 from nsru_train.losses.nll import evaluating
-from nsru_train.run_folder import atomic_write
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,12 @@ from nsru_train.evaluate import Evaluation, evaluate
 from nsru_train.losses.objective import Objective
 from nsru_train.pipeline import Data, Outcome, find_subspaces, unlearn
 from nsru_train.report import write_report
-from nsru_train.report.summary import matched_damage
+from nsru_train.report.summary import (
+    FORGET_TARGET,
+    RETAIN_TARGET,
+    SAFE_TARGET,
+    matched_damage,
+)
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import greedy_answers, quick_probabilities
 from nsru_train.tiny_model import make_llama, memorise, train_tokenizer
@@ -130,12 +135,12 @@ def run_demo(
     run.metrics_path.unlink(missing_ok=True)
     for seed in range(seeds):
         for method in METHODS:
-            adapted = copy.deepcopy(model)
+            adapted, folder = copy.deepcopy(model), run.path / "runs" / f"{method}-{seed}"
             outcome = unlearn(
                 adapted,
                 tokenizer,
                 data,
-                run.path / "runs" / f"{method}-{seed}",
+                folder,
                 targets=subspace.targets,
                 subspaces=subspaces,
                 lora=replace(lora, project=method == "nsru"),
@@ -147,7 +152,7 @@ def run_demo(
             )
             label = {"method": method, "seed": seed}
             frontier += [{**label, **point} for point in outcome.evaluations]
-            for line in RunFolder(run.path / "runs" / f"{method}-{seed}").read_metrics():
+            for line in RunFolder(folder).read_metrics():
                 run.log_metrics({**label, **line})
             after = evaluate(adapted, tokenizer, splits, safe=safe, progress=progress)
             rows.append({**label, **_last_point(outcome), **_quality(after), **outcome.results()})
@@ -168,7 +173,7 @@ def run_demo(
         "seconds": time.perf_counter() - started,
         "command": command,
         "setup": {
-            "questions": {name: len(records) for name, records in asdict_sets(sets).items()},
+            "questions": {name: len(records) for name, records in vars(sets).items()},
             "model_parameters": sum(p.numel() for p in model.parameters()),
             "scale": asdict(scale),
             "lora": asdict(lora),
@@ -199,11 +204,15 @@ def run_demo(
 def goals(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, bool]]:
     """(quantity, bound, whether every NSRU run is within it) for what the demo sets out to show."""
     before, *after = (row for row in rows if row["method"] in ("before", "nsru"))
-    kept = 0.9 * before["retain_prob"]
+    kept = RETAIN_TARGET * before["retain_prob"]
     return [
-        ("forget_prob", "≤ 0.1", all(row["forget_prob"] <= 0.1 for row in after)),
-        ("safe_prob", "≥ 0.7", all(row["safe_prob"] >= 0.7 for row in after)),
-        ("retain_prob", f"≥ {kept:.3f}", all(row["retain_prob"] >= kept for row in after)),
+        (
+            "forget_prob",
+            f"≤ {FORGET_TARGET}",
+            all(r["forget_prob"] <= FORGET_TARGET for r in after),
+        ),
+        ("safe_prob", f"≥ {SAFE_TARGET}", all(r["safe_prob"] >= SAFE_TARGET for r in after)),
+        ("retain_prob", f"≥ {kept:.3f}", all(r["retain_prob"] >= kept for r in after)),
     ]
 
 
@@ -250,18 +259,13 @@ def _by_topic(records: Sequence[QA]) -> list[list[QA]]:
     return list(groups.values())
 
 
-def asdict_sets(sets: Sets) -> dict[str, list[QA]]:
-    """Set name → its questions."""
-    return {name: getattr(sets, name) for name in Sets.__dataclass_fields__}
-
-
 def base_model(
     folder: Path, records: Sequence[QA], scale: Scale, max_seconds: float, progress: bool
 ) -> tuple[nn.Module, Any]:
     """A Llama that knows ``records`` by heart, from ``folder`` when it was made there before."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    recipe = {"scale": asdict(scale), "questions": [qa.question for qa in records]}
+    recipe = {"scale": asdict(scale), "records": [[qa.question, qa.answer] for qa in records]}
     recipe_file = folder / "recipe.json"
     if recipe_file.is_file() and json.loads(recipe_file.read_text()) == recipe:
         print(f"  using the model in {folder}")
@@ -299,7 +303,7 @@ class Probe:
         self.tokenizer = tokenizer
         self.sets = {
             f"{name}_prob": encode([(qa.question, qa.answer) for qa in records])
-            for name, records in asdict_sets(sets).items()
+            for name, records in vars(sets).items()
         }
         self.sets["safe_prob"] = encode([(qa.question, safe.target(qa)) for qa in sets.forget])
 
@@ -373,7 +377,7 @@ def _write_run_config(
 ) -> None:
     """config.yaml and data files with which every other command works on this folder."""
     files = {}
-    for name, records in asdict_sets(sets).items():
+    for name, records in vars(sets).items():
         files[name] = str(run.path / "data" / f"{name}.jsonl")
         save_records(files[name], records)
     data = DataConfig(

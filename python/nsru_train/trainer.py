@@ -35,6 +35,7 @@ from nsru_train.data.encode import collate, encode_qa, length_batches
 from nsru_train.data.records import QA
 from nsru_train.losses.nll import answer_nll, answer_states, evaluating
 from nsru_train.losses.objective import RETAIN, Objective, nsru_loss
+from nsru_train.scoring import pad_token_id
 from nsru_train.unlearn_dataset import RowCollator, UnlearnDataset, make_train_dataset
 
 __all__ = [
@@ -77,7 +78,7 @@ def reference_nll(
     result = [0.0] * len(encoded)
     with torch.no_grad(), evaluating(model), nk.adapters_disabled(model):
         for indices in length_batches(encoded, max(max_tokens, max_length)):
-            batch = collate([encoded[i] for i in indices], _pad_id(tokenizer))
+            batch = collate([encoded[i] for i in indices], pad_token_id(tokenizer))
             nll, rows = answer_nll(model, {name: value.to(device) for name, value in batch.items()})
             sums = torch.zeros(len(indices), dtype=torch.float64)
             sums.index_add_(0, rows.cpu(), nll.double().cpu())
@@ -177,7 +178,7 @@ class NSRUTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=RowCollator(_pad_id(tokenizer)),
+            data_collator=RowCollator(pad_token_id(tokenizer)),
             train_dataset=train_dataset,
         )
         self.model_accepts_loss_kwargs = False  # no token count to gather across ranks every step
@@ -366,7 +367,3 @@ def _publish(source: Path, destination: Path) -> None:
     if destination.exists():  # left by an earlier run of the same folder
         os.replace(destination, source.parent / "replaced")
     os.replace(source, destination)
-
-
-def _pad_id(tokenizer) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -96,7 +96,7 @@ def test_a_second_run_takes_the_same_base_model(out, capsys):
 
 
 def check_sets(sets):
-    groups = demo.asdict_sets(sets)
+    groups = vars(sets)
     assert all(groups.values())
     for first, second in itertools.combinations(groups, 2):
         pairs = ({(qa.question, qa.answer) for qa in groups[name]} for name in (first, second))

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from nsru_train.run_folder import atomic_write
+from nsru_kernels.files import atomic_write
 
 from .summary import Row
 from .theme import LIGHT, RC, themed_svg

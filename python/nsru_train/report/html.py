@@ -8,8 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from nsru_kernels.files import atomic_write
 from nsru_train.eval_results import METRICS
-from nsru_train.run_folder import RunFolder, atomic_write
+from nsru_train.run_folder import RunFolder
 
 from . import figures, subspace_figures, summary
 from .canvas import Picture, draw
