@@ -38,7 +38,7 @@ def fresh_compiler():
 def test_opcheck_linear(dtype, m, dropout_p):
     inputs, _ = make_inputs(m, dtype=dtype, adapter=dtype)
     x = inputs["x"].T.contiguous().T
-    weight, a, b = inputs["weight"], inputs["lora_a"], inputs["lora_b"].T
+    weight, a, b = inputs["weight"], inputs["lora_a"], inputs["lora_b"]
     seed = torch.tensor(7) if dropout_p else None
     bias = inputs["bias"] if m else None
     opcheck(torch.ops.nsru.linear_forward, (x, weight, a, b, bias, 1.5, dropout_p, seed, "auto"))

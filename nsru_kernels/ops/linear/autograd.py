@@ -63,11 +63,11 @@ class ProjectedLinear(torch.autograd.Function):
     ):
         if folded is None:
             folded = fold_to(x.dtype, lora_a, basis, core, backend)
-        b_RN = lora_b.detach().T.to(x.dtype).contiguous()
+        b_NR = lora_b.detach().to(x.dtype).contiguous()
         x_MK = x.reshape(-1, x.shape[-1])
         call = torch.ops.nsru.linear_forward if _as_op(x) else _forward
-        y_MN, s_MR = call(x_MK, weight, folded, b_RN, bias, scaling, dropout_p, seed, backend)
-        ctx.save_for_backward(x_MK, weight, folded, b_RN, s_MR, basis, core, seed)
+        y_MN, s_MR = call(x_MK, weight, folded, b_NR, bias, scaling, dropout_p, seed, backend)
+        ctx.save_for_backward(x_MK, weight, folded, b_NR, s_MR, basis, core, seed)
         ctx.x_shape, ctx.scaling, ctx.dropout_p, ctx.backend = x.shape, scaling, dropout_p, backend
         ctx.dtypes = (
             bias.dtype if bias is not None else None,
@@ -79,12 +79,12 @@ class ProjectedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x_MK, weight, folded, b_RN, s_MR, basis, core, seed = ctx.saved_tensors
+        x_MK, weight, folded, b_NR, s_MR, basis, core, seed = ctx.saved_tensors
         bias_dtype, a_dtype, b_dtype = ctx.dtypes
         needs = list(ctx.needs_input_grad[:5])
         call = torch.ops.nsru.linear_backward if _as_op(dy) else _backward
         dx, dw, dbias, da, db = call(
-            dy.reshape(-1, weight.shape[0]), x_MK, weight, folded, b_RN, s_MR,
+            dy.reshape(-1, weight.shape[0]), x_MK, weight, folded, b_NR, s_MR,
             ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend,
         )  # fmt: skip
         need_x, need_w, need_bias, need_a, need_b = needs
@@ -95,7 +95,7 @@ class ProjectedLinear(torch.autograd.Function):
             dw if need_w else None,
             dbias.to(bias_dtype) if need_bias else None,
             da.to(a_dtype) if need_a else None,
-            db.T.to(b_dtype).contiguous() if need_b else None,
+            db.to(b_dtype) if need_b else None,
             *(None,) * 7,
         )
 

@@ -17,16 +17,16 @@ def forward(
     x_MK: Tensor,
     w_NK: Tensor,
     a_RK: Tensor,
-    b_RN: Tensor,
+    b_NR: Tensor,
     bias_N: Tensor | None,
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(y [M, N], S [M, R]). ``a`` is the folded adapter and ``b`` is Bᵀ, both in x's dtype."""
+    """(y [M, N], S [M, R]). ``a`` is the folded adapter, like ``b`` in x's dtype."""
     s_MR = F.linear(drop(x_MK, dropout_p, seed), a_RK)
     y_MN = F.linear(x_MK, w_NK, bias_N)
-    y_MN.addmm_(s_MR, b_RN, alpha=scaling)
+    y_MN.addmm_(s_MR, b_NR.T, alpha=scaling)
     return y_MN, s_MR
 
 
@@ -35,18 +35,18 @@ def backward(
     x_MK: Tensor,
     w_NK: Tensor,
     a_RK: Tensor,
-    b_RN: Tensor,
+    b_NR: Tensor,
     s_MR: Tensor,
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
-    """[dX, dW, dbias, dĀ, dBᵀ [R, N]] in x's dtype; an empty tensor where ``needs`` is False."""
+    """[dX, dW, dbias, dĀ, dB] in x's dtype; an empty tensor where ``needs`` is False."""
     need_x, need_w, need_bias, need_a, need_b = needs
     dx, dw, dbias, da, db = (dy_MN.new_empty(0) for _ in needs)  # no two outputs of an op may alias
     if need_x or need_a:
-        ds_MR = F.linear(dy_MN, b_RN)
+        ds_MR = dy_MN @ b_NR
     if need_x:
         dx = dy_MN @ w_NK
         if dropout_p:
@@ -60,7 +60,7 @@ def backward(
     if need_a:
         da = _scaled(ds_MR.T, drop(x_MK, dropout_p, seed), scaling)
     if need_b:
-        db = _scaled(s_MR.T, dy_MN, scaling)
+        db = _scaled(dy_MN.T, s_MR, scaling)
     return [dx, dw, dbias, da, db]
 
 
