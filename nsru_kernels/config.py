@@ -2,11 +2,17 @@
 
 ``NSRU_BACKEND``: what ``backend="auto"`` means: ``auto`` (default), ``eager``, ``triton`` or
 ``cuda``.
+``NSRU_AUTOTUNE=1``: Triton kernels time their configs on first use instead of taking the first.
+``TRITON_INTERPRET=1``: Triton's own switch; its kernels then run, slowly, on CPU tensors.
 """
 
 import os
 
 BACKENDS = ("eager", "triton", "cuda")
+
+
+class BackendUnavailable(RuntimeError):  # noqa: N818 - a public name of the design
+    """The backend asked for by name cannot serve here; the message says why and what to do."""
 
 
 def requested_backend(backend: str) -> str:
@@ -17,3 +23,13 @@ def requested_backend(backend: str) -> str:
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"{source} must be 'auto' or one of {BACKENDS}, got {backend!r}.")
     return backend
+
+
+def autotune() -> bool:
+    """Whether Triton configs are timed instead of taken from the table."""
+    return os.environ.get("NSRU_AUTOTUNE") == "1"
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter stands in for a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -3,9 +3,9 @@
 A backend of an op is a module in the op's folder: ``reference.py`` is "eager", ``triton.py`` is
 "triton", ``cuda.py`` is "cuda"; all of them export the same functions. A kernel module also exports
 
-    unavailable(device) -> str | None    why it cannot run there and what to do; None where it can
-    plan(*args) -> str | None            the measured plan in plans/ for these arguments; None
-    without one
+    plan(*args) -> str | None    the measured plan in plans/ for these arguments; None without one
+
+and is imported only where ``_UNAVAILABLE`` finds nothing against it.
 
 ``auto`` takes a kernel only where it has a measured plan; everywhere else library GEMMs serve.
 """
@@ -16,12 +16,14 @@ import functools
 import importlib
 import importlib.util
 import logging
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-from nsru_kernels.config import BACKENDS, requested_backend
+from nsru_kernels.config import BACKENDS, BackendUnavailable, requested_backend
+from nsru_kernels.ops import launch
 
 # public function → folder in nsru_kernels/ops
 OPS = {
@@ -32,11 +34,9 @@ OPS = {
 }
 
 _MODULE = {"eager": "reference", "triton": "triton", "cuda": "cuda"}
+# backend → device → why it cannot run there and what to do, None where it can
+_UNAVAILABLE: dict[str, Callable[[torch.device], str | None]] = {"triton": launch.unavailable}
 _logger = logging.getLogger("nsru_kernels")
-
-
-class BackendUnavailable(RuntimeError):  # noqa: N818 - a public name of the design
-    """The backend asked for by name cannot serve here; the message says why and what to do."""
 
 
 class Verdict(NamedTuple):
@@ -155,9 +155,7 @@ def _unavailable(op: str, backend: str, device: torch.device) -> str | None:
         return None
     if importlib.util.find_spec(f"nsru_kernels.ops.{op}.{_MODULE[backend]}") is None:
         return f"this version has no {backend} kernel for this op. Use backend='eager'."
-    if device.type != "cuda":
-        return f"{backend} kernels need tensors on a CUDA device. Use backend='eager'."
-    return _load(op, backend).unavailable(device)
+    return _UNAVAILABLE[backend](device)
 
 
 def _unmeasured(op: str, backend: str, args: tuple) -> str | None:

@@ -1,4 +1,4 @@
-"""What every test shares: one thread per xdist worker and the folder of real data."""
+"""What every test shares: one thread per xdist worker, a device for kernels, real data's folder."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
 
 def pytest_configure():
     if "PYTEST_XDIST_WORKER" in os.environ:

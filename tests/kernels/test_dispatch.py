@@ -17,6 +17,7 @@ GPU = torch.device("cuda")
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     monkeypatch.delenv("NSRU_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     dispatch._implementation.cache_clear()
     yield
     dispatch._implementation.cache_clear()
@@ -31,7 +32,8 @@ def call(backend="auto"):
 @pytest.fixture
 def fake_kernel(monkeypatch):
     """A triton module for the linear op; its attributes decide what it says of itself."""
-    kernel = types.SimpleNamespace(unavailable=lambda device: None, plan=lambda *args: None)
+    kernel = types.SimpleNamespace(plan=lambda *args: None)
+    monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", lambda device: None)
     find, load = dispatch.importlib.util.find_spec, dispatch._load
     path = "nsru_kernels.ops.linear.triton"
     monkeypatch.setattr(
@@ -126,8 +128,9 @@ def test_auto_takes_a_measured_kernel(fake_kernel):
     assert chosen == ["triton"]
 
 
-def test_a_kernel_says_why_it_cannot_run(fake_kernel):
-    fake_kernel.unavailable = lambda device: "needs compute capability 8.0 (this GPU: 7.5)."
+def test_a_kernel_says_why_it_cannot_run(fake_kernel, monkeypatch):
+    reason = "needs compute capability 8.0 (this GPU: 7.5)."
+    monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", lambda device: reason)
     assert dispatch.implementation("linear", "auto", GPU) is reference
     with pytest.raises(nk.BackendUnavailable, match=r"compute capability 8.0"):
         dispatch.implementation("linear", "triton", GPU)

@@ -1,0 +1,122 @@
+"""What every Triton launcher shares: where Triton can run, configs per architecture, padding.
+
+A kernel's configs are a small fixed table, one row per architecture, the first entry the default.
+``NSRU_AUTOTUNE=1`` times all entries of the row once per key and keeps the fastest; keys hold no
+token count, so a new batch size neither tunes nor compiles anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from nsru_kernels.config import BackendUnavailable, autotune, interpreting
+
+Result = TypeVar("Result")
+
+# The least M, N and K of a tensor-core instruction that Triton uses for 16-bit operands.
+LEAST_TILE = 16
+
+
+class Config(NamedTuple):
+    """Tile sizes by their names in the kernel, and how it is compiled."""
+
+    blocks: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a kernel launch."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on ``device`` and what to do; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed. `pip install triton`, or use backend='eager'."
+    if device.type == "meta" or (device.type == "cpu" and interpreting()):
+        return None
+    if device.type != "cuda":
+        return "Triton kernels need tensors on a CUDA device. Use backend='eager'."
+    if torch.version.hip:
+        return "Triton kernels are written for NVIDIA GPUs; this PyTorch is for ROCm."
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return (
+            f"needs compute capability 8.0 or newer (this GPU: {major}.{minor}). "
+            "Use backend='eager'."
+        )
+    return None
+
+
+def architecture(device: torch.device) -> int:
+    """The row of a config table that serves ``device``: 80, 90 or 100."""
+    if device.type != "cuda":
+        return 80
+    major = torch.cuda.get_device_capability(device)[0]
+    return 80 if major == 8 else 90 if major == 9 else 100
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side, for choosing splits and persistent grids."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tuned(
+    configs: Sequence[Config], key: tuple, tensor: Tensor, run: Callable[[Config], Result]
+) -> Result:
+    """``run`` with the config for this call, on the device of ``tensor``.
+
+    Args:
+        configs: the table's row for this architecture, best guess first.
+        key: what the choice may depend on besides the device: kernel, dtype and frozen sizes.
+        tensor: any operand.
+        run: allocates outputs and launches; safe to repeat.
+    """
+    device = tensor.device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        if len(configs) == 1 or not autotune() or device.type != "cuda":
+            return run(configs[0])
+        full_key = (device, *key)
+        if full_key not in _fastest and not torch.cuda.is_current_stream_capturing():
+            _fastest[full_key] = _time(configs, run)
+        return run(_fastest.get(full_key, configs[0]))
+
+
+_fastest: dict[tuple, Config] = {}
+
+
+def _time(configs: Sequence[Config], run: Callable[[Config], object]) -> Config:
+    from triton.testing import do_bench
+
+    return min(configs, key=lambda config: do_bench(lambda: run(config), return_mode="median"))
+
+
+def padded(size: int) -> int:
+    """``size`` rounded up to a tile that tensor cores take: a power of two, at least 16."""
+    return max(LEAST_TILE, 1 << (size - 1).bit_length())
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: TF32 for float32 only where the user allowed it."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def check_dtypes(op: str, *tensors: Tensor) -> None:
+    """Refuse what the kernels cannot hold. Raises BackendUnavailable."""
+    for tensor in tensors:
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise BackendUnavailable(
+                f"backend='triton' cannot serve {op}: kernels take float32, bf16 and fp16, got "
+                f"{tensor.dtype}. Use backend='eager'."
+            )

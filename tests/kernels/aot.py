@@ -1,0 +1,170 @@
+"""Compile every Triton kernel with every shipped config for an architecture, without a GPU.
+
+    python tests/kernels/aot.py 90          # one JSON object a line: kernel, config, resources
+
+The launchers themselves run, on meta tensors: what they would launch is recorded and compiled, so
+no list of signatures can fall behind the code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+OPS = ("linear", "fold", "sketch")
+# Dynamic shared memory that one block may ask for (CUDA C++ programming guide, table of compute
+# capabilities); 8.0 is the A100's, the least of the three.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
+_TYPES = {
+    "torch.float32": "fp32",
+    "torch.float16": "fp16",
+    "torch.bfloat16": "bf16",
+    "torch.float64": "fp64",
+    "torch.int64": "i64",
+    "torch.int32": "i32",
+    "torch.bool": "i1",
+    "torch.uint8": "u8",
+}
+
+
+class Launch(NamedTuple):
+    """One kernel with one set of argument types and compile options."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...]
+    options: dict[str, int]
+
+    @property
+    def key(self) -> str:
+        fixed = {k: v for k, v in self.constants.items() if v is not None}
+        return json.dumps([self.kernel.__name__, self.signature, fixed, self.divisible, self.options])
+
+
+@contextmanager
+def recording(arch: int) -> Iterator[list[Launch]]:
+    """In the block kernels are recorded instead of launched, as if on an ``arch`` device."""
+    from triton.runtime import JITFunction
+
+    from nsru_kernels.ops import launch
+
+    launches: list[Launch] = []
+    originals = JITFunction.run, launch.tuned, launch.architecture, launch.multiprocessors
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        launches.append(describe(kernel, args, kwargs))
+
+    def every_config(configs, key, tensor, run):
+        return [run(config) for config in configs][0]
+
+    JITFunction.run = run
+    launch.tuned = every_config
+    launch.architecture = lambda device: arch
+    launch.multiprocessors = lambda device: 132
+    try:
+        yield launches
+    finally:
+        JITFunction.run, launch.tuned, launch.architecture, launch.multiprocessors = originals
+
+
+def describe(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
+    """The types that the just-in-time compiler would see; sizes are specialised as it does."""
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    bound = inspect.signature(kernel.fn).bind(*args, **kwargs)
+    bound.apply_defaults()
+    signature, constants, divisible = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, bound.arguments[parameter.name]
+        fixed = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (fixed and value is 1):  # noqa: F632
+            signature[name], constants[name] = "constexpr", value
+        elif hasattr(value, "block_shape"):
+            blocks = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_TYPES[str(value.base.dtype)]}[{blocks}]>"
+        elif hasattr(value, "dtype"):
+            signature[name] = "*" + _TYPES[str(value.dtype)]
+            divisible.append(name)
+        elif isinstance(value, bool):
+            signature[name] = "i1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if fixed and value % 16 == 0:
+                divisible.append(name)
+        else:
+            signature[name] = "fp32"
+    return Launch(kernel, signature, constants, tuple(divisible), options)
+
+
+def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
+    """Resources of the compiled kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(launch.signature)
+    source = ASTSource(
+        launch.kernel,
+        launch.signature,
+        constexprs={(names.index(name),): value for name, value in launch.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    blocks = {k: v for k, v in launch.constants.items() if v is not None and not callable(v)}
+    return {
+        "kernel": launch.kernel.__name__,
+        "dtypes": sorted({t.strip("*") for t in launch.signature.values() if t.startswith("*")}),
+        "constants": {k: str(v) for k, v in blocks.items()},
+        **launch.options,
+        "shared": compiled.metadata.shared,
+        "tensor_core": bool(TENSOR_CORE.search(compiled.asm["ptx"])),
+        **_resources(compiled.asm["cubin"]),
+    }
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [folder / "cuobjdump", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
+
+
+def compile_all(arch: int, ops: tuple[str, ...] = OPS) -> Iterator[dict[str, Any]]:
+    """Every distinct launch of ``ops``, compiled for ``arch``."""
+    for op in ops:
+        calls: list[Callable[[], Any]] = importlib.import_module(f"aot_{op}").CALLS
+        with recording(arch) as launches:
+            for call in calls:
+                call()
+        assert launches, f"aot_{op}: nothing was launched"
+        distinct = {launch.key: launch for launch in launches}
+        for launch in distinct.values():
+            yield {"op": op, "arch": arch, **compile_launch(launch, arch)}
+
+
+def main() -> None:
+    assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter compiles nothing"
+    ops = tuple(sys.argv[2:]) or OPS
+    for row in compile_all(int(sys.argv[1]), ops):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Every Triton kernel and shipped config compiles for every architecture, within its limits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from aot import OPS, SHARED_LIMIT
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_kernels_compile_without_spills_for_tensor_cores(arch, op, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = Path(__file__).with_name("aot.py")
+    command = [sys.executable, script, str(arch), op]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert rows
+    for row in rows:
+        assert row["spilled"] == 0, f"spills: {row}"
+        assert row["shared"] <= SHARED_LIMIT[arch], f"shared memory: {row}"
+        assert row["tensor_core"] or row["kernel"] in NO_PRODUCTS, f"no tensor cores: {row}"
+
+
+# Kernels that multiply no matrices.
+NO_PRODUCTS = ("sum_splits_kernel",)
