@@ -31,7 +31,29 @@ def wait_for(flag_ptr, count):
 
 
 @triton.jit
-def kept(seed, row_offsets, column_offsets, row_length, dropout_p):
-    """Which elements of x dropout keeps: a function of seed and position alone (Philox 4x32-10)."""
-    offsets = row_offsets.to(tl.int64)[:, None] * row_length + column_offsets[None, :]
-    return tl.rand(seed, offsets) >= dropout_p
+def mix(bits):
+    """Spread every bit of a 32-bit word over all of them (the finaliser of MurmurHash3)."""
+    bits ^= bits >> 16
+    bits *= 0x85EBCA6B
+    bits ^= bits >> 13
+    bits *= 0xC2B2AE35
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def kept(seed, rows, columns, dropout_p):
+    """Which elements [rows, columns] of x dropout keeps: a function of seed and position alone.
+
+    A hash instead of Philox: ten rounds of that at a GEMM's tile size spill registers.
+    """
+    seed = tl.cast(seed, tl.int64)  # a small one arrives in 32 bits
+    key = mix(rows.to(tl.uint32) ^ seed.to(tl.uint32))
+    key = mix(key + (seed >> 32).to(tl.uint32))
+    bits = mix(key[:, None] ^ (columns.to(tl.uint32) * 0x9E3779B9)[None, :])
+    return (bits >> 8).to(tl.float32) * (1.0 / (1 << 24)) >= dropout_p  # exact in float32
+
+
+@triton.jit
+def kept_scale(dropout_p):
+    """1 / (1 - p); what is kept at p = 1 is nothing."""
+    return 1.0 / tl.where(dropout_p < 1.0, 1.0 - dropout_p, 1.0)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OPS = ("linear", "fold", "sketch")
+OPS = ("linear", "linear_group", "fold", "sketch")
 # Dynamic shared memory that one block may ask for (CUDA C++ programming guide, table of compute
 # capabilities); 8.0 is the A100's, the least of the three.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -50,7 +50,9 @@ class Launch(NamedTuple):
     @property
     def key(self) -> str:
         fixed = {k: v for k, v in self.constants.items() if v is not None}
-        return json.dumps([self.kernel.__name__, self.signature, fixed, self.divisible, self.options])
+        return json.dumps(
+            [self.kernel.__name__, self.signature, fixed, self.divisible, self.options]
+        )
 
 
 @contextmanager
@@ -67,7 +69,8 @@ def recording(arch: int) -> Iterator[list[Launch]]:
         launches.append(describe(kernel, args, kwargs))
 
     def every_config(configs, key, tensor, run):
-        return [run(config) for config in configs][0]
+        results = [run(config) for config in configs]
+        return results[0]
 
     JITFunction.run = run
     launch.tuned = every_config
@@ -88,7 +91,7 @@ def describe(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
     for parameter in kernel.params:
         name, value = parameter.name, bound.arguments[parameter.name]
         fixed = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (fixed and value is 1):  # noqa: F632
+        if parameter.is_constexpr or value is None or (fixed and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif hasattr(value, "block_shape"):
             blocks = ",".join(map(str, value.block_shape))

@@ -48,7 +48,7 @@ def run(function, inputs, wanted=GRADIENTS, dy=None):
     if dy is None:
         g = torch.Generator().manual_seed(9)
         dy = torch.randn(y.shape, generator=g, dtype=torch.float64)
-    grads = torch.autograd.grad(y, [leaves[n] for n in wanted], dy.to(y.dtype))
+    grads = torch.autograd.grad(y, [leaves[n] for n in wanted], dy.to(y))
     return y.detach(), dict(zip(wanted, grads, strict=True))
 
 

@@ -74,8 +74,8 @@ def projected_linear(
     backend: str,
 ) -> Tensor:
     """``nsru_linear`` for callers that keep the folded adapter (modules do)."""
-    x, weight, bias = _autocast(x, weight, bias)
-    check_linear(x, weight, lora_a, lora_b, basis, bias, dropout_p)
+    x, weight, bias = autocast_inputs(x, weight, bias)
+    check_linear("nsru_linear", x, weight, lora_a, lora_b, basis, bias, dropout_p)
     # Drawn from the default generator, so that torch.manual_seed and checkpointing's saved state
     # govern it.
     seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
@@ -99,9 +99,10 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _autocast(
+def autocast_inputs(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All three in autocast's dtype where it is on, as ``nn.Linear`` casts them."""
     dtype = _autocast_dtype(x)
     if dtype is None:
         return x, weight, bias
@@ -109,53 +110,54 @@ def _autocast(
 
 
 def check_linear(
+    op: str,
     x: Tensor,
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
     basis: Tensor | None,
     bias: Tensor | None,
-    dropout_p: float,
+    dropout_p: float = 0.0,
 ) -> None:
     """Refuse what no backend can compute. Raises ValueError or TypeError."""
     if type(weight).__name__ == "DTensor":
         raise TypeError(
-            "nsru_linear: weight is a DTensor (tensor parallel?); the update would mix shards. Use "
+            f"{op}: weight is a DTensor (tensor parallel?); the update would mix shards. Use "
             "FSDP2, which gathers weights before forward, or unwrap with weight.full_tensor()."
         )
     if weight.dim() != 2:
-        raise ValueError(f"nsru_linear: weight must be [N, K], got {tuple(weight.shape)}.")
+        raise ValueError(f"{op}: weight must be [N, K], got {tuple(weight.shape)}.")
     n, k = weight.shape
     if x.dim() < 1 or x.shape[-1] != k:
         raise ValueError(
-            f"nsru_linear: x must be [..., K={k}] like weight's in_features, got {tuple(x.shape)}."
+            f"{op}: x must be [..., K={k}] like weight's in_features, got {tuple(x.shape)}."
         )
     if not x.is_floating_point() or x.dtype != weight.dtype:
         raise ValueError(
-            f"nsru_linear: x ({x.dtype}) and weight ({weight.dtype}) must share a floating dtype. "
+            f"{op}: x ({x.dtype}) and weight ({weight.dtype}) must share a floating dtype. "
             "Cast one of them, or run under torch.autocast."
         )
     if lora_a.dim() != 2 or lora_a.shape[1] != k or lora_a.shape[0] < 1:
         raise ValueError(
-            f"nsru_linear: lora_a must be [R ≥ 1, K={k}] like weight's in_features, "
+            f"{op}: lora_a must be [R ≥ 1, K={k}] like weight's in_features, "
             f"got {tuple(lora_a.shape)}."
         )
-    check_fold("nsru_linear", lora_a, basis)
+    check_fold(op, lora_a, basis)
     r = lora_a.shape[0]
     if tuple(lora_b.shape) != (n, r) or not lora_b.is_floating_point():
         raise ValueError(
-            f"nsru_linear: lora_b must be a floating [N={n}, R={r}] matrix, "
+            f"{op}: lora_b must be a floating [N={n}, R={r}] matrix, "
             f"got {tuple(lora_b.shape)} {lora_b.dtype}."
         )
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype):
         raise ValueError(
-            f"nsru_linear: bias must be [N={n}] in {x.dtype}, got {tuple(bias.shape)} {bias.dtype}."
+            f"{op}: bias must be [N={n}] in {x.dtype}, got {tuple(bias.shape)} {bias.dtype}."
         )
     if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"nsru_linear: dropout_p must be in [0, 1], got {dropout_p}.")
+        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}.")
     for name, tensor in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(
-                f"nsru_linear: {name} is on {tensor.device}, weight on {weight.device}. "
+                f"{op}: {name} is on {tensor.device}, weight on {weight.device}. "
                 "Move both to one device."
             )

@@ -65,7 +65,7 @@ class ProjectedLinear(torch.autograd.Function):
             folded = fold_to(x.dtype, lora_a, basis, core, backend)
         b_NR = lora_b.detach().to(x.dtype).contiguous()
         x_MK = x.reshape(-1, x.shape[-1])
-        call = torch.ops.nsru.linear_forward if _as_op(x) else _forward
+        call = torch.ops.nsru.linear_forward if as_op(x) else _forward
         y_MN, s_MR = call(x_MK, weight, folded, b_NR, bias, scaling, dropout_p, seed, backend)
         ctx.save_for_backward(x_MK, weight, folded, b_NR, s_MR, basis, core, seed)
         ctx.x_shape, ctx.scaling, ctx.dropout_p, ctx.backend = x.shape, scaling, dropout_p, backend
@@ -74,7 +74,7 @@ class ProjectedLinear(torch.autograd.Function):
             lora_a.dtype,
             lora_b.dtype,
         )
-        return y_MN.view(*x.shape[:-1], weight.shape[0])
+        return unflatten(y_MN, x.shape)
 
     @staticmethod
     @once_differentiable
@@ -82,7 +82,7 @@ class ProjectedLinear(torch.autograd.Function):
         x_MK, weight, folded, b_NR, s_MR, basis, core, seed = ctx.saved_tensors
         bias_dtype, a_dtype, b_dtype = ctx.dtypes
         needs = list(ctx.needs_input_grad[:5])
-        call = torch.ops.nsru.linear_backward if _as_op(dy) else _backward
+        call = torch.ops.nsru.linear_backward if as_op(dy) else _backward
         dx, dw, dbias, da, db = call(
             dy.reshape(-1, weight.shape[0]), x_MK, weight, folded, b_NR, s_MR,
             ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend,
@@ -110,5 +110,13 @@ def fold_to(
     return a_RK.to(dtype).contiguous()
 
 
-def _as_op(tensor: Tensor) -> bool:
+def unflatten(y_MN: Tensor, x_shape: torch.Size) -> Tensor:
+    """y [..., N]. Not a view: autograd would refuse to let a view be edited in place."""
+    if len(x_shape) == 2:
+        return y_MN
+    return torch.ops.aten._unsafe_view(y_MN, (*x_shape[:-1], y_MN.shape[1]))
+
+
+def as_op(tensor: Tensor) -> bool:
+    """Whether the registered op must stand in for the direct call."""
     return torch.compiler.is_compiling() or tensor.is_meta

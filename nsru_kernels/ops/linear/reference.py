@@ -58,13 +58,13 @@ def backward(
     if need_bias:
         dbias = dy_MN.sum(0)
     if need_a:
-        da = _scaled(ds_MR.T, drop(x_MK, dropout_p, seed), scaling)
+        da = scaled_product(ds_MR.T, drop(x_MK, dropout_p, seed), scaling)
     if need_b:
-        db = _scaled(dy_MN.T, s_MR, scaling)
+        db = scaled_product(dy_MN.T, s_MR, scaling)
     return [dx, dw, dbias, da, db]
 
 
-def _scaled(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """scaling · left @ right, scaled before the result is rounded."""
     out = left.new_empty(left.shape[0], right.shape[1])
     return torch.addmm(out, left, right, beta=0, alpha=scaling)

@@ -1,0 +1,278 @@
+"""Device code of the K-extended GEMMs: [X ∣ P]·[W ; s V] with two operand sources and no copy.
+
+    kext_kernel         y = x Wᵀ + s S Bᵀ + b and dX = dY W + s dS Ā
+    kext_tma_kernel     the same for sm_90 and newer
+    kext_group_kernel   dX of up to three siblings: Σ dY_i W_i + dS Ā; kext_group_tma_kernel
+    decode_kernel       y and S of at most 16 tokens
+
+The accumulator starts from the low-rank product, then the frozen GEMM runs as it always does.
+"""
+
+import triton
+import triton.language as tl
+
+from nsru_kernels.ops.linear.triton_narrow_kernels import BY_TOKENS
+from nsru_kernels.ops.primitives import kept, kept_scale
+
+
+@triton.jit
+def low_rank_tile(
+    p_ptr, v_ptr, bias_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn,
+    scaling, seed, dropout_p,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What the accumulator of a K-extended GEMM starts from: s P V (dropped) + bias."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, R, BLOCK_R):
+        ranks = start + tl.arange(0, BLOCK_R)
+        p = tl.load(
+            p_ptr + rows.to(tl.int64)[:, None] * stride_pm + ranks[None, :],
+            mask=(rows[:, None] < M) & (ranks[None, :] < R),
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_R]
+        v = tl.load(
+            v_ptr + ranks[:, None] * stride_vr + columns.to(tl.int64)[None, :] * stride_vn,
+            mask=(ranks[:, None] < R) & (columns[None, :] < N),
+            other=0.0,
+        )  # [BLOCK_R, BLOCK_N]
+        acc = tl.dot(p, v, acc, input_precision=PRECISION)
+    acc *= scaling
+    if DROPOUT:
+        acc = tl.where(kept(seed, rows, columns, dropout_p), acc * kept_scale(dropout_p), 0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def tile_of(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column block number ``index``: GROUP_M rows of tiles at a time, so that L2 keeps W's
+    columns between them."""
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    group_size = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_m = index // group_size * GROUP_M
+    group_m = min(blocks_m - first_m, GROUP_M)
+    in_group = index % group_size
+    return first_m + in_group % group_m, in_group // group_m
+
+
+@triton.jit
+def add_product(
+    acc, x_ptr, w_ptr, rows, columns, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + X[rows, :] W[:, columns]."""
+    # Rows and columns outside are read from the last one inside and never stored.
+    x_ptr += tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_xm
+    w_ptr += tl.minimum(columns, N - 1).to(tl.int64)[None, :] * stride_wn
+    for start in range(0, K, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            x_ptr + ks.to(tl.int64)[None, :] * stride_xk, mask=ks[None, :] < K, other=0.0
+        )  # [BLOCK_M, BLOCK_K]
+        w = tl.load(
+            w_ptr + ks.to(tl.int64)[:, None] * stride_wk, mask=ks[:, None] < K, other=0.0
+        )  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def add_product_tma(
+    acc, x_desc, w_desc, first_row, first_column, K,
+    W_IS_NK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same by TMA, which fills what lies outside X and W with zeros."""
+    for start in range(0, K, BLOCK_K):
+        x = x_desc.load([first_row, start])  # [BLOCK_M, BLOCK_K]
+        if W_IS_NK:
+            w = tl.trans(w_desc.load([first_column, start]))  # [BLOCK_K, BLOCK_N]
+        else:
+            w = w_desc.load([start, first_column])
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def store_tile(acc, out_ptr, rows, columns, M, N):
+    tl.store(
+        out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(rows[:, None] < M) & (columns[None, :] < N),
+    )
+
+
+@triton.jit(do_not_specialize=BY_TOKENS)
+def kext_kernel(
+    x_ptr, w_ptr, p_ptr, v_ptr, bias_ptr, out_ptr,
+    M, N, K, R,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_pm, stride_vr, stride_vn,
+    scaling, seed, dropout_p,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] = [X ∣ P] · [W ; s V] + bias: the R extra columns come first, then K as usual."""
+    row_block, column_block = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = low_rank_tile(
+        p_ptr, v_ptr, bias_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn,
+        scaling, seed, dropout_p, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+    acc = add_product(
+        acc, x_ptr, w_ptr, rows, columns, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn,
+        PRECISION, BLOCK_K,
+    )  # fmt: skip
+    store_tile(acc, out_ptr, rows, columns, M, N)
+
+
+@triton.jit(do_not_specialize=BY_TOKENS)
+def kext_tma_kernel(
+    x_desc, w_desc, out_desc, p_ptr, v_ptr, bias_ptr,
+    M, N, K, R, stride_pm, stride_vr, stride_vn,
+    scaling, seed, dropout_p,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, W_IS_NK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """``kext_kernel`` for sm_90 and newer: TMA descriptors, and programs that stay for many tiles.
+
+    W_IS_NK: the summed dimension is W's last, as in the forward pass.
+    """
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row_block, column_block = tile_of(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
+        acc = low_rank_tile(
+            p_ptr, v_ptr, bias_ptr,
+            first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N),
+            M, N, R, stride_pm, stride_vr, stride_vn,
+            scaling, seed, dropout_p, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+        acc = add_product_tma(
+            acc, x_desc, w_desc, first_row, first_column, K, W_IS_NK, PRECISION, BLOCK_K
+        )
+        out_desc.store([first_row, first_column], acc.to(out_desc.dtype))
+
+
+@triton.jit(do_not_specialize=BY_TOKENS)
+def kext_group_kernel(
+    x1_ptr, w1_ptr, x2_ptr, w2_ptr, x3_ptr, w3_ptr, p_ptr, v_ptr, out_ptr,
+    M, N, K1, K2, K3, R,
+    stride_x1m, stride_x1k, stride_x2m, stride_x2k, stride_x3m, stride_x3k,
+    stride_w1k, stride_w1n, stride_w2k, stride_w2n, stride_w3k, stride_w3n,
+    stride_pm, stride_vr, stride_vn,
+    COUNT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out = [X1 ∣ X2 ∣ X3 ∣ P] · [W1 ; W2 ; W3 ; V] of the first COUNT sources, stored once."""
+    row_block, column_block = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = low_rank_tile(
+        p_ptr, v_ptr, None, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn,
+        1.0, 0, 0.0, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+    acc = add_product(
+        acc, x1_ptr, w1_ptr, rows, columns, M, N, K1, stride_x1m, stride_x1k,
+        stride_w1k, stride_w1n, PRECISION, BLOCK_K,
+    )  # fmt: skip
+    if COUNT > 1:
+        acc = add_product(
+            acc, x2_ptr, w2_ptr, rows, columns, M, N, K2, stride_x2m, stride_x2k,
+            stride_w2k, stride_w2n, PRECISION, BLOCK_K,
+        )  # fmt: skip
+    if COUNT > 2:
+        acc = add_product(
+            acc, x3_ptr, w3_ptr, rows, columns, M, N, K3, stride_x3m, stride_x3k,
+            stride_w3k, stride_w3n, PRECISION, BLOCK_K,
+        )  # fmt: skip
+    store_tile(acc, out_ptr, rows, columns, M, N)
+
+
+@triton.jit(do_not_specialize=BY_TOKENS)
+def kext_group_tma_kernel(
+    x1_desc, w1_desc, x2_desc, w2_desc, x3_desc, w3_desc, out_desc, p_ptr, v_ptr,
+    M, N, K1, K2, K3, R, stride_pm, stride_vr, stride_vn,
+    COUNT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """``kext_group_kernel`` for sm_90 and newer; see ``kext_tma_kernel``."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row_block, column_block = tile_of(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
+        acc = low_rank_tile(
+            p_ptr, v_ptr, None,
+            first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N),
+            M, N, R, stride_pm, stride_vr, stride_vn,
+            1.0, 0, 0.0, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+        acc = add_product_tma(
+            acc, x1_desc, w1_desc, first_row, first_column, K1, False, PRECISION, BLOCK_K
+        )
+        if COUNT > 1:
+            acc = add_product_tma(
+                acc, x2_desc, w2_desc, first_row, first_column, K2, False, PRECISION, BLOCK_K
+            )
+        if COUNT > 2:
+            acc = add_product_tma(
+                acc, x3_desc, w3_desc, first_row, first_column, K3, False, PRECISION, BLOCK_K
+            )
+        out_desc.store([first_row, first_column], acc.to(out_desc.dtype))
+
+
+@triton.jit(do_not_specialize=BY_TOKENS)
+def decode_kernel(
+    x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, y_ptr, s_ptr,
+    M, N, K, R,
+    stride_xm, stride_xk, stride_wn, stride_wk,
+    scaling,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y and S in one launch for M ≤ BLOCK_M. Reading W is the work; every program computes S again
+    from x and Ā, which L2 holds."""
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, BLOCK_R)
+    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        ks = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        x = tl.load(
+            x_ptr + rows.to(tl.int64)[:, None] * stride_xm + ks[None, :] * stride_xk,
+            mask=(rows[:, None] < M) & (ks[None, :] < K),
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_K]
+        w = tl.load(
+            w_ptr + columns.to(tl.int64)[None, :] * stride_wn + ks[:, None] * stride_wk,
+            mask=(columns[None, :] < N) & (ks[:, None] < K),
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_N]
+        a = tl.load(
+            a_ptr + ranks[None, :] * K + ks[:, None],
+            mask=(ranks[None, :] < R) & (ks[:, None] < K),
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_R]
+        y = tl.dot(x, w, y, input_precision=PRECISION)
+        s = tl.dot(x, a, s, input_precision=PRECISION)
+    in_s = (rows[:, None] < M) & (ranks[None, :] < R)
+    rounded = s.to(s_ptr.dtype.element_ty)
+    if tl.program_id(0) == 0:
+        tl.store(s_ptr + rows[:, None] * R + ranks[None, :], rounded, mask=in_s)
+    b = tl.load(
+        b_ptr + columns.to(tl.int64)[None, :] * R + ranks[:, None],
+        mask=(columns[None, :] < N) & (ranks[:, None] < R),
+        other=0.0,
+    )  # [BLOCK_R, BLOCK_N]
+    y += scaling * tl.dot(rounded, b, input_precision=PRECISION)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+        y += bias.to(tl.float32)[None, :]
+    store_tile(y, y_ptr, rows, columns, M, N)

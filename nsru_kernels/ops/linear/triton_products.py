@@ -1,0 +1,285 @@
+"""Launchers of the products that the projected linear, alone or with its siblings, is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nsru_kernels.ops import launch
+from nsru_kernels.ops.launch import Config
+from nsru_kernels.ops.linear import triton_gemm_kernels as gemm_kernels
+from nsru_kernels.ops.linear import triton_narrow_kernels as narrow_kernels
+
+# A rank block; larger ranks take several. In front of a GEMM's accumulator registers are dearer.
+MAX_BLOCK_R = 64
+KEXT_BLOCK_R = 32
+GROUP = 3  # siblings whose dX one launch can sum
+ARCHITECTURES = (80, 90, 100)
+
+
+def _tiles(m: int, n: int, k: int, warps: int, stages: int) -> Config:
+    return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}, warps, stages)
+
+
+def _narrow(m: int, c: int, warps: int, stages: int) -> Config:
+    return Config({"BLOCK_M": m, "BLOCK_C": c}, warps, stages)
+
+
+# kernel → architecture → configs, the first one the default. Untimed so far: tiles that compile
+# without spills and keep several loads in flight.
+CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
+    "kext": {
+        80: (_tiles(128, 128, 64, 8, 3), _tiles(128, 256, 32, 8, 3)),
+        90: (_tiles(128, 256, 64, 8, 3), _tiles(128, 128, 64, 8, 4)),
+        100: (_tiles(128, 256, 64, 8, 3), _tiles(128, 128, 64, 8, 4)),
+    },
+    "rows": {
+        80: (_narrow(64, 128, 4, 4), _narrow(128, 64, 8, 4)),
+        90: (_narrow(64, 128, 4, 4), _narrow(128, 64, 8, 4)),
+        100: (_narrow(64, 128, 4, 4), _narrow(64, 64, 4, 4)),
+    },
+    "columns": {
+        80: (_narrow(64, 128, 8, 3), _narrow(32, 256, 8, 3)),
+        90: (_narrow(64, 256, 8, 3), _narrow(32, 512, 8, 3), _narrow(64, 128, 8, 3)),
+        100: (_narrow(64, 256, 8, 3), _narrow(64, 128, 8, 3)),
+    },
+}
+# float32 needs three products for one, and rows that do not start at a multiple of 16 bytes are
+# loaded element by element: both want registers.
+SMALL: dict[str, Config] = {
+    "kext": _tiles(64, 64, 32, 4, 3),
+    "rows": _narrow(64, 32, 4, 3),
+    "columns": _narrow(32, 64, 4, 3),
+}
+
+
+def rows_product(
+    x_MC: Tensor,
+    v_CR: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """scaling · drop(X) V [M, R] in X's dtype, into ``out`` where given. V may have any strides."""
+    (m, c), r = x_MC.shape, v_CR.shape[1]
+    out_MR = x_MC.new_empty(m, r) if out is None else out
+    if not m or not c:
+        return out_MR.zero_()
+    block_r = min(launch.padded(r), MAX_BLOCK_R)
+
+    def run(config: Config) -> Tensor:
+        block_m, block_c = config.blocks["BLOCK_M"], config.blocks["BLOCK_C"]
+        blocks = triton.cdiv(m, block_m), triton.cdiv(r, block_r)
+        splits = _splits(x_MC, blocks[0] * blocks[1], triton.cdiv(c, block_c), least=4)
+        per_split = triton.cdiv(triton.cdiv(c, block_c), splits) * block_c
+        splits = triton.cdiv(c, per_split)
+        grid = (*blocks, splits)
+        direct = splits == 1 and scaling == 1.0 and out_MR.stride() == (r, 1)
+        target = out_MR if direct else x_MC.new_empty(splits, m, r, dtype=torch.float32)
+        narrow_kernels.rows_kernel[(*blocks, splits)](
+            x_MC, v_CR, target, m, c, r, per_split, *x_MC.stride(), *v_CR.stride(),
+            seed_of(seed), dropout_p, dropout_p > 0, launch.dot_precision(x_MC.dtype),
+            BLOCK_R=block_r, **config.options,
+        )  # fmt: skip
+        return out_MR if direct else _sum_partials(target, out_MR, scaling)
+
+    return launch.tuned(_configs("rows", x_MC), ("rows", x_MC.dtype, c, r), x_MC, run)
+
+
+def columns_product(
+    x_MC: Tensor,
+    p_MR: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    rank_first: bool,
+    v_CR: Tensor | None = None,
+    rows_out: Tensor | None = None,
+    rows_scaling: float = 1.0,
+) -> Tensor:
+    """scaling · drop(X)ᵀ P as [R, C] or [C, R]; with V also rows_out = rows_scaling · X V.
+
+    X is read once for both. V [C, R] is contiguous, and so are the rows of P and rows_out [M, R].
+    """
+    (m, c), r = x_MC.shape, p_MR.shape[1]
+    d = x_MC.new_empty((r, c) if rank_first else (c, r))
+    if not m or not c:
+        if rows_out is not None:
+            rows_out.zero_()
+        return d.zero_()
+    block_r = min(launch.padded(r), MAX_BLOCK_R)
+    stride_dr, stride_dc = (c, 1) if rank_first else (1, r)
+
+    def run(config: Config) -> Tensor:
+        block_m, block_c = config.blocks["BLOCK_M"], config.blocks["BLOCK_C"]
+        blocks = triton.cdiv(c, block_c), triton.cdiv(r, block_r)
+        splits = _splits(x_MC, blocks[0] * blocks[1], triton.cdiv(m, block_m), least=2)
+        per_split = triton.cdiv(triton.cdiv(m, block_m), splits) * block_m
+        splits = triton.cdiv(m, per_split)
+        grid = (*blocks, splits)
+        d_partials = x_MC.new_empty(splits, *d.shape, dtype=torch.float32)
+        row_partials = None
+        if rows_out is not None:
+            row_partials = x_MC.new_empty(blocks[0], m, r, dtype=torch.float32)
+        narrow_kernels.columns_kernel[(*blocks, splits)](
+            x_MC, p_MR, v_CR, d_partials, row_partials, m, c, r, per_split, *x_MC.stride(),
+            p_MR.stride(0), stride_dc, stride_dr, seed_of(seed), dropout_p, dropout_p > 0,
+            rows_out is not None, launch.dot_precision(x_MC.dtype),
+            BLOCK_R=block_r, **config.options,
+        )  # fmt: skip
+        if rows_out is not None and row_partials is not None:
+            _sum_partials(row_partials, rows_out, rows_scaling)
+        return _sum_partials(d_partials, d, scaling)
+
+    configs = _configs("columns", x_MC)
+    # A larger accumulator spills. Every row of the table has an entry for the largest rank block.
+    configs = tuple(config for config in configs if config.blocks["BLOCK_C"] * block_r <= 8192)
+    key = ("columns", x_MC.dtype, c, r, rows_out is not None)
+    return launch.tuned(configs, key, x_MC, run)
+
+
+def kext_gemm(
+    x_MK: Tensor,
+    w_KN: Tensor,
+    p_MR: Tensor,
+    v_RN: Tensor,
+    bias_N: Tensor | None,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    tma: bool,
+) -> Tensor:
+    """X W + s drop(P V) + bias [M, N] in X's dtype: one launch, nothing of size M read twice."""
+    (m, k), n, r = x_MK.shape, w_KN.shape[1], p_MR.shape[1]
+    out_MN = x_MK.new_empty(m, n)
+    if not m or not n:
+        return out_MN
+    sizes = (m, n, k, r)
+    small = (p_MR.stride(0), *v_RN.stride())
+    rest = (scaling, seed_of(seed), dropout_p, dropout_p > 0, launch.dot_precision(x_MK.dtype))
+    block_r = min(launch.padded(r), KEXT_BLOCK_R)
+
+    def run(config: Config) -> Tensor:
+        if tma:
+            w_is_nk = w_KN.stride(0) == 1
+            gemm_kernels.kext_tma_kernel[_persistent(out_MN, config)](
+                _descriptor(x_MK, config, "MK"),
+                _descriptor(w_KN.T, config, "NK") if w_is_nk else _descriptor(w_KN, config, "KN"),
+                _descriptor(out_MN, config, "MN"),
+                p_MR, v_RN, bias_N, *sizes, *small, *rest, w_is_nk,
+                BLOCK_R=block_r, **config.options,
+            )  # fmt: skip
+        else:
+            gemm_kernels.kext_kernel[(_tile_count(out_MN, config),)](
+                x_MK, w_KN, p_MR, v_RN, bias_N, out_MN, *sizes, *x_MK.stride(), *w_KN.stride(),
+                *small, *rest, BLOCK_R=block_r, **config.options,
+            )  # fmt: skip
+        return out_MN
+
+    configs = _configs("kext", x_MK, w_KN)
+    if dropout_p:  # the mask of a larger tile spills
+        configs = tuple(c for c in configs if c.blocks["BLOCK_N"] <= 128)
+    key = ("kext", x_MK.dtype, k, n, r, tma, dropout_p > 0)
+    return launch.tuned(configs, key, x_MK, run)
+
+
+def kext_group_gemm(
+    xs_MK: Sequence[Tensor], ws_KN: Sequence[Tensor], p_MR: Tensor, v_RN: Tensor, *, tma: bool
+) -> Tensor:
+    """Σ X_i W_i + P V [M, N] in X's dtype for at most GROUP sources: each operand is read once."""
+    m, n, r = xs_MK[0].shape[0], ws_KN[0].shape[1], p_MR.shape[1]
+    out_MN = xs_MK[0].new_empty(m, n)
+    if not m or not n:
+        return out_MN
+    count = len(xs_MK)
+    xs = [*xs_MK, *[xs_MK[0]] * (GROUP - count)]  # sources beyond the count are never touched
+    ws = [*ws_KN, *[ws_KN[0]] * (GROUP - count)]
+    sizes = (m, n, *(x.shape[1] for x in xs), r)
+    small = (p_MR.stride(0), *v_RN.stride(), count, launch.dot_precision(xs_MK[0].dtype))
+    block_r = min(launch.padded(r), KEXT_BLOCK_R)
+
+    def run(config: Config) -> Tensor:
+        if tma:
+            operands = [
+                descriptor
+                for x, w in zip(xs, ws, strict=True)
+                for descriptor in (_descriptor(x, config, "MK"), _descriptor(w, config, "KN"))
+            ]
+            gemm_kernels.kext_group_tma_kernel[_persistent(out_MN, config)](
+                *operands, _descriptor(out_MN, config, "MN"), p_MR, v_RN, *sizes, *small,
+                BLOCK_R=block_r, **config.options,
+            )  # fmt: skip
+        else:
+            operands = [t for pair in zip(xs, ws, strict=True) for t in pair]
+            strides = [stride for t in (*xs, *ws) for stride in t.stride()]
+            gemm_kernels.kext_group_kernel[(_tile_count(out_MN, config),)](
+                *operands, p_MR, v_RN, out_MN, *sizes, *strides, *small,
+                BLOCK_R=block_r, **config.options,
+            )  # fmt: skip
+        return out_MN
+
+    key = ("kext_group", xs_MK[0].dtype, *sizes[1:], count, tma)
+    return launch.tuned(_configs("kext", *xs_MK, *ws_KN), key, xs_MK[0], run)
+
+
+def fits_tma(x_MK: Tensor, w: Tensor) -> bool:
+    """Whether X, W and their product can be described to the copy engine of this GPU."""
+    if x_MK.dtype == torch.float32 or launch.architecture(x_MK.device) < 90:
+        return False
+    sizes_fit = all(size * w.element_size() % 16 == 0 for size in w.shape)
+    return sizes_fit and all(aligned(t) and t.stride(1) == 1 for t in (x_MK, w))
+
+
+def aligned(operand: Tensor) -> bool:
+    """Whether one dimension is contiguous and the other starts at multiples of 16 bytes."""
+    inner, outer = sorted(operand.stride())
+    in_16_bytes = 16 // operand.element_size()
+    return inner == 1 and outer % in_16_bytes == 0 and operand.data_ptr() % 16 == 0
+
+
+def seed_of(seed: Tensor | None) -> int:
+    return 0 if seed is None else int(seed)
+
+
+def _configs(kernel: str, *operands: Tensor) -> tuple[Config, ...]:
+    if operands[0].dtype == torch.float32 or not all(map(aligned, operands)):
+        return (SMALL[kernel],)
+    return CONFIGS[kernel][launch.architecture(operands[0].device)]
+
+
+def _descriptor(tensor: Tensor, config: Config, axes: str) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(tensor, [config.blocks[f"BLOCK_{axis}"] for axis in axes])
+
+
+def _tile_count(out_MN: Tensor, config: Config) -> int:
+    m, n = out_MN.shape
+    return triton.cdiv(m, config.blocks["BLOCK_M"]) * triton.cdiv(n, config.blocks["BLOCK_N"])
+
+
+def _persistent(out_MN: Tensor, config: Config) -> tuple[int]:
+    return (min(_tile_count(out_MN, config), launch.multiprocessors(out_MN.device)),)
+
+
+def _splits(tensor: Tensor, blocks: int, steps: int, least: int) -> int:
+    """How often to cut a sum so that two programs per multiprocessor run, ``least`` steps each."""
+    wanted = triton.cdiv(2 * launch.multiprocessors(tensor.device), blocks)
+    return max(1, min(wanted, steps // least))
+
+
+def _sum_partials(partials: Tensor, out: Tensor, scaling: float) -> Tensor:
+    """out [rows, columns] = scaling · partials.sum(0), in order, rounded once."""
+    size = out.numel()
+    if size:
+        narrow_kernels.sum_partials_kernel[(triton.cdiv(size, 1024),)](
+            partials, out, size, partials.shape[0], out.shape[1], out.stride(0), scaling,
+            BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return out
