@@ -82,7 +82,7 @@ def rows_product(
         grid = (*blocks, splits)
         direct = splits == 1 and scaling == 1.0 and out_MR.stride() == (r, 1)
         target = out_MR if direct else x_MC.new_empty(splits, m, r, dtype=torch.float32)
-        narrow_kernels.rows_kernel[(*blocks, splits)](
+        narrow_kernels.rows_kernel[grid](
             x_MC, v_CR, target, m, c, r, per_split, *x_MC.stride(), *v_CR.stride(),
             seed_of(seed), dropout_p, dropout_p > 0, launch.dot_precision(x_MC.dtype),
             BLOCK_R=block_r, **config.options,
@@ -128,7 +128,7 @@ def columns_product(
         row_partials = None
         if rows_out is not None:
             row_partials = x_MC.new_empty(blocks[0], m, r, dtype=torch.float32)
-        narrow_kernels.columns_kernel[(*blocks, splits)](
+        narrow_kernels.columns_kernel[grid](
             x_MC, p_MR, v_CR, d_partials, row_partials, m, c, r, per_split, *x_MC.stride(),
             p_MR.stride(0), stride_dc, stride_dr, seed_of(seed), dropout_p, dropout_p > 0,
             rows_out is not None, launch.dot_precision(x_MC.dtype),
