@@ -1,6 +1,7 @@
 """Compile every Triton kernel with every shipped config for an architecture, without a GPU.
 
-    python tests/kernels/aot.py 90          # one JSON object a line: kernel, config, resources
+    python tests/kernels/aot.py 90            # one JSON object a line: kernel, config, resources
+    python tests/kernels/aot.py tokens 90     # what each number of tokens would compile
 
 The launchers themselves run, on meta tensors: what they would launch is recorded and compiled, so
 no list of signatures can fall behind the code.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import json
 import os
 import re
@@ -22,6 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 OPS = ("linear", "linear_group", "fold", "sketch")
+TOKEN_OPS = ("linear", "linear_group", "sketch")
+# Around multiples of 16, which sizes are otherwise specialised for, and both sides of 2^31 elements.
+TOKENS = (17, 32, 1000, 1008, 8192, 8191, 2**20)
 # Dynamic shared memory that one block may ask for (CUDA C++ programming guide, table of compute
 # capabilities); 8.0 is the A100's, the least of the three.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -149,6 +154,14 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
 
 
+def kernels_for_tokens(op: str, arch: int, tokens: int) -> list[str]:
+    """What a step on ``tokens`` tokens would compile; the op's module says what a step is."""
+    module = importlib.import_module(f"aot_{op}")
+    with recording(arch) as launches:
+        module.for_tokens(tokens)
+    return sorted({launch.key for launch in launches})
+
+
 def compile_all(arch: int, ops: tuple[str, ...] = OPS) -> Iterator[dict[str, Any]]:
     """Every distinct launch of ``ops``, compiled for ``arch``."""
     for op in ops:
@@ -164,6 +177,11 @@ def compile_all(arch: int, ops: tuple[str, ...] = OPS) -> Iterator[dict[str, Any
 
 def main() -> None:
     assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter compiles nothing"
+    if sys.argv[1] == "tokens":
+        for op, tokens in itertools.product(TOKEN_OPS, TOKENS):
+            kernels = kernels_for_tokens(op, int(sys.argv[2]), tokens)
+            print(json.dumps({"op": op, "tokens": tokens, "kernels": kernels}))
+        return
     ops = tuple(sys.argv[2:]) or OPS
     for row in compile_all(int(sys.argv[1]), ops):
         print(json.dumps(row), flush=True)

@@ -38,3 +38,9 @@ CALLS = [
     # No size divisible by anything: sizes and strides that are not hinted as multiples of 16.
     functools.partial(call, 8191, 4001, 4003, 5, torch.bfloat16, bias=True),
 ]
+
+
+def for_tokens(m):
+    """A step whose kernels must not depend on ``m``: a new batch size compiles nothing."""
+    call(m, 4096, 4096, 16, torch.bfloat16, bias=True, dropout_p=0.1)
+    call(m, 4096, 4096, 16, torch.bfloat16, plan="kext")

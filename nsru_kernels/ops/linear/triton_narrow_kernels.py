@@ -59,7 +59,7 @@ def rows_kernel(
     out_ptr += split.to(tl.int64) * M * R
     tl.store(
         out_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :],
-        p.to(out_ptr.dtype.element_ty),
+        p,
         mask=(rows[:, None] < M) & (ranks[None, :] < R),
     )
 

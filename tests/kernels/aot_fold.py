@@ -1,0 +1,26 @@
+"""Folds whose kernels are compiled without a GPU."""
+
+import functools
+
+import torch
+
+from nsru_kernels.ops.fold.triton import fold_many, write_table
+
+
+def fold(adapter, basis, K=4096, Q=256, R=16):
+    a_RK = torch.empty(R, K, dtype=adapter, device="meta")
+    basis_KQ = torch.empty(K, Q, dtype=basis, device="meta")
+    core_QQ = None if basis == torch.float32 else torch.empty(Q, Q, device="meta")
+    return fold_many([a_RK], [basis_KQ], [core_QQ])
+
+
+CALLS = [
+    *(
+        functools.partial(fold, adapter, basis)
+        for adapter in (torch.float32, torch.bfloat16)
+        for basis in (torch.float32, torch.bfloat16, torch.float16)
+    ),
+    functools.partial(fold, torch.float32, torch.float32, K=130, Q=70),
+    functools.partial(fold, torch.float16, torch.bfloat16, K=130, Q=70),
+    lambda: write_table(torch.arange(20), torch.device("meta")),
+]
