@@ -11,6 +11,7 @@ from nsru_kernels.nn import (
 )
 from nsru_kernels.ops.fold import project_adapter, project_adapters
 from nsru_kernels.ops.linear import nsru_linear
+from nsru_kernels.ops.linear_group import nsru_linear_group
 from nsru_kernels.subspaces import RetainSketch, RetainSubspace, estimate_retain_subspaces
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "explain",
     "merge_adapters",
     "nsru_linear",
+    "nsru_linear_group",
     "project_adapter",
     "project_adapters",
     "save_lora_adapter",

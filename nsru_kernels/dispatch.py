@@ -28,9 +28,19 @@ from nsru_kernels.ops import launch
 # public function → folder in nsru_kernels/ops
 OPS = {
     "nsru_linear": "linear",
+    "nsru_linear_group": "linear_group",
     "project_adapter": "fold",
     "project_adapters": "fold",
     "RetainSketch.update": "sketch",
+}
+
+# (folder, backend) → what its kernels have been through. README's table says the same.
+NOT_RUN = "compiled for sm_80, sm_90 and sm_100 and interpreted, not run on a GPU"
+KERNELS = {
+    ("linear", "triton"): NOT_RUN,
+    ("linear_group", "triton"): NOT_RUN,
+    ("fold", "triton"): NOT_RUN,
+    ("sketch", "triton"): NOT_RUN,
 }
 
 _MODULE = {"eager": "reference", "triton": "triton", "cuda": "cuda"}
@@ -46,6 +56,7 @@ class Verdict(NamedTuple):
     backend: str
     serves: bool
     reason: str
+    kernels: str  # what the kernels have been through; empty where there are none
 
 
 class Explanation(NamedTuple):
@@ -65,6 +76,8 @@ class Explanation(NamedTuple):
         for verdict in self.verdicts:
             mark = "serves" if verdict.serves else "no"
             lines.append(f"  {verdict.backend:<7}{mark:<8}{verdict.reason}")
+            if verdict.kernels:
+                lines.append(f"  {'':<15}kernels: {verdict.kernels}")
         return "\n".join(lines)
 
 
@@ -72,8 +85,8 @@ def explain(op: str, *args: object) -> Explanation:
     """Which backend and plan would serve a call, and why not the others.
 
     Args:
-        op: a public name: "nsru_linear", "project_adapter", "project_adapters" or
-            "RetainSketch.update".
+        op: a public name: "nsru_linear", "nsru_linear_group", "project_adapter",
+            "project_adapters" or "RetainSketch.update".
         args: the arguments of that call; their device decides. None: the default device.
     Raises:
         ValueError: unknown op.
@@ -146,7 +159,8 @@ def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
         serves = reason is None
         if serves:
             reason = "library GEMMs of PyTorch" if backend == "eager" else "measured plan"
-        verdicts.append(Verdict(op, backend, serves, reason or ""))
+        kernels = KERNELS.get((folder, backend), "")
+        verdicts.append(Verdict(op, backend, serves, reason or "", kernels))
     return verdicts
 
 

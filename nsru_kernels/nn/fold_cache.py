@@ -33,6 +33,11 @@ def _count_step(*_) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+def optimizer_steps() -> int:
+    """Steps that optimizers took in this process."""
+    return _optimizer_steps
+
+
 class _Fold(NamedTuple):
     key: tuple
     parents: tuple[

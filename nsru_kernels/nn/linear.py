@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nsru_kernels.config import requested_backend
 from nsru_kernels.nn.basis import RetainBasis
 from nsru_kernels.nn.fold_cache import FoldCache
+from nsru_kernels.nn.siblings import Siblings
 from nsru_kernels.ops.fold import project_adapter
 from nsru_kernels.ops.linear import compute_dtype, projected_linear
 
@@ -75,6 +76,8 @@ class NSRULinear(nn.Module):
         self.register_buffer("_unmerged_weight", None, persistent=False)
         self._set_basis(basis)
         self._share_folds(FoldCache())
+        self._siblings: Siblings | None = None
+        self._sibling_name = ""
 
     @classmethod
     def from_linear(
@@ -157,6 +160,10 @@ class NSRULinear(nn.Module):
         self._folds = folds
         folds.add(self)
 
+    def _join(self, siblings: Siblings, name: str) -> None:
+        self._siblings, self._sibling_name = siblings, name
+        siblings.add(self, name)
+
     def reset_adapter(self) -> None:
         """A Kaiming uniform, B zero: the module equals its frozen linear again."""
         if self.lora_A.is_meta:
@@ -166,6 +173,12 @@ class NSRULinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K], in x's dtype."""
+        if self._siblings is None or torch.compiler.is_compiling():
+            return self.forward_alone(x)
+        return self._siblings.call(self, x)
+
+    def forward_alone(self, x: Tensor) -> Tensor:
+        """``forward`` without a look at the siblings."""
         if self.enabled and not self.merged:
             return projected_linear(
                 x,
@@ -247,6 +260,8 @@ class NSRULinear(nn.Module):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._folds.add(self)
+        if self._siblings is not None:
+            self._siblings.add(self, self._sibling_name)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nsru_kernels.nn.basis import RetainBasis
 from nsru_kernels.nn.fold_cache import FoldCache
 from nsru_kernels.nn.linear import NSRULinear
+from nsru_kernels.nn.siblings import Siblings
 
 ALL_LINEAR = "all-linear"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -28,6 +29,8 @@ class SwapReport:
         retain_ranks: name → Q of its basis, 0 for plain LoRA.
         trainable: number of adapter parameters.
         frozen: number of all other parameters.
+        siblings: the handles of linears that may read the same input. Their ``status()``, and so
+            this report's text, is live: print it again after a forward.
     """
 
     swapped: list[str] = field(default_factory=list)
@@ -35,6 +38,7 @@ class SwapReport:
     retain_ranks: dict[str, int] = field(default_factory=dict)
     trainable: int = 0
     frozen: int = 0
+    siblings: list[Siblings] = field(default_factory=list, repr=False, compare=False)
 
     def __str__(self) -> str:
         lines = [
@@ -48,6 +52,8 @@ class SwapReport:
             lines.append(
                 f"  {plain} of them without a retain basis: plain LoRA, nothing is projected"
             )
+        together = Counter(state for handle in self.siblings for state in handle.status())
+        lines += [f"  {names} × {count} {state}" for (names, state), count in together.items()]
         left = Counter((name.rpartition(".")[2], reason) for name, reason in self.skipped.items())
         lines += [f"  not swapped: {kind} × {n} ({reason})" for (kind, reason), n in left.items()]
         return "\n".join(lines)
@@ -125,6 +131,7 @@ def swap_linears(
         retain_ranks={n: 0 if m.basis is None else m.basis.shape[1] for n, m in modules.items()},
         trainable=trainable,
         frozen=sum(p.numel() for p in model.parameters()) - trainable,
+        siblings=_introduce_siblings(modules),
     )
 
 
@@ -141,6 +148,22 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place called ``name``."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _introduce_siblings(modules: Mapping[str, NSRULinear]) -> list[Siblings]:
+    """One handle for all that may read the same input: one parent, in_features and basis."""
+    candidates: dict[tuple, list[tuple[str, NSRULinear]]] = {}
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        key = (parent, module.in_features, id(module.retain))
+        candidates.setdefault(key, []).append((child, module))
+    handles = []
+    for family in candidates.values():
+        if len(family) > 1:
+            handles.append(Siblings())
+            for child, module in family:
+                module._join(handles[-1], child)
+    return handles
 
 
 def _holder(subspace: Any, linear: nn.Linear, holders: dict[int, RetainBasis]) -> RetainBasis:

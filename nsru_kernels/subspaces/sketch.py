@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsru_kernels.ops.sketch import update_sketch
+from nsru_kernels.ops.sketch import energy_limit, update_sketch
+from nsru_kernels.ops.sketch.reference import token_energy
 from nsru_kernels.subspaces.distributed import all_reduce_sketch
 from nsru_kernels.subspaces.factors import eigen_moment, left_singular, nystrom_factor, rotate
 from nsru_kernels.subspaces.subspace import RetainSubspace
@@ -19,8 +20,8 @@ _logger = logging.getLogger("nsru_kernels")
 # fp32 accumulators join the fp64 masters after this many batches: a few massive channels put
 # λ_1/λ_Q above 1e6, where a longer fp32 sum would lose the small directions.
 _FOLD_EVERY = 256
-# Largest ‖X‖² of one batch for which _FOLD_EVERY batches cannot overflow fp32.
-_MAX_BATCH_ENERGY = torch.finfo(torch.float32).max / (4 * _FOLD_EVERY)
+# Largest ‖X‖² of one batch: beyond it _FOLD_EVERY batches could overflow fp32.
+_MAX_BATCH_ENERGY = energy_limit(torch.float32)
 
 
 class RetainSketch:
@@ -112,25 +113,32 @@ class RetainSketch:
             ValueError: shape or device do not fit, or a kept token has NaN or infinite entries.
                 The sketch is then as it was before the call.
         """
-        x_MK = self._kept_tokens(x, mask)
-        energy = _token_energy(x_MK)
-        total = energy.sum().item()
-        if not total < _MAX_BATCH_ENERGY:
-            raise ValueError(_describe_bad_tokens(x_MK, energy))
-        if self.route == "covariance":
-            wide_MK = x_MK.float()
-            self._fp32["moment"].addmm_(wide_MK.T, wide_MK)
-            self._count_batch()
+        x_MK, keep_M, count = self._tokens_of(x, mask)
+        if count == 0:
+            return
+        room = self.refresh_every - self.segment_tokens
+        if self.route == "nystrom" and count <= room:
+            # One pass over x: the op leaves the accumulators alone where the energy is bad.
+            total = self._add(x_MK, keep_M).item()
+            if not total < _MAX_BATCH_ENERGY:
+                raise ValueError(_describe_bad_tokens(_compact(x_MK, keep_M)))
+            self._count_tokens(count)
         else:
-            for part_MK in self._split_at_refreshes(x_MK):
-                update_sketch(part_MK, self._omega_KL, self._fp32["y"], self._fp32["h"])
+            # A refresh cannot be undone, so the whole batch is looked at before the first.
+            x_MK = _compact(x_MK, keep_M)
+            total = _token_energy(x_MK).sum().item()
+            if not total < _MAX_BATCH_ENERGY:
+                raise ValueError(_describe_bad_tokens(x_MK))
+            if self.route == "covariance":
+                wide_MK = x_MK.float()
+                self._fp32["moment"].addmm_(wide_MK.T, wide_MK)
                 self._count_batch()
-                self.segment_tokens += part_MK.shape[0]
-                if self.segment_tokens == self.refresh_every:
-                    self._restart(self.factor())
-                    self.refreshes += 1
+            else:
+                for part_MK in (x_MK[:room], *x_MK[room:].split(self.refresh_every)):
+                    self._add(part_MK, None)
+                    self._count_tokens(part_MK.shape[0])
         self.trace += total
-        self.tokens += x_MK.shape[0]
+        self.tokens += count
 
     def merge(self, other: RetainSketch) -> RetainSketch:
         """XᵀX += that of `other`; `other` stays as it is.
@@ -261,7 +269,8 @@ class RetainSketch:
         self._restart(factor_KF.to(self.device))
         self.trace, self.tokens = trace, tokens
 
-    def _kept_tokens(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _tokens_of(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+        """x as [M, K], which rows to keep (None for all of them), and how many these are."""
         if not x.is_floating_point():
             raise TypeError(f"update: x must have a floating dtype, got {x.dtype}.")
         if x.ndim == 0 or x.shape[-1] != self.in_features:
@@ -274,20 +283,27 @@ class RetainSketch:
                 f"device={str(x.device)!r}."
             )
         x_MK = x.reshape(-1, self.in_features)
+        rows = x_MK.shape[0]
         if mask is None:
-            return x_MK
+            return x_MK, None, rows
         if mask.shape != x.shape[:-1]:
             raise ValueError(
                 f"update: mask must be {tuple(x.shape[:-1])} like x without its last dimension, "
                 f"got {tuple(mask.shape)}."
             )
         keep_M = mask.reshape(-1).to(self.device, torch.bool)
-        return x_MK if keep_M.all() else x_MK[keep_M]
+        count = int(keep_M.sum())
+        return x_MK, None if count == rows else keep_M, count
 
-    def _split_at_refreshes(self, x_MK: Tensor) -> list[Tensor]:
-        first = self.refresh_every - self.segment_tokens
-        head_MK, tail_MK = x_MK[:first], x_MK[first:]
-        return [part for part in (head_MK, *tail_MK.split(self.refresh_every)) if part.shape[0]]
+    def _add(self, x_MK: Tensor, keep_M: Tensor | None) -> Tensor:
+        return update_sketch(x_MK, self._omega_KL, self._fp32["y"], self._fp32["h"], keep_M)
+
+    def _count_tokens(self, count: int) -> None:
+        self._count_batch()
+        self.segment_tokens += count
+        if self.segment_tokens == self.refresh_every:
+            self._restart(self.factor())
+            self.refreshes += 1
 
     def _count_batch(self) -> None:
         self.pending += 1
@@ -335,13 +351,15 @@ _CONFIG = ("in_features", "width", "refresh_every", "seed", "route")
 _COUNTERS = ("trace", "tokens", "refreshes", "segment_tokens", "pending")
 
 
+def _compact(x_MK: Tensor, keep_M: Tensor | None) -> Tensor:
+    return x_MK if keep_M is None else x_MK[keep_M]
+
+
 def _token_energy(x_MK: Tensor) -> Tensor:
-    # The sum along K is a cascade of about 1e-7; vector_norm adds in sequence and is 1e-6 low in
-    # bf16, which would lift every certificate by as much.
-    return x_MK.float().square().sum(dim=1).double()
+    return token_energy(x_MK.float())
 
 
-def _describe_bad_tokens(x_MK: Tensor, energy_M: Tensor) -> str:
+def _describe_bad_tokens(x_MK: Tensor) -> str:
     bad_M = ~x_MK.isfinite().all(dim=1)
     count = int(bad_M.sum())
     if count:
@@ -350,6 +368,7 @@ def _describe_bad_tokens(x_MK: Tensor, energy_M: Tensor) -> str:
             f"(first: {int(bad_M.int().argmax())}); mask them, or check the model for overflow."
         )
     return (
-        f"update: the squared norm of x, {energy_M.max().item():.3g} for one token, overflows fp32 "
-        f"accumulators; scale the activations down (the subspace does not depend on the scale)."
+        f"update: the squared norm of x, {_token_energy(x_MK).max().item():.3g} for one token, "
+        f"overflows fp32 accumulators; scale the activations down (the subspace does not depend on "
+        f"the scale)."
     )

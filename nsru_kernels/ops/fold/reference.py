@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,19 @@ def fold(a_RK: Tensor, basis_KQ: Tensor, core_QQ: Tensor | None) -> Tensor:
 def fold_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None]
 ) -> list[Tensor]:
-    """``fold`` of every adapter. Eager PyTorch has no grouped launch, so this is a loop."""
-    return [fold(*args) for args in zip(as_RK, bases_KQ, cores_QQ, strict=True)]
+    """``fold`` of every adapter; those in a row with one basis are folded in one pass over it."""
+    folded: list[Tensor] = []
+    pairs = zip(as_RK, bases_KQ, strict=True)
+    for _, run in itertools.groupby(pairs, key=lambda pair: (id(pair[1]), pair[0].dtype)):
+        rows = [a_RK for a_RK, _ in run]
+        basis_KQ, core_QQ = bases_KQ[len(folded)], cores_QQ[len(folded)]
+        if len(rows) == 1:
+            folded.append(fold(rows[0], basis_KQ, core_QQ))
+            continue
+        stacked_RK = fold(torch.cat(rows), basis_KQ, core_QQ)
+        # Copies: an op's outputs must not share storage.
+        folded += [a.clone() for a in stacked_RK.split([a.shape[0] for a in rows])]
+    return folded
 
 
 def gram_core(basis_KQ: Tensor) -> Tensor:

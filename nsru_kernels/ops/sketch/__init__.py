@@ -7,7 +7,10 @@ from torch import Tensor
 
 from nsru_kernels.dispatch import implementation
 
-__all__ = ["update_sketch"]
+__all__ = ["energy_limit", "update_sketch"]
+
+# 256 batches, times 4 for an omega that makes S larger than x.
+_HEADROOM = 256 * 4
 
 
 def update_sketch(
@@ -17,20 +20,29 @@ def update_sketch(
     h: Tensor,
     mask: Tensor | None = None,
     *,
+    split: bool = False,
     backend: str = "auto",
-) -> None:
-    """S = round(x omega);  y += xᵀ S;  h += Sᵀ S, over the rows that `mask` keeps.
+) -> Tensor:
+    """S = round(x omega);  y += xᵀ S;  h += Sᵀ S;  returns ‖x‖², over the rows that `mask` keeps.
 
     S is rounded to x's dtype before both products, so y h⁻¹ yᵀ is xᵀ P_S x with an exact projector
     P_S: positive semi-definite, and never above xᵀ x, whatever the rounding.
 
+    Where ‖x‖² is not below ``energy_limit`` of the accumulators (NaN and infinite included), y and
+    h stay exactly as they were. Kernels decide that on the device: the host never waits.
+
     Args:
         x: activations [M, K], any floating dtype.
-        omega: test matrix [K, L], any floating dtype.
+        omega: test matrix [K, L], any floating dtype; read rounded to x's dtype.
         y: accumulator [K, L], fp32 or fp64, contiguous; written in place.
         h: accumulator [L, L] of y's dtype, contiguous; written in place.
         mask: bool [M], True keeps the row. A row left out may hold anything, NaN included.
+        split: keep S of a 16-bit x as the sum of two 16-bit numbers, round(x omega) and the rounded
+            rest: as good as 16 bits of mantissa in bf16, for about twice the products. No effect on
+            other dtypes.
         backend: "auto", "eager", "triton" or "cuda".
+
+    Returns: ‖x‖² over the kept rows, fp64 [] on x's device, to about 1e-7.
 
     Raises:
         TypeError: x is not floating, the mask not bool, or an accumulator not fp32/fp64.
@@ -44,11 +56,19 @@ def update_sketch(
         >>> x = torch.eye(4)
         >>> y, h = torch.zeros(4, 2), torch.zeros(2, 2)
         >>> update_sketch(x, torch.eye(4, 2), y, h)
+        tensor(4., dtype=torch.float64)
         >>> torch.equal(h, torch.eye(2))
         True
     """
     _check(x, omega, y, h, mask)
-    implementation("sketch", backend, x.device).update_sketch(x, omega, y, h, mask)
+    split = split and x.dtype.itemsize == 2
+    module = implementation("sketch", backend, x.device)
+    return module.update_sketch(x, omega, y, h, mask, split, energy_limit(y.dtype))
+
+
+def energy_limit(accumulator: torch.dtype) -> float:
+    """A batch is added where its ‖x‖² is below this: 256 such batches overflow no accumulator."""
+    return torch.finfo(accumulator).max / _HEADROOM
 
 
 def _check(x: Tensor, omega: Tensor, y: Tensor, h: Tensor, mask: Tensor | None) -> None:
