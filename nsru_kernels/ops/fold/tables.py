@@ -1,0 +1,131 @@
+"""What the grouped fold kernel is told in int64: problems, addresses of rows, order of items."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FIELDS = 11  # numbers that describe a problem; ``describe`` lays them out
+
+
+class Problem(NamedTuple):
+    """A basis, and the adapters and outputs that it is removed from."""
+
+    basis: Tensor  # [K, Q]
+    core: Tensor | None  # [Q, Q]
+    adapters: list[Tensor]  # [R, K] each, as are the outputs
+    outputs: list[Tensor]
+
+    @property
+    def size(self) -> Size:
+        K, Q = self.basis.shape
+        rows = sum(a.shape[0] for a in self.adapters)
+        return Size(K, Q, rows, self.core is not None, self.basis.element_size())
+
+
+class Size(NamedTuple):
+    """All of a problem that its items depend on."""
+
+    K: int
+    Q: int
+    rows: int
+    has_core: bool
+    basis_itemsize: int
+
+    @property
+    def chunk(self) -> int:
+        """Channels in a part of A U: 32 parts at the most, that are summed by one program."""
+        return max(256, -(-self.K // 32 // 256) * 256)
+
+
+class Tiles(NamedTuple):
+    """Tile sizes of a config."""
+
+    rows: int
+    out: int
+
+
+class Schedule(NamedTuple):
+    """What follows from the sizes alone."""
+
+    items: Tensor
+    workspace_offsets: list[int]
+    workspace_size: int
+    counter_offsets: list[int]
+    counter_size: int
+
+
+@functools.lru_cache(maxsize=64)
+def schedule(sizes: tuple[Size, ...], tiles: Tiles, lag: int) -> Schedule:
+    """Items in the order of their tickets, and room for intermediate results and counters.
+
+    Where each byte of all bases has a position in one stream, an *along* item stands at the
+    position of its bytes, and a *remove* item ``lag`` bytes behind the end of its basis and as far
+    from there as its bytes are from the beginning. So a remove item comes after all along items
+    that it waits for, most of which are done by then, and finds its bytes in L2 if the lag fits.
+    """
+    keys, items = [], []
+    workspace_offsets, counter_offsets = [], []
+    position, workspace, counters = 0, 0, 1  # counter 0 is the ticket
+    for i, size in enumerate(sizes):
+        blocks, q_tiles, chunks = (
+            -(-size.rows // tiles.rows),
+            -(-size.Q // tiles.out),
+            -(-size.K // size.chunk),
+        )
+        along, remove = blocks * q_tiles * chunks, blocks * -(-size.K // tiles.out)
+        length = size.K * size.Q * size.basis_itemsize
+        keys.append(position + torch.arange(along, dtype=torch.float64) * (length / along))
+        behind = position + length + lag
+        keys.append(behind + torch.arange(remove, dtype=torch.float64) * (length / remove))
+        items.append((i << 32) + torch.arange(along + remove))
+        position += length
+        workspace_offsets.append(workspace)
+        workspace += (chunks + 1 + size.has_core) * size.rows * q_tiles * tiles.out
+        counter_offsets.append(counters)
+        counters += blocks * (1 + q_tiles)
+    order = torch.sort(torch.cat(keys), stable=True).indices
+    return Schedule(
+        torch.cat(items)[order], workspace_offsets, workspace, counter_offsets, counters
+    )
+
+
+def describe(problems: Sequence[Problem], plan: Schedule) -> tuple[Tensor, int, int]:
+    """(table, where the rows begin, how many there are); the items follow two such row lists."""
+    fields, row = [], 0
+    for i, problem in enumerate(problems):
+        basis, core, size = problem.basis, problem.core, problem.size
+        fields += [
+            *(basis.data_ptr(), *basis.stride(), 0 if core is None else core.data_ptr()),
+            *(size.K, size.Q, size.chunk, row, size.rows),
+            *(plan.workspace_offsets[i], plan.counter_offsets[i]),
+        ]
+        row += size.rows
+    inputs = row_addresses([a for problem in problems for a in problem.adapters])
+    outputs = row_addresses([o for problem in problems for o in problem.outputs])
+    table = torch.cat([torch.tensor(fields), inputs, outputs, plan.items])
+    return table, len(fields), row
+
+
+def row_addresses(tensors: Sequence[Tensor]) -> Tensor:
+    """The address of every row of every matrix, in order."""
+    counts = torch.tensor([t.shape[0] for t in tensors])
+    starts = torch.tensor([t.data_ptr() for t in tensors])
+    strides = torch.tensor([t.stride(0) * t.element_size() for t in tensors])
+    before = counts.cumsum(0) - counts
+    nth = torch.arange(int(counts.sum())) - before.repeat_interleave(counts)
+    return starts.repeat_interleave(counts) + nth * strides.repeat_interleave(counts)
+
+
+def aligned(problem: Problem) -> bool:
+    """Whether 16-byte accesses serve all of a problem."""
+    basis, core = problem.basis, problem.core
+    sizes = (*basis.shape, basis.stride(0))
+    addresses = [basis.data_ptr(), 0 if core is None else core.data_ptr()]
+    for tensor in (*problem.adapters, *problem.outputs):
+        addresses += [tensor.data_ptr(), tensor.stride(0) * tensor.element_size()]
+    return basis.stride(1) == 1 and not any(n % 16 for n in (*sizes, *addresses))
