@@ -33,6 +33,7 @@ class Case:
     Q: int = 256
     dtype: torch.dtype = torch.bfloat16
     scaling: float = 2.0
+    device: torch.device = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def make_tensors(case: Case) -> Tensors:
     generator = torch.Generator().manual_seed(0)
 
     def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) * scale
+        return (torch.randn(rows, columns, generator=generator) * scale).to(case.device)
 
     return Tensors(
         x=normal(case.M, case.K).to(case.dtype),
@@ -83,7 +84,7 @@ def make_tensors(case: Case) -> Tensors:
 
 
 def frozen_linear(t: Tensors) -> nn.Linear:
-    linear = nn.Linear(t.weight.shape[1], t.weight.shape[0], bias=False, dtype=t.weight.dtype)
+    linear = nn.Linear(t.weight.shape[1], t.weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(t.weight.clone(), requires_grad=False)
     return linear
 
@@ -126,7 +127,9 @@ def make_eager(case: Case, t: Tensors, *, materialised: bool) -> Provider:
     linear = frozen_linear(t)
     lora_a, lora_b = nn.Parameter(t.lora_a.to(case.dtype)), nn.Parameter(t.lora_b.to(case.dtype))
     basis = t.basis.to(case.dtype)
-    projector = (torch.eye(case.K) - t.basis @ t.basis.T).to(case.dtype) if materialised else None
+    projector = None
+    if materialised:
+        projector = (torch.eye(case.K, device=case.device) - t.basis @ t.basis.T).to(case.dtype)
 
     def forward(x: Tensor) -> Tensor:
         projected = x - (x @ basis) @ basis.T if projector is None else x @ projector

@@ -53,17 +53,31 @@ def quantiles_ms(seconds: list[float]) -> dict[str, float]:
     return {name: round(1e3 * value, 4) for name, value in values.items()}
 
 
-def run_columns(*packages: str) -> dict[str, Any]:
+def run_columns(*packages: str, device: torch.device | None = None) -> dict[str, Any]:
     """Device, versions and commit of this run, the same in each of its rows."""
     cpu = describe_environment()["cpu"]
-    return {
+    columns = {
         "device": f"{cpu['model']} ({cpu['cores']} cores)",
         "capability": " ".join([cpu["capability"], *cpu["flags"]]),
         "threads": cpu["threads"],
+    }
+    if device is not None and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        columns["device"] = torch.cuda.get_device_name(device)
+        columns["capability"] = f"{major}.{minor}"
+    return {
+        **columns,
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in ("torch", *packages)},
+        **{package: _version(package) for package in ("torch", *packages)},
         "commit": commit(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def commit() -> str:

@@ -1,0 +1,70 @@
+"""Every benchmark from one entry: ``python benchmarks/bench.py [OPS] [options]``, or ``nsru bench``.
+
+    linear    forward, backward, both; every plan of ours and every peer, as ratios to the frozen layer
+    fold      all adapters of a model in one launch
+    sketch    the streaming retain subspace: time, memory, residual
+    loss      per-token NLL without logits
+    step      a whole training step
+    scaling   cost against tokens, ranks, layers
+
+Correctness is asserted before anything is timed; variants are interleaved and compared by ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+import torch
+
+import measure
+from session import Session
+
+OPS = ("linear", "fold", "sketch", "loss", "step", "scaling")  # in order of value
+
+
+def run(session: Session, ops: tuple[str, ...] = OPS) -> None:
+    """Run ``ops``; each writes its rows as they come."""
+    for op in ops:
+        module = importlib.import_module(op)
+        if session.fits(op, 0):
+            module.run(session)
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Session, tuple[str, ...]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ops", nargs="*", metavar="OPS", help=f"any of {', '.join(OPS)}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--tiny", action="store_true", help="sizes to walk through, not to quote")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds of every call")
+    parser.add_argument("--seconds", type=float, help="budget; what does not fit is listed")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile of peers")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS / "bench")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.ops) - set(OPS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(OPS)}")
+    session = Session(
+        torch.device(options.device),
+        getattr(torch, options.dtype),
+        options.tiny,
+        options.rounds,
+        options.seconds,
+        options.out,
+        options.compile,
+    )
+    return session, tuple(options.ops) or OPS
+
+
+def main(arguments: list[str] | None = None) -> None:
+    session, ops = parse(arguments)
+    run(session, ops)
+    for what in session.skipped:
+        print(f"not run, out of time: {what}")
+
+
+if __name__ == "__main__":
+    main()

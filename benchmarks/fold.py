@@ -1,0 +1,58 @@
+"""Folding every adapter of a model: one launch against a loop; see ``bench.py``."""
+
+from __future__ import annotations
+
+import torch
+
+import measure
+import nsru_kernels as nk
+from session import Session
+
+# (K, adapters on one basis) of a Llama-3-8B layer: q/k/v, o, gate/up, down.
+LAYER = ((4096, 3), (4096, 1), (4096, 2), (14336, 1))
+
+
+def run(session: Session) -> None:
+    layers, rank, width = (2, 4, 8) if session.tiny else (32, 16, 256)
+    if session.device.type == "cpu" and not session.tiny:
+        layers = 2  # the whole model takes a CPU half a minute a round
+    inputs = LAYER if not session.tiny else ((64, 3), (96, 1))
+    for basis_dtype in (torch.float32, torch.bfloat16):
+        if session.fits(f"fold {basis_dtype}", 1 if session.tiny else 20):
+            run_model(session, layers, inputs, rank, width, basis_dtype)
+
+
+def run_model(session: Session, layers, inputs, rank, width, basis_dtype) -> None:
+    generator = torch.Generator(device=session.device).manual_seed(0)
+    lora_as, bases = [], []
+    for k, count in inputs * layers:
+        normal = torch.randn(k, width, device=session.device, generator=generator)
+        basis = torch.linalg.qr(normal)[0].contiguous().to(basis_dtype)
+        for _ in range(count):
+            lora_as.append(torch.randn(rank, k, device=session.device, generator=generator))
+            bases.append(basis)
+    pairs = list(zip(lora_as, bases, strict=True))
+    calls = {"eager, a loop": [lambda: nk.project_adapters(lora_as, bases, backend="eager")]}
+    try:
+        nk.project_adapters(lora_as[:1], bases[:1], backend="triton")
+        calls["triton, one launch"] = [
+            lambda: nk.project_adapters(lora_as, bases, backend="triton")
+        ]
+        calls["triton, a launch each"] = [
+            lambda: [nk.project_adapter(a, u, backend="triton") for a, u in pairs]
+        ]
+    except nk.BackendUnavailable as error:
+        print(f"no grouped launch: {error}", flush=True)
+    for call in calls.values():
+        for (a, u), folded in list(zip(pairs, call[0](), strict=True))[:: max(1, len(pairs) // 8)]:
+            exact = nk.project_adapter(a.double(), u)
+            error = measure.relative_error(folded, exact)
+            assert error <= 1e-5, f"fold is off by {error:.1e}"
+    distinct = {u.data_ptr(): u for u in bases}.values()
+    session.record(
+        "fold", session.time(calls),
+        {"adapters": len(lora_as), "R": rank, "Q": width, "basis": str(basis_dtype)[6:]},
+        flop=sum(4.0 * a.numel() * u.shape[1] for a, u in pairs),
+        moved=sum(u.nbytes for u in distinct) + 2 * sum(a.nbytes for a in lora_as),
+        base="eager, a loop",
+    )  # fmt: skip

@@ -1,0 +1,187 @@
+"""The projected linear against everything a user could run instead; see ``bench.py``.
+
+Every provider's y, dX, dA and dB are compared with float64 before anything is timed. The frozen
+linear computes y and dX only. Plans of a backend are timed one by one with the adapter folded; "nsru"
+is the module as a user calls it, fold cached.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+import nsru_kernels as nk
+from cases import Shape, element_size, linear_shapes
+from linear_cpu import (
+    Case,
+    Provider,
+    Tensors,
+    check,
+    frozen_linear,
+    make_eager,
+    make_nsru,
+    make_peft,
+    make_tensors,
+)
+from nsru_kernels import dispatch
+from session import Session
+from timing import Call
+
+PASSES = ("forward", "backward", "forward+backward")
+
+
+class PlannedLinear(torch.autograd.Function):
+    """One backend's functions, one plan, without the module around them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, a_RK, b_NR, scaling, module, plan):
+        options = {} if plan is None else {"plan": plan}
+        y, s_MR = module.forward(x, weight, a_RK, b_NR, None, scaling, 0.0, None, **options)
+        ctx.save_for_backward(x, weight, a_RK, b_NR, s_MR)
+        ctx.scaling, ctx.module = scaling, module
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        needs = [True, False, False, True, True]
+        args = (*ctx.saved_tensors, ctx.scaling, 0.0, None, needs)
+        dx, _, _, da, db = ctx.module.backward(dy, *args)
+        return dx, None, da, db, None, None, None
+
+
+def make_planned(case: Case, t: Tensors, module: ModuleType, plan: str | None) -> Provider:
+    """The adapter is folded beforehand and its gradient not projected, as PEFT's is not."""
+    lora_a = nn.Parameter(nk.project_adapter(t.lora_a, t.basis).to(case.dtype))
+    lora_b = nn.Parameter(t.lora_b.to(case.dtype))
+    weight = t.weight.clone()
+
+    def forward(x: Tensor) -> Tensor:
+        return PlannedLinear.apply(x, weight, lora_a, lora_b, case.scaling, module, plan)
+
+    return Provider(forward, lora_a, lora_b, projects=False)
+
+
+def compiled(provider: Provider) -> Provider:
+    return Provider(
+        torch.compile(provider.forward), provider.lora_a, provider.lora_b, projects=False
+    )
+
+
+def autocast(provider: Provider, case: Case) -> Provider:
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast(case.device.type, case.dtype):
+            return provider.forward(x)
+
+    return Provider(forward, provider.lora_a, provider.lora_b, projects=False)
+
+
+def backends(device: torch.device) -> dict[str, ModuleType]:
+    """The modules of nsru_linear that can run here."""
+    found = {}
+    for backend in ("eager", "triton", "cuda"):
+        try:
+            found[backend] = dispatch.implementation("linear", backend, device)
+        except nk.BackendUnavailable as error:
+            print(f"no {backend} plans: {error}", flush=True)
+    return found
+
+
+def plans(module: ModuleType, shape: Shape) -> list[str | None]:
+    """The plans of ``module`` that can serve ``shape``."""
+    known = getattr(module, "PLANS", (None,))
+    few = getattr(module, "DECODE_TOKENS", 0) >= shape.M
+    return [plan for plan in known if plan != "decode" or few]
+
+
+def make_providers(case: Case, t: Tensors, shape: Shape, session: Session) -> dict[str, Provider]:
+    """Provider (and plan, after a comma) → provider; those that are not installed are listed."""
+    peft_default = make_peft(case, t, fp32_adapters=True)
+    providers = {
+        "frozen": Provider(frozen_linear(t), None, None),
+        "nsru": make_nsru(case, t, cached=True),
+        "nsru, fold every call": make_nsru(case, t, cached=False),
+        "peft bf16": make_peft(case, t, fp32_adapters=False),
+        "peft default, autocast": autocast(peft_default, case),
+        "eager activation": make_eager(case, t, materialised=False),
+        "eager materialised": make_eager(case, t, materialised=True),
+    }
+    if session.compile:
+        providers["peft bf16, compiled"] = compiled(make_peft(case, t, fp32_adapters=False))
+    for backend, module in backends(case.device).items():
+        for plan in plans(module, shape):
+            if plan == "kext_tma" and not module.fits_tma(t.x, t.weight):
+                continue
+            name = f"plan {backend}" if plan is None else f"plan {backend} {plan}"
+            providers[name] = make_planned(case, t, module, plan)
+    for package in ("unsloth", "liger_kernel"):
+        if importlib.util.find_spec(package) is None:
+            print(f"{package} is not installed: its way is not timed", flush=True)
+    return providers
+
+
+def calls(t: Tensors, provider: Provider, which: str, copies: int) -> Call:
+    """The pass on ``copies`` inputs of equal size, which do not fit into the caches together."""
+    made = []
+    for _ in range(copies):
+        x, dy = t.x.clone().requires_grad_(), t.dy.clone()
+        leaves = [leaf for leaf in (x, provider.lora_a, provider.lora_b) if leaf is not None]
+        made.append(_pass(provider, x, dy, leaves, which))
+    return made
+
+
+def _pass(
+    provider: Provider, x: Tensor, dy: Tensor, leaves: list[Tensor], which: str
+) -> Callable[[], object]:
+    if which == "forward":
+        return lambda: provider.forward(x)
+    if which == "backward":
+        y = provider.forward(x)
+        return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+    def both() -> object:
+        provider.prepare()
+        return torch.autograd.grad(provider.forward(x), leaves, dy)
+
+    return both
+
+
+def work(shape: Shape, which: str, size: int) -> tuple[float, float]:
+    """(FLOP, bytes) that no way of computing it can avoid: each operand moves once."""
+    m, k, n, r, _ = shape
+    gemm, narrow = 2.0 * m * k * n, 2.0 * m * (k + n) * r
+    forward = gemm + narrow, size * (m * k + k * n + m * n)
+    backward = gemm + 2 * narrow, size * (2 * m * k + k * n + m * n)
+    if which == "forward":
+        return forward
+    if which == "backward":
+        return backward
+    return forward[0] + backward[0], forward[1] + backward[1]
+
+
+def run(session: Session) -> None:
+    for shape in linear_shapes(session):
+        name = f"linear {shape}"
+        if session.fits(name, 2 if session.tiny else 15):
+            run_shape(session, shape)
+
+
+def run_shape(session: Session, shape: Shape) -> None:
+    case = Case(*shape, dtype=session.dtype, device=session.device)
+    tensors = make_tensors(case)
+    providers = make_providers(case, tensors, shape, session)
+    for name, provider in providers.items():
+        check(case, tensors, name, provider)
+    size = element_size(session.dtype)
+    bytes_in = size * shape.M * (shape.K + shape.N)
+    copies = 2 if session.device.type == "cpu" else max(2, min(16, 2**28 // bytes_in))
+    for which in PASSES:
+        timed = {name: calls(tensors, p, which, copies) for name, p in providers.items()}
+        flop, moved = work(shape, which, size)
+        session.record(
+            "linear", session.time(timed), {"pass": which, **shape.columns},
+            flop=flop, moved=moved, base="frozen",
+        )  # fmt: skip

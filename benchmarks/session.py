@@ -1,0 +1,166 @@
+"""One benchmark run: where it runs, how large, how long it may take, and where its rows go."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import measure
+import timing
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this device can do at most, measured in this run: the denominators of every floor."""
+
+    flops: float  # FLOP/s of a large matrix product in the dtype of the run
+    bytes_per_second: float  # read plus written, of a large copy
+
+    def floor_ms(self, flop: float, moved: float) -> float:
+        """Milliseconds that ``flop`` and ``moved`` bytes take at least, perfectly overlapped."""
+        return 1e3 * max(flop / self.flops, moved / self.bytes_per_second)
+
+
+@dataclass
+class Session:
+    """Shared by all benchmarks of a run.
+
+    Attributes:
+        device: CPU or one GPU.
+        dtype: of activations and frozen weights.
+        tiny: sizes for a walk through the code, not for figures.
+        rounds: timed rounds of every call.
+        seconds: budget of the whole run; None for no limit.
+        out: folder of the CSV files.
+        compile: also time peers through torch.compile.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    tiny: bool = False
+    rounds: int = 20
+    seconds: float | None = None
+    out: Path = measure.RESULTS
+    compile: bool = False
+    skipped: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+        self.columns = measure.run_columns("triton", "transformers", "peft", device=self.device)
+        self.limits = measure_limits(self)
+
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        if self.seconds is None:
+            return float("inf")
+        return self.seconds - (time.monotonic() - self.started)
+
+    def fits(self, what: str, seconds: float) -> bool:
+        """Whether the budget has room for about ``seconds`` more; remembers what had none."""
+        if self.left() >= seconds:
+            return True
+        self.skipped.append(what)
+        print(f"skipped {what}: {self.left():.0f} s left", flush=True)
+        return False
+
+    def time(self, calls: Mapping[str, timing.Call]) -> dict[str, timing.Timing]:
+        """Interleaved milliseconds of every call on this device."""
+        return timing.interleaved(calls, self.device, self.rounds)
+
+    def record(
+        self,
+        op: str,
+        timings: Mapping[str, timing.Timing],
+        shape: Mapping[str, Any],
+        *,
+        flop: float,
+        moved: float,
+        base: str | None = None,
+        plans: Mapping[str, str] | None = None,
+        **extra: Any,
+    ) -> None:
+        """Append one row per provider to ``<op>.csv`` and print it.
+
+        Args:
+            op: name of the file.
+            timings: provider → timing.
+            shape: columns that say what was computed.
+            flop: useful FLOP of a call, the same for every provider.
+            moved: bytes that must move at least.
+            base: the provider that ratios refer to.
+            plans: provider → plan, where one has several.
+            extra: more columns.
+        """
+        floor = self.limits.floor_ms(flop, moved)
+        rows = []
+        for provider, result in timings.items():
+            seconds = result.median / 1e3
+            ratio = result.median / timings[base].median if base else None
+            rows.append(
+                {
+                    "op": op,
+                    "provider": provider,
+                    "plan": (plans or {}).get(provider, ""),
+                    **shape,
+                    "dtype": str(self.dtype).removeprefix("torch."),
+                    **result.quantiles(),
+                    "ratio": "" if ratio is None else round(ratio, 4),
+                    "base": base or "",
+                    "floor_ms": round(floor, 6),
+                    "tflops": round(flop / seconds / 1e12, 4),
+                    "gbytes_per_s": round(moved / seconds / 1e9, 3),
+                    "peak_bytes": "" if result.peak_bytes is None else result.peak_bytes,
+                    "timing": result.method,
+                    "rounds": len(result.ms),
+                    "tiny": self.tiny,
+                    **extra,
+                    **self.columns,
+                }
+            )
+            print(_line(rows[-1], shape), flush=True)
+        self.rows += rows
+        append_rows(self.out / f"{op}.csv", rows)
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a CSV file, which is complete after every call."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.is_file()
+    if not new:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+        if header != list(rows[0]):
+            raise ValueError(f"{path} has other columns; move it away or choose another --out.")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def measure_limits(session: Session) -> Limits:
+    """Peak of a square matrix product and of a copy, by the same timer as everything else."""
+    size = 256 if session.tiny else 8192 if session.device.type == "cuda" else 2048
+    count = 2**20 if session.tiny else 2**28 if session.device.type == "cuda" else 2**25
+    a, b = (torch.randn(size, size, device=session.device, dtype=session.dtype) for _ in range(2))
+    source = torch.randn(count, device=session.device)
+    target = torch.empty_like(source)
+    timings = session.time({"product": [lambda: a @ b], "copy": [lambda: target.copy_(source)]})
+    return Limits(
+        2 * size**3 / (timings["product"].median / 1e3),
+        2 * source.nbytes / (timings["copy"].median / 1e3),
+    )
+
+
+def _line(row: Mapping[str, Any], shape: Mapping[str, Any]) -> str:
+    sizes = " ".join(f"{name}={value}" for name, value in shape.items())
+    ratio = "" if row["ratio"] == "" else f"{row['ratio']:8.3f} × {row['base']}"
+    name = f"{row['provider']} {row['plan']}".strip()
+    return f"{row['op']:<8}{sizes:<44}{name:<34}{row['p50_ms']:10.4f} ms{ratio}"

@@ -1,0 +1,115 @@
+"""Milliseconds of several ways to do the same thing, interleaved in one run.
+
+A *call* is a list of functions without arguments that do the same work on different inputs. On a
+CPU each round runs one of them. On a GPU all of them are captured into one CUDA graph, so that a
+replay sees inputs that have left the caches and no gaps between launches; a round is one replay,
+divided by the number of inputs. What cannot be captured is launched and timed by events instead.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+Call = Sequence[Callable[[], object]]
+
+
+class Timing(NamedTuple):
+    """Milliseconds per call in every round, how they were taken, and the peak of one call."""
+
+    ms: list[float]
+    method: str  # "graph", "events" or "clock"
+    peak_bytes: int | None  # above what was allocated before the call; None on a CPU
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ms)
+
+    def quantiles(self) -> dict[str, float]:
+        """p20, p50 and p80 in milliseconds."""
+        p20, _, _, p80 = statistics.quantiles(self.ms, n=5) if len(self.ms) > 1 else self.ms * 4
+        values = {"p20_ms": p20, "p50_ms": self.median, "p80_ms": p80}
+        return {name: round(value, 6) for name, value in values.items()}
+
+
+def interleaved(
+    calls: Mapping[str, Call], device: torch.device, rounds: int, warmup: int = 3
+) -> dict[str, Timing]:
+    """Time every call; each round runs all of them in a new random order."""
+    peaks = {name: _peak_bytes(call, device) for name, call in calls.items()}
+    timers: dict[str, _Timer] = {name: _timer(call, device) for name, call in calls.items()}
+    shuffled, names = random.Random(0), list(calls)
+    ms: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(warmup + rounds):
+        shuffled.shuffle(names)
+        for name in names:
+            taken = timers[name].run(round_)
+            if round_ >= warmup:
+                ms[name].append(taken)
+    return {name: Timing(ms[name], timers[name].method, peaks[name]) for name in calls}
+
+
+class _Timer(NamedTuple):
+    run: Callable[[int], float]
+    method: str
+
+
+def _timer(call: Call, device: torch.device) -> _Timer:
+    if device.type != "cuda":
+        return _Timer(lambda round_: _clock(call[round_ % len(call)]), "clock")
+    graph = _capture(call)
+    if graph is None:
+        return _Timer(lambda _: _events(lambda: [run() for run in call], len(call)), "events")
+    return _Timer(lambda _: _events(graph.replay, len(call)), "graph")
+
+
+def _clock(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _events(run: Callable[[], object], count: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / count
+
+
+def _capture(call: Call) -> torch.cuda.CUDAGraph | None:
+    """All of ``call`` in one graph; None where something in it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compile, autotune, let libraries allocate
+            for run in call:
+                run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for run in call:
+                run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def _peak_bytes(call: Call, device: torch.device) -> int | None:
+    call[0]()
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call[0]()
+    return torch.cuda.max_memory_allocated(device) - before
