@@ -1,6 +1,6 @@
-"""Every benchmark from one entry: ``python benchmarks/bench.py [OPS] [options]``, or ``nsru bench``.
+"""Every benchmark from one entry: ``python benchmarks/bench.py [OPS]``, or ``nsru bench [OPS]``.
 
-    linear    forward, backward, both; every plan of ours and every peer, as ratios to the frozen layer
+    linear    forward and backward: every plan of ours and every peer, against the frozen layer
     fold      all adapters of a model in one launch
     sketch    the streaming retain subspace: time, memory, residual
     loss      per-token NLL without logits

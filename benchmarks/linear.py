@@ -1,8 +1,8 @@
 """The projected linear against everything a user could run instead; see ``bench.py``.
 
 Every provider's y, dX, dA and dB are compared with float64 before anything is timed. The frozen
-linear computes y and dX only. Plans of a backend are timed one by one with the adapter folded; "nsru"
-is the module as a user calls it, fold cached.
+linear computes y and dX only. Plans of a backend are timed one by one with the adapter folded;
+"nsru" is the module as a user calls it, fold cached.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def compiled(provider: Provider) -> Provider:
 
 def autocast(provider: Provider, case: Case) -> Provider:
     def forward(x: Tensor) -> Tensor:
-        with torch.autocast(case.device.type, case.dtype):
+        with torch.autocast(torch.device(case.device).type, case.dtype):
             return provider.forward(x)
 
     return Provider(forward, provider.lora_a, provider.lora_b, projects=False)
@@ -111,7 +111,7 @@ def make_providers(case: Case, t: Tensors, shape: Shape, session: Session) -> di
     }
     if session.compile:
         providers["peft bf16, compiled"] = compiled(make_peft(case, t, fp32_adapters=False))
-    for backend, module in backends(case.device).items():
+    for backend, module in backends(session.device).items():
         for plan in plans(module, shape):
             if plan == "kext_tma" and not module.fits_tma(t.x, t.weight):
                 continue
@@ -170,7 +170,7 @@ def run(session: Session) -> None:
 
 
 def run_shape(session: Session, shape: Shape) -> None:
-    case = Case(*shape, dtype=session.dtype, device=session.device)
+    case = Case(*shape, dtype=session.dtype, device=str(session.device))
     tensors = make_tensors(case)
     providers = make_providers(case, tensors, shape, session)
     for name, provider in providers.items():

@@ -33,7 +33,7 @@ class Case:
     Q: int = 256
     dtype: torch.dtype = torch.bfloat16
     scaling: float = 2.0
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
