@@ -2,6 +2,8 @@
 #   make demo     model, subspaces, unlearning, evaluation, runs/demo/report.html (CPU, minutes)
 #   make test     all tests that need no GPU
 #   make lint     ruff and mypy
+#   make gpu-check           every question that needs an NVIDIA GPU, with $(PYTHON)'s own torch: needs no
+#                            network; DRY=1 walks the same way on a CPU
 # TORCH says which torch is installed, e.g. make test TORCH='torch==2.9.1'
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -11,7 +13,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint install clean FORCE
+.PHONY: demo test lint gpu-check install clean FORCE
 .DELETE_ON_ERROR:
 
 demo: install
@@ -25,6 +27,17 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+GPU_CHECK_SECONDS ?= 540
+CHECK := benchmarks/gpu_check.py --seconds $(GPU_CHECK_SECONDS)
+
+ifdef DRY
+gpu-check: install
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) $(CHECK) --dry --out build/gpu-check $(ARGS)
+else
+gpu-check:
+	PYTHONPATH=.:python $(PYTHON) $(CHECK) $(ARGS)
+endif
 
 install: $(INSTALLED)
 
