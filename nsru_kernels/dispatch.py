@@ -1,11 +1,8 @@
 """Which backend serves an op on a device, and why the others do not.
 
 A backend of an op is a module in the op's folder: ``reference.py`` is "eager", ``triton.py`` is
-"triton", ``cuda.py`` is "cuda"; all of them export the same functions. A kernel module also exports
-
-    plan(*args) -> str | None    the measured plan in plans/ for these arguments; None without one
-
-and is imported only where ``_UNAVAILABLE`` finds nothing against it.
+"triton", ``cuda.py`` is "cuda"; all of them export the same functions. A kernel module is imported
+only where ``_UNAVAILABLE`` finds nothing against it.
 
 ``auto`` takes a kernel only where it has a measured plan; everywhere else library GEMMs serve.
 """
@@ -16,12 +13,14 @@ import functools
 import importlib
 import importlib.util
 import logging
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
+from nsru_kernels import plans
 from nsru_kernels.config import BACKENDS, BackendUnavailable, requested_backend
 from nsru_kernels.ops import launch
 
@@ -102,22 +101,42 @@ def explain(op: str, *args: object) -> Explanation:
 
 
 def implementation(op: str, backend: str, device: torch.device) -> ModuleType:
-    """The module that serves the op in folder ``op`` on ``device``; a named one never falls back.
+    """The module behind a backend's name; ``auto`` as far as it does not depend on sizes.
 
     Raises:
         ValueError: unknown backend name.
         BackendUnavailable: the named backend cannot serve this op on this device.
     """
-    return _implementation(op, requested_backend(backend), device)
+    return _choose(op, "", backend, device, ())[0]
 
 
-def run(op: str, function: str, backend: str, device: torch.device, *args: Any) -> Any:
-    """Call ``function`` of the module that serves ``op``, with autocast off: ops choose dtypes."""
-    call = getattr(implementation(op, backend, device), function)
+def run(
+    op: str,
+    function: str,
+    backend: str,
+    device: torch.device,
+    *args: Any,
+    sizes: tuple[int, ...] = (),
+    chosen_by: str | None = None,
+) -> Any:
+    """Call ``function`` of the module that serves ``op``, with autocast off: ops choose dtypes.
+
+    Args:
+        op: folder in nsru_kernels/ops.
+        function: name in its modules.
+        backend: as the caller of the public function gave it; a named one never falls back.
+        device: of the operands.
+        args: handed over.
+        sizes: what measured plans are looked up by.
+        chosen_by: another function of the op whose choice this one has to share.
+    """
+    module, plan = _choose(op, chosen_by or function, backend, device, sizes)
+    call = getattr(module, function)
+    options = {} if plan is None or chosen_by else {"plan": plan}
     if not torch.is_autocast_enabled(device.type):
-        return call(*args)
+        return call(*args, **options)
     with torch.autocast(device.type, enabled=False):
-        return call(*args)
+        return call(*args, **options)
 
 
 def backend_status(device: torch.device | None = None) -> list[Verdict]:
@@ -130,38 +149,72 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _choose(
+    op: str, function: str, backend: str, device: torch.device, sizes: tuple[int, ...]
+) -> tuple[ModuleType, str | None]:
+    backend = requested_backend(backend)
+    if backend != "auto":
+        return _named(op, backend, device), None
+    choice = plans.choose(op, function, device, sizes)
+    if choice is None or _unavailable(op, choice.backend, device) is not None:
+        _log_skipped(op, device)
+        return _load(op, "eager"), None
+    return _load(op, choice.backend), choice.plan
+
+
 @functools.cache
-def _implementation(op: str, backend: str, device: torch.device) -> ModuleType:
-    if backend == "auto":
-        for kernel in ("cuda", "triton"):
-            reason = _unavailable(op, kernel, device) or _unmeasured(op, kernel, ())
-            if reason is None:
-                return _load(op, kernel)
-            _logger.info("%s: auto skips %s on %s: %s", op, kernel, device, reason)
-        return _load(op, "eager")
+def _named(op: str, backend: str, device: torch.device) -> ModuleType:
     reason = _unavailable(op, backend, device)
     if reason is not None:
         raise BackendUnavailable(f"backend={backend!r} cannot serve {op} on {device}: {reason}")
     return _load(op, backend)
 
 
+@functools.cache
+def _log_skipped(op: str, device: torch.device) -> None:
+    """Say once per op and device why no kernel serves."""
+    for kernel in ("cuda", "triton"):
+        reason = _unavailable(op, kernel, device) or _unmeasured(kernel)
+        _logger.info("%s: auto skips %s on %s: %s", op, kernel, device, reason)
+
+
 def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
     folder, requested = OPS[op], requested_backend("auto")
+    function, sizes = _looked_up_by(op, args)
+    choice = plans.choose(folder, function, device, sizes) if requested == "auto" else None
     verdicts: list[Verdict] = []
     for backend in reversed(BACKENDS):
         reason = _unavailable(folder, backend, device)
+        chosen = "eager" if choice is None else choice.backend
         if reason is None and requested not in ("auto", backend):
             reason = f"NSRU_BACKEND={requested} is set."
-        if reason is None and backend != "eager" and requested == "auto":
-            reason = _unmeasured(folder, backend, args)
+        if reason is None and requested == "auto" and backend != chosen:
+            if choice is None:
+                reason = _unmeasured(backend)
+            elif backend != "eager" or not any(verdict.serves for verdict in verdicts):
+                reason = f"{chosen} measured faster near these sizes."
         if reason is None and any(verdict.serves for verdict in verdicts):
             reason = "a kernel that measured faster serves."
         serves = reason is None
         if serves:
-            reason = "library GEMMs of PyTorch" if backend == "eager" else "measured plan"
+            reason = "library GEMMs of PyTorch"
+            if backend != "eager":
+                plan = choice.plan if choice is not None else None
+                reason = f"measured plan {plan}" if plan else "measured or asked for"
         kernels = KERNELS.get((folder, backend), "")
         verdicts.append(Verdict(op, backend, serves, reason or "", kernels))
     return verdicts
+
+
+def _looked_up_by(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
+    """The function and sizes by which a call of the public ``op`` finds its measured plan."""
+    if op == "nsru_linear":
+        shapes = [tuple(a.shape) for a in args[:3] if isinstance(a, torch.Tensor)]
+        if len(shapes) == 3:
+            (*lead, k), (n, _), (r, _) = shapes
+            return "forward", (math.prod(lead), k, n, r)
+        return "forward", ()
+    return {"fold": "fold_many", "sketch": "update_sketch"}.get(OPS[op], "forward"), ()
 
 
 def _unavailable(op: str, backend: str, device: torch.device) -> str | None:
@@ -172,10 +225,8 @@ def _unavailable(op: str, backend: str, device: torch.device) -> str | None:
     return _UNAVAILABLE[backend](device)
 
 
-def _unmeasured(op: str, backend: str, args: tuple) -> str | None:
-    if _load(op, backend).plan(*args) is None:
-        return f"no measurement for this GPU in plans/; backend={backend!r} uses it all the same."
-    return None
+def _unmeasured(backend: str) -> str:
+    return f"no measurement for this GPU in plans/; backend={backend!r} uses it all the same."
 
 
 def _load(op: str, backend: str) -> ModuleType:

@@ -1,5 +1,7 @@
 """Choice of the backend: names, the environment variable, refusals and explanations."""
 
+import functools
+import json
 import logging
 import types
 
@@ -7,20 +9,25 @@ import pytest
 import torch
 
 import nsru_kernels as nk
-from nsru_kernels import dispatch
+from nsru_kernels import dispatch, plans
 from nsru_kernels.ops.linear import reference
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
 
 
+def clear_caches():
+    dispatch._named.cache_clear()
+    dispatch._log_skipped.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     monkeypatch.delenv("NSRU_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    dispatch._implementation.cache_clear()
+    clear_caches()
     yield
-    dispatch._implementation.cache_clear()
+    clear_caches()
 
 
 def call(backend="auto"):
@@ -32,7 +39,8 @@ def call(backend="auto"):
 @pytest.fixture
 def fake_kernel(monkeypatch):
     """A triton module for the linear op; its attributes decide what it says of itself."""
-    kernel = types.SimpleNamespace(plan=lambda *args: None)
+    kernel = types.SimpleNamespace()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU without a table")
     monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", lambda device: None)
     find, load = dispatch.importlib.util.find_spec, dispatch._load
     path = "nsru_kernels.ops.linear.triton"
@@ -121,11 +129,64 @@ def test_auto_takes_no_kernel_without_a_measurement(fake_kernel, caplog):
     assert dispatch.implementation("linear", "triton", GPU) is fake_kernel
 
 
-def test_auto_takes_a_measured_kernel(fake_kernel):
-    fake_kernel.plan = lambda *args: "expand_first"
+def test_auto_takes_a_measured_kernel(fake_kernel, monkeypatch):
+    monkeypatch.setattr(plans, "choose", lambda *args: plans.Choice("triton", "kext"))
     assert dispatch.implementation("linear", "auto", GPU) is fake_kernel
-    chosen = [v.backend for v in dispatch._verdicts("nsru_linear", GPU, ()) if v.serves]
-    assert chosen == ["triton"]
+    verdicts = dispatch._verdicts("nsru_linear", GPU, ())
+    assert [(v.backend, v.reason) for v in verdicts if v.serves] == [
+        ("triton", "measured plan kext")
+    ]
+
+
+def test_a_measured_plan_reaches_the_function_and_dropout_keeps_one_backend(
+    fake_kernel, monkeypatch
+):
+    winners = {"forward": plans.Choice("triton", "kext"), "backward": plans.Choice("eager", None)}
+    monkeypatch.setattr(plans, "choose", lambda op, function, *args: winners[function])
+    fake_kernel.forward = lambda *args, plan=None: ("forward", args, plan)
+    fake_kernel.backward = lambda *args: ("backward", args)
+    assert dispatch.run("linear", "forward", "auto", GPU, 1) == ("forward", (1,), "kext")
+    shared = dispatch.run("linear", "backward", "auto", GPU, 2, chosen_by="forward")
+    assert shared == ("backward", (2,))
+    assert dispatch._choose("linear", "backward", "auto", GPU, ())[0] is reference
+    assert dispatch.run("linear", "forward", "triton", GPU, 3) == ("forward", (3,), None)
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """A table for the GPU "NVIDIA Test 1"."""
+    table = {
+        "linear": [
+            {"sizes": [8192, 4096, 4096, 16], "forward": "triton kext", "backward": "eager"},
+            {"sizes": [1, 4096, 4096, 16], "forward": "triton decode"},
+        ],
+        "fold": [{"sizes": [], "fold_many": "triton"}],
+    }
+    (tmp_path / "nvidia-test-1.json").write_text(json.dumps(table))
+    monkeypatch.setattr(plans, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test 1")
+    for cache in (plans._choose, plans._table):
+        cache.cache_clear()
+    yield functools.partial(plans.choose, device=GPU)
+    for cache in (plans._choose, plans._table):
+        cache.cache_clear()
+
+
+def test_nearest_measured_sizes_within_a_factor_of_two(measured):
+    def linear(function, *sizes):
+        return measured(op="linear", function=function, sizes=sizes)
+
+    assert linear("forward", 8192, 4096, 4096, 16) == ("triton", "kext")
+    assert linear("forward", 5000, 4096, 8192, 8) == ("triton", "kext")
+    assert linear("forward", 4000, 4096, 4096, 16) is None, "more than an octave away"
+    assert linear("forward", 2, 4096, 4096, 16) == ("triton", "decode")
+    assert linear("backward", 8192, 4096, 4096, 16) == ("eager", None)
+    assert linear("backward", 1, 4096, 4096, 16) is None, "was not measured"
+    assert linear("forward", 0, 4096, 4096, 16) is None
+    assert measured(op="fold", function="fold_many", sizes=()) == ("triton", None)
+    assert measured(op="sketch", function="update_sketch", sizes=()) is None
+    cpu = torch.device("cpu")
+    assert plans.choose("fold", "fold_many", cpu, ()) is None
 
 
 def test_a_kernel_says_why_it_cannot_run(fake_kernel, monkeypatch):

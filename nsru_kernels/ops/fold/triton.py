@@ -34,11 +34,6 @@ _LAG = 24 << 20
 _VALUES_PER_WRITE = 8
 
 
-def plan(*args: object) -> str | None:
-    """None: no GPU has been measured yet."""
-    return None
-
-
 def fold_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None]
 ) -> list[Tensor]:

@@ -27,13 +27,20 @@ _library.define(
 @torch.library.impl(_library, "linear_forward", "CompositeExplicitAutograd")
 def _forward(x, weight, a, b, bias, scaling, dropout_p, seed, backend):
     args = (x, weight, a, b, bias, scaling, dropout_p, seed)
-    return run("linear", "forward", backend, x.device, *args)
+    return run("linear", "forward", backend, x.device, *args, sizes=_sizes(x, weight, a))
 
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
 def _backward(dy, x, weight, a, b, s, scaling, dropout_p, seed, needs, backend):
     args = (dy, x, weight, a, b, s, scaling, dropout_p, seed, needs)
-    return run("linear", "backward", backend, x.device, *args)
+    # Every backend draws masks of its own: with dropout both passes must be by the same one.
+    chosen_by = "forward" if dropout_p else None
+    sizes = _sizes(x, weight, a)
+    return run("linear", "backward", backend, x.device, *args, sizes=sizes, chosen_by=chosen_by)
+
+
+def _sizes(x_MK: Tensor, w_NK: Tensor, a_RK: Tensor) -> tuple[int, ...]:
+    return *x_MK.shape, w_NK.shape[0], a_RK.shape[0]
 
 
 @torch.library.register_fake("nsru::linear_forward")

@@ -40,11 +40,6 @@ DECODE = {arch: (_decoding(32, 128, 4), _decoding(16, 256, 4)) for arch in ARCHI
 SMALL_DECODE = (_decoding(16, 64, 3),)
 
 
-def plan(*args: object) -> str | None:
-    """None: no GPU has been measured yet."""
-    return None
-
-
 def forward(
     x_MK: Tensor,
     w_NK: Tensor,

@@ -21,11 +21,6 @@ from nsru_kernels.ops.linear.triton_products import (
 from nsru_kernels.ops.linear_group.reference import columns
 
 
-def plan(*args: object) -> str | None:
-    """None: no GPU has been measured yet."""
-    return None
-
-
 def forward(
     x_MK: Tensor,
     ws_NK: list[Tensor],

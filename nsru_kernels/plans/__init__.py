@@ -1,0 +1,62 @@
+"""Which backend and plan of an op was fastest where: one JSON file per GPU, from measurements.
+
+    {"device": "NVIDIA H200", "torch": …, "triton": …, "commit": …,
+     "linear": [{"sizes": [8192, 4096, 4096, 16], "forward": "triton kext", "backward": "eager"}],
+     "fold": [{"sizes": [], "fold_many": "triton"}]}
+
+A call takes the nearest measured sizes, none of which may differ by more than a factor of two.
+``benchmarks/gpu_check.py`` writes the file; without one nothing is assumed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+class Choice(NamedTuple):
+    """The winner of a measurement."""
+
+    backend: str
+    plan: str | None
+
+
+def choose(op: str, function: str, device: torch.device, sizes: tuple[int, ...]) -> Choice | None:
+    """The winner at the measured sizes nearest to ``sizes``; None without a measurement there."""
+    if device.type != "cuda":
+        return None
+    return _choose(op, function, torch.cuda.get_device_name(device), sizes)
+
+
+def slug(device_name: str) -> str:
+    """The file's name for a GPU: "NVIDIA H200" → "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(op: str, function: str, device_name: str, sizes: tuple[int, ...]) -> Choice | None:
+    near = []
+    for entry in _table(device_name).get(op, ()):
+        if function not in entry or len(entry["sizes"]) != len(sizes) or 0 in sizes:
+            continue
+        octaves = [abs(math.log2(a / b)) for a, b in zip(sizes, entry["sizes"], strict=True)]
+        if max(octaves, default=0.0) <= 1.0:
+            near.append((sum(octaves), entry[function]))
+    if not near:
+        return None
+    backend, _, plan = min(near)[1].partition(" ")
+    return Choice(backend, plan or None)
+
+
+@functools.cache
+def _table(device_name: str) -> dict[str, Any]:
+    path = FOLDER / f"{slug(device_name)}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
