@@ -15,7 +15,6 @@ import argparse
 import csv
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,8 @@ import torch
 
 import measure
 from nsru_kernels.environment import describe_environment, format_environment
+from nsru_kernels.plans import FOLDER, slug
+from winners import plan_table
 
 ROOT = measure.ROOT
 BUDGET_S = 540.0
@@ -131,6 +132,19 @@ def run_benchmarks(check: Check) -> None:
     check.finish("benchmarks", check.start("benchmarks", command, **interpreter), seconds)
 
 
+def write_plans(check: Check) -> None:
+    """The winners of linear.csv and fold.csv, where ``auto`` finds them."""
+    try:
+        plans = json.dumps(plan_table(check.out), indent=1) + "\n"
+    except ValueError as error:
+        check.skip("plans", str(error))
+        return
+    path = FOLDER / f"{slug(torch.cuda.get_device_name())}.json"
+    path.write_text(plans)
+    (check.out / "plans.json").write_text(plans)
+    check.note("plans", f"written to {path.relative_to(ROOT)}")
+
+
 def table(out: Path) -> str:
     """The ratios that matter, from the rows on disk."""
     lines = []
@@ -161,8 +175,7 @@ def main() -> None:
     if not options.dry and not torch.cuda.is_available():
         sys.exit("gpu-check: torch sees no CUDA device. `make gpu-check DRY=1` walks on a CPU.")
     device = "dry" if options.dry else torch.cuda.get_device_name()
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    out = (options.out or measure.RESULTS / slug).resolve()
+    out = (options.out or measure.RESULTS / slug(device)).resolve()
     check = Check(out, options.seconds, options.dry)
 
     described = describe_environment()
@@ -179,6 +192,7 @@ def main() -> None:
         run_benchmarks(check)
     else:
         check.skip("benchmarks", f"{check.left():.0f} s left")
+    write_plans(check)
     text = table(out)
     (out / "table.txt").write_text(text + "\n")
     print(text)

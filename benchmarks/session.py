@@ -70,9 +70,11 @@ class Session:
         print(f"skipped {what}: {self.left():.0f} s left", flush=True)
         return False
 
-    def time(self, calls: Mapping[str, timing.Call]) -> dict[str, timing.Timing]:
-        """Interleaved milliseconds of every call on this device."""
-        return timing.interleaved(calls, self.device, self.rounds)
+    def time(
+        self, calls: Mapping[str, timing.Call], *, capture: bool = True
+    ) -> dict[str, timing.Timing]:
+        """Interleaved milliseconds of every call on this device; see ``timing.interleaved``."""
+        return timing.interleaved(calls, self.device, self.rounds, capture=capture)
 
     def record(
         self,
@@ -84,6 +86,7 @@ class Session:
         moved: float,
         base: str | None = None,
         plans: Mapping[str, str] | None = None,
+        each: Mapping[str, Mapping[str, Any]] | None = None,
         **extra: Any,
     ) -> None:
         """Append one row per provider to ``<op>.csv`` and print it.
@@ -96,6 +99,7 @@ class Session:
             moved: bytes that must move at least.
             base: the provider that ratios refer to.
             plans: provider → plan, where one has several.
+            each: provider → more columns, the same ones for every provider.
             extra: more columns.
         """
         floor = self.limits.floor_ms(flop, moved)
@@ -120,6 +124,7 @@ class Session:
                     "timing": result.method,
                     "rounds": len(result.ms),
                     "tiny": self.tiny,
+                    **(each or {}).get(provider, {}),
                     **extra,
                     **self.columns,
                 }
@@ -163,4 +168,4 @@ def _line(row: Mapping[str, Any], shape: Mapping[str, Any]) -> str:
     sizes = " ".join(f"{name}={value}" for name, value in shape.items())
     ratio = "" if row["ratio"] == "" else f"{row['ratio']:8.3f} × {row['base']}"
     name = f"{row['provider']} {row['plan']}".strip()
-    return f"{row['op']:<8}{sizes:<44}{name:<34}{row['p50_ms']:10.4f} ms{ratio}"
+    return f"{row['op']:<8}{sizes:<44} {name:<34}{row['p50_ms']:10.4f} ms{ratio}"
