@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -28,8 +30,13 @@ def run(session: Session, ops: tuple[str, ...] = OPS) -> None:
     """Run ``ops``; each writes its rows as they come."""
     for op in ops:
         module = importlib.import_module(op)
-        if session.fits(op, 0):
+        if not session.fits(op, 0):
+            continue
+        try:
             module.run(session)
+        except Exception as error:  # the other benchmarks are worth their minutes
+            traceback.print_exc()
+            session.fail(op, error)
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Session, tuple[str, ...]]:
@@ -64,6 +71,10 @@ def main(arguments: list[str] | None = None) -> None:
     run(session, ops)
     for what in session.skipped:
         print(f"not run, out of time: {what}")
+    for what in session.failed:
+        print(f"FAILED {what}")
+    if session.failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class Session:
     out: Path = measure.RESULTS
     compile: bool = False
     skipped: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -69,6 +70,11 @@ class Session:
         self.skipped.append(what)
         print(f"skipped {what}: {self.left():.0f} s left", flush=True)
         return False
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Remember what is wrong and go on; the run ends with a non-zero exit status."""
+        self.failed.append(f"{what}: {type(error).__name__}: {error}")
+        print(f"FAILED {self.failed[-1]}", flush=True)
 
     def time(
         self, calls: Mapping[str, timing.Call], *, capture: bool = True

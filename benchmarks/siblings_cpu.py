@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import measure
 import nsru_kernels as nk
-from linear_cpu import TOLERANCE, Case, Tensors, frozen_linear, make_peft, make_tensors
+from linear_cpu import Case, Tensors, frozen_linear, make_peft, make_tensors, tolerance
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 WIDTHS = (2048, 512, 512)
@@ -118,7 +118,8 @@ def check(cases: list[Case], tensors: list[Tensors], name: str, block: Block) ->
         value = found[label]
         assert value is not None, f"{name}: no {label}"
         error = measure.relative_error(value, reference)
-        assert error <= TOLERANCE, f"{name}: {label} is off by {error:.1e} > {TOLERANCE:.1e}"
+        bound = tolerance(case.dtype)
+        assert error <= bound, f"{name}: {label} is off by {error:.1e} > {bound:.1e}"
 
 
 def timed_call(
