@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from winners import fold_entries, linear_entries, plan_table
+from winners import fold_entries, linear_entries, plan_table  # noqa: E402
 
 
 def row(provider, which, ms, m=8192, **more):
