@@ -20,8 +20,8 @@ def call(rows, k, width, dtype, masked=False, split=False):
 SHAPES = ((8192, 4096, 576), (8192, 14336, 576), (8192, 4096, 184), (8192, 4096, 128))
 CALLS = [
     *(functools.partial(call, *shape, torch.bfloat16) for shape in SHAPES),
-    *(functools.partial(call, *shape, torch.bfloat16, masked=True) for shape in SHAPES[::3]),
-    *(functools.partial(call, *shape, torch.bfloat16, split=True) for shape in SHAPES[::3]),
+    *(functools.partial(call, *shape, torch.bfloat16, masked=True) for shape in SHAPES),
+    *(functools.partial(call, *shape, torch.bfloat16, split=True) for shape in SHAPES),
     *(functools.partial(call, *shape, torch.float16) for shape in SHAPES[::3]),
     *(functools.partial(call, *shape, torch.float32) for shape in SHAPES[::3]),
     functools.partial(call, 8192, 4096, 20, torch.bfloat16),

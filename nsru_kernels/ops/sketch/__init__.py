@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsru_kernels.dispatch import implementation
+from nsru_kernels.dispatch import run
 
 __all__ = ["energy_limit", "update_sketch"]
 
@@ -62,8 +62,10 @@ def update_sketch(
     """
     _check(x, omega, y, h, mask)
     split = split and x.dtype.itemsize == 2
-    module = implementation("sketch", backend, x.device)
-    return module.update_sketch(x, omega, y, h, mask, split, energy_limit(y.dtype))
+    return run(
+        "sketch", "update_sketch", backend, x.device,
+        x, omega, y, h, mask, split, energy_limit(y.dtype), sizes=(*x.shape, omega.shape[1]),
+    )  # fmt: skip
 
 
 def energy_limit(accumulator: torch.dtype) -> float:
