@@ -2,6 +2,7 @@
 #   make demo     model, subspaces, unlearning, evaluation, runs/demo/report.html (CPU, minutes)
 #   make test     all tests that need no GPU
 #   make lint     ruff and mypy
+#   make cuda     the CUDA extension, where nvcc is; needs no GPU (5 minutes of one core, 5 GB)
 #   make gpu-check           every question that needs an NVIDIA GPU, with $(PYTHON)'s own torch: needs no
 #                            network; DRY=1 walks the same way on a CPU
 # TORCH says which torch is installed, e.g. make test TORCH='torch==2.9.1'
@@ -11,9 +12,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py
+CUTLASS := nvidia-cutlass==4.2.0
 
-.PHONY: demo test lint gpu-check install clean FORCE
+.PHONY: demo test lint gpu-check install cuda clean FORCE
 .DELETE_ON_ERROR:
 
 demo: install
@@ -41,6 +43,14 @@ endif
 
 install: $(INSTALLED)
 
+# Without build isolation the compilers see the same paths every time, so only what changed is
+# compiled again. CUTLASS is headers; its Python dependencies are not needed.
+cuda: install
+	$(PY) -m pip install --no-deps '$(CUTLASS)'
+	$(PY) -m pip install 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' 'pybind11>=2.13'
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pip install -v --no-build-isolation --no-deps -e .
+	@$(PY) -c 'from nsru_kernels.environment import build_line; print(build_line())'
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info nsru_kernels/_cuda*.so
 
@@ -55,8 +65,9 @@ $(VENV)/.torch: FORCE | $(PY)
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 
 # torch comes first and by itself: with it there, no package below pulls another build of it.
+# The CUDA extension is left to `make cuda`: an isolated build compiles its GEMMs anew every time.
 $(INSTALLED): $(VENV)/.torch $(SOURCES)
 	$(PY) -m pip install '$(TORCH)'
-	$(PY) -m pip install -e '.[train,test,lint]'
+	NSRU_SKIP_CUDA=1 $(PY) -m pip install -e '.[train,test,lint]'
 	@$(PY) -c 'from nsru_kernels.environment import build_line; print(build_line())'
 	@touch $@

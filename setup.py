@@ -1,7 +1,8 @@
 """Adds the CUDA extension ``nsru_kernels._cuda`` to the build where nvcc is found.
 
 The extension neither includes nor links torch, so building needs no torch. Read here only:
-NSRU_SKIP_CUDA=1 builds pure Python; NSRU_CUDA_ARCHS sets CMake's architectures ("80;90a").
+NSRU_SKIP_CUDA=1 builds pure Python; NSRU_CUDA_ARCHS sets CMake's architectures ("80;90a"); CUTLASS_DIR names a checkout of CUTLASS in
+place of the package nvidia-cutlass.
 """
 
 import os
@@ -17,6 +18,7 @@ from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80;90a"
+CUTLASS = "nvidia-cutlass==4.2.0"
 REMEDY = "Set NSRU_SKIP_CUDA=1 to install the pure Python package without the CUDA backend."
 
 
@@ -48,7 +50,8 @@ class CMakeBuild(build_ext):
         nvcc = find_nvcc()
         archs = cuda_archs()
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+        # Kept between builds: with unchanged tools only changed sources are compiled again.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         # --fresh: a cache left by an isolated build names tools that pip has deleted since.
         configure = [
             "cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
@@ -83,12 +86,22 @@ def cuda_extension() -> list[Extension]:
     return []
 
 
+def cutlass_requirement(extensions: list[Extension]) -> list[str]:
+    """CUTLASS where the GEMM for sm_90a is built; a pure Python install never asks for it."""
+    if not extensions or os.environ.get("CUTLASS_DIR"):
+        return []
+    return [CUTLASS] if any(arch.startswith("90a") for arch in cuda_archs().split(";")) else []
+
+
+extensions = cuda_extension()
 setup(
     packages=[
         *find_packages(str(ROOT), include=["nsru_kernels", "nsru_kernels.*"]),
         *find_packages(str(ROOT / "python"), include=["nsru_train", "nsru_train.*"]),
     ],
     package_dir={"nsru_train": "python/nsru_train"},
-    ext_modules=cuda_extension(),
+    ext_modules=extensions,
+    # Reported to pip by setuptools' PEP 517 hooks, never downloaded by setup.py itself.
+    setup_requires=cutlass_requirement(extensions),
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -32,17 +32,29 @@ class Timing(NamedTuple):
 
     def quantiles(self) -> dict[str, float]:
         """p20, p50 and p80 in milliseconds."""
-        p20, _, _, p80 = statistics.quantiles(self.ms, n=5) if len(self.ms) > 1 else self.ms * 4
+        p20, _, _, p80 = (
+            statistics.quantiles(self.ms, n=5, method="inclusive")
+            if len(self.ms) > 1
+            else self.ms * 4
+        )
         values = {"p20_ms": p20, "p50_ms": self.median, "p80_ms": p80}
         return {name: round(value, 6) for name, value in values.items()}
 
 
 def interleaved(
-    calls: Mapping[str, Call], device: torch.device, rounds: int, warmup: int = 3
+    calls: Mapping[str, Call],
+    device: torch.device,
+    rounds: int,
+    warmup: int = 3,
+    *,
+    capture: bool = True,
 ) -> dict[str, Timing]:
-    """Time every call; each round runs all of them in a new random order."""
+    """Time every call; each round runs all of them in a new random order.
+
+    Without ``capture`` no CUDA graph is tried, for what waits for the device in between.
+    """
     peaks = {name: _peak_bytes(call, device) for name, call in calls.items()}
-    timers: dict[str, _Timer] = {name: _timer(call, device) for name, call in calls.items()}
+    timers = {name: _timer(call, device, capture) for name, call in calls.items()}
     shuffled, names = random.Random(0), list(calls)
     ms: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(warmup + rounds):
@@ -59,10 +71,10 @@ class _Timer(NamedTuple):
     method: str
 
 
-def _timer(call: Call, device: torch.device) -> _Timer:
+def _timer(call: Call, device: torch.device, capture: bool) -> _Timer:
     if device.type != "cuda":
         return _Timer(lambda round_: _clock(call[round_ % len(call)]), "clock")
-    graph = _capture(call)
+    graph = _capture(call) if capture else None
     if graph is None:
         return _Timer(lambda _: _events(lambda: [run() for run in call], len(call)), "events")
     return _Timer(lambda _: _events(graph.replay, len(call)), "graph")

@@ -1,7 +1,14 @@
 // Everything that nsru_kernels._cuda exports.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
 #include "device.h"
+#ifdef NSRU_KEXT_GEMM
+#include "kext_gemm.h"
+#endif
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -34,6 +41,72 @@ py::dict build_info() {
                     "cuda"_a = version(nsru::toolkit_version()));
 }
 
+#ifdef NSRU_KEXT_GEMM
+const char* const kDtypeNames[] = {"bf16", "fp16"};
+const char* const kLayoutNames[] = {"NK", "KN"};
+
+template <class ENUM>
+ENUM named(const char* what, const std::string& name, const char* const (&names)[2]) {
+    for (int i = 0; i < 2; ++i) {
+        if (name == names[i]) return static_cast<ENUM>(i);
+    }
+    throw std::invalid_argument(std::string(what) + " must be '" + names[0] + "' or '" + names[1] +
+                                "', got '" + name + "'");
+}
+
+py::list kext_kernels() {
+    py::list kernels;
+    for (const nsru::KextKernel& kernel : nsru::kext_kernels()) {
+        kernels.append(py::dict(
+            "config"_a = kernel.config, "dtype"_a = kDtypeNames[static_cast<int>(kernel.dtype)],
+            "layout"_a = kLayoutNames[static_cast<int>(kernel.layout)], "stages"_a = kernel.stages,
+            "threads"_a = kernel.threads, "shared_bytes"_a = kernel.shared_bytes));
+    }
+    return kernels;
+}
+
+// Defines a function of KextGemmArgs whose pointers and stream are integers in Python.
+template <class RESULT>
+void define_kext(py::module_& m, const char* name, RESULT (*function)(const nsru::KextGemmArgs&),
+                 const char* doc) {
+    const auto call = [function](uintptr_t x, uintptr_t w, uintptr_t p, uintptr_t v, uintptr_t bias,
+                                 uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t r,
+                                 int64_t ldx, int64_t ldw, int64_t ldp, int64_t ldv, int64_t ldo,
+                                 const std::string& dtype, const std::string& layout, int config,
+                                 int swizzle, int device, uintptr_t stream, uintptr_t workspace,
+                                 size_t workspace_bytes) {
+        const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+        return function({pointer(x),
+                         pointer(w),
+                         pointer(p),
+                         pointer(v),
+                         pointer(bias),
+                         pointer(out),
+                         m,
+                         n,
+                         k,
+                         r,
+                         ldx,
+                         ldw,
+                         ldp,
+                         ldv,
+                         ldo,
+                         named<nsru::KextDtype>("dtype", dtype, kDtypeNames),
+                         named<nsru::KextLayout>("layout", layout, kLayoutNames),
+                         config,
+                         swizzle,
+                         device,
+                         pointer(stream),
+                         pointer(workspace),
+                         workspace_bytes});
+    };
+    m.def(name, call, py::kw_only(), "x"_a, "w"_a, "p"_a, "v"_a, "bias"_a, "out"_a, "m"_a, "n"_a,
+          "k"_a, "r"_a, "ldx"_a, "ldw"_a, "ldp"_a, "ldv"_a, "ldo"_a, "dtype"_a, "layout"_a,
+          "config"_a, "swizzle"_a, "device"_a, "stream"_a, "workspace"_a = 0,
+          "workspace_bytes"_a = 0, py::call_guard<py::gil_scoped_release>(), doc);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -43,4 +116,11 @@ PYBIND11_MODULE(_cuda, m) {
           "CUDA versions and one dict per GPU; an empty list with the reason where there is none.");
     m.def("kernel_image", &nsru::kernel_image,
           "SM version of the code the current GPU would run; RuntimeError where there is none.");
+#ifdef NSRU_KEXT_GEMM
+    m.def("kext_kernels", &kext_kernels, "One dict per compiled kernel of the K-extended GEMM.");
+    define_kext(m, "kext_gemm_workspace", &nsru::kext_gemm_workspace,
+                "Bytes of workspace that launch_kext_gemm needs for the same arguments.");
+    define_kext(m, "launch_kext_gemm", &nsru::launch_kext_gemm,
+                "out = X·W + P·V + bias on a stream; addresses as integers, sizes in elements.");
+#endif
 }

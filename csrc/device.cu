@@ -1,7 +1,4 @@
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-
+#include "cuda_check.h"
 #include "device.h"
 
 namespace nsru {
@@ -9,23 +6,6 @@ namespace {
 
 // Never launched: asking for its attributes makes the driver pick the image it would run.
 __global__ void probe_kernel() {}
-
-std::string describe(const char* call, cudaError_t status) {
-    return std::string(call) + ": " + cudaGetErrorName(status) + " (" +
-           std::to_string(static_cast<int>(status)) + "): " + cudaGetErrorString(status);
-}
-
-void check(const char* call, cudaError_t status) {
-    if (status == cudaSuccess) return;
-    cudaGetLastError();  // clears the error, so that the next caller does not inherit it
-    throw std::runtime_error(describe(call, status));
-}
-
-int attribute(cudaDeviceAttr name, int device) {
-    int value = 0;
-    check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, name, device));
-    return value;
-}
 
 }  // namespace
 

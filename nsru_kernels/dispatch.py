@@ -22,7 +22,7 @@ import torch
 
 from nsru_kernels import plans
 from nsru_kernels.config import BACKENDS, BackendUnavailable, requested_backend
-from nsru_kernels.ops import launch
+from nsru_kernels.ops import extension, launch
 
 # public function → folder in nsru_kernels/ops
 OPS = {
@@ -36,6 +36,7 @@ OPS = {
 # (folder, backend) → what its kernels have been through. README's table says the same.
 NOT_RUN = "compiled for sm_80, sm_90 and sm_100 and interpreted, not run on a GPU"
 KERNELS = {
+    ("linear", "cuda"): "compiled for sm_90a, not run on a GPU",
     ("linear", "triton"): NOT_RUN,
     ("linear_group", "triton"): NOT_RUN,
     ("fold", "triton"): NOT_RUN,
@@ -44,7 +45,10 @@ KERNELS = {
 
 _MODULE = {"eager": "reference", "triton": "triton", "cuda": "cuda"}
 # backend → device → why it cannot run there and what to do, None where it can
-_UNAVAILABLE: dict[str, Callable[[torch.device], str | None]] = {"triton": launch.unavailable}
+_UNAVAILABLE: dict[str, Callable[[torch.device], str | None]] = {
+    "cuda": extension.unavailable,
+    "triton": launch.unavailable,
+}
 _logger = logging.getLogger("nsru_kernels")
 
 

@@ -1,4 +1,5 @@
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -10,12 +11,15 @@ import setuptools
 from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parents[2]
+VARIABLES = (
+    "NSRU_SKIP_CUDA", "NSRU_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUTLASS_DIR",
+)  # fmt: skip
 
 
 @pytest.fixture
 def build(monkeypatch):
     """setup.py as a module whose call of setup() is only recorded."""
-    for name in ("NSRU_SKIP_CUDA", "NSRU_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     arguments = {}
     monkeypatch.setattr(setuptools, "setup", lambda **kwargs: arguments.update(kwargs))
@@ -85,6 +89,34 @@ def test_a_wrong_architecture_names_the_variable(build, monkeypatch, value):
     monkeypatch.setenv("NSRU_CUDA_ARCHS", value)
     with pytest.raises(OptionError, match="NSRU_CUDA_ARCHS"):
         build.cuda_archs()
+
+
+def test_cutlass_is_asked_for_only_where_the_gemm_is_built(build, monkeypatch):
+    requirement = build.cutlass_requirement
+    extension = [setuptools.Extension("nsru_kernels._cuda", sources=[])]
+    assert requirement([]) == [], "a pure Python install"
+    assert requirement(extension) == [build.CUTLASS]
+    monkeypatch.setenv("NSRU_CUDA_ARCHS", "80,100f")
+    assert requirement(extension) == []
+    monkeypatch.setenv("NSRU_CUDA_ARCHS", "90a-real")
+    assert requirement(extension) == [build.CUTLASS]
+    monkeypatch.setenv("CUTLASS_DIR", "/somewhere")
+    assert requirement(extension) == []
+
+
+def test_pip_hears_of_cutlass_by_the_build_hook(build, tmp_path):
+    hook = "from setuptools.build_meta import get_requires_for_build_wheel as f; print(f())"
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    environment["CUDACXX"] = str(make_nvcc(tmp_path))
+    answer = subprocess.check_output(
+        [sys.executable, "-c", hook], cwd=ROOT, env=environment, text=True
+    )
+    assert answer.splitlines()[-1] == repr([build.CUTLASS])
+
+
+def test_the_makefile_and_cmake_name_the_same_cutlass(build):
+    for file in ("Makefile", "cmake/cutlass.cmake"):
+        assert build.CUTLASS in (ROOT / file).read_text(), file
 
 
 def test_a_failed_cuda_build_fails_the_install_and_names_the_remedy(build, monkeypatch, tmp_path):

@@ -232,8 +232,12 @@ def test_a_massive_direction_is_out_of_the_way_after_one_refresh():
     values = harmonic(300)
     values[:2] = 1e7
     x = stream(values, 4096)
+    least = 1 - optimum(x, 16)
     subspace = sketch_of(x, 40, refresh_every=2048).finalize(rank=16)
-    assert 1 - captured(x, subspace.basis) <= 1.15 * (1 - optimum(x, 16))
+    # What random signs reach on a stream without massive directions; before the refresh, 1.34.
+    assert 1 - captured(x, subspace.basis) <= 1.21 * least
+    fixed = sketch_of(x, 40, refresh_every=10_000).finalize(rank=16)
+    assert 1 - captured(x, fixed.basis) > 1.21 * least, "or there was nothing to get out of the way"
 
 
 def test_small_directions_survive_without_a_refresh():
@@ -307,9 +311,11 @@ def test_chunking_changes_nothing(width, dtype, batches):
     assert sketch.segment_tokens == whole.segment_tokens
     assert sketch.trace == pytest.approx(whole.trace, rel=1e-12)
     one, other = sketch.finalize(rank=6), whole.finalize(rank=6)
-    # fp32 summation order, amplified where a rounding of Ω or S to bf16 flips.
-    assert distance(one, other) < (1e-5 if dtype == torch.float32 else 1e-4)
-    torch.testing.assert_close(one.eigenvalues, other.eigenvalues, rtol=1e-5, atol=0)
+    # fp32 summation order, amplified where a rounding of S to bf16 flips: about 2^-8 / sqrt(700)
+    # each. A token that got lost shows as 4e-3, and as 1e-3 of the eigenvalues.
+    distant, rtol = (1e-5, 1e-5) if dtype == torch.float32 else (5e-4, 1e-4)
+    assert distance(one, other) < distant
+    torch.testing.assert_close(one.eigenvalues, other.eigenvalues, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("width", ROUTES)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import nsru_kernels as nk
 from nsru_train.losses.head import Head, token_kl, token_nll
 
 __all__ = [
@@ -162,7 +163,9 @@ def _probe_head(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any] | No
     else:
         reason = "no softcap and scale in its config turn head(hidden) into its logits"
         probe = _first_tokens(inputs)
-        with torch.no_grad(), evaluating(model):
+        # With adapters a second forward may round differently from the first (siblings find each
+        # other in it), by more than the tolerance in a deep bf16 model.
+        with torch.no_grad(), evaluating(model), nk.adapters_disabled(model):
             expected = _own_logits(model, probe).float()
             hidden = model.base_model(**probe, use_cache=False)[0].to(linear.weight.dtype)
             plain = nn.functional.linear(hidden, linear.weight, linear.bias).float()
