@@ -26,3 +26,9 @@ CALLS = [
     *(functools.partial(call, *shape, torch.float32) for shape in SHAPES[::3]),
     functools.partial(call, 8192, 4096, 20, torch.bfloat16),
 ]
+
+
+def for_tokens(m):
+    """Updates whose kernels must not depend on ``m``."""
+    call(m, 4096, 576, torch.bfloat16, masked=True)
+    call(m, 4096, 128, torch.bfloat16)

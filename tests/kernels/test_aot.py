@@ -26,12 +26,13 @@ def rows_of(cache, *arguments):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_a_new_batch_size_compiles_nothing(arch, tmp_path):
+    """All batch sizes together need no more kernels than the one that needs most."""
     kernels = {}
     for row in rows_of(tmp_path, "tokens", arch):
-        kernels.setdefault(row["op"], []).append(row["kernels"])
+        kernels.setdefault(row["op"], []).append(set(row["kernels"]))
     assert set(kernels) == set(TOKEN_OPS)
     for op, variants in kernels.items():
-        assert all(variant == variants[0] for variant in variants), op
+        assert set.union(*variants) in variants, op
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -45,4 +46,4 @@ def test_kernels_compile_without_spills_for_tensor_cores(arch, op, tmp_path):
 
 
 # Kernels that multiply no matrices.
-NO_PRODUCTS = ("sum_splits_kernel", "write_table_kernel")
+NO_PRODUCTS = ("sum_partials_kernel", "sum_splits_kernel", "write_table_kernel")

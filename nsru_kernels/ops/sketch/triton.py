@@ -113,8 +113,8 @@ def _update_in_two(
         trace = torch.empty((), dtype=torch.float64, device=x_MK.device)
         kernels.add_products_kernel[(tiles * splits,)](
             x_MK, s_PMW, mask_M, y_KL, h_LL, parts, energy, trace,
-            rows, k, width, out_width, *x_MK.stride(), part_rows, energy.numel(), limit,
-            PARTIAL=partial, PLANES=1 + split, PRECISION=launch.dot_precision(x_MK.dtype),
+            rows, k, width, out_width, *x_MK.stride(), part_rows, splits, energy.numel(), limit,
+            PLANES=1 + split, PRECISION=launch.dot_precision(x_MK.dtype),
             **config.options,
         )  # fmt: skip
         if partial:

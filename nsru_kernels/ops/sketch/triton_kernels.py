@@ -26,14 +26,17 @@ def sketch_rows_kernel(
     _store_rounded(s, s_ptr, block, l_tile, m, width, SPLIT, LARGEST, BLOCK_M, BLOCK_L)
 
 
-@triton.jit(do_not_specialize=["m", "rows", "energies"])
+@triton.jit(do_not_specialize=["m", "rows", "parts", "energies"])
 def add_products_kernel(
     x_ptr, s_ptr, mask_ptr, y_ptr, h_ptr, parts_ptr, energy_ptr, trace_ptr,
-    m, k, width, out_width, stride_xm, stride_xk, rows, energies, limit,
-    PARTIAL: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
+    m, k, width, out_width, stride_xm, stride_xk, rows, parts, energies, limit,
+    PLANES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, STEP_M: tl.constexpr,
 ):  # fmt: skip
-    """One tile of [x ∣ S]ᵀ S over `rows` rows: stored to a part, or added to y and h."""
+    """One tile of [x ∣ S]ᵀ S over `rows` rows: stored to a part, or added to y and h.
+
+    The number of parts follows the number of tokens, so it is no compile key.
+    """
     tiles = tl.cdiv(k, BLOCK_K) + tl.cdiv(out_width, BLOCK_K)
     l_tiles = tl.cdiv(out_width, BLOCK_L)
     part = tl.program_id(0) // (tiles * l_tiles)
@@ -46,7 +49,7 @@ def add_products_kernel(
     trace = _sum_energies(energy_ptr, energies)
     if tl.program_id(0) == 0:
         tl.store(trace_ptr, trace)
-    if PARTIAL:
+    if parts > 1:
         part_ptr = parts_ptr + part.to(tl.int64) * (k + out_width) * out_width
         start, offsets, exists = _locate(tile, l_tile, k, out_width, BLOCK_K, BLOCK_L)
         tl.store(part_ptr + start + offsets, product, mask=exists)
