@@ -1,8 +1,8 @@
 """Adds the CUDA extension ``nsru_kernels._cuda`` to the build where nvcc is found.
 
 The extension neither includes nor links torch, so building needs no torch. Read here only:
-NSRU_SKIP_CUDA=1 builds pure Python; NSRU_CUDA_ARCHS sets CMake's architectures ("80;90a"); CUTLASS_DIR names a checkout of CUTLASS in
-place of the package nvidia-cutlass.
+NSRU_SKIP_CUDA=1 builds pure Python; NSRU_CUDA_ARCHS sets CMake's architectures ("80;90a");
+CUTLASS_DIR names a checkout of CUTLASS in place of the package nvidia-cutlass.
 """
 
 import os
@@ -52,9 +52,13 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         # Kept between builds: with unchanged tools only changed sources are compiled again.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        # --fresh: a cache left by an isolated build names tools that pip has deleted since.
+        # --fresh, which drops what was compiled, where the cache names tools of an isolated build
+        # that pip has deleted since; the place of pybind11 tells.
+        cache = build / "CMakeCache.txt"
+        same_tools = cache.exists() and pybind11.get_cmake_dir() in cache.read_text()
         configure = [
-            "cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "cmake", *([] if same_tools else ["--fresh"]),
+            "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_CUDA_COMPILER={nvcc}",
@@ -88,7 +92,9 @@ def cuda_extension() -> list[Extension]:
 
 def cutlass_requirement(extensions: list[Extension]) -> list[str]:
     """CUTLASS where the GEMM for sm_90a is built; a pure Python install never asks for it."""
-    if not extensions or os.environ.get("CUTLASS_DIR"):
+    # setuptools' PEP 517 hook asks by this command and pip then installs the answer. For any other
+    # command setuptools would download it itself, even without a network.
+    if not extensions or os.environ.get("CUTLASS_DIR") or "egg_info" not in sys.argv:
         return []
     return [CUTLASS] if any(arch.startswith("90a") for arch in cuda_archs().split(";")) else []
 
@@ -98,10 +104,10 @@ setup(
     packages=[
         *find_packages(str(ROOT), include=["nsru_kernels", "nsru_kernels.*"]),
         *find_packages(str(ROOT / "python"), include=["nsru_train", "nsru_train.*"]),
+        "nsru_bench",
     ],
-    package_dir={"nsru_train": "python/nsru_train"},
+    package_dir={"nsru_train": "python/nsru_train", "nsru_bench": "benchmarks"},
     ext_modules=extensions,
-    # Reported to pip by setuptools' PEP 517 hooks, never downloaded by setup.py itself.
     setup_requires=cutlass_requirement(extensions),
     cmdclass={"build_ext": CMakeBuild},
 )

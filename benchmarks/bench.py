@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-import measure
-from session import Session
+from nsru_bench import measure
+from nsru_bench.session import Session
 
 OPS = ("linear", "fold", "sketch", "loss", "step", "scaling")  # in order of value
 
@@ -29,7 +29,7 @@ OPS = ("linear", "fold", "sketch", "loss", "step", "scaling")  # in order of val
 def run(session: Session, ops: tuple[str, ...] = OPS) -> None:
     """Run ``ops``; each writes its rows as they come."""
     for op in ops:
-        module = importlib.import_module(op)
+        module = importlib.import_module(f"nsru_bench.{op}")
         if not session.fits(op, 0):
             continue
         try:
@@ -39,9 +39,11 @@ def run(session: Session, ops: tuple[str, ...] = OPS) -> None:
             session.fail(op, error)
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Session, tuple[str, ...]]:
+def parse(
+    arguments: list[str] | None = None, prog: str | None = None
+) -> tuple[Session, tuple[str, ...]]:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("ops", nargs="*", metavar="OPS", help=f"any of {', '.join(OPS)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -66,8 +68,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Session, tuple[str, ...]]
     return session, tuple(options.ops) or OPS
 
 
-def main(arguments: list[str] | None = None) -> None:
-    session, ops = parse(arguments)
+def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
+    session, ops = parse(arguments, prog)
     run(session, ops)
     for what in session.skipped:
         print(f"not run, out of time: {what}")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from session import Session
+from nsru_bench.session import Session
 
 
 class Shape(NamedTuple):

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measure import run_columns, write_rows
+from nsru_bench.measure import run_columns, write_rows
 from nsru_train.config import LoraConfig, Objective, SubspaceConfig, TrainConfig
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.demo import FICTITIOUS, TOFU, Probe, base_model, fictitious_sets, tofu_sets

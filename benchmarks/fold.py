@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-import measure
 import nsru_kernels as nk
-from session import Session
+from nsru_bench import measure
+from nsru_bench.session import Session
 
 # (K, adapters on one basis) of a Llama-3-8B layer: q/k/v, o, gate/up, down.
 LAYER = ((4096, 3), (4096, 1), (4096, 2), (14336, 1))

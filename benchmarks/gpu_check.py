@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
-import measure
+from nsru_bench import measure
+from nsru_bench.winners import plan_table
 from nsru_kernels.environment import describe_environment, format_environment
 from nsru_kernels.plans import FOLDER, slug
-from winners import plan_table
 
 ROOT = measure.ROOT
 BUDGET_S = 540.0

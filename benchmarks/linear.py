@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import nsru_kernels as nk
-from cases import Shape, element_size, linear_shapes
-from linear_cpu import (
+from nsru_bench.cases import Shape, element_size, linear_shapes
+from nsru_bench.linear_cpu import (
     Case,
     Provider,
     Tensors,
@@ -27,9 +27,9 @@ from linear_cpu import (
     make_peft,
     make_tensors,
 )
+from nsru_bench.session import Session
+from nsru_bench.timing import Call
 from nsru_kernels import dispatch
-from session import Session
-from timing import Call
 
 PASSES = ("forward", "backward", "forward+backward")
 

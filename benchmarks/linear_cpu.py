@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import measure
 import nsru_kernels as nk
+from nsru_bench import measure
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import torch
 from nsru_kernels.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+IN_CHECKOUT = (ROOT / "setup.py").is_file()  # else installed from a wheel, as nsru_bench
+RESULTS = ROOT / "benchmarks" / "results" if IN_CHECKOUT else Path("runs")
 
 
 def interleave(
@@ -82,6 +83,8 @@ def _version(package: str) -> str:
 
 def commit() -> str:
     """Short hash of the sources, with "-dirty" where files differ from it."""
+    if not IN_CHECKOUT:
+        return "unknown"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"

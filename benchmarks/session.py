@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-import measure
-import timing
+from nsru_bench import measure, timing
 
 
 @dataclass(frozen=True)

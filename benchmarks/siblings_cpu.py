@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import measure
 import nsru_kernels as nk
-from linear_cpu import Case, Tensors, frozen_linear, make_peft, make_tensors, tolerance
+from nsru_bench import measure
+from nsru_bench.linear_cpu import Case, Tensors, frozen_linear, make_peft, make_tensors, tolerance
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 WIDTHS = (2048, 512, 512)

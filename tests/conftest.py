@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
 
+
 def pytest_configure():
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)

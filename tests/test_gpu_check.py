@@ -1,15 +1,13 @@
 """From measured rows to the plans that ``auto`` follows, and the walk of the GPU check."""
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from nsru_bench.winners import fold_entries, linear_entries, plan_table
 
-from winners import fold_entries, linear_entries, plan_table  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 
 def row(provider, which, ms, m=8192, **more):

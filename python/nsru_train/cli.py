@@ -1,4 +1,4 @@
-"""The command line: ``nsru env | demo | subspace | train | eval | merge | verify | report``."""
+"""The command line ``nsru``: env, demo, subspace, train, eval, merge, verify, report, bench."""
 
 from __future__ import annotations
 
@@ -343,6 +343,17 @@ def report(run: str) -> None:
     _finish([str(write_report(Path(run)))], "eval", run)
 
 
+def bench(options: list[str]) -> None:
+    """Time kernels, sketch, loss and whole steps against every peer; `nsru bench --help`.
+
+    Args:
+        options: those of nsru_bench.bench.
+    """
+    from nsru_bench.bench import main as run_benchmarks
+
+    run_benchmarks(options, prog="nsru bench")
+
+
 COMMANDS: dict[str, Any] = {
     "env": env,
     "demo": demo,
@@ -352,6 +363,7 @@ COMMANDS: dict[str, Any] = {
     "merge": merge,
     "verify": verify,
     "report": report,
+    "bench": bench,
 }
 
 
@@ -359,16 +371,19 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of ``nsru``: a user's mistake ends in one line, not in a traceback."""
     from jsonargparse import auto_cli
 
+    given = sys.argv[1:] if args is None else args
     try:
-        auto_cli(COMMANDS, args=_underscored(args), prog="nsru", description=__doc__)
+        if given[:1] == ["bench"]:  # has a parser of its own, which the script shares
+            bench(given[1:])
+        else:
+            auto_cli(COMMANDS, args=_underscored(given), prog="nsru", description=__doc__)
     except (ValueError, OSError) as error:
         _fail(error)
 
 
-def _underscored(args: list[str] | None) -> list[str]:
+def _underscored(args: list[str]) -> list[str]:
     """--data-dir means --data_dir, as in most command lines."""
-    given = sys.argv[1:] if args is None else args
-    names = (arg.partition("=") for arg in given)
+    names = (arg.partition("=") for arg in args)
     return [
         name.replace("-", "_").replace("__", "--", 1) + equals + value
         if name.startswith("--")

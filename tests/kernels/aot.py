@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 OPS = ("linear", "linear_group", "fold", "sketch")
 TOKEN_OPS = ("linear", "linear_group", "sketch")
-# Around multiples of 16, which sizes are otherwise specialised for, and both sides of 2^31 elements.
+# Around multiples of 16, for which sizes are otherwise specialised; 2^31 elements and more.
 TOKENS = (17, 32, 1000, 1008, 8192, 8191, 2**20)
 # Dynamic shared memory that one block may ask for (CUDA C++ programming guide, table of compute
 # capabilities); 8.0 is the A100's, the least of the three.

@@ -260,6 +260,13 @@ def test_env_names_every_op(capsys):
         assert word in printed
 
 
+def test_bench_has_the_options_of_the_script(tmp_path, capsys):
+    main(["bench", "fold", "--tiny", "--dtype=float32", "--rounds=1", f"--out={tmp_path}"])
+    assert (tmp_path / "fold.csv").is_file()
+    assert "eager, a loop" in capsys.readouterr().out
+    assert "choose from" in fails(capsys, ["bench", "fould"])
+
+
 def _remove(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()

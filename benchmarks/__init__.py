@@ -1,0 +1,1 @@
+"""Benchmarks, importable as ``nsru_bench``; ``bench.py`` is the entry."""

@@ -1,0 +1,210 @@
+"""How cost grows: one adapted linear, the sketch's update and a whole step, one variable at a time.
+
+All values of a variable are timed interleaved, then t = c · value^exponent is fitted by least
+squares in log-log. The linear runs forward and backward, "fold cached" as further micro-batches of
+a step do and "fold included" as the first. The sketch has the width Q and does not refresh here.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import nsru_kernels as nk
+from nsru_bench import linear, measure, step, training_ways
+from nsru_bench.cases import TINY, Shape, element_size
+from nsru_bench.linear_cpu import Case, Provider, check, make_nsru, make_tensors
+from nsru_bench.session import Session
+from nsru_bench.timing import Call
+from nsru_kernels.ops.linear import projected_linear
+
+COLUMNS = ("M", "K", "N", "R", "Q", "layers")
+
+
+class Point(NamedTuple):
+    """One value of a sweep: its sizes, its calls, and the work of a call."""
+
+    sizes: Mapping[str, int]
+    calls: Mapping[str, Call]
+    flop: float
+    moved: float
+
+
+class Sweep(NamedTuple):
+    """``op`` at ``start`` with ``variable`` set to each of ``values``."""
+
+    op: str
+    start: Shape
+    variable: str
+    values: Sequence[int]
+
+    def shapes(self) -> list[Shape]:
+        return [self.start._replace(**{self.variable: value}) for value in self.values]
+
+
+def sweeps(session: Session) -> list[Sweep]:
+    """In order of value."""
+    if session.tiny:
+        linear_start = sketch_start = TINY._replace(K=64)
+        values = {"M": (16, 32, 64), "Q": (4, 8, 16), "R": (2, 4, 8), "K": (64, 128, 256)}
+        sketch_values = values
+    elif session.device.type == "cpu":
+        linear_start, sketch_start = Shape(256, 1024, 1024, 16, 128), Shape(256, 2048, 0, 0, 128)
+        values = {
+            "M": (64, 128, 256, 512, 1024),
+            "Q": (32, 64, 128, 256, 512),
+            "R": (4, 8, 16, 32, 64),
+            "K": (256, 512, 1024, 2048, 4096),
+        }
+        sketch_values = {**values, "K": (512, 1024, 2048, 4096, 8192)}
+    else:
+        linear_start, sketch_start = Shape(8192, 4096, 4096), Shape(8192, 4096, 0, 0, 512)
+        values = {
+            "M": (2048, 4096, 8192, 16384, 32768),
+            "Q": (64, 128, 256, 512, 1024),
+            "R": (8, 16, 32, 64, 128),
+            "K": (2048, 4096, 8192, 16384),
+        }
+        sketch_values = values
+    made = [Sweep("linear", linear_start, name, values[name]) for name in "MQRK"]
+    return made + [Sweep("sketch", sketch_start, name, sketch_values[name]) for name in "MQK"]
+
+
+def layer_cases(session: Session) -> list[training_ways.Case]:
+    if session.tiny:
+        return [training_ways.TINY._replace(layers=layers) for layers in (1, 2, 4)]
+    if session.device.type == "cpu":
+        small = training_ways.Case("Llama, narrow", 0, 512, 8, 2, 1408, 2048, False, 128, 32)
+        return [small._replace(layers=layers, Q=64) for layers in (1, 2, 4, 8)]
+    return [training_ways.LLAMA_1B._replace(layers=layers, tokens=4096) for layers in (2, 4, 8, 16)]
+
+
+def fit_power(values: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:
+    """(exponent, r²) of costs = c · values^exponent, least squares in log-log."""
+    x, y = np.log(values), np.log(costs)
+    exponent, offset = np.polyfit(x, y, 1)
+    spread = float(((y - y.mean()) ** 2).sum())
+    rest = float(((y - exponent * x - offset) ** 2).sum())
+    return float(exponent), 1.0 - rest / spread if spread else 1.0
+
+
+def linear_point(session: Session, shape: Shape) -> Point:
+    case = Case(*shape, dtype=session.dtype, device=session.device)
+    tensors = make_tensors(case)
+    included = make_nsru(case, tensors, cached=False)
+    layer = included.forward
+    folded = layer.folded_adapter().to(session.dtype)
+
+    # The module's forward with the fold at hand. The module itself folds anew in a graph, where its
+    # cache cannot be asked.
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return projected_linear(
+            x, layer.weight, layer.lora_A, layer.lora_B, layer.basis, None, folded,
+            layer.scaling, 0.0, "auto",
+        )  # fmt: skip
+
+    cached = Provider(forward, layer.lora_A, layer.lora_B)
+    providers = {"fold cached": cached, "fold included": included}
+    for name, provider in providers.items():
+        check(case, tensors, f"{name} {shape}", provider)
+        layer.zero_grad()
+    flop, moved = linear.work(shape, "forward+backward", element_size(session.dtype))
+    calls = {
+        name: linear.calls(tensors, provider, "forward+backward", 2)
+        for name, provider in providers.items()
+    }
+    return Point(shape.columns, calls, flop, moved)
+
+
+def sketch_point(session: Session, shape: Shape) -> Point:
+    m, k, _, _, q = shape
+    generator = torch.Generator(session.device).manual_seed(0)
+    inputs = [
+        torch.randn(m, k, generator=generator, device=session.device).to(session.dtype)
+        for _ in range(2)
+    ]
+    sketch = nk.RetainSketch(k, q, refresh_every=2**62, device=session.device)
+    assert sketch.route == "nystrom", f"width {q} is too large for K={k}"
+    check_sketch(sketch, inputs[0])
+    size = element_size(session.dtype)
+    return Point(
+        {"M": m, "K": k, "Q": q},
+        {"update": [lambda x=x: sketch.update(x) for x in inputs]},
+        4.0 * m * k * q + 2.0 * m * q * q,
+        size * m * k + 8.0 * (k * q + q * q),
+    )
+
+
+def check_sketch(sketch: nk.RetainSketch, x: torch.Tensor) -> None:
+    """AssertionError unless a first update leaves Σ‖x‖² and Y = xᵀ(xΩ) behind."""
+    sketch.update(x)
+    error = abs(sketch.trace / x.double().square().sum().item() - 1)
+    assert error <= 1e-5, f"sketch: the trace is off by {error:.1e}"
+    state = sketch.state_dict()
+    few = slice(0, 64)  # float64 on all of it would take longer than the timing
+    expected = x[:, few].double().T @ (x.double() @ state["omega"].double())
+    y = (state["y.fp32"].double() + state["y.fp64"])[few]
+    error = measure.relative_error(y, expected)
+    assert error <= 8 * 2.0**-9, f"sketch: Y is off by {error:.1e}"
+
+
+def step_point(session: Session, case: training_ways.Case) -> Point:
+    base = training_ways.make_model(case, session.device, session.dtype)
+    batches = [
+        training_ways.with_reference(base, batch)
+        for batch in training_ways.make_batches(case, session.device, 2)
+    ]
+    ways = training_ways.make_ways(case, base, ("frozen", "nsru"))
+    step.check(ways, step.evaluate_ways(ways, batches[0]), session.dtype)
+    calls = {
+        name: [lambda way=way, batch=batch: way.step(batch) for batch in batches]
+        for name, way in ways.items()
+    }
+    sizes = {"M": case.tokens, "K": case.hidden, "R": case.R, "Q": case.Q, "layers": case.layers}
+    return Point(
+        sizes, calls, step.useful_flop(case, base, batches[0]),
+        2.0 * training_ways.storage_bytes(base.parameters()),
+    )  # fmt: skip
+
+
+def run(session: Session) -> None:
+    points: dict[str, Callable[[Session, Shape], Point]] = {
+        "linear": linear_point,
+        "sketch": sketch_point,
+    }
+    for sweep in sweeps(session):
+        if session.fits(f"scaling {sweep.op} {sweep.variable}", 1 if session.tiny else 15):
+            made = [points[sweep.op](session, shape) for shape in sweep.shapes()]
+            record(session, sweep.op, sweep.variable, made)
+            del made
+            gc.collect()
+    if session.fits("scaling step layers", 3 if session.tiny else 60):
+        made = [step_point(session, case) for case in layer_cases(session)]
+        record(session, "step", "layers", made)
+
+
+def record(session: Session, op: str, variable: str, points: Sequence[Point]) -> None:
+    """Time all points of a sweep interleaved, fit, and write one row for each and provider."""
+    # Sketch and step read numbers back from the device.
+    timings = session.time(
+        {f"{name} {i}": call for i, p in enumerate(points) for name, call in p.calls.items()},
+        capture=op == "linear",
+    )
+    values = [point.sizes[variable] for point in points]
+    fits = {}
+    for name in points[0].calls:
+        costs = [timings[f"{name} {i}"].median for i in range(len(points))]
+        exponent, r2 = fit_power(values, costs)
+        fits[name] = {"exponent": round(exponent, 4), "r2": round(r2, 4)}
+        print(f"{op} {name}: ms ~ {variable}^{exponent:.2f}, r² {r2:.3f}", flush=True)
+    for i, (value, point) in enumerate(zip(values, points, strict=True)):
+        rows = {name: timings[f"{name} {i}"] for name in point.calls}
+        sizes = {name: point.sizes.get(name, "") for name in COLUMNS}
+        session.record(
+            "scaling", rows, {"of": op, "against": variable, "value": value, **sizes},
+            flop=point.flop, moved=point.moved, each=fits,
+        )  # fmt: skip

@@ -1,0 +1,206 @@
+"""The streaming retain subspace against what else finds leading directions; see ``bench.py``.
+
+Two files. ``sketch.csv`` has the time of one batch (pass "update") and of the end of a stream
+("finish"), each method's sums compared with float64 before it is timed. ``sketch_accuracy.csv``,
+made in ``sketch_accuracy.py``, has what whole streams come to. Both name what each method keeps in
+memory between batches, and whether it subtracts the mean.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+import nsru_kernels as nk
+from nsru_bench import measure, sketch_accuracy, timing
+from nsru_bench.cases import element_size
+from nsru_bench.session import Session
+from nsru_bench.sketch_methods import (
+    NEVER,
+    Covariance,
+    LowRankSVD,
+    Method,
+    Op,
+    Sketch,
+    TritonRoute,
+    assert_orthonormal,
+    incremental_pcas,
+    note,
+    residual_energy,
+)
+
+# (K, L): two inputs of Llama-3-8B, one narrow enough for a single read of x, and Llama-3.2-1B's.
+SHAPES = [(4096, 576), (14336, 576), (4096, 128), (2048, 320)]
+CPU_SHAPES = [(1024, 144), (2048, 320), (1024, 64)]
+TINY_SHAPES = [(96, 16)]
+# What a host SVD of M x K numbers may cost, and a K x K eigh on a GPU.
+SKLEARN_NUMBERS, EIGH_FEATURES = 2**21, 8192
+SLOW_ROUNDS = 3
+# S is rounded once to x's dtype (2^-9 relative in bf16); fp32 sums run over thousands of tokens.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 8 * 2.0**-11, torch.bfloat16: 8 * 2.0**-9}
+
+
+def run(session: Session) -> None:
+    on_cpu = session.device.type == "cpu"
+    tokens = 48 if session.tiny else 512 if on_cpu else 8192
+    shapes = TINY_SHAPES if session.tiny else CPU_SHAPES if on_cpu else SHAPES
+    for k, width in shapes:
+        if session.fits(f"sketch K={k} L={width}", 1 if session.tiny else 30):
+            run_update(session, tokens, k, width)
+            run_finish(session, tokens, k, width)
+    sketch_accuracy.run(session)
+
+
+def rank_of(width: int) -> int:
+    """Q that a width is for: 64 directions of oversampling, or half of a narrow one."""
+    return max(width - 64, width // 2)
+
+
+def make_batch(session: Session, tokens: int, k: int) -> Tensor:
+    """Gaussian rows x [M, K]; the energy of feature i falls as 1/i."""
+    generator = torch.Generator(session.device).manual_seed(0)
+    x_MK = torch.randn(tokens, k, device=session.device, generator=generator)
+    x_MK *= torch.arange(1, k + 1, device=session.device).rsqrt()
+    return x_MK.to(session.dtype)
+
+
+def make_streaming(session: Session, tokens: int, k: int, width: int) -> dict[str, Method]:
+    """What has an update for each batch and is fast enough for many rounds."""
+    device = session.device
+    methods: dict[str, Method] = {
+        "covariance": Covariance(k, device),
+        "RetainSketch": Sketch(k, width, device, refresh_every=NEVER),
+        "RetainSketch, a refresh each": Sketch(k, width, device, refresh_every=tokens),
+        "update_sketch eager": Op(k, width, device, "eager"),
+    }
+    if 4 * width <= k <= EIGH_FEATURES:
+        methods["RetainSketch, exact"] = Sketch(k, k, device)
+    if device.type == "cuda" and session.dtype.itemsize == 2:
+        sixteen = Covariance(k, device, None)
+        try:
+            sixteen.update(torch.zeros(1, k, device=device, dtype=session.dtype))
+        except TypeError:
+            note("no covariance from 16-bit products: torch.mm has no out_dtype")
+        else:
+            methods["covariance, 16-bit product"] = sixteen
+    if device.type == "cpu" and session.dtype == torch.bfloat16:
+        note("no update_sketch in Triton: its interpreter has wrong bf16 products")
+        return methods
+    try:
+        two = TritonRoute(k, width, device, one_read=False)
+        two.update(torch.zeros(1, k, device=device, dtype=session.dtype))
+        methods["update_sketch triton, two passes"] = two
+        if width <= two.module.ONE_READ:
+            one = TritonRoute(k, width, device, one_read=True)
+            methods["update_sketch triton, one read"] = one
+    except (ImportError, nk.BackendUnavailable) as error:
+        note(f"no update_sketch in Triton: {error}")
+    return methods
+
+
+def make_slow(session: Session, tokens: int, k: int, width: int) -> dict[str, Method]:
+    """SVDs of a batch: fewer rounds."""
+    found = incremental_pcas(k, width, tokens)
+    if tokens * k > SKLEARN_NUMBERS and found.pop("sklearn IncrementalPCA", None):
+        print(f"sklearn's SVD runs on the host: not timed at {tokens} x {k}", flush=True)
+    return {name: make() for name, make in found.items()}
+
+
+def check_sums(name: str, method: Method, x_MK: Tensor, tolerance: float) -> bool:
+    """AssertionError unless what ``method`` holds after a first batch x is exact enough.
+
+    Returns: whether it holds sums at all.
+    """
+    sums = method.sums(x_MK)
+    for value, expected in sums:
+        error = measure.relative_error(value, expected)
+        assert error <= tolerance, f"{name} is off by {error:.1e} > {tolerance:.1e}"
+    return bool(sums)
+
+
+def check_basis(name: str, method: Method, x_MK: Tensor, rank: int) -> None:
+    """AssertionError unless its directions are about as good as the axes that x was made along."""
+    basis_KQ, _ = method.finish(rank)
+    assert_orthonormal(name, basis_KQ)
+    axes_KQ = torch.eye(x_MK.shape[1], rank, device=x_MK.device)
+    residual, planned = residual_energy(x_MK, basis_KQ), residual_energy(x_MK, axes_KQ)
+    assert residual <= 1.5 * planned, f"{name} leaves {residual:.4f}, the axes {planned:.4f}"
+
+
+def run_update(session: Session, tokens: int, k: int, width: int) -> None:
+    rank = rank_of(width)
+    x_MK = make_batch(session, tokens, k)
+    copies = 2 if session.device.type == "cpu" else max(2, min(16, 2**28 // x_MK.nbytes))
+    batches = [x_MK, *(x_MK.clone() for _ in range(copies - 1))]
+    fast = make_streaming(session, tokens, k, width)
+    slow = make_slow(session, tokens, k, width)
+    for name, method in (fast | slow).items():
+        method.update(x_MK)
+        if not check_sums(name, method, x_MK, TOLERANCE[session.dtype]):
+            check_basis(name, method, x_MK, rank)
+    timings = {}
+    for waits in (False, True):
+        some = {name: updates(m, batches) for name, m in fast.items() if m.waits == waits}
+        timings |= session.time(some, capture=not waits)
+    calls = {name: updates(method, batches[:1]) for name, method in slow.items()}
+    # Nothing can be added to it: a batch stands for the whole matrix.
+    whole = LowRankSVD(width)
+    whole.update(x_MK)
+    check_basis("svd_lowrank", whole, x_MK, rank)
+    calls["svd_lowrank of the batch"] = [whole.decompose]
+    timings |= few_rounds(session, calls)
+    methods = fast | slow | {"svd_lowrank of the batch": whole}
+    y_bytes = 4 * k * width
+    session.record(
+        "sketch", timings, {"pass": "update", "M": tokens, "K": k, "L": width, "Q": rank},
+        flop=2.0 * tokens * k * width * 2 + 2.0 * tokens * width**2,
+        moved=element_size(session.dtype) * tokens * k + 2 * y_bytes,
+        base="covariance",
+        plans={name: method.route for name, method in methods.items()}, each=columns(methods),
+    )  # fmt: skip
+
+
+def run_finish(session: Session, tokens: int, k: int, width: int) -> None:
+    """From the sums to directions, once a stream."""
+    rank = rank_of(width)
+    methods: dict[str, Method] = {
+        "RetainSketch": Sketch(k, width, session.device, refresh_every=NEVER),
+        "covariance": Covariance(k, session.device),
+    }
+    if k > EIGH_FEATURES:
+        print(f"eigh of {k} x {k} is not timed", flush=True)
+        del methods["covariance"]
+    x_MK = make_batch(session, tokens, k)
+    calls: dict[str, timing.Call] = {}
+    for name, method in methods.items():
+        method.update(x_MK)
+        check_basis(name, method, x_MK, rank)
+        calls[name] = [functools.partial(method.finish, rank)]
+    session.record(
+        "sketch", few_rounds(session, calls),
+        {"pass": "finish", "M": tokens, "K": k, "L": width, "Q": rank},
+        # A Gram matrix of the factor and one rotation of it.
+        flop=4.0 * k * width**2,
+        moved=4 * (k * width + width**2 + k * rank),
+        base="covariance" if "covariance" in methods else None,
+        plans={name: method.route for name, method in methods.items()}, each=columns(methods),
+    )  # fmt: skip
+
+
+def updates(method: Method, batches: list[Tensor]) -> timing.Call:
+    return [functools.partial(method.update, x_MK) for x_MK in batches]
+
+
+def columns(methods: dict[str, Method]) -> dict[str, dict[str, object]]:
+    return {
+        name: {"state_bytes": method.state_bytes(), "centred": method.centred}
+        for name, method in methods.items()
+    }
+
+
+def few_rounds(session: Session, calls: dict[str, timing.Call]) -> dict[str, timing.Timing]:
+    """For calls of seconds; the row says how many rounds there were."""
+    rounds = min(session.rounds, SLOW_ROUNDS)
+    return timing.interleaved(calls, session.device, rounds, warmup=1, capture=False)

@@ -1,0 +1,292 @@
+"""Models shaped like Llama, batches, and the ways to train them that ``step.py`` compares."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import peft
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import nsru_kernels as nk
+from nsru_train.data.encode import Encoded
+from nsru_train.losses.nll import answer_nll
+from nsru_train.losses.objective import FORGET, RETAIN, SAFE, Objective
+from nsru_train.trainer import unlearning_loss
+from nsru_train.unlearn_dataset import Row, RowCollator
+
+ADAPTED = ("nsru", "peft bf16", "peft + eager projection")  # all with the same update
+FULL = "full fine-tuning + reference model"
+SCALING = 2.0
+OBJECTIVE = Objective()
+# Who reads the same input and therefore shares a basis; the others have one each.
+SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up", "up_proj": "up"}
+
+
+class Case(NamedTuple):
+    """A model's shape and a step's batch: ``tokens`` in sequences of ``length``."""
+
+    model: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    tokens: int
+    length: int
+    R: int = 16
+    Q: int = 256
+
+    @property
+    def columns(self) -> dict[str, object]:
+        names = ("model", "layers", "vocabulary", "tokens", "length", "R", "Q")
+        return {name: getattr(self, name) for name in names}
+
+
+LLAMA_1B = Case("Llama-3.2-1B", 16, 2048, 32, 8, 8192, 128256, True, 8192, 512)
+LLAMA_8B = Case("Llama-3-8B", 32, 4096, 32, 8, 14336, 128256, False, 8192, 512)
+TINY = Case("tiny", 2, 64, 4, 2, 96, 128, False, 64, 16, 4, 8)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train: a model and what goes with it.
+
+    Attributes:
+        model: in training mode.
+        optimizer: of what is trained; None for the frozen model.
+        prepare: batch → batch, inside the step.
+        held: tensors beside the model's own that stay in memory between steps.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: batch
+    held: tuple[Tensor, ...] = ()
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return unlearning_loss(self.model, self.prepare(batch), OBJECTIVE)[0]
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        self.loss(batch).backward()
+        if self.optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained(), 1.0)  # as the trainer does
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def resident_bytes(self) -> int:
+        """Bytes that stay between steps: weights, adapters, bases, moments, a second model."""
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        moments = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+        return storage_bytes(
+            itertools.chain(self.model.parameters(), self.model.buffers(), moments, self.held)
+        )
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes behind ``tensors``, each storage once."""
+    storages = (t.untyped_storage() for t in tensors)
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def make_model(case: Case, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A frozen Llama of this shape with random weights, made on the device."""
+    config = LlamaConfig(
+        vocab_size=case.vocabulary,
+        hidden_size=case.hidden,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.kv_heads,
+        intermediate_size=case.intermediate,
+        max_position_embeddings=max(2048, case.length),
+        tie_word_embeddings=case.tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.device(device):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.requires_grad_(False).train()
+
+
+def make_bases(model: nn.Module, width: int) -> dict[str, Tensor]:
+    """Module name → random orthonormal basis [K, Q], one tensor for all that read one input."""
+    bases: dict[tuple[str, str], Tensor] = {}
+    found = {}
+    for name, linear in model.named_modules():
+        parent, _, child = name.rpartition(".")
+        if not isinstance(linear, nn.Linear) or linear is model.get_output_embeddings():
+            continue
+        key = (parent, SHARED.get(child, child))
+        if key not in bases:
+            generator = torch.Generator(linear.weight.device).manual_seed(len(bases))
+            normal = torch.randn(
+                linear.in_features, width, generator=generator, device=linear.weight.device
+            )
+            bases[key] = torch.linalg.qr(normal)[0].contiguous()
+        found[name] = bases[key]
+    return found
+
+
+def make_batches(case: Case, device: torch.device, count: int) -> list[dict[str, Tensor]]:
+    """Random tokens as the trainer's collator batches them; the second half is the answer."""
+    generator = torch.Generator().manual_seed(0)
+    rows = case.tokens // case.length
+    kinds = list(itertools.islice(itertools.cycle((SAFE, FORGET, RETAIN, RETAIN)), rows))
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(3, case.vocabulary, (rows, case.length), generator=generator)
+        encoded = [Encoded(row, case.length // 2) for row in ids.tolist()]
+        items = [[Row(row, kind) for row, kind in zip(encoded, kinds, strict=True)]]
+        batches.append({name: value.to(device) for name, value in RowCollator(0)(items).items()})
+    return batches
+
+
+@torch.no_grad()
+def answer_sums(model: nn.Module, batch: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    """Summed answer NLL of the chosen rows of a batch."""
+    names = ("input_ids", "attention_mask", "labels")
+    nll, index = answer_nll(model, {name: batch[name][rows] for name in names})
+    return nll.new_zeros(int(rows.sum())).index_add_(0, index, nll)
+
+
+def with_reference(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    forget = batch["kind"] == FORGET
+    ref_nll = batch["ref_nll"].clone()
+    ref_nll[forget] = answer_sums(model, batch, forget)
+    return {**batch, "ref_nll": ref_nll}
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Modules of their own around the same weights."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def require_input_gradient(model: nn.Module) -> None:
+    def require(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return output.requires_grad_()
+
+    model.get_input_embeddings().register_forward_hook(require)
+
+
+def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(list(parameters), lr=1e-5, weight_decay=0.0, fused=True)
+
+
+def make_nsru(case: Case, base: nn.Module, bases: Mapping[str, Tensor]) -> Way:
+    model = shared_copy(base)
+    nk.swap_linears(model, list(bases), rank=case.R, alpha=SCALING * case.R, subspaces=bases)
+    for index, module in enumerate(nsru_modules(model).values()):
+        device, dtype = module.weight.device, module.weight.dtype
+        generator = torch.Generator(device).manual_seed(index)
+        with torch.no_grad():  # values that the dtype of the run can hold: all ways start equal
+            a_RK = torch.randn(module.lora_A.shape, generator=generator, device=device)
+            module.lora_A.copy_((a_RK * case.hidden**-0.5).to(dtype))
+            # About a tenth of a frozen linear's output.
+            b_NR = torch.randn(module.lora_B.shape, generator=generator, device=device)
+            module.lora_B.copy_((b_NR * 0.02).to(dtype))
+    require_input_gradient(model)
+    return Way(model, adamw(p for p in model.parameters() if p.requires_grad))
+
+
+def nsru_modules(model: nn.Module) -> dict[str, nk.NSRULinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nk.NSRULinear)}
+
+
+def make_peft(case: Case, base: nn.Module, like: nn.Module, *, projected: bool) -> Way:
+    """PEFT with the adapters of ``like``: folded, or projecting the activations in a hook."""
+    config = peft.LoraConfig(
+        r=case.R,
+        lora_alpha=round(SCALING * case.R),
+        target_modules=list(nsru_modules(like)),
+        lora_dropout=0.0,
+    )
+    model = peft.get_peft_model(shared_copy(base), config, autocast_adapter_dtype=False).train()
+    bases: dict[int, Tensor] = {}
+    for name, module in nsru_modules(like).items():
+        layer = model.get_base_model().get_submodule(name)
+        with torch.no_grad():
+            a_RK = module.lora_A if projected else module.folded_adapter()
+            layer.lora_A["default"].weight.copy_(a_RK)
+            layer.lora_B["default"].weight.copy_(module.lora_B)
+        if projected:
+            basis = bases.setdefault(id(module.basis), module.basis.to(module.weight.dtype))
+            layer.lora_A["default"].register_forward_pre_hook(projection(basis))
+    require_input_gradient(model.get_base_model())
+    return Way(model, adamw(p for p in model.parameters() if p.requires_grad),
+               held=tuple(bases.values()))  # fmt: skip
+
+
+def projection(basis: Tensor) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+    def project(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        (x,) = args
+        return (x - (x @ basis) @ basis.T,)
+
+    return project
+
+
+def make_frozen(base: nn.Module) -> Way:
+    model = shared_copy(base)
+    require_input_gradient(model)
+    return Way(model, None)
+
+
+def make_full(base: nn.Module) -> Way:
+    """Every weight trained; the base model itself is the copy that serves as reference."""
+    model = copy.deepcopy(base).requires_grad_(True)
+    return Way(
+        model,
+        adamw(model.parameters()),
+        prepare=lambda batch: with_reference(base, batch),
+        held=tuple(base.parameters()),
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return psutil.virtual_memory().available
+
+
+def has_room_for_full(base: nn.Module) -> bool:
+    """Whether weights, gradients and both moments of a trained copy fit; says so if not."""
+    needed = 4 * storage_bytes(base.parameters())
+    free = free_bytes(next(base.parameters()).device)
+    if needed <= free:
+        return True
+    print(
+        f"{FULL} is not timed: weights, gradients and moments take {needed / 1e9:.1f} GB, "
+        f"{free / 1e9:.1f} GB are free",
+        flush=True,
+    )
+    return False
+
+
+def make_ways(case: Case, base: nn.Module, names: Iterable[str] | None = None) -> dict[str, Way]:
+    """Name → way; of ``names`` only, if given."""
+    nsru = make_nsru(case, base, make_bases(base, case.Q))
+    makers: dict[str, Callable[[], Way]] = {
+        "frozen": lambda: make_frozen(base),
+        "nsru": lambda: nsru,
+        "peft bf16": lambda: make_peft(case, base, nsru.model, projected=False),
+        "peft + eager projection": lambda: make_peft(case, base, nsru.model, projected=True),
+        FULL: lambda: make_full(base),
+    }
+    wanted = list(makers if names is None else names)
+    if FULL in wanted and not has_room_for_full(base):
+        wanted.remove(FULL)
+    return {name: makers[name]() for name in wanted}

@@ -1,0 +1,58 @@
+// Pure host logic of the K-extended GEMM: configs, tile counts, what TMA can describe. No CUDA.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "../kext_gemm.h"
+
+namespace nsru {
+
+constexpr int kBlockK = 64;            // 128 bytes of 16-bit elements: TMA's widest swizzle
+constexpr int kClusterM = 2;           // two blocks of a cluster share each tile of W by multicast
+constexpr int64_t kTmaAlignment = 16;  // bytes, of addresses and of distances between rows
+constexpr int64_t kElementBytes = 2;
+
+struct KextConfig {
+    const char* name;
+    int block_m;
+    int block_n;
+};
+
+// The first is the default. Untimed so far.
+constexpr std::array<KextConfig, 2> kConfigs = {{
+    {"128x256x64_2x1_cooperative", 128, 256},
+    {"128x128x64_2x1_pingpong", 128, 128},
+}};
+
+// How many tiles of kBlockK the GEMM takes from each source.
+struct KTiles {
+    int64_t main;
+    int64_t tail;
+    int64_t total() const { return main + tail; }
+};
+
+KTiles split_k(int64_t k, int64_t r);
+
+// How many of the `count` k tiles from `first` on come from the main source; the tail has the rest.
+// Also called by the producer warp.
+constexpr int main_share(int first, int count, int main_tiles) {
+    const int left = main_tiles - first;
+    return left < 0 ? 0 : left < count ? left : count;
+}
+
+// Output tiles, rounded up to whole clusters as the persistent kernel schedules them.
+int64_t tile_count(const KextConfig& config, int64_t m, int64_t n);
+
+// Index of the first config that gives every multiprocessor a tile; else of the one with most.
+int choose_config(int64_t m, int64_t n, int multiprocessors);
+
+// Why the GEMM cannot take these arguments, with their values; "" where it can. Looks at addresses
+// as numbers only.
+std::string refusal(const KextGemmArgs& args);
+
+// Sizes and settings for messages.
+std::string describe(const KextGemmArgs& args);
+
+}  // namespace nsru

@@ -1,0 +1,11 @@
+#include "kext_kernel.cuh"
+
+namespace nsru {
+
+// In the order of kConfigs.
+const KextEntries kKextBf16Nk = {
+    KextGemm<cutlass::bfloat16_t, KextLayout::kNK, 128, 256, false>::entry(),
+    KextGemm<cutlass::bfloat16_t, KextLayout::kNK, 128, 128, true>::entry(),
+};
+
+}  // namespace nsru

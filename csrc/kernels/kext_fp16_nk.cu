@@ -1,0 +1,11 @@
+#include "kext_kernel.cuh"
+
+namespace nsru {
+
+// In the order of kConfigs.
+const KextEntries kKextFp16Nk = {
+    KextGemm<cutlass::half_t, KextLayout::kNK, 128, 256, false>::entry(),
+    KextGemm<cutlass::half_t, KextLayout::kNK, 128, 128, true>::entry(),
+};
+
+}  // namespace nsru

@@ -1,0 +1,80 @@
+// The K-extended main loop for sm_90a: [X | P]·[W ; V] without copying one next to the other.
+//
+//     k tile      0     1          main-1  main     total-1
+//     A operand   X₀    X₁   …     X       P₀   …   P          [BLOCK_M, 64] each
+//     B operand   W₀    W₁   …     W       V₀   …   V          [BLOCK_N, 64] each
+//
+// Only the producer warp knows that there are two sources: at k tile `main` it goes on with a
+// second pair of TMA descriptors. Columns beyond K, and beyond R, are out of those descriptors'
+// bounds, so the copy engine fills them with zeros and no consumer masks anything.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "../host/kext_plan.h"
+
+namespace nsru {
+
+// BASE: cutlass::gemm::collective::CollectiveMma with TMA and wgmma, both operands from shared
+// memory. Its pipeline, consumer and tensor shapes are taken as they are.
+template <class BASE>
+struct KextMainloop : BASE {
+    using Operands = typename BASE::Arguments;
+    struct Arguments {
+        Operands main;  // X [M, k] and W
+        Operands tail;  // P [M, r] and V
+        int k;
+        int r;
+    };
+
+    // The kernel is told K = BLOCK_K · total tiles; the descriptors hold the true bounds.
+    struct Params : BASE::Params {
+        typename BASE::Params tail;
+        int main_tiles;
+    };
+
+    static_assert(cute::size<2>(typename BASE::TileShape{}) == kBlockK);
+
+    template <class PROBLEM>
+    static Params to_underlying_arguments(const PROBLEM& problem, const Arguments& args,
+                                          void* workspace) {
+        const auto [m, n, k_extended, batches] = problem;
+        return {BASE::to_underlying_arguments(cute::make_shape(m, n, args.k, batches), args.main,
+                                              workspace),
+                BASE::to_underlying_arguments(cute::make_shape(m, n, args.r, batches), args.tail,
+                                              workspace),
+                static_cast<int>(split_k(args.k, args.r).main)};
+    }
+
+    // host/kext_plan.cpp refuses what TMA cannot describe. The base's rule is stricter: it wants R
+    // to be a multiple of 8, where rows of P that start at 16 bytes are enough.
+    template <class PROBLEM>
+    static bool can_implement(const PROBLEM&, const Arguments&) {
+        return true;
+    }
+
+    CUTLASS_DEVICE static void prefetch_tma_descriptors(const Params& params) {
+        BASE::prefetch_tma_descriptors(params);
+        BASE::prefetch_tma_descriptors(params.tail);
+    }
+
+    template <class INPUTS, class K_ITERATOR, class COORD>
+    CUTLASS_DEVICE void load(const Params& params, typename BASE::MainloopPipeline pipeline,
+                             typename BASE::PipelineState state, const INPUTS& inputs,
+                             const COORD& tile_coord, K_ITERATOR k_tile, int k_tiles,
+                             int thread_index, uint32_t rank_in_cluster,
+                             typename BASE::TensorStorage& tensors_smem) {
+        const int first = *k_tile;
+        const int main = main_share(first, k_tiles, params.main_tiles);
+        BASE::load(params, pipeline, state, inputs, tile_coord, k_tile, main, thread_index,
+                   rank_in_cluster, tensors_smem);
+        state.advance(main);
+        // Coordinates of both sources are tiles of one grid, so `inputs` serves the tail as well.
+        const auto tail_tile = cute::make_coord_iterator(first + main - params.main_tiles,
+                                                         cute::shape<3>(cute::get<0>(inputs)));
+        BASE::load(params.tail, pipeline, state, inputs, tile_coord, tail_tile, k_tiles - main,
+                   thread_index, rank_in_cluster, tensors_smem);
+    }
+};
+
+}  // namespace nsru

@@ -1,0 +1,62 @@
+// out[M, N] = X[M, K]·W + P[M, R]·V + bias[N]: one GEMM over K and R with two operand sources.
+// No torch, no CUDA header.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace nsru {
+
+enum class KextDtype { kBf16 = 0, kFp16 = 1 };
+
+// How W and V lie in memory. kNK: W is [N, K], V is [N, R]; kKN: W is [K, N], V is [R, N].
+enum class KextLayout { kNK = 0, kKN = 1 };
+
+constexpr int kKextDtypes = 2;
+constexpr int kKextLayouts = 2;
+constexpr int kChooseConfig = -1;
+
+// Pointers are to device memory of `device`. Every matrix is row-major and its leading dimension,
+// in elements, is the distance of two rows. `bias` may be null.
+struct KextGemmArgs {
+    const void* x_gmem;
+    const void* w_gmem;
+    const void* p_gmem;
+    const void* v_gmem;
+    const void* bias_gmem;
+    void* out_gmem;
+    int64_t m, n, k, r;
+    int64_t ldx, ldw, ldp, ldv, ldo;
+    KextDtype dtype;
+    KextLayout layout;
+    int config;   // index into kext_kernels(), or kChooseConfig
+    int swizzle;  // tiles of N (or M) that neighbouring clusters share through L2: 1, 2, 4 or 8
+    int device;
+    void* stream;  // cudaStream_t
+    void* workspace_gmem;
+    size_t workspace_bytes;
+};
+
+// What one compiled kernel asks of a multiprocessor.
+struct KextKernel {
+    const char* config;
+    KextDtype dtype;
+    KextLayout layout;
+    int stages;
+    int threads;
+    int shared_bytes;
+};
+
+// Every kernel in this module; needs no GPU.
+std::vector<KextKernel> kext_kernels();
+
+// Bytes that launch_kext_gemm needs in workspace_gmem for these arguments.
+size_t kext_gemm_workspace(const KextGemmArgs& args);
+
+// Enqueues the GEMM on args.stream; allocates nothing and leaves the current device as it was.
+// Throws std::invalid_argument naming the argument and its value, std::runtime_error naming the
+// CUDA call, its code and its meaning.
+void launch_kext_gemm(const KextGemmArgs& args);
+
+}  // namespace nsru

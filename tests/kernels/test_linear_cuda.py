@@ -1,0 +1,304 @@
+"""The CUDA backend of the projected linear.
+
+Without a GPU a stand-in for the extension reads the addresses it is given and multiplies on the
+CPU: it checks what Python hands over, not the kernel. Tests marked ``gpu`` run the kernel, small
+sizes first: `pytest -m gpu -x tests/kernels/test_linear_cuda.py`.
+"""
+
+import ctypes
+import functools
+import types
+
+import pytest
+import torch
+from linear_cases import check_against_exact, make_inputs
+from tolerance import assert_close_to_exact
+
+import nsru_kernels as nk
+from nsru_kernels.ops import extension
+from nsru_kernels.ops.linear import cuda, reference
+
+DTYPES = [torch.bfloat16, torch.float16]
+GPU = torch.device("cuda")
+ALL = [True, False, True, True, True]
+# (M, K, N, R): R below, at and beyond a tile, with rows that need padding and rows that do not.
+SMALL = [(1, 8, 8, 1), (130, 72, 264, 3), (64, 136, 40, 16), (70, 64, 128, 64), (33, 200, 72, 100)]
+REAL = [(8192, 4096, 4096, 16), (8192, 4096, 14336, 16), (16384, 2048, 8192, 16)]
+
+
+def operands(m, k, n, r, dtype, device="cpu", seed=0):
+    """(x, W, Ā, B, bias)."""
+    g = torch.Generator().manual_seed(seed)
+    draw = functools.partial(torch.randn, generator=g)
+    tensors = draw(m, k), draw(n, k) / k**0.5, draw(r, k) / k**0.5, draw(n, r) / 4, draw(n)
+    return [t.to(device, dtype) for t in tensors]
+
+
+def check_both_passes(args, *, scaling=1.7, needs=ALL):
+    """Forward and backward by cuda.py against float64, no worse than eager."""
+    x, w = args[:2]
+    dy = torch.randn(x.shape[0], w.shape[0], device=x.device).to(x.dtype)
+
+    def both(module, x, w, a, b, bias, dy):
+        y, s = module.forward(x, w, a, b, bias, scaling, 0.0, None)
+        return y, s, *module.backward(dy, x, w, a, b, s, scaling, 0.0, None, needs)
+
+    got, eager = both(cuda, *args, dy), both(reference, *args, dy)
+    exact = both(reference, *(None if t is None else t.double() for t in (*args, dy)))
+    names = ("y", "S", "dx", "dw", "dbias", "da", "db")
+    for name, *values in zip(names, got, eager, exact, strict=True):
+        assert_close_to_exact(*values, name)
+
+
+# ---------------------------------------------------------------- without a GPU
+
+
+def at(address, rows, columns, ld, dtype):
+    """The matrix at an address, not one byte beyond its last element."""
+    size = ((rows - 1) * ld + columns) * dtype.itemsize
+    memory = (ctypes.c_char * size).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).as_strided((rows, columns), (ld, 1))
+
+
+class StandIn(types.SimpleNamespace):
+    """Same functions as the extension, for addresses in host memory."""
+
+    def kext_gemm_workspace(self, **call):
+        return 0
+
+    def launch_kext_gemm(self, *, workspace, workspace_bytes, config, swizzle, device, stream, **c):
+        m, n, k, r = (c[name] for name in "mnkr")
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[c["dtype"]]
+        for name in "xwpv":
+            assert c[name] % 16 == 0, f"{name} is not aligned"
+            assert c[f"ld{name}"] % 8 == 0, f"rows of {name} are not aligned"
+        shapes = ((n, k), (n, r)) if c["layout"] == "NK" else ((k, n), (r, n))
+        x, p = at(c["x"], m, k, c["ldx"], dtype), at(c["p"], m, r, c["ldp"], dtype)
+        w, v = at(c["w"], *shapes[0], c["ldw"], dtype), at(c["v"], *shapes[1], c["ldv"], dtype)
+        if c["layout"] == "NK":
+            w, v = w.T, v.T
+        out = x.float() @ w.float() + p.float() @ v.float()
+        if c["bias"]:
+            out += at(c["bias"], 1, n, n, dtype).float()
+        at(c["out"], m, n, c["ldo"], dtype).copy_(out)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setattr(extension, "load", StandIn)
+    stream = types.SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    allocate = torch.Tensor.new_empty
+
+    def new_empty(self, *args, **kwargs):
+        fresh = allocate(self, *args, **kwargs)
+        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_operands_are_handed_over_as_they_lie(stand_in, shape, dtype):
+    check_both_passes(operands(*shape, dtype))
+    x, w, a, b, _ = operands(*shape, dtype)
+    check_both_passes((x, w, a, b, None), scaling=1.0)
+
+
+def test_unusual_strides(stand_in):
+    x, w, a, b, bias = operands(20, 64, 40, 5, torch.float16)
+    sliced = torch.randn(20, 80).half()[:, 8:72]
+    cases = (
+        (x.T.contiguous().T, w, a, b, bias),
+        (sliced, w, a, b, bias),
+        (torch.randn(21, 65).half()[1:, 1:], w, a, b, bias),
+        (x, torch.nn.functional.pad(w, (0, 8))[:, :64], a, b, bias),
+        (x, w, a.T.contiguous().T, b.T.contiguous().T, bias),
+        (x, w, a, b, torch.randn(80).half()[::2]),
+        (x, w, a, b, torch.randn(41).half()[1:]),
+    )
+    for case in cases:
+        check_both_passes(case)
+    y, s = cuda.forward(x, w, a, b, bias, 2.0, 0.0, None)
+    dy = torch.ones((), dtype=x.dtype).expand(y.shape)
+    got = cuda.backward(dy, x, w, a, b, s, 2.0, 0.0, None, ALL)
+    expected = cuda.backward(dy.contiguous(), x, w, a, b, s, 2.0, 0.0, None, ALL)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+def test_no_tokens_launch_nothing(stand_in):
+    check_both_passes(operands(0, 64, 40, 4, torch.bfloat16))
+
+
+def test_only_asked_for_gradients(stand_in):
+    x, w, a, b, _ = operands(9, 64, 40, 4, torch.bfloat16)
+    for wanted in range(5):
+        needs = [index == wanted for index in range(5)]
+        grads = cuda.backward(x @ w.T, x, w, a, b, x @ a.T, 2.0, 0.0, None, needs)
+        assert [grad.numel() > 0 for grad in grads] == needs
+
+
+def test_refusals_name_the_reason_and_the_other_backend():
+    x, w, a, b, _ = operands(8, 64, 40, 4, torch.bfloat16)
+    for call, reason in (
+        ((x.float(), w.float(), a, b, None, 1.0, 0.0, None), "bf16 and fp16, got torch.float32"),
+        ((x, w, a, b, None, 1.0, 0.1, None), "dropout_p=0.1"),
+        ((x, w[:39], a, b[:39], None, 1.0, 0.0, None), r"multiples of 8, got \(39, 64\)"),
+        ((x, w.T.contiguous().T, a, b, None, 1.0, 0.0, None), r"got strides \(1, 40\)"),
+    ):
+        with pytest.raises(nk.BackendUnavailable, match=f"{reason}.*Use 'triton'"):
+            cuda.forward(*call)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0)])
+def test_other_architectures_are_sent_to_triton(hopper, monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = extension.unavailable(GPU)
+    assert f"this GPU: {capability[0]}.{capability[1]}" in reason
+    assert "Use 'triton'" in reason
+
+
+def test_what_keeps_the_extension_from_serving(hopper, monkeypatch):
+    assert "CUDA device" in extension.unavailable(torch.device("cpu"))
+
+    def missing():
+        raise ModuleNotFoundError
+
+    def broken():
+        raise ImportError("libfoo.so")
+
+    old = types.SimpleNamespace(build_info=lambda: {"archs": "80"})
+    for load, reason in (
+        (missing, "not built"),
+        (broken, "libfoo.so"),
+        (lambda: old, "built for sm 80 and holds no GEMM for sm_90a"),
+    ):
+        monkeypatch.setattr(extension, "load", load)
+        assert reason in extension.unavailable(GPU)
+        assert "triton" in extension.unavailable(GPU)
+    monkeypatch.setattr(extension, "load", StandIn)
+    monkeypatch.setattr(StandIn, "launch_kext_gemm", StandIn.launch_kext_gemm)
+    assert extension.unavailable(GPU) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees no CUDA device" in extension.unavailable(GPU)
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def module():
+    reason = extension.unavailable(GPU)
+    return pytest.skip(reason) if reason else extension.load()
+
+
+def check_gemm(m, k, n, r, dtype, layout, with_bias=True, **choice):
+    x, w, p, v, bias = (torch.randn(*shape, device=GPU).to(dtype) for shape in (
+        (m, k), (n, k), (m, r), (n, r), (n,)
+    ))  # fmt: skip
+    p, v = cuda._padded(p), cuda._padded(v)
+    w, v = (w.T, v.T) if layout == "NK" else (w.T.contiguous(), v.T.contiguous())
+    bias = bias if with_bias else None
+    got = cuda.kext_gemm(x, w, p, v, bias, **choice)
+    exact = x.double() @ w.double() + p.double() @ v.double()
+    eager = x @ w + p @ v
+    if bias is not None:
+        exact, eager = exact + bias.double(), eager + bias
+    assert_close_to_exact(got, eager, exact, f"{m}x{k}x{n} r={r} {layout} {choice}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["NK", "KN"])
+def test_gemm_every_config(module, layout, dtype):
+    configs = len({kernel["config"] for kernel in module.kext_kernels()})
+    for config in range(configs):
+        for shape in ((256, 64, 256, 64), (1, 8, 8, 1), (300, 200, 264, 16), (1000, 520, 776, 100)):
+            check_gemm(*shape, dtype, layout, config=config)
+        check_gemm(1000, 512, 768, 8, dtype, layout, with_bias=False, config=config, swizzle=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("r", [1, 8, 16, 64, 100])
+def test_both_passes_at_an_odd_number_of_tokens(module, r):
+    for dtype in DTYPES:
+        check_both_passes(operands(8191, 1024, 2048, r, dtype, GPU))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", REAL, ids=str)
+def test_real_sizes(module, shape, dtype):
+    check_both_passes(operands(*shape, dtype, GPU))
+
+
+@pytest.mark.gpu
+def test_through_the_public_function(module):
+    inputs, _ = make_inputs(515, 256, 384, 16, dtype=torch.bfloat16)
+    inputs = {name: tensor.to(GPU) for name, tensor in inputs.items()}
+    check_against_exact(inputs, None, function=functools.partial(nk.nsru_linear, backend="cuda"))
+
+
+@pytest.mark.gpu
+def test_two_runs_agree_bit_by_bit(module):
+    args = operands(8192, 4096, 4096, 16, torch.bfloat16, GPU)
+    first, second = (cuda.forward(*args, 2.0, 0.0, None)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+def test_streams_do_not_meet(module):
+    args = [operands(2048, 1024, 1024, 16, torch.bfloat16, GPU, seed) for seed in range(4)]
+    expected = [cuda.forward(*each, 2.0, 0.0, None)[0] for each in args]
+    torch.cuda.synchronize()
+    streams, got = [torch.cuda.Stream() for _ in args], []
+    for stream, each in zip(streams, args, strict=True):
+        with torch.cuda.stream(stream):
+            got.append([cuda.forward(*each, 2.0, 0.0, None)[0] for _ in range(8)])
+    torch.cuda.synchronize()
+    for runs, value in zip(got, expected, strict=True):
+        assert all(torch.equal(run, value) for run in runs)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_with_new_values(module):
+    x, w, a, b, bias = operands(512, 1024, 1024, 16, torch.bfloat16, GPU)
+
+    def step():
+        y, s = cuda.forward(x, w, a, b, bias, 2.0, 0.0, None)
+        return y, *cuda.backward(y, x, w, a, b, s, 2.0, 0.0, None, ALL)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    x.normal_()
+    expected = [t.clone() for t in step()]
+    graph.replay()
+    assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_wrong_arguments_are_named(module):
+    x, w, a, b, _ = operands(64, 64, 64, 3, torch.bfloat16, GPU)
+    with pytest.raises(ValueError, match="ldp=3: rows of p must start at multiples of 16 bytes"):
+        cuda.kext_gemm(x, w.T, x @ a.T, cuda._padded(b).T, None)
+    with pytest.raises(ValueError, match="config=77"):
+        cuda.kext_gemm(x, w.T, cuda._padded(x @ a.T), cuda._padded(b).T, None, config=77)
+
+
+@pytest.mark.gpu
+def test_the_current_device_stays(module):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    args = operands(256, 256, 256, 16, torch.bfloat16, "cuda:1")
+    check_both_passes(args)
+    assert torch.cuda.current_device() == 0
