@@ -23,13 +23,16 @@ import torch
 from nsru_bench import measure
 from nsru_bench.session import Session
 
-OPS = ("linear", "fold", "sketch", "loss", "step", "scaling")  # in order of value
+# In order of value: op → its share of the budget. What one leaves goes to those after it.
+SHARES = {"linear": 8, "fold": 1, "sketch": 3, "loss": 2, "step": 4, "scaling": 2}
+OPS = tuple(SHARES)
 
 
 def run(session: Session, ops: tuple[str, ...] = OPS) -> None:
     """Run ``ops``; each writes its rows as they come."""
-    for op in ops:
+    for i, op in enumerate(ops):
         module = importlib.import_module(f"nsru_bench.{op}")
+        session.grant(SHARES[op] / sum(SHARES[later] for later in ops[i:]))
         if not session.fits(op, 0):
             continue
         try:

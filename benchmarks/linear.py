@@ -2,7 +2,7 @@
 
 Every provider's y, dX, dA and dB are compared with float64 before anything is timed. The frozen
 linear computes y and dX only. Plans of a backend are timed one by one with the adapter folded;
-"nsru" is the module as a user calls it, fold cached.
+"nsru" is the public op with the fold of this optimizer step at hand, as the module calls it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from nsru_bench.linear_cpu import (
 )
 from nsru_bench.session import Session
 from nsru_bench.timing import Call
+from nsru_bench.winners import PREFIX
 from nsru_kernels import dispatch
+from nsru_kernels.ops.linear import projected_linear
 
 PASSES = ("forward", "backward", "forward+backward")
 
@@ -61,6 +63,33 @@ def make_planned(case: Case, t: Tensors, module: ModuleType, plan: str | None) -
 
     def forward(x: Tensor) -> Tensor:
         return PlannedLinear.apply(x, weight, lora_a, lora_b, case.scaling, module, plan)
+
+    return Provider(forward, lora_a, lora_b, projects=False)
+
+
+def make_op(case: Case, t: Tensors) -> Provider:
+    """What ``NSRULinear`` does after the first micro-batch of a step. The module itself would fold
+    again inside a CUDA graph, which must not go stale."""
+    lora_a, lora_b = nn.Parameter(t.lora_a.clone()), nn.Parameter(t.lora_b.clone())
+    folded, weight = nk.project_adapter(t.lora_a, t.basis).to(case.dtype), t.weight.clone()
+
+    def forward(x: Tensor) -> Tensor:
+        return projected_linear(
+            x, weight, lora_a, lora_b, t.basis, None, folded, case.scaling, 0.0, "auto"
+        )
+
+    return Provider(forward, lora_a, lora_b)
+
+
+def make_unsloth(case: Case, t: Tensors) -> Provider:
+    """unsloth's fused function for one linear (no bias, no dropout), where it can be imported."""
+    from unsloth.kernels.fast_lora import LoRA_W
+
+    lora_a = nn.Parameter(nk.project_adapter(t.lora_a, t.basis).to(case.dtype))
+    lora_b, weight = nn.Parameter(t.lora_b.to(case.dtype)), t.weight.clone()
+
+    def forward(x: Tensor) -> Tensor:
+        return LoRA_W.apply(x[None], weight, None, lora_a, lora_b, case.scaling)[0]
 
     return Provider(forward, lora_a, lora_b, projects=False)
 
@@ -98,11 +127,11 @@ def plans(module: ModuleType, shape: Shape) -> list[str | None]:
 
 
 def make_providers(case: Case, t: Tensors, shape: Shape, session: Session) -> dict[str, Provider]:
-    """Provider (and plan, after a comma) → provider; those that are not installed are listed."""
+    """Name → provider; what is not installed is printed."""
     peft_default = make_peft(case, t, fp32_adapters=True)
     providers = {
         "frozen": Provider(frozen_linear(t), None, None),
-        "nsru": make_nsru(case, t, cached=True),
+        "nsru": make_op(case, t),
         "nsru, fold every call": make_nsru(case, t, cached=False),
         "peft bf16": make_peft(case, t, fp32_adapters=False),
         "peft default, autocast": autocast(peft_default, case),
@@ -117,9 +146,14 @@ def make_providers(case: Case, t: Tensors, shape: Shape, session: Session) -> di
                 continue
             name = f"plan {backend}" if plan is None else f"plan {backend} {plan}"
             providers[name] = make_planned(case, t, module, plan)
-    for package in ("unsloth", "liger_kernel"):
-        if importlib.util.find_spec(package) is None:
-            print(f"{package} is not installed: its way is not timed", flush=True)
+    # Liger-Kernel has no LoRA linear; its loss is in loss.py.
+    if importlib.util.find_spec("unsloth") is None:
+        print("unsloth is not installed: its way is not timed", flush=True)
+    else:
+        try:
+            providers["unsloth"] = make_unsloth(case, t)
+        except Exception as error:
+            session.fail("unsloth does not import", error)
     return providers
 
 
@@ -187,5 +221,10 @@ def run_shape(session: Session, shape: Shape) -> None:
         flop, moved = work(shape, which, size)
         session.record(
             "linear", session.time(timed), {"pass": which, **shape.columns},
-            flop=flop, moved=moved, base="frozen",
+            flop=flop, moved=moved, base="frozen", plans={name: _plan(name) for name in timed},
         )  # fmt: skip
+
+
+def _plan(name: str) -> str:
+    """ "plan triton kext" → "triton kext"."""
+    return name.removeprefix(PREFIX) if name.startswith(PREFIX) else ""

@@ -53,14 +53,19 @@ class Session:
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
+        self.until = float("inf") if self.seconds is None else self.started + self.seconds
         self.columns = measure.run_columns("triton", "transformers", "peft", device=self.device)
         self.limits = measure_limits(self)
 
     def left(self) -> float:
-        """Seconds of the budget that are left."""
-        if self.seconds is None:
-            return float("inf")
-        return self.seconds - (time.monotonic() - self.started)
+        """Seconds that are left to the op that runs."""
+        return self.until - time.monotonic()
+
+    def grant(self, share: float) -> None:
+        """Let the next op take this share of what is left of the whole budget."""
+        if self.seconds is not None:
+            now = time.monotonic()
+            self.until = now + share * (self.started + self.seconds - now)
 
     def fits(self, what: str, seconds: float) -> bool:
         """Whether the budget has room for about ``seconds`` more; remembers what had none."""
