@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nsru_kernels import dispatch
 from nsru_train.cli import COMMANDS
 from nsru_train.tiny_model import make_llama, train_tokenizer
 
@@ -26,6 +27,25 @@ def test_example_runs_as_written(tmp_path, monkeypatch):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     moved = [p for p in names["model"].parameters() if p.requires_grad and p.grad is not None]
     assert any(p.grad.abs().sum() > 0 for p in moved)
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_backend_table_says_what_explain_says(op):
+    (row,) = [line for line in README.splitlines() if line.startswith("| [`") and f"`{op}`" in line]
+    for backend, cell in zip(("triton", "cuda"), row.split(" | ")[2:], strict=True):
+        status = dispatch.KERNELS.get((dispatch.OPS[op], backend), "not written yet")
+        interpreted, run = "interpreted" in status, "not run" not in status
+        assert ("interpreted" in cell, "not written yet" in cell) == (
+            interpreted,
+            status == "not written yet",
+        )
+        if status != "not written yet":
+            assert ("not run" not in cell) == run
+
+
+def test_environment_variables_are_listed():
+    for name in ("NSRU_BACKEND", "NSRU_AUTOTUNE", "NSRU_SKIP_CUDA", "NSRU_CUDA_ARCHS"):
+        assert f"| `{name}" in README
 
 
 @pytest.mark.parametrize("command", COMMANDS)
