@@ -119,14 +119,15 @@ def backends(device: torch.device) -> dict[str, ModuleType]:
     return found
 
 
-def plans(module: ModuleType, shape: Shape) -> list[str | None]:
-    """The plans of ``module`` that can serve ``shape``."""
-    known = getattr(module, "PLANS", (None,))
-    few = getattr(module, "DECODE_TOKENS", 0) >= shape.M
-    return [plan for plan in known if plan != "decode" or few]
+def plans(module: ModuleType, t: Tensors) -> list[str | None]:
+    """The plans of ``module`` that can serve these operands; [None] where it has but one way."""
+    known = getattr(module, "PLANS", None)
+    if known is None:
+        return [None]
+    return [plan for plan in known if module.serves(plan, t.x, t.weight, t.lora_a)]
 
 
-def make_providers(case: Case, t: Tensors, shape: Shape, session: Session) -> dict[str, Provider]:
+def make_providers(case: Case, t: Tensors, session: Session) -> dict[str, Provider]:
     """Name → provider; what is not installed is printed."""
     peft_default = make_peft(case, t, fp32_adapters=True)
     providers = {
@@ -141,9 +142,7 @@ def make_providers(case: Case, t: Tensors, shape: Shape, session: Session) -> di
     if session.compile:
         providers["peft bf16, compiled"] = compiled(make_peft(case, t, fp32_adapters=False))
     for backend, module in backends(session.device).items():
-        for plan in plans(module, shape):
-            if plan == "kext_tma" and not module.fits_tma(t.x, t.weight):
-                continue
+        for plan in plans(module, t):
             name = f"plan {backend}" if plan is None else f"plan {backend} {plan}"
             providers[name] = make_planned(case, t, module, plan)
     # Liger-Kernel has no LoRA linear; its loss is in loss.py.
@@ -206,7 +205,7 @@ def run(session: Session) -> None:
 def run_shape(session: Session, shape: Shape) -> None:
     case = Case(*shape, dtype=session.dtype, device=str(session.device))
     tensors = make_tensors(case)
-    providers = make_providers(case, tensors, shape, session)
+    providers = make_providers(case, tensors, session)
     for name, provider in list(providers.items()):
         try:
             check(case, tensors, name, provider)

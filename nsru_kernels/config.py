@@ -19,7 +19,7 @@ def requested_backend(backend: str) -> str:
     """``backend`` itself, or ``NSRU_BACKEND`` where the caller left the choice open."""
     source = "backend"
     if backend == "auto":
-        backend, source = os.environ.get("NSRU_BACKEND", "auto"), "NSRU_BACKEND"
+        backend, source = os.environ.get("NSRU_BACKEND") or "auto", "NSRU_BACKEND"
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"{source} must be 'auto' or one of {BACKENDS}, got {backend!r}.")
     return backend

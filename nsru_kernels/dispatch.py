@@ -9,12 +9,13 @@ only where ``_UNAVAILABLE`` finds nothing against it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -121,6 +122,7 @@ def run(
     device: torch.device,
     *args: Any,
     sizes: tuple[int, ...] = (),
+    dtypes: Iterable[torch.dtype] = (),
     chosen_by: str | None = None,
 ) -> Any:
     """Call ``function`` of the module that serves ``op``, with autocast off: ops choose dtypes.
@@ -132,15 +134,19 @@ def run(
         device: of the operands.
         args: handed over.
         sizes: what measured plans are looked up by.
+        dtypes: of the operands; ``auto`` leaves those that kernels do not take to eager.
         chosen_by: another function of the op whose choice this one has to share.
     """
-    module, plan = _choose(op, chosen_by or function, backend, device, sizes)
-    call = getattr(module, function)
-    options = {} if plan is None or chosen_by else {"plan": plan}
-    if not torch.is_autocast_enabled(device.type):
-        return call(*args, **options)
-    with torch.autocast(device.type, enabled=False):
-        return call(*args, **options)
+    module, plan = _choose(op, chosen_by or function, backend, device, sizes, dtypes)
+    options = {"plan": plan} if plan in getattr(module, "PLANS", ()) and not chosen_by else {}
+    off = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if off else contextlib.nullcontext():
+        try:
+            return getattr(module, function)(*args, **options)
+        except BackendUnavailable:  # measured at these sizes, but not for this layout, say
+            if requested_backend(backend) != "auto":
+                raise
+            return getattr(_load(op, "eager"), function)(*args)
 
 
 def backend_status(device: torch.device | None = None) -> list[Verdict]:
@@ -154,7 +160,12 @@ def default_device() -> torch.device:
 
 
 def _choose(
-    op: str, function: str, backend: str, device: torch.device, sizes: tuple[int, ...]
+    op: str,
+    function: str,
+    backend: str,
+    device: torch.device,
+    sizes: tuple[int, ...],
+    dtypes: Iterable[torch.dtype] = (),
 ) -> tuple[ModuleType, str | None]:
     backend = requested_backend(backend)
     if backend != "auto":
@@ -163,6 +174,8 @@ def _choose(
     if choice is None or _unavailable(op, choice.backend, device) is not None:
         _log_skipped(op, device)
         return _load(op, "eager"), None
+    if not launch.KERNEL_DTYPES.issuperset(dtypes):
+        return _load(op, "eager"), None
     return _load(op, choice.backend), choice.plan
 
 
@@ -170,7 +183,8 @@ def _choose(
 def _named(op: str, backend: str, device: torch.device) -> ModuleType:
     reason = _unavailable(op, backend, device)
     if reason is not None:
-        raise BackendUnavailable(f"backend={backend!r} cannot serve {op} on {device}: {reason}")
+        name = next(name for name, folder in OPS.items() if folder == op)
+        raise BackendUnavailable(f"backend={backend!r} cannot serve {name} on {device}: {reason}")
     return _load(op, backend)
 
 
@@ -214,10 +228,14 @@ def _looked_up_by(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
     """The function and sizes by which a call of the public ``op`` finds its measured plan."""
     if op == "nsru_linear":
         shapes = [tuple(a.shape) for a in args[:3] if isinstance(a, torch.Tensor)]
-        if len(shapes) == 3:
-            (*lead, k), (n, _), (r, _) = shapes
-            return "forward", (math.prod(lead), k, n, r)
+        if len(shapes) == 3 and all(shapes):
+            x, weight, lora_a = shapes
+            return "forward", (math.prod(x[:-1]), x[-1], weight[0], lora_a[0])
         return "forward", ()
+    if op == "RetainSketch.update" and len(args) > 1:
+        sketch, x = args[:2]
+        if isinstance(x, torch.Tensor) and x.dim() and hasattr(sketch, "width"):
+            return "update_sketch", (math.prod(x.shape[:-1]), x.shape[-1], sketch.width)
     return {"fold": "fold_many", "sketch": "update_sketch"}.get(OPS[op], "forward"), ()
 
 

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nsru_kernels.ops.fold import project_adapters
 from nsru_kernels.ops.fold.core import tensor_key
+from nsru_kernels.ops.launch import capturing
 
 if TYPE_CHECKING:
     from nsru_kernels.nn.linear import NSRULinear
@@ -73,7 +74,7 @@ class FoldCache:
         a_RK = module.lora_A
         if torch.compiler.is_compiling() or a_RK.is_inference() or a_RK.is_meta:
             return None
-        if a_RK.is_cuda and torch.cuda.is_current_stream_capturing():
+        if capturing(a_RK.device):
             return None
         if not self._fresh(module, dtype):
             self._refresh(module, dtype)

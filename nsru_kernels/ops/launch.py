@@ -19,6 +19,10 @@ from nsru_kernels.config import BackendUnavailable, autotune, interpreting
 
 Result = TypeVar("Result")
 
+KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+# What the config tables were compiled and checked for: (major, minor) → row. Other GPUs have other
+# shared memory (99 KiB on 8.6, 8.9 and 12.x).
+_ROWS = {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}
 # The least M, N and K of a tensor-core instruction that Triton uses for 16-bit operands.
 LEAST_TILE = 16
 
@@ -46,21 +50,24 @@ def unavailable(device: torch.device) -> str | None:
         return "Triton kernels need tensors on a CUDA device. Use backend='eager'."
     if torch.version.hip:
         return "Triton kernels are written for NVIDIA GPUs; this PyTorch is for ROCm."
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in _ROWS:
+        known = ", ".join(f"{major}.{minor}" for major, minor in _ROWS)
         return (
-            f"needs compute capability 8.0 or newer (this GPU: {major}.{minor}). "
-            "Use backend='eager'."
+            f"kernels are compiled and checked for compute capability {known} (this GPU: "
+            f"{capability[0]}.{capability[1]}). Use backend='eager'."
         )
     return None
 
 
 def architecture(device: torch.device) -> int:
     """The row of a config table that serves ``device``: 80, 90 or 100."""
-    if device.type != "cuda":
-        return 80
-    major = torch.cuda.get_device_capability(device)[0]
-    return 80 if major == 8 else 90 if major == 9 else 100
+    return _ROWS[torch.cuda.get_device_capability(device)] if device.type == "cuda" else 80
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream of ``device``."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -86,7 +93,7 @@ def tuned(
         if len(configs) == 1 or not autotune() or device.type != "cuda":
             return run(configs[0])
         full_key = (device, *key)
-        if full_key not in _fastest and not torch.cuda.is_current_stream_capturing():
+        if full_key not in _fastest and not capturing(device):
             _fastest[full_key] = _time(configs, run)
         return run(_fastest.get(full_key, configs[0]))
 
@@ -95,9 +102,16 @@ _fastest: dict[tuple, Config] = {}
 
 
 def _time(configs: Sequence[Config], run: Callable[[Config], object]) -> Config:
+    from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
-    return min(configs, key=lambda config: do_bench(lambda: run(config), return_mode="median"))
+    def milliseconds(config: Config) -> float:
+        try:
+            return do_bench(lambda: run(config), return_mode="median")
+        except OutOfResources:
+            return float("inf")
+
+    return min(configs, key=milliseconds)
 
 
 def padded(size: int) -> int:
@@ -115,7 +129,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 def check_dtypes(op: str, *tensors: Tensor) -> None:
     """Refuse what the kernels cannot hold. Raises BackendUnavailable."""
     for tensor in tensors:
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if tensor.dtype not in KERNEL_DTYPES:
             raise BackendUnavailable(
                 f"backend='triton' cannot serve {op}: kernels take float32, bf16 and fp16, got "
                 f"{tensor.dtype}. Use backend='eager'."

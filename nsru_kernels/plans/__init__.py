@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -19,6 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nsru_kernels.config import BACKENDS
+
+_logger = logging.getLogger("nsru_kernels")
 FOLDER = Path(__file__).parent
 
 
@@ -58,5 +62,30 @@ def _choose(op: str, function: str, device_name: str, sizes: tuple[int, ...]) ->
 
 @functools.cache
 def _table(device_name: str) -> dict[str, Any]:
+    """The GPU's file; what is damaged in it counts as not measured, and is said once."""
     path = FOLDER / f"{slug(device_name)}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text())
+        return {op: [e for e in entries if _valid(e, path)] for op, entries in table.items()
+                if isinstance(entries, list)}  # fmt: skip
+    except (ValueError, AttributeError) as error:
+        _logger.warning("%s is no plan table (%s); nothing counts as measured.", path, error)
+        return {}
+
+
+def _valid(entry: Any, path: Path) -> bool:
+    valid = (
+        isinstance(entry, dict)
+        and isinstance(entry.get("sizes"), list)
+        and all(isinstance(size, int) and size > 0 for size in entry["sizes"])
+        and all(
+            isinstance(winner, str) and winner.partition(" ")[0] in BACKENDS
+            for function, winner in entry.items()
+            if function != "sizes"
+        )
+    )
+    if not valid:
+        _logger.warning("%s: left out %r.", path, entry)
+    return valid

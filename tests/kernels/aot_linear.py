@@ -35,6 +35,12 @@ CALLS = [
     functools.partial(call, 8192, 4096, 4096, 32, torch.bfloat16, dropout_p=0.1),
     functools.partial(call, 8192, 4096, 4096, 64, torch.bfloat16, bias=True, dropout_p=0.1),
     functools.partial(call, 4, 4096, 4096, 64, torch.bfloat16, bias=True),
+    # Ranks below a tile, and the largest in float32.
+    functools.partial(call, 8192, 4096, 4096, 8, torch.bfloat16),
+    functools.partial(call, 8192, 4096, 4096, 64, torch.float32),
+    # Rows of a multiple of 8 elements: TMA takes them, wide loads by pointers do not.
+    functools.partial(call, 8192, 4104, 4104, 16, torch.bfloat16),
+    functools.partial(call, 8192, 4104, 4104, 16, torch.bfloat16, plan="kext"),
     # No size divisible by anything: sizes and strides that are not hinted as multiples of 16.
     functools.partial(call, 8191, 4001, 4003, 5, torch.bfloat16, bias=True),
 ]

@@ -21,6 +21,7 @@ CALLS = [
     functools.partial(call, 8192, 4096, (14336, 14336), 16, torch.bfloat16),
     functools.partial(call, 8192, 4096, (4096, 1024, 1024), 16, torch.float16),
     functools.partial(call, 8192, 4096, (4096, 1024, 1024), 16, torch.float32),
+    functools.partial(call, 8192, 4104, (4104, 1032), 8, torch.bfloat16),
     functools.partial(call, 8191, 4001, (4003, 1001), 5, torch.bfloat16),
 ]
 

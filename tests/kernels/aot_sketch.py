@@ -25,6 +25,11 @@ CALLS = [
     *(functools.partial(call, *shape, torch.float16) for shape in SHAPES[::3]),
     *(functools.partial(call, *shape, torch.float32) for shape in SHAPES[::3]),
     functools.partial(call, 8192, 4096, 20, torch.bfloat16),
+    # K that is no multiple of anything, or of 8 elements only.
+    functools.partial(call, 8192, 4001, 576, torch.bfloat16, masked=True, split=True),
+    functools.partial(call, 8192, 4104, 576, torch.bfloat16),
+    functools.partial(call, 8192, 4001, 180, torch.bfloat16),
+    functools.partial(call, 8192, 4001, 180, torch.float32),
 ]
 
 

@@ -64,7 +64,7 @@ def test_auto_and_eager_take_the_reference_on_a_cpu():
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_named_backend_never_falls_back(backend):
     with pytest.raises(
-        nk.BackendUnavailable, match=rf"backend='{backend}' cannot serve linear on cpu"
+        nk.BackendUnavailable, match=rf"backend='{backend}' cannot serve nsru_linear on cpu"
     ):
         call(backend)
     with pytest.raises(nk.BackendUnavailable, match=r"Use backend='eager'"):
@@ -145,11 +145,42 @@ def test_a_measured_plan_reaches_the_function_and_dropout_keeps_one_backend(
     monkeypatch.setattr(plans, "choose", lambda op, function, *args: winners[function])
     fake_kernel.forward = lambda *args, plan=None: ("forward", args, plan)
     fake_kernel.backward = lambda *args: ("backward", args)
+    fake_kernel.PLANS = ("kext",)
     assert dispatch.run("linear", "forward", "auto", GPU, 1) == ("forward", (1,), "kext")
     shared = dispatch.run("linear", "backward", "auto", GPU, 2, chosen_by="forward")
     assert shared == ("backward", (2,))
     assert dispatch._choose("linear", "backward", "auto", GPU, ())[0] is reference
     assert dispatch.run("linear", "forward", "triton", GPU, 3) == ("forward", (3,), None)
+
+
+def test_auto_falls_back_where_a_measured_kernel_cannot_serve(fake_kernel, monkeypatch):
+    monkeypatch.setattr(plans, "choose", lambda *args: plans.Choice("triton", "kext"))
+
+    def forward(*args, plan=None):
+        raise nk.BackendUnavailable("not this layout")
+
+    fake_kernel.forward = forward
+    monkeypatch.setattr(reference, "forward", lambda *args: ("eager", args))
+    assert dispatch.run("linear", "forward", "auto", GPU, 1) == ("eager", (1,))
+    with pytest.raises(nk.BackendUnavailable, match="not this layout"):
+        dispatch.run("linear", "forward", "triton", GPU, 1)
+    fake_kernel.forward = lambda *args: "kernel"
+    float64 = {"dtypes": (torch.float64,)}
+    assert dispatch.run("linear", "forward", "auto", GPU, 1, **float64) == ("eager", (1,))
+    assert dispatch.run("linear", "forward", "auto", GPU, 1) == "kernel"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "[]", "{", '{"fold": 3}', '{"fold": [{"fold_many": "triton"}]}',
+     '{"fold": [{"sizes": [0], "fold_many": "triton"}]}',
+     '{"fold": [{"sizes": [], "fold_many": null}]}',
+     '{"fold": [{"sizes": [], "fold_many": "rocm"}]}'],
+)  # fmt: skip
+def test_a_damaged_table_counts_as_not_measured(measured, tmp_path, damage):
+    (tmp_path / "nvidia-test-1.json").write_text(damage)
+    plans._table.cache_clear()
+    assert measured(op="fold", function="fold_many", sizes=()) is None
 
 
 @pytest.fixture

@@ -382,3 +382,12 @@ def test_a_sharded_weight_is_refused():
     inputs["weight"] = inputs["weight"].as_subclass(DTensor)
     with pytest.raises(TypeError, match=r"weight is a DTensor.*full_tensor"):
         nk.nsru_linear(**inputs, basis=basis)
+
+
+def test_dropout_is_refused_while_a_graph_is_captured(monkeypatch):
+    """The mask's seed would be part of the graph: every replay would drop the same elements."""
+    inputs, basis = make_inputs()
+    monkeypatch.setattr("nsru_kernels.ops.linear.capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="repeat one mask at every replay"):
+        nk.nsru_linear(**inputs, basis=basis, dropout_p=0.1)
+    assert nk.nsru_linear(**inputs, basis=basis).isfinite().all()

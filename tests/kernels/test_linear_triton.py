@@ -75,6 +75,21 @@ def test_every_plan_gives_the_same_forward(monkeypatch, shape, plan, dtype):
         assert_close_to_exact(*values, name)
 
 
+def test_a_measured_plan_that_cannot_serve_is_not_followed():
+    """Measured at 16 tokens, asked for 24; measured without dropout; with another layout."""
+    x, w, a, b, bias = operands(24, 40, 36, 5, torch.float16)
+    seed = torch.tensor(2**40 + 3)
+    for args in (
+        (x, w, a, b, bias, 1.7, 0.0, None),
+        (x[:9], w, a, b, bias, 1.7, 0.5, seed),
+        (x.T.contiguous().T, w, a, b, bias, 1.7, 0.0, None),
+    ):
+        expected = triton.forward(*args, "kext")
+        for plan in ("decode", "kext_tma", "of a later version"):
+            for got, known in zip(triton.forward(*args, plan), expected, strict=True):
+                torch.testing.assert_close(got, known, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("needs_bias_columns", [False, True])
 def test_tma_gemm_in_both_directions(monkeypatch, needs_bias_columns):
     """W is read in its stored layout: along K in forward, along N in backward."""
@@ -95,6 +110,7 @@ def test_tma_is_chosen_only_where_descriptors_can_describe(monkeypatch):
     assert not triton_products.fits_tma(x, w) or launch.architecture(x.device) >= 90
     monkeypatch.setattr(launch, "architecture", lambda device: 90)
     assert triton_products.fits_tma(x, w)
+    assert triton.serves("kext_tma", x, w, w[:4])
     assert not triton_products.fits_tma(x.float(), w.float()), "float32"
     assert not triton_products.fits_tma(x, w[:31]), "rows of y that do not start at 16 bytes"
     assert not triton_products.fits_tma(x[:, :63], w[:, :63])
@@ -109,6 +125,9 @@ def test_strides_do_not_matter(dtype):
     inputs["weight"] = inputs["weight"].T.contiguous().T
     inputs["lora_a"] = inputs["lora_a"].repeat_interleave(2, 1)[:, ::2]
     inputs["lora_b"] = inputs["lora_b"].T.contiguous().T
+    inputs["bias"] = inputs["bias"].repeat_interleave(3)[::3]
+    check_against_exact(inputs, basis, function=linear)
+    inputs["bias"] = inputs["bias"][:1].expand(20)
     check_against_exact(inputs, basis, function=linear)
     constant = torch.ones((), device=DEVICE).expand(3, 7, 20)
     check_against_exact(inputs, basis, function=linear, dy=constant)
@@ -231,7 +250,7 @@ def test_autotuning_times_the_row_of_the_table_once(monkeypatch):
     monkeypatch.setenv("NSRU_AUTOTUNE", "1")
     monkeypatch.setattr(launch, "_fastest", {})
     monkeypatch.setattr(launch, "_time", lambda configs, run: timed.append(configs) or configs[1])
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(launch, "capturing", lambda device: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     on_gpu = type("OnGpu", (), {"device": torch.device("cuda", 0)})()
     first, second = triton_products.CONFIGS["rows"][80]

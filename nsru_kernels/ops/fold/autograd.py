@@ -25,7 +25,9 @@ def fold_many(
 def _fold_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None], backend: str
 ) -> list[Tensor]:
-    return run("fold", "fold_many", backend, as_RK[0].device, as_RK, bases_KQ, cores_QQ)
+    dtypes = {t.dtype for t in (*as_RK, *bases_KQ)}
+    args = (as_RK, bases_KQ, cores_QQ)
+    return run("fold", "fold_many", backend, as_RK[0].device, *args, dtypes=dtypes)
 
 
 @torch.library.register_fake("nsru::fold")

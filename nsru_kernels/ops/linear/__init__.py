@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nsru_kernels.ops.fold import check_fold
 from nsru_kernels.ops.fold.core import core_of
+from nsru_kernels.ops.launch import capturing
 from nsru_kernels.ops.linear.autograd import ProjectedLinear
 
 __all__ = ["nsru_linear"]
@@ -47,6 +48,7 @@ def nsru_linear(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
         TypeError: weight is a DTensor.
+        RuntimeError: dropout_p > 0 while a CUDA graph is captured.
         BackendUnavailable: a backend named explicitly cannot run here.
     Source: design after arXiv 2606.10989; the folded form is exact because x P Aᵀ = x (A P)ᵀ.
 
@@ -78,6 +80,11 @@ def projected_linear(
     check_linear("nsru_linear", x, weight, lora_a, lora_b, basis, bias, dropout_p)
     # Drawn from the default generator, so that torch.manual_seed and checkpointing's saved state
     # govern it.
+    if dropout_p and capturing(x.device):
+        raise RuntimeError(
+            "nsru_linear: dropout inside CUDA-graph capture would repeat one mask at every replay. "
+            "Train without LoRA dropout, or call model.eval() before capturing."
+        )
     seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
     if folded is not None and folded.dtype != x.dtype:
         folded = None

@@ -27,7 +27,7 @@ _library.define(
 @torch.library.impl(_library, "linear_forward", "CompositeExplicitAutograd")
 def _forward(x, weight, a, b, bias, scaling, dropout_p, seed, backend):
     args = (x, weight, a, b, bias, scaling, dropout_p, seed)
-    return run("linear", "forward", backend, x.device, *args, sizes=_sizes(x, weight, a))
+    return run("linear", "forward", backend, x.device, *args, **_key(x, weight, a))
 
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
@@ -35,12 +35,13 @@ def _backward(dy, x, weight, a, b, s, scaling, dropout_p, seed, needs, backend):
     args = (dy, x, weight, a, b, s, scaling, dropout_p, seed, needs)
     # Every backend draws masks of its own: with dropout both passes must be by the same one.
     chosen_by = "forward" if dropout_p else None
-    sizes = _sizes(x, weight, a)
-    return run("linear", "backward", backend, x.device, *args, sizes=sizes, chosen_by=chosen_by)
+    key = _key(x, weight, a)
+    return run("linear", "backward", backend, x.device, *args, **key, chosen_by=chosen_by)
 
 
-def _sizes(x_MK: Tensor, w_NK: Tensor, a_RK: Tensor) -> tuple[int, ...]:
-    return *x_MK.shape, w_NK.shape[0], a_RK.shape[0]
+def _key(x_MK: Tensor, w_NK: Tensor, a_RK: Tensor) -> dict[str, tuple]:
+    """What a measured plan is looked up by."""
+    return {"sizes": (*x_MK.shape, w_NK.shape[0], a_RK.shape[0]), "dtypes": (x_MK.dtype,)}
 
 
 @torch.library.register_fake("nsru::linear_forward")

@@ -25,10 +25,12 @@ from nsru_kernels.ops.linear.triton_products import (
     columns_product,
     fits_tma,
     kext_gemm,
+    one_read_pays,
+    packed,
     rows_product,
 )
 
-PLANS = ("decode", "kext", "kext_tma", "expand_first")
+PLANS = ("decode", "kext_tma", "kext", "expand_first")
 DECODE_TOKENS = launch.LEAST_TILE
 
 
@@ -51,10 +53,15 @@ def forward(
     seed: Tensor | None,
     plan: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y [M, N], S [M, R]); see reference.py. ``plan``: one of PLANS, None for the fitting one."""
+    """(y [M, N], S [M, R]); see reference.py.
+
+    ``plan`` is one of PLANS, measured at sizes near these. Where it cannot serve, or without one,
+    the first of PLANS does that can.
+    """
     launch.check_dtypes("nsru_linear", x_MK)
     a_RK, b_NR = a_RK.contiguous(), b_NR.contiguous()
-    plan = plan or _fitting_plan(x_MK, w_NK, a_RK, dropout_p)
+    if plan is None or not serves(plan, x_MK, w_NK, a_RK, dropout_p):
+        plan = next(fit for fit in PLANS if serves(fit, x_MK, w_NK, a_RK, dropout_p))
     if plan == "decode":
         return _decode(x_MK, w_NK, a_RK, b_NR, bias_N, scaling)
     s_MR = rows_product(x_MK, a_RK.T, dropout_p, seed)
@@ -82,11 +89,13 @@ def backward(
     a_RK, b_NR, s_MR = a_RK.contiguous(), b_NR.contiguous(), s_MR.contiguous()
     dx, dw, dbias, da, db = (dy_MN.new_empty(0) for _ in needs)
     ds_MR = s_MR.new_empty(s_MR.shape)
-    if need_b:
-        rows_out = ds_MR if need_x or need_a else None
-        db = columns_product(dy_MN, s_MR, scaling, rank_first=False, v_CR=b_NR, rows_out=rows_out)
-    elif need_x or need_a:
+    need_ds = need_x or need_a
+    together = need_b and need_ds and one_read_pays(b_NR.shape[1])
+    if need_ds and not together:
         rows_product(dy_MN, b_NR, out=ds_MR)
+    if need_b:
+        rows_out = ds_MR if together else None
+        db = columns_product(dy_MN, s_MR, scaling, rank_first=False, v_CR=b_NR, rows_out=rows_out)
     if need_x:
         tma = fits_tma(dy_MN, w_NK)
         dx = kext_gemm(dy_MN, w_NK, ds_MR, a_RK, None, scaling, dropout_p, seed, tma=tma)
@@ -99,10 +108,12 @@ def backward(
     return [dx, dw, dbias, da, db]
 
 
-def _fitting_plan(x_MK: Tensor, w_NK: Tensor, a_RK: Tensor, dropout_p: float) -> str:
-    if x_MK.shape[0] <= DECODE_TOKENS and a_RK.shape[0] <= MAX_BLOCK_R and not dropout_p:
-        return "decode"
-    return "kext_tma" if fits_tma(x_MK, w_NK) else "kext"
+def serves(plan: str, x_MK: Tensor, w_NK: Tensor, a_RK: Tensor, dropout_p: float = 0.0) -> bool:
+    """Whether ``plan`` can compute this call."""
+    if plan == "decode":
+        few = x_MK.shape[0] <= DECODE_TOKENS and a_RK.shape[0] <= MAX_BLOCK_R
+        return few and not dropout_p
+    return plan in PLANS and (plan != "kext_tma" or fits_tma(x_MK, w_NK))
 
 
 def _decode(
@@ -120,7 +131,7 @@ def _decode(
 
     def run(config: Config) -> tuple[Tensor, Tensor]:
         gemm_kernels.decode_kernel[(triton.cdiv(n, config.blocks["BLOCK_N"]),)](
-            x_MK, w_NK, a_RK, b_NR, bias_N, y_MN, s_MR, m, n, k, r, *x_MK.stride(),
+            x_MK, w_NK, a_RK, b_NR, packed(bias_N), y_MN, s_MR, m, n, k, r, *x_MK.stride(),
             *w_NK.stride(), scaling, launch.dot_precision(x_MK.dtype),
             BLOCK_M=DECODE_TOKENS, BLOCK_R=launch.padded(r), **config.options,
         )  # fmt: skip

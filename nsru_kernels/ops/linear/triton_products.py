@@ -43,7 +43,7 @@ CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
         100: (_narrow(64, 128, 4, 4), _narrow(64, 64, 4, 4)),
     },
     "columns": {
-        80: (_narrow(64, 128, 8, 3), _narrow(32, 256, 8, 3)),
+        80: (_narrow(64, 128, 8, 3), _narrow(32, 128, 4, 3)),
         90: (_narrow(64, 256, 8, 3), _narrow(32, 512, 8, 3), _narrow(64, 128, 8, 3)),
         100: (_narrow(64, 256, 8, 3), _narrow(64, 128, 8, 3)),
     },
@@ -53,7 +53,7 @@ CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
 SMALL: dict[str, Config] = {
     "kext": _tiles(64, 64, 32, 4, 3),
     "rows": _narrow(64, 32, 4, 3),
-    "columns": _narrow(32, 64, 4, 3),
+    "columns": _narrow(32, 32, 4, 3),
 }
 
 
@@ -139,8 +139,10 @@ def columns_product(
         return _sum_partials(d_partials, d, scaling)
 
     configs = _configs("columns", x_MC)
-    # A larger accumulator spills. Every row of the table has an entry for the largest rank block.
-    configs = tuple(config for config in configs if config.blocks["BLOCK_C"] * block_r <= 8192)
+    # A larger accumulator spills, and half of it does where rows of P do not start at 16 elements.
+    # Every row of the table has an entry for the largest rank block.
+    largest = 4096 if r % 16 and block_r == 16 else 8192
+    configs = tuple(c for c in configs if c.blocks["BLOCK_C"] * block_r <= largest)
     key = ("columns", x_MC.dtype, c, r, rows_out is not None)
     return launch.tuned(configs, key, x_MC, run)
 
@@ -159,7 +161,7 @@ def kext_gemm(
 ) -> Tensor:
     """X W + s drop(P V) + bias [M, N] in X's dtype: one launch, nothing of size M read twice."""
     (m, k), n, r = x_MK.shape, w_KN.shape[1], p_MR.shape[1]
-    out_MN = x_MK.new_empty(m, n)
+    out_MN, bias_N = x_MK.new_empty(m, n), packed(bias_N)
     if not m or not n:
         return out_MN
     sizes = (m, n, k, r)
@@ -184,10 +186,10 @@ def kext_gemm(
             )  # fmt: skip
         return out_MN
 
-    configs = _configs("kext", x_MK, w_KN)
+    configs = _configs("kext", x_MK, w_KN, tma=tma)
     if dropout_p:  # the mask of a larger tile spills
         configs = tuple(c for c in configs if c.blocks["BLOCK_N"] <= 128)
-    key = ("kext", x_MK.dtype, k, n, r, tma, dropout_p > 0)
+    key = ("kext", x_MK.dtype, k, n, r, tma, dropout_p > 0, w_KN.stride(0) == 1)
     return launch.tuned(configs, key, x_MK, run)
 
 
@@ -227,30 +229,43 @@ def kext_group_gemm(
         return out_MN
 
     key = ("kext_group", xs_MK[0].dtype, *sizes[1:], count, tma)
-    return launch.tuned(_configs("kext", *xs_MK, *ws_KN), key, xs_MK[0], run)
+    return launch.tuned(_configs("kext", *xs_MK, *ws_KN, tma=tma), key, xs_MK[0], run)
+
+
+def one_read_pays(r: int) -> bool:
+    """Whether dB and dS should share one read of dY: beyond this rank the partial sums of dS,
+    4 R bytes a row and block of at most 256 columns, move more than a second read."""
+    return r <= 32
 
 
 def fits_tma(x_MK: Tensor, w: Tensor) -> bool:
     """Whether X, W and their product can be described to the copy engine of this GPU."""
     if x_MK.dtype == torch.float32 or launch.architecture(x_MK.device) < 90:
         return False
-    sizes_fit = all(size * w.element_size() % 16 == 0 for size in w.shape)
-    return sizes_fit and all(aligned(t) and t.stride(1) == 1 for t in (x_MK, w))
+    strides = [size for t in (x_MK, w) for size in (t.stride(0), *w.shape)]
+    return not any(size * w.element_size() % 16 for size in strides) and all(
+        t.stride(1) == 1 and t.data_ptr() % 16 == 0 for t in (x_MK, w)
+    )
 
 
 def aligned(operand: Tensor) -> bool:
-    """Whether one dimension is contiguous and the other starts at multiples of 16 bytes."""
+    """Whether pointer kernels load it in wide words: Triton looks for multiples of 16 elements."""
     inner, outer = sorted(operand.stride())
-    in_16_bytes = 16 // operand.element_size()
-    return inner == 1 and outer % in_16_bytes == 0 and operand.data_ptr() % 16 == 0
+    multiples = not outer % 16 and not operand.shape[1] % 16
+    return inner == 1 and multiples and operand.data_ptr() % 16 == 0
+
+
+def packed(bias_N: Tensor | None) -> Tensor | None:
+    """The bias as kernels read it: contiguous."""
+    return None if bias_N is None else bias_N.contiguous()
 
 
 def seed_of(seed: Tensor | None) -> int:
     return 0 if seed is None else int(seed)
 
 
-def _configs(kernel: str, *operands: Tensor) -> tuple[Config, ...]:
-    if operands[0].dtype == torch.float32 or not all(map(aligned, operands)):
+def _configs(kernel: str, *operands: Tensor, tma: bool = False) -> tuple[Config, ...]:
+    if operands[0].dtype == torch.float32 or not (tma or all(map(aligned, operands))):
         return (SMALL[kernel],)
     return CONFIGS[kernel][launch.architecture(operands[0].device)]
 

@@ -25,13 +25,13 @@ _library.define(
 @torch.library.impl(_library, "linear_group_forward", "CompositeExplicitAutograd")
 def _forward(x, weights, a, bs, biases, scalings, backend):
     args = (x, weights, a, bs, biases, scalings)
-    return run("linear_group", "forward", backend, x.device, *args)
+    return run("linear_group", "forward", backend, x.device, *args, dtypes=(x.dtype,))
 
 
 @torch.library.impl(_library, "linear_group_backward", "CompositeExplicitAutograd")
 def _backward(dys, x, weights, a, bs, s, scalings, needs, backend):
     args = (dys, x, weights, a, bs, s, scalings, needs)
-    return run("linear_group", "backward", backend, x.device, *args)
+    return run("linear_group", "backward", backend, x.device, *args, dtypes=(x.dtype,))
 
 
 @torch.library.register_fake("nsru::linear_group_forward")

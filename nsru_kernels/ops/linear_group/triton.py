@@ -16,6 +16,7 @@ from nsru_kernels.ops.linear.triton_products import (
     fits_tma,
     kext_gemm,
     kext_group_gemm,
+    one_read_pays,
     rows_product,
 )
 from nsru_kernels.ops.linear_group.reference import columns
@@ -63,14 +64,16 @@ def backward(
         if dy_MN is None:
             ds.zero_()
             continue
+        need_ds = need_x or need_a
+        together = needs[2 + 2 * count + i] and need_ds and one_read_pays(b_NR.shape[1])
+        if need_ds and not together:
+            rows_product(dy_MN, b_NR, scaling=scaling, out=ds)
         if needs[2 + 2 * count + i]:
             grads[2 + 2 * count + i] = columns_product(
                 dy_MN, s, scaling, rank_first=False,
                 v_CR=b_NR.contiguous(),
-                rows_out=ds if need_x or need_a else None, rows_scaling=scaling,
+                rows_out=ds if together else None, rows_scaling=scaling,
             )  # fmt: skip
-        elif need_x or need_a:
-            rows_product(dy_MN, b_NR, scaling=scaling, out=ds)
         if needs[2 + i]:
             grads[2 + i] = dy_MN.T @ x_MK
         if needs[2 + count + i]:

@@ -64,7 +64,8 @@ def update_sketch(
     split = split and x.dtype.itemsize == 2
     return run(
         "sketch", "update_sketch", backend, x.device,
-        x, omega, y, h, mask, split, energy_limit(y.dtype), sizes=(*x.shape, omega.shape[1]),
+        x, omega, y, h, mask, split, energy_limit(y.dtype),
+        sizes=(*x.shape, omega.shape[1]), dtypes=(x.dtype, y.dtype),
     )  # fmt: skip
 
 
@@ -88,6 +89,8 @@ def _check(x: Tensor, omega: Tensor, y: Tensor, h: Tensor, mask: Tensor | None) 
             f"update_sketch: omega must be [K={k}, L] like x's features, got {tuple(omega.shape)}."
         )
     width = omega.shape[1]
+    if width < 1:
+        raise ValueError(f"update_sketch: omega must have columns, got {tuple(omega.shape)}.")
     for name, accumulator, shape in (("y", y, (k, width)), ("h", h, (width, width))):
         if accumulator.shape != shape:
             raise ValueError(

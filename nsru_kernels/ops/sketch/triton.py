@@ -15,6 +15,7 @@ from nsru_kernels.ops import launch
 from nsru_kernels.ops.launch import Config
 from nsru_kernels.ops.sketch import triton_kernels as kernels
 
+PLANS = ("one_read", "two_reads")
 # Below this width both passes over x cost more than the products (model: 790 TFLOP/s, 4.3 TB/s).
 ONE_READ = 184
 # Two panels of x stay in L2 together (40 MiB on A100, 50 MiB on H100 and H200).
@@ -60,8 +61,11 @@ def update_sketch(
     mask_M: Tensor | None,
     split: bool,
     limit: float,
+    plan: str | None = None,
 ) -> Tensor:
     """As reference.py; y and h are left alone by the device, the host waits for nothing.
+
+    ``plan`` is one of PLANS; None takes the one that should move less at this width (model).
 
     Raises:
         BackendUnavailable: fp64 activations or accumulators.
@@ -74,7 +78,9 @@ def update_sketch(
     # Rows of S and Ω start at multiples of 32 bytes, whatever L is.
     padding = -omega_KL.shape[1] % launch.LEAST_TILE
     omega_KW = F.pad(omega_KL.to(x_MK.dtype), (0, padding)).contiguous()
-    route = _update_in_one_read if y_KL.shape[1] <= ONE_READ else _update_in_two
+    if plan not in PLANS:
+        plan = "one_read" if y_KL.shape[1] <= ONE_READ else "two_reads"
+    route = _update_in_one_read if plan == "one_read" else _update_in_two
     return route(x_MK, omega_KW, y_KL, h_LL, mask_M, split, limit)
 
 
@@ -89,7 +95,7 @@ def _update_in_two(
 ) -> Tensor:
     rows, k = x_MK.shape
     width, out_width = omega_KW.shape[1], y_KL.shape[1]
-    row = launch.architecture(x_MK.device), x_MK.dtype.itemsize
+    row = launch.architecture(x_MK.device), _bytes(x_MK)
 
     def sketch_rows(config: Config) -> tuple[Tensor, Tensor]:
         s_PMW = x_MK.new_empty(1 + split, rows, width)
@@ -177,19 +183,27 @@ def _update_in_one_read(
         )  # fmt: skip
         return trace
 
-    config = _read_once_config(launch.architecture(x_MK.device), x_MK.dtype, out_width)
+    config = _read_once_config(launch.architecture(x_MK.device), _bytes(x_MK), out_width)
     # One config, for the same reason as above.
     return launch.tuned((config,), (), x_MK, read_once)
 
 
-def _read_once_config(arch: int, dtype: torch.dtype, out_width: int) -> Config:
-    blocks, warps, stages = _READ_ONCE[arch, dtype.itemsize]
+def _bytes(x_MK: Tensor) -> int:
+    """2 for the tiles of 16-bit operands; 4 for the small ones, which fp32 needs for its three
+    products and rows that do not start at 16 elements for their many addresses."""
+    inner, outer = sorted(x_MK.stride())
+    narrow = outer % 16 or x_MK.shape[1] % 16 or inner != 1 or x_MK.data_ptr() % 16
+    return 4 if narrow else x_MK.dtype.itemsize
+
+
+def _read_once_config(arch: int, itemsize: int, out_width: int) -> Config:
+    blocks, warps, stages = _READ_ONCE[arch, itemsize]
     # One tile where that wastes no columns to a power of two. Tiles of products have at most 8192
     # entries (4096 in fp32): adding larger ones to their sums spills registers on sm_90.
     block_l = launch.padded(out_width) if out_width <= 128 else 64
-    if dtype == torch.float32:
+    if itemsize == 4:
         block_l = min(block_l, 64)
-    block_k = 64 if block_l == 128 or dtype == torch.float32 else 128
+    block_k = 64 if block_l == 128 or itemsize == 4 else 128
     return Config({**blocks, "BLOCK_K": block_k, "BLOCK_L": block_l}, warps, stages)
 
 
