@@ -59,6 +59,15 @@ def parse(
     options = parser.parse_args(arguments)
     if unknown := set(options.ops) - set(OPS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(OPS)}")
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error(f"--seconds must be positive, got {options.seconds}")
+    try:
+        torch.empty(0, device=options.device)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (AssertionError, OSError, RuntimeError) as error:
+        parser.error(f"--device {options.device}, --out {options.out}: {error}")
     session = Session(
         torch.device(options.device),
         getattr(torch, options.dtype),
@@ -68,7 +77,7 @@ def parse(
         options.out,
         options.compile,
     )
-    return session, tuple(options.ops) or OPS
+    return session, tuple(dict.fromkeys(options.ops)) or OPS
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:

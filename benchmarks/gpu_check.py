@@ -46,6 +46,7 @@ class Check:
         self.out, self.dry = out, dry
         self.deadline = time.monotonic() + seconds
         self.lines: list[str] = []
+        self.failed = False
         out.mkdir(parents=True, exist_ok=True)
 
     def left(self) -> float:
@@ -77,6 +78,7 @@ class Check:
         tail = (self.out / f"{name}.log").read_text(errors="replace").strip().splitlines()
         last = tail[-1][:100] if tail else ""
         state = "out of time" if code is None else "ok" if code == 0 else f"FAILED ({code})"
+        self.failed |= code != 0
         self.note(name, f"{state}, {time.monotonic() - started:.0f} s: {last}")
         return code == 0
 
@@ -134,10 +136,14 @@ def run_benchmarks(check: Check) -> None:
 
 def write_plans(check: Check) -> None:
     """The winners of linear.csv and fold.csv, where ``auto`` finds them."""
+    if check.dry:
+        check.skip("plans", "DRY")
+        return
     try:
         plans = json.dumps(plan_table(check.out), indent=1) + "\n"
-    except ValueError as error:
-        check.skip("plans", str(error))
+    except (KeyError, ValueError) as error:
+        check.skip("plans", f"{type(error).__name__}: {error}")
+        check.failed = True
         return
     path = FOLDER / f"{slug(torch.cuda.get_device_name())}.json"
     path.write_text(plans)
@@ -153,7 +159,7 @@ def table(out: Path) -> str:
         if not path.is_file():
             continue
         with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["ratio"]]
+            rows = [row for row in csv.DictReader(file) if row.get("ratio")]
         for row in rows:
             sizes = " ".join(row[c] for c in ("pass", "M", "K", "N", "R", "L") if row.get(c))
             who = f"{row['provider']} {row['plan']}".strip()
@@ -197,6 +203,8 @@ def main() -> None:
     (out / "table.txt").write_text(text + "\n")
     print(text)
     print("\n".join(["", *check.lines, f"results in {out}"]))
+    if check.failed:
+        sys.exit("gpu-check: not everything ran or passed; see the lines above and the logs.")
 
 
 if __name__ == "__main__":

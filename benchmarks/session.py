@@ -147,7 +147,7 @@ class Session:
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows to a CSV file, which is complete after every call."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.is_file()
+    new = not path.is_file() or not path.stat().st_size
     if not new:
         with path.open(newline="") as file:
             header = next(csv.reader(file))

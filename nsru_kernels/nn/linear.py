@@ -45,6 +45,8 @@ class NSRULinear(nn.Module):
     """
 
     _unmerged_weight: Tensor | None
+    _siblings: Siblings | None = None
+    _sibling_name = ""
 
     def __init__(
         self,
@@ -76,8 +78,6 @@ class NSRULinear(nn.Module):
         self.register_buffer("_unmerged_weight", None, persistent=False)
         self._set_basis(basis)
         self._share_folds(FoldCache())
-        self._siblings: Siblings | None = None
-        self._sibling_name = ""
 
     @classmethod
     def from_linear(

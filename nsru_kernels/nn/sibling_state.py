@@ -23,7 +23,11 @@ def context_of(x: Tensor) -> tuple:
     return (
         torch._C._current_graph_task_id(),
         x._version,
+        x.data_ptr(),
+        x.shape,
+        x.stride(),
         x.requires_grad,
+        x.grad_fn,  # itself, not its identity, which another could get
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(x.device.type),

@@ -3,7 +3,8 @@
 Who reads the same x is observed, never guessed. In a first forward each member works alone while
 the handle notes which are called with the same tensor object in a row. From the next forward on the
 first of them computes the outputs of all through ``nsru_linear_group`` and the others pick theirs
-up, if nothing that the output depends on has changed in between.
+up, if nothing that PyTorch counts has changed in between. It does not count writes through
+``.data`` or NumPy between the calls of siblings: for those, ``swap_linears(..., siblings=False)``.
 
 Gradient checkpointing repeats a forward and expects it to save the same tensors. So the groups
 change only while no checkpointed forward of the members waits for its backward, and calls from

@@ -67,6 +67,7 @@ def swap_linears(
     alpha: float,
     subspaces: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
+    siblings: bool = True,
     backend: str = "auto",
 ) -> SwapReport:
     """Replace linear layers in place by ``NSRULinear`` and freeze every other parameter.
@@ -85,6 +86,9 @@ def swap_linears(
         subspaces: from ``estimate_retain_subspaces``: module name → ``RetainSubspace`` (or a basis
             tensor [K, Q]), one for every target. None: plain LoRA.
         dropout: LoRA dropout.
+        siblings: whether linears that read the same tensor (q/k/v, gate/up) may be served together
+            from the second forward on. They then share one backward: going back from one output
+            at a time needs retain_graph=True, or siblings=False.
         backend: "auto", "eager", "triton" or "cuda".
     Returns:
         the report; print it.
@@ -131,7 +135,7 @@ def swap_linears(
         retain_ranks={n: 0 if m.basis is None else m.basis.shape[1] for n, m in modules.items()},
         trainable=trainable,
         frozen=sum(p.numel() for p in model.parameters()) - trainable,
-        siblings=_introduce_siblings(modules),
+        siblings=_introduce_siblings(modules) if siblings else [],
     )
 
 

@@ -765,3 +765,37 @@ def test_llama_finds_its_siblings(use_reentrant, groups):
     assert "  gate_proj+up_proj × 2 served together" in lines
     assert set(groups) == {2, 3}
     assert len(groups) >= (8 if use_reentrant is None else 16)
+
+
+@pytest.mark.parametrize("change", ["detached in place", "given other data"])
+def test_a_tensor_that_became_another_is_not_the_same(change):
+    model, _ = taught()
+    block = model[0]
+    w = torch.randn(5, K, requires_grad=True)
+    x = w * 2 if change == "detached in place" else batch()
+    block.q(x)
+    if change == "detached in place":
+        x.detach_().requires_grad_()
+    else:
+        x.data = batch(3, seed=7)
+    y = block.k(x)
+    torch.testing.assert_close(y, block.k.forward_alone(x))
+    if change == "detached in place":
+        y.sum().backward()
+        assert x.grad is not None
+        assert w.grad is None
+
+
+def test_going_back_one_output_at_a_time_says_what_to_do():
+    model, _ = taught()
+    x = batch()
+    q, k = model[0].q(x), model[0].k(x)
+    q.sum().backward()
+    with pytest.raises(RuntimeError, match=r"share one backward.*siblings=False"):
+        k.sum().backward()
+    model, report = make_model(siblings=False)
+    for _ in range(3):
+        q, k = model[0].q(x), model[0].k(x)
+        q.sum().backward()
+        k.sum().backward()
+    assert "served together" not in str(report)

@@ -79,7 +79,14 @@ class ProjectedLinearGroup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *dys):
         n = len(dys)
-        x_MK, folded, s_MR, basis, core, *rest = ctx.saved_tensors
+        try:
+            x_MK, folded, s_MR, basis, core, *rest = ctx.saved_tensors
+        except RuntimeError as error:
+            raise RuntimeError(
+                "nsru_linear_group: the outputs of siblings (q/k/v, gate/up) share one backward, "
+                "which has run. Sum the losses, pass retain_graph=True, or "
+                "swap_linears(..., siblings=False)."
+            ) from error
         weights, bs_NR = rest[:n], rest[n:]
         need_x, need_tensors = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         need_as = need_tensors[2 * n : 3 * n]
