@@ -6,6 +6,8 @@ In eager the backend is called directly; while compiling, the registered ops
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -39,7 +41,7 @@ def _backward(dy, x, weight, a, b, s, scaling, dropout_p, seed, needs, backend):
     return run("linear", "backward", backend, x.device, *args, **key, chosen_by=chosen_by)
 
 
-def _key(x_MK: Tensor, w_NK: Tensor, a_RK: Tensor) -> dict[str, tuple]:
+def _key(x_MK: Tensor, w_NK: Tensor, a_RK: Tensor) -> dict[str, Any]:
     """What a measured plan is looked up by."""
     return {"sizes": (*x_MK.shape, w_NK.shape[0], a_RK.shape[0]), "dtypes": (x_MK.dtype,)}
 
