@@ -14,9 +14,7 @@ from nsru_kernels.ops.launch import Config
 from nsru_kernels.ops.linear import triton_gemm_kernels as gemm_kernels
 from nsru_kernels.ops.linear import triton_narrow_kernels as narrow_kernels
 
-# A rank block; larger ranks take several. In front of a GEMM's accumulator registers are dearer.
-MAX_BLOCK_R = 64
-KEXT_BLOCK_R = 32
+MAX_BLOCK_R = 64  # a rank block of the narrow products; larger ranks take several
 GROUP = 3  # siblings whose dX one launch can sum
 ARCHITECTURES = (80, 90, 100)
 
@@ -40,7 +38,7 @@ CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
     "rows": {
         80: (_narrow(64, 128, 4, 4), _narrow(128, 64, 8, 4)),
         90: (_narrow(64, 128, 4, 4), _narrow(128, 64, 8, 4)),
-        100: (_narrow(64, 128, 4, 4), _narrow(64, 64, 4, 4)),
+        100: (_narrow(64, 64, 4, 4), _narrow(32, 64, 4, 4)),
     },
     "columns": {
         80: (_narrow(64, 128, 8, 3), _narrow(32, 128, 4, 3)),
@@ -52,7 +50,7 @@ CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
 # loaded element by element: both want registers.
 SMALL: dict[str, Config] = {
     "kext": _tiles(64, 64, 32, 4, 3),
-    "rows": _narrow(64, 32, 4, 3),
+    "rows": _narrow(32, 32, 4, 3),
     "columns": _narrow(32, 32, 4, 3),
 }
 
@@ -167,7 +165,7 @@ def kext_gemm(
     sizes = (m, n, k, r)
     small = (p_MR.stride(0), *v_RN.stride())
     rest = (scaling, seed_of(seed), dropout_p, dropout_p > 0, launch.dot_precision(x_MK.dtype))
-    block_r = min(launch.padded(r), KEXT_BLOCK_R)
+    block_r = _kext_block_r(x_MK, r)
 
     def run(config: Config) -> Tensor:
         if tma:
@@ -206,7 +204,7 @@ def kext_group_gemm(
     ws = [*ws_KN, *[ws_KN[0]] * (GROUP - count)]
     sizes = (m, n, *(x.shape[1] for x in xs), r)
     small = (p_MR.stride(0), *v_RN.stride(), count, launch.dot_precision(xs_MK[0].dtype))
-    block_r = min(launch.padded(r), KEXT_BLOCK_R)
+    block_r = _kext_block_r(xs_MK[0], r)
 
     def run(config: Config) -> Tensor:
         if tma:
@@ -268,6 +266,11 @@ def _configs(kernel: str, *operands: Tensor, tma: bool = False) -> tuple[Config,
     if operands[0].dtype == torch.float32 or not (tma or all(map(aligned, operands))):
         return (SMALL[kernel],)
     return CONFIGS[kernel][launch.architecture(operands[0].device)]
+
+
+def _kext_block_r(x_MK: Tensor, r: int) -> int:
+    """In front of a GEMM's accumulator registers are dear, in float32 above all."""
+    return min(launch.padded(r), 16 if x_MK.dtype == torch.float32 else 32)
 
 
 def _descriptor(tensor: Tensor, config: Config, axes: str) -> TensorDescriptor:

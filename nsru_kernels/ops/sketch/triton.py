@@ -50,7 +50,7 @@ _READ_ONCE = {
     (80, 2): ({"BLOCK_M": 64, "STEP_K": 64, "STEP_M": 32}, 8, 3),
     (90, 2): ({"BLOCK_M": 64, "STEP_K": 64, "STEP_M": 64}, 8, 4),
     (100, 2): ({"BLOCK_M": 64, "STEP_K": 64, "STEP_M": 64}, 8, 4),
-} | {(arch, 4): ({"BLOCK_M": 64, "STEP_K": 32, "STEP_M": 32}, 8, 2) for arch in (80, 90, 100)}
+} | {(arch, 4): ({"BLOCK_M": 32, "STEP_K": 32, "STEP_M": 32}, 8, 2) for arch in (80, 90, 100)}
 
 
 def update_sketch(
