@@ -38,9 +38,38 @@ def test_tofu_texts_are_not_in_the_results(tofu):
     assert tofu["examples"] == []
 
 
-def test_performance_document_quotes_the_csv():
+def ratios(name, column):
+    with (RESULTS / name).open(newline="") as file:
+        return {row["provider"]: float(row[column]) for row in csv.DictReader(file)}
+
+
+def quoted(heading):
+    """The numbers with two decimals in the table below a heading of docs/performance.md."""
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    with (RESULTS / "linear_cpu.csv").open(newline="") as file:
-        ratios = {row["provider"]: float(row["ratio_to_frozen"]) for row in csv.DictReader(file)}
-    quoted = {float(number) for number in re.findall(r"\| \**(\d\.\d\d)\** \|", text)}
-    assert quoted == {round(ratio, 2) for name, ratio in ratios.items() if name != "frozen"}
+    section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    return [float(number) for row in rows for number in re.findall(r"\b\d+\.\d\d\b", row)]
+
+
+@pytest.mark.parametrize(
+    ("heading", "files"),
+    [
+        ("One projected linear, forward and backward", ["linear_cpu.csv", "linear_cpu_amd.csv"]),
+        ("Siblings", ["siblings_cpu.csv"]),
+    ],
+)
+def test_performance_document_quotes_the_csv(heading, files):
+    measured = [
+        round(ratio, 2)
+        for name in files
+        for provider, ratio in ratios(name, "ratio_to_frozen").items()
+        if provider != "frozen"
+    ]
+    assert sorted(quoted(heading)) == pytest.approx(sorted(measured), abs=0.0051)
+
+
+def test_performance_document_quotes_the_steps():
+    with (RESULTS / "cpu" / "step.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["provider"] != "frozen"]
+    measured = sorted(float(row["ratio"]) for row in rows)
+    assert sorted(quoted("A whole step")) == pytest.approx(measured, abs=0.0051)
