@@ -148,6 +148,19 @@ class GradientCheckCallback(TrainerCallback):
             )
 
 
+class SiblingsCallback(TrainerCallback):
+    """A forward before the first step, in which linears that read the same input find each other.
+
+    They would in the first step too, but a resumed run's first step would then round differently
+    from the same step of a run that was never interrupted.
+    """
+
+    def on_train_begin(self, args, state, control, model: Any, **kwargs):
+        device = next(model.parameters()).device
+        with torch.no_grad(), evaluating(model):
+            model.base_model(torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+
+
 class EarlyStopCallback(TrainerCallback):
     """Stop when the retain loss, averaged over 5 logs, exceeds ratio times its first logged value.
 

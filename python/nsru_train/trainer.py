@@ -29,6 +29,7 @@ from nsru_train.callbacks import (
     GradientCheckCallback,
     LossProgressCallback,
     MetricsCallback,
+    SiblingsCallback,
     evaluations,
 )
 from nsru_train.data.encode import collate, encode_qa, length_batches
@@ -193,6 +194,8 @@ class NSRUTrainer(Trainer):
             EarlyStopCallback(retain_stop_ratio) if retain_stop_ratio is not None else None
         )
         self.add_callback(GradientCheckCallback(self.is_deepspeed_enabled, args.fp16))
+        if not self.is_deepspeed_enabled:  # which lets only the wrapped model gather its weights
+            self.add_callback(SiblingsCallback)
         # Before the evaluation hook, whose time is not a step's.
         self.add_callback(
             MetricsCallback(Path(metrics_path or Path(args.output_dir) / "metrics.jsonl"))
