@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "plan "  # of providers that are one backend's functions, by one plan
-COLUMNS = ("device", "torch", "triton", "commit")
+COLUMNS = ("device", "torch", "triton", "commit", "dtype")
 
 
 def plan_table(folder: Path) -> dict[str, Any]:
     """What ``nsru_kernels/plans/<gpu>.json`` holds, from linear.csv and fold.csv in ``folder``.
 
     Raises:
-        ValueError: the rows are of several devices or commits, or of a walk with tiny sizes.
+        ValueError: the rows are of several devices, dtypes or commits, or of tiny sizes.
     """
     linear, fold = (_rows(folder / f"{op}.csv") for op in ("linear", "fold"))
     runs = {tuple(row[column] for column in COLUMNS) for row in (*linear, *fold)}

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 def row(provider, which, ms, m=8192, **more):
     sizes = {"M": m, "K": 4096, "N": 4096, "R": 16}
-    run = {"device": "A GPU", "torch": "2", "triton": "3", "commit": "c", "tiny": "False"}
+    run = {"device": "A GPU", "torch": "2", "triton": "3", "commit": "c"}
+    run |= {"dtype": "bfloat16", "tiny": "False", "Q": "256"}
     values = {"provider": provider, "pass": which, "p50_ms": ms, **sizes, **run, **more}
     return {name: str(value) for name, value in values.items()}
 
@@ -53,6 +54,11 @@ def test_the_grouped_fold_must_win_for_every_basis(bf16_ms, winner):
     assert fold_entries([]) == []
 
 
+def test_a_shape_whose_backward_was_cut_off_has_no_entry():
+    cut = [row("plan eager", "forward", 1.0, m=64), row("plan triton kext", "forward", 0.9, m=64)]
+    assert linear_entries([*ROWS, *cut]) == linear_entries(ROWS)
+
+
 def write(folder, rows):
     with (folder / "linear.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -70,10 +76,14 @@ def test_a_table_says_where_it_comes_from(tmp_path):
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [({"tiny": "True"}, "tiny sizes"), ({"device": "Another GPU"}, "one run")],
+    [
+        ({"tiny": "True"}, "tiny sizes"),
+        ({"device": "Another GPU"}, "one run"),
+        ({"dtype": "float16"}, "one run"),
+    ],
 )
 def test_rows_that_measure_nothing_make_no_table(tmp_path, spoil, message):
-    write(tmp_path, [ROWS[0] | spoil, *(r | ({} if "device" in spoil else spoil) for r in ROWS)])
+    write(tmp_path, [ROWS[0] | spoil, *(r | (spoil if "tiny" in spoil else {}) for r in ROWS)])
     with pytest.raises(ValueError, match=message):
         plan_table(tmp_path)
     (tmp_path / "linear.csv").unlink()

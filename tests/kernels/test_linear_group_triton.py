@@ -140,6 +140,27 @@ def test_through_the_public_function():
 
 
 @pytest.mark.gpu
+def test_cuda_graph_replays_the_same_step():
+    args = operands(512, 1024, (1024, 256, 256), (16, 16, 16), torch.bfloat16)
+    x, ws, a, bs, _, scalings = args
+    needs = [True, True, *[False] * 6, *[True] * 3]
+
+    def step():
+        ys, s = triton.forward(*args)
+        back = triton.backward(ys, x, ws, a, bs, s, scalings, needs)
+        return *ys, *(grad for grad in back if grad.numel())
+
+    expected = [t.clone() for t in step()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    for output in outputs:
+        output.zero_()
+    graph.replay()
+    assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("ns", [(4096, 1024, 1024), (14336, 14336)], ids=str)
 def test_real_sizes_in_bf16_repeat_bit_by_bit(ns):
     args = operands(8192, 4096, ns, (16,) * len(ns), torch.bfloat16)
