@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from nsru_train.losses.objective import Objective
 
 __all__ = ["DataConfig", "LoraConfig", "ModelConfig", "Objective", "SubspaceConfig", "TrainConfig"]
+
+
+def _absolute(name: str | None) -> Any:
+    """A file or folder as a path that holds in every working directory; other names as they are."""
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 @dataclass
@@ -26,6 +32,9 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        self.path = _absolute(self.path)
 
 
 @dataclass
@@ -53,6 +62,12 @@ class DataConfig:
     more: dict[str, str] = field(default_factory=dict)
     max_length: int = 512
 
+    def __post_init__(self) -> None:
+        self.forget, self.retain = _absolute(self.forget), _absolute(self.retain)
+        self.data_dir = _absolute(self.data_dir)
+        self.safe_targets = _absolute(self.safe_targets)
+        self.more = {name: _absolute(path) for name, path in self.more.items()}
+
 
 @dataclass
 class SubspaceConfig:
@@ -76,6 +91,9 @@ class SubspaceConfig:
     energy: float | None = None
     min_editability: float | None = None
     max_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        self.path = _absolute(self.path)
 
     def rule(self) -> dict[str, Any]:
         """The one rule that chooses the rank, as a keyword argument."""

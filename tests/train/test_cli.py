@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from nsru_train.cli import main
+from nsru_train.config import DataConfig, ModelConfig, SubspaceConfig
 from nsru_train.data.authors import author_splits
 from nsru_train.data.records import save_records
 from nsru_train.tiny_model import make_llama, train_tokenizer
@@ -271,3 +272,14 @@ def _remove(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     folder.rmdir()
+
+
+def test_paths_of_a_run_hold_in_every_working_directory(setting, monkeypatch):
+    monkeypatch.chdir(setting)
+    data = DataConfig("forget.jsonl", "tofu:retain99", more={"holdout": "holdout.jsonl"})
+    assert data.forget == str(setting / "forget.jsonl")
+    assert data.retain == "tofu:retain99"
+    assert data.more == {"holdout": str(setting / "holdout.jsonl")}
+    assert (data.data_dir, SubspaceConfig().path) == (None, None)
+    assert ModelConfig("model").path == str(setting / "model")
+    assert ModelConfig("org/on-the-hub").path == "org/on-the-hub"
