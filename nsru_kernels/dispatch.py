@@ -197,27 +197,25 @@ def _log_skipped(op: str, device: torch.device) -> None:
 
 
 def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
-    folder, requested = OPS[op], requested_backend("auto")
-    function, sizes = _looked_up_by(op, args)
-    choice = plans.choose(folder, function, device, sizes) if requested == "auto" else None
+    folder, chosen, plan = OPS[op], requested_backend("auto"), None
+    against_others = f"NSRU_BACKEND={chosen} is set."
+    if chosen == "auto":
+        function, sizes = _looked_up_by(op, args)
+        choice = plans.choose(folder, function, device, sizes)
+        if choice is None or _unavailable(folder, choice.backend, device) is not None:
+            chosen, against_others = "eager", ""
+        else:
+            chosen, plan = choice
+            against_others = f"{chosen} measured faster near these sizes."
     verdicts: list[Verdict] = []
     for backend in reversed(BACKENDS):
         reason = _unavailable(folder, backend, device)
-        chosen = "eager" if choice is None else choice.backend
-        if reason is None and requested not in ("auto", backend):
-            reason = f"NSRU_BACKEND={requested} is set."
-        if reason is None and requested == "auto" and backend != chosen:
-            if choice is None:
-                reason = _unmeasured(backend)
-            elif backend != "eager" or not any(verdict.serves for verdict in verdicts):
-                reason = f"{chosen} measured faster near these sizes."
-        if reason is None and any(verdict.serves for verdict in verdicts):
-            reason = "a kernel that measured faster serves."
+        if reason is None and backend != chosen:
+            reason = against_others or _unmeasured(backend)
         serves = reason is None
         if serves:
             reason = "library GEMMs of PyTorch"
             if backend != "eager":
-                plan = choice.plan if choice is not None else None
                 reason = f"measured plan {plan}" if plan else "measured or asked for"
         kernels = KERNELS.get((folder, backend), "")
         verdicts.append(Verdict(op, backend, serves, reason or "", kernels))

@@ -21,11 +21,6 @@ ALIGNED = 8
 CHOOSE = -1  # the extension picks a config by the number of output tiles
 
 
-def plan(*args: object) -> str | None:
-    """None: no GPU has been measured yet."""
-    return None
-
-
 def forward(
     x_MK: Tensor,
     w_NK: Tensor,
