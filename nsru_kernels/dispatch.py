@@ -171,12 +171,16 @@ def _choose(
     if backend != "auto":
         return _named(op, backend, device), None
     choice = plans.choose(op, function, device, sizes)
-    if choice is None or _unavailable(op, choice.backend, device) is not None:
+    if choice is None:
         _log_skipped(op, device)
         return _load(op, "eager"), None
     if not launch.KERNEL_DTYPES.issuperset(dtypes):
         return _load(op, "eager"), None
-    return _load(op, choice.backend), choice.plan
+    try:
+        return _named(op, choice.backend, device), choice.plan
+    except BackendUnavailable:
+        _log_skipped(op, device)
+        return _load(op, "eager"), None
 
 
 @functools.cache

@@ -84,17 +84,10 @@ class StandIn(types.SimpleNamespace):
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def stand_in(monkeypatch, poisoned_memory):
     monkeypatch.setattr(extension, "load", StandIn)
     stream = types.SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    allocate = torch.Tensor.new_empty
-
-    def new_empty(self, *args, **kwargs):
-        fresh = allocate(self, *args, **kwargs)
-        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,7 +9,7 @@ from linear_cases import activation_projection, make_basis
 from tolerance import assert_close_to_exact
 
 import nsru_kernels as nk
-from nsru_kernels.ops.linear_group import reference
+from nsru_kernels.ops.products import rank_columns
 
 K, Q = 24, 6
 SIZES = ((20, 4), (7, 3), (13, 2))  # N_i, R_i
@@ -302,7 +302,7 @@ def test_meta_tensors_give_shapes():
 
 def test_the_parts_of_s_belong_to_their_siblings():
     s = torch.arange(9.0).expand(2, 9)
-    parts = reference.columns(s, [torch.ones(n, r) for n, r in SIZES])
+    parts = rank_columns(s, [torch.ones(n, r) for n, r in SIZES])
     assert [part[0].tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6], [7, 8]]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nsru_kernels.config import BackendUnavailable
 from nsru_kernels.ops import extension
+from nsru_kernels.ops.products import scaled_product
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Elements in 16 bytes, TMA's unit for addresses and for distances between rows.
@@ -64,9 +65,9 @@ def backward(
     if need_bias:
         dbias = dy_MN.sum(0)
     if need_a:
-        da = _scaled_product(ds_MR.T, x_MK, scaling)
+        da = scaled_product(ds_MR.T, x_MK, scaling)
     if need_b:
-        db = _scaled_product(dy_MN.T, s_MR, scaling)
+        db = scaled_product(dy_MN.T, s_MR, scaling)
     return [dx, dw, dbias, da, db]
 
 
@@ -170,9 +171,3 @@ def _padded(matrix: Tensor, scaling: float = 1.0) -> Tensor:
     rows, columns = matrix.shape
     padded = matrix.new_empty(rows, -(-columns // ALIGNED) * ALIGNED)[:, :columns]
     return torch.mul(matrix, scaling, out=padded)
-
-
-def _scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """scaling · left @ right, scaled before the result is rounded."""
-    out = left.new_empty(left.shape[0], right.shape[1])
-    return torch.addmm(out, left, right, beta=0, alpha=scaling)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsru_kernels.ops.products import scaled_product
+
 
 def forward(
     x_MK: Tensor,
@@ -62,12 +64,6 @@ def backward(
     if need_b:
         db = scaled_product(dy_MN.T, s_MR, scaling)
     return [dx, dw, dbias, da, db]
-
-
-def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """scaling · left @ right, scaled before the result is rounded."""
-    out = left.new_empty(left.shape[0], right.shape[1])
-    return torch.addmm(out, left, right, beta=0, alpha=scaling)
 
 
 def drop(x_MK: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:

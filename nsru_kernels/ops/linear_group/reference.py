@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsru_kernels.ops.linear.reference import scaled_product
+from nsru_kernels.ops.products import rank_columns, scaled_product
 
 
 def forward(
@@ -25,7 +25,7 @@ def forward(
     s_MR = F.linear(x_MK, a_RK)
     ys = []
     for w_NK, b_NR, bias_N, scaling, s in zip(
-        ws_NK, bs_NR, biases_N, scalings, columns(s_MR, bs_NR), strict=True
+        ws_NK, bs_NR, biases_N, scalings, rank_columns(s_MR, bs_NR), strict=True
     ):
         if bias_N is None:
             y_MN = scaled_product(s, b_NR.T, scaling)
@@ -56,7 +56,7 @@ def backward(
     if need_x or need_a:
         ds_MR = torch.empty_like(s_MR)
         for dy_MN, b_NR, scaling, ds in zip(
-            dys_MN, bs_NR, scalings, columns(ds_MR, bs_NR), strict=True
+            dys_MN, bs_NR, scalings, rank_columns(ds_MR, bs_NR), strict=True
         ):
             if dy_MN is None:
                 ds.zero_()
@@ -67,7 +67,7 @@ def backward(
     if need_a:
         grads[1] = ds_MR.T @ x_MK
     for i, (dy_MN, s, scaling) in enumerate(
-        zip(dys_MN, columns(s_MR, bs_NR), scalings, strict=True)
+        zip(dys_MN, rank_columns(s_MR, bs_NR), scalings, strict=True)
     ):
         if dy_MN is None:
             continue
@@ -81,8 +81,3 @@ def backward(
             # With dY on the right: a tenth faster on a CPU, and only [R, N] to turn round.
             grads[2 + 2 * count + i] = scaled_product(s.T, dy_MN, scaling).T.contiguous()
     return grads
-
-
-def columns(s_MR: Tensor, bs_NR: list[Tensor]) -> tuple[Tensor, ...]:
-    """The columns of S, or of dS, that belong to each B_i; views."""
-    return s_MR.split([b_NR.shape[1] for b_NR in bs_NR], dim=1)

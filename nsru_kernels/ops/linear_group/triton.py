@@ -19,7 +19,7 @@ from nsru_kernels.ops.linear.triton_products import (
     one_read_pays,
     rows_product,
 )
-from nsru_kernels.ops.linear_group.reference import columns
+from nsru_kernels.ops.products import rank_columns
 
 
 def forward(
@@ -36,7 +36,7 @@ def forward(
     ys = [
         kext_gemm(x_MK, w_NK.T, s, b_NR.T, bias_N, scaling, tma=fits_tma(x_MK, w_NK))
         for w_NK, s, b_NR, bias_N, scaling in zip(
-            ws_NK, columns(s_MR, bs_NR), bs_NR, biases_N, scalings, strict=True
+            ws_NK, rank_columns(s_MR, bs_NR), bs_NR, biases_N, scalings, strict=True
         )
     ]
     return ys, s_MR
@@ -59,7 +59,14 @@ def backward(
     need_x, need_a = needs[:2]
     ds_MR = s_MR.new_empty(s_MR.shape)
     for i, (dy_MN, b_NR, s, ds, scaling) in enumerate(
-        zip(dys_MN, bs_NR, columns(s_MR, bs_NR), columns(ds_MR, bs_NR), scalings, strict=True)
+        zip(
+            dys_MN,
+            bs_NR,
+            rank_columns(s_MR, bs_NR),
+            rank_columns(ds_MR, bs_NR),
+            scalings,
+            strict=True,
+        )
     ):
         if dy_MN is None:
             ds.zero_()
