@@ -10,7 +10,6 @@ without gradient accumulation; "nsru, fold cached" is every further micro-batch 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,34 +214,17 @@ def main() -> None:
         arguments.rounds,
     )
 
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    columns = measure.run_columns("peft")
     flop = 4 * case.M * case.K * case.N  # y and dX of the frozen linear: the useful work
-    rows = []
     print(f"{case}, {arguments.threads} threads, {arguments.rounds} rounds")
-    print(f"{'provider':<30}{'p20 ms':>9}{'p50 ms':>9}{'p80 ms':>9}{'/ frozen':>10}")
-    for name, values in seconds.items():
-        ratio = medians[name] / medians["frozen"]
-        ms = measure.quantiles_ms(values)
-        print(f"{name:<30}" + "".join(f"{value:9.3f}" for value in ms.values()) + f"{ratio:10.3f}")
-        rows.append(
-            {
-                "provider": name,
-                "pass": "forward+backward",
-                "dtype": str(case.dtype).removeprefix("torch."),
-                **{letter: getattr(case, letter) for letter in "MKNRQ"},
-                **ms,
-                "ratio_to_frozen": round(ratio, 4),
-                "frozen_tflops": round(flop / medians[name] / 1e12, 4),
-                "rounds": arguments.rounds,
-                **columns,
-            }
-        )
+    rows = measure.report_ratios(
+        seconds,
+        lambda median: {"frozen_tflops": round(flop / median / 1e12, 4)},
+        dtype=str(case.dtype).removeprefix("torch."),
+        **{letter: getattr(case, letter) for letter in "MKNRQ"},
+    )
     for name, base, bar in TARGETS:
         for variant in (name, f"{name}, fold cached"):
-            ratio = medians[variant] / medians[base]
-            verdict = "met" if ratio <= bar else "missed"
-            print(f"{variant} / {base}: {ratio:.3f} (target {bar:.2f}: {verdict})")
+            measure.report_target(seconds, variant, base, bar)
     measure.write_rows(arguments.out, rows)
 
 

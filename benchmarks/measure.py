@@ -54,6 +54,36 @@ def quantiles_ms(seconds: list[float]) -> dict[str, float]:
     return {name: round(1e3 * value, 4) for name, value in values.items()}
 
 
+def report_ratios(
+    seconds: dict[str, list[float]], describe: Callable[[float], dict[str, Any]], **columns: Any
+) -> list[dict[str, Any]]:
+    """Print the providers of an interleaved run against "frozen"; one CSV row for each.
+
+    Args:
+        seconds: from ``interleave``.
+        describe: median seconds -> further columns, after the ratio.
+        columns: what was computed, before the times.
+    """
+    frozen = statistics.median(seconds["frozen"])
+    identity, rows = run_columns("peft"), []
+    print(f"{'provider':<30}{'p20 ms':>9}{'p50 ms':>9}{'p80 ms':>9}{'/ frozen':>10}")
+    for name, values in seconds.items():
+        median, ms = statistics.median(values), quantiles_ms(values)
+        ratio = median / frozen
+        print(f"{name:<30}" + "".join(f"{value:9.3f}" for value in ms.values()) + f"{ratio:10.3f}")
+        row = {"provider": name, "pass": "forward+backward", **columns, **ms}
+        row |= {"ratio_to_frozen": round(ratio, 4), **describe(median), "rounds": len(values)}
+        rows.append(row | identity)
+    return rows
+
+
+def report_target(seconds: dict[str, list[float]], name: str, base: str, bar: float) -> None:
+    """Print the ratio of two providers' medians and whether it is at most ``bar``."""
+    ratio = statistics.median(seconds[name]) / statistics.median(seconds[base])
+    verdict = "met" if ratio <= bar else "missed"
+    print(f"{name} / {base}: {ratio:.3f} (target {bar:.2f}: {verdict})")
+
+
 def run_columns(*packages: str, device: torch.device | None = None) -> dict[str, Any]:
     """Device, versions and commit of this run, the same in each of its rows."""
     cpu = describe_environment()["cpu"]

@@ -11,7 +11,6 @@ that step. PEFT is given the folded adapters, for it knows no projection.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -170,33 +169,13 @@ def main() -> None:
         arguments.rounds,
     )
 
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    columns = measure.run_columns("peft")
-    case, rows = cases[0], []
+    case = cases[0]
     print(f"{case}, N {WIDTHS}, {arguments.threads} threads, {arguments.rounds} rounds")
-    print(f"{'provider':<30}{'p20 ms':>9}{'p50 ms':>9}{'p80 ms':>9}{'/ frozen':>10}")
-    for name, values in seconds.items():
-        ratio = medians[name] / medians["frozen"]
-        ms = measure.quantiles_ms(values)
-        print(f"{name:<30}" + "".join(f"{value:9.3f}" for value in ms.values()) + f"{ratio:10.3f}")
-        rows.append(
-            {
-                "provider": name,
-                "pass": "forward+backward",
-                "dtype": str(case.dtype).removeprefix("torch."),
-                **{letter: getattr(case, letter) for letter in "MK"},
-                "N": "+".join(map(str, WIDTHS)),
-                **{letter: getattr(case, letter) for letter in "RQ"},
-                **ms,
-                "ratio_to_frozen": round(ratio, 4),
-                "rounds": arguments.rounds,
-                **columns,
-            }
-        )
+    sizes = {"M": case.M, "K": case.K, "N": "+".join(map(str, WIDTHS)), "R": case.R, "Q": case.Q}
+    dtype = str(case.dtype).removeprefix("torch.")
+    rows = measure.report_ratios(seconds, lambda _: {}, dtype=dtype, **sizes)
     for variant in ("group", "group, fold cached"):
-        ratio = medians[variant] / medians["frozen"]
-        verdict = "met" if ratio <= BAR else "missed"
-        print(f"{variant} / frozen: {ratio:.3f} (target {BAR:.2f}: {verdict})")
+        measure.report_target(seconds, variant, "frozen", BAR)
     measure.write_rows(arguments.out, rows)
 
 
