@@ -6,6 +6,7 @@
 #include <string>
 
 #include "device.h"
+#include "narrow.h"
 #ifdef NSRU_KEXT_GEMM
 #include "kext_gemm.h"
 #endif
@@ -41,18 +42,63 @@ py::dict build_info() {
                     "cuda"_a = version(nsru::toolkit_version()));
 }
 
-#ifdef NSRU_KEXT_GEMM
-const char* const kDtypeNames[] = {"bf16", "fp16"};
-const char* const kLayoutNames[] = {"NK", "KN"};
+const char* const kDtypeNames[] = {"bf16", "fp16", "fp32"};
 
-template <class ENUM>
-ENUM named(const char* what, const std::string& name, const char* const (&names)[2]) {
-    for (int i = 0; i < 2; ++i) {
+template <class ENUM, size_t COUNT>
+ENUM named(const char* what, const std::string& name, const char* const (&names)[COUNT]) {
+    std::string all;
+    for (size_t i = 0; i < COUNT; ++i) {
         if (name == names[i]) return static_cast<ENUM>(i);
+        all += std::string(i ? " or '" : "'") + names[i] + "'";
     }
-    throw std::invalid_argument(std::string(what) + " must be '" + names[0] + "' or '" + names[1] +
-                                "', got '" + name + "'");
+    throw std::invalid_argument(std::string(what) + " must be " + all + ", got '" + name + "'");
 }
+
+nsru::Dtype dtype_of(const std::string& name) {
+    return named<nsru::Dtype>("dtype", name, kDtypeNames);
+}
+
+// Addresses and streams are integers in Python.
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// Defines a function of RowsProductArgs.
+template <class RESULT>
+void define_rows(py::module_& m, const char* name, RESULT (*function)(const nsru::RowsProductArgs&),
+                 const char* doc) {
+    const auto call = [function](uintptr_t x, uintptr_t v, uintptr_t out, int64_t m, int64_t c,
+                                 int64_t r, int64_t ldx, int64_t ldv, int64_t ldo,
+                                 const std::string& dtype, int device, uintptr_t stream,
+                                 uintptr_t workspace, size_t workspace_bytes) {
+        return function({pointer(x), pointer(v), pointer(out), m, c, r, ldx, ldv, ldo,
+                         dtype_of(dtype), device, pointer(stream), pointer(workspace),
+                         workspace_bytes});
+    };
+    m.def(name, call, py::kw_only(), "x"_a, "v"_a, "out"_a, "m"_a, "c"_a, "r"_a, "ldx"_a, "ldv"_a,
+          "ldo"_a, "dtype"_a, "device"_a, "stream"_a, "workspace"_a = 0, "workspace_bytes"_a = 0,
+          py::call_guard<py::gil_scoped_release>(), doc);
+}
+
+// Defines a function of ColumnsProductArgs.
+template <class RESULT>
+void define_columns(py::module_& m, const char* name,
+                    RESULT (*function)(const nsru::ColumnsProductArgs&), const char* doc) {
+    const auto call = [function](uintptr_t x, uintptr_t p, uintptr_t d, uintptr_t v, uintptr_t rows,
+                                 int64_t m, int64_t c, int64_t r, int64_t ldx, int64_t ldp,
+                                 int64_t ldv, float scaling, bool rank_first,
+                                 const std::string& dtype, int device, uintptr_t stream,
+                                 uintptr_t workspace, size_t workspace_bytes) {
+        return function({pointer(x), pointer(p), pointer(d), pointer(v), pointer(rows), m, c, r,
+                         ldx, ldp, ldv, scaling, rank_first, dtype_of(dtype), device,
+                         pointer(stream), pointer(workspace), workspace_bytes});
+    };
+    m.def(name, call, py::kw_only(), "x"_a, "p"_a, "d"_a, "v"_a, "rows"_a, "m"_a, "c"_a, "r"_a,
+          "ldx"_a, "ldp"_a, "ldv"_a, "scaling"_a, "rank_first"_a, "dtype"_a, "device"_a, "stream"_a,
+          "workspace"_a = 0, "workspace_bytes"_a = 0, py::call_guard<py::gil_scoped_release>(),
+          doc);
+}
+
+#ifdef NSRU_KEXT_GEMM
+const char* const kLayoutNames[] = {"NK", "KN"};
 
 py::list kext_kernels() {
     py::list kernels;
@@ -73,9 +119,8 @@ void define_kext(py::module_& m, const char* name, RESULT (*function)(const nsru
                                  uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t r,
                                  int64_t ldx, int64_t ldw, int64_t ldp, int64_t ldv, int64_t ldo,
                                  const std::string& dtype, const std::string& layout, int config,
-                                 int swizzle, int device, uintptr_t stream, uintptr_t workspace,
-                                 size_t workspace_bytes) {
-        const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+                                 int swizzle, bool after_narrow, int device, uintptr_t stream,
+                                 uintptr_t workspace, size_t workspace_bytes) {
         return function({pointer(x),
                          pointer(w),
                          pointer(p),
@@ -91,10 +136,11 @@ void define_kext(py::module_& m, const char* name, RESULT (*function)(const nsru
                          ldp,
                          ldv,
                          ldo,
-                         named<nsru::KextDtype>("dtype", dtype, kDtypeNames),
+                         dtype_of(dtype),
                          named<nsru::KextLayout>("layout", layout, kLayoutNames),
                          config,
                          swizzle,
+                         after_narrow,
                          device,
                          pointer(stream),
                          pointer(workspace),
@@ -102,20 +148,29 @@ void define_kext(py::module_& m, const char* name, RESULT (*function)(const nsru
     };
     m.def(name, call, py::kw_only(), "x"_a, "w"_a, "p"_a, "v"_a, "bias"_a, "out"_a, "m"_a, "n"_a,
           "k"_a, "r"_a, "ldx"_a, "ldw"_a, "ldp"_a, "ldv"_a, "ldo"_a, "dtype"_a, "layout"_a,
-          "config"_a, "swizzle"_a, "device"_a, "stream"_a, "workspace"_a = 0,
+          "config"_a, "swizzle"_a, "after_narrow"_a, "device"_a, "stream"_a, "workspace"_a = 0,
           "workspace_bytes"_a = 0, py::call_guard<py::gil_scoped_release>(), doc);
 }
 #endif
 
 }  // namespace
 
-PYBIND11_MODULE(_cuda, m) {
+PYBIND11_MODULE(NSRU_MODULE, m) {
     m.doc() = "CUDA backend of nsru_kernels; independent of torch.";
     m.def("build_info", &build_info, "Package version, architectures and CUDA version built for.");
     m.def("device_report", &device_report,
           "CUDA versions and one dict per GPU; an empty list with the reason where there is none.");
     m.def("kernel_image", &nsru::kernel_image,
           "SM version of the code the current GPU would run; RuntimeError where there is none.");
+    define_rows(m, "rows_product_workspace", &nsru::rows_product_workspace,
+                "Bytes of workspace that launch_rows_product needs for the same arguments.");
+    define_rows(m, "launch_rows_product", &nsru::launch_rows_product,
+                "out [M, R] = X [M, C]·V [R, C]ᵀ on a stream; sizes in elements.");
+    define_columns(m, "columns_product_workspace", &nsru::columns_product_workspace,
+                   "Bytes of workspace that launch_columns_product needs for the same arguments.");
+    define_columns(m, "launch_columns_product", &nsru::launch_columns_product,
+                   "d = scaling · X [M, C]ᵀ·P [M, R], and rows [M, R] = X·V [C, R] where v is not "
+                   "0, on a stream.");
 #ifdef NSRU_KEXT_GEMM
     m.def("kext_kernels", &kext_kernels, "One dict per compiled kernel of the K-extended GEMM.");
     define_kext(m, "kext_gemm_workspace", &nsru::kext_gemm_workspace,

@@ -6,14 +6,14 @@
 #include <cstdint>
 #include <vector>
 
-namespace nsru {
+#include "dtype.h"
 
-enum class KextDtype { kBf16 = 0, kFp16 = 1 };
+namespace nsru {
 
 // How W and V lie in memory. kNK: W is [N, K], V is [N, R]; kKN: W is [K, N], V is [R, N].
 enum class KextLayout { kNK = 0, kKN = 1 };
 
-constexpr int kKextDtypes = 2;
+constexpr int kKextDtypes = 2;  // bf16 and fp16
 constexpr int kKextLayouts = 2;
 constexpr int kChooseConfig = -1;
 
@@ -28,10 +28,13 @@ struct KextGemmArgs {
     void* out_gmem;
     int64_t m, n, k, r;
     int64_t ldx, ldw, ldp, ldv, ldo;
-    KextDtype dtype;
+    Dtype dtype;
     KextLayout layout;
     int config;   // index into kext_kernels(), or kChooseConfig
     int swizzle;  // tiles of N (or M) that neighbouring clusters share through L2: 1, 2, 4 or 8
+    // The stream's last kernel is one of ours that makes P and lets dependents launch, and nothing
+    // else read here is younger: the GEMM may start on X and W while that kernel ends.
+    bool after_narrow;
     int device;
     void* stream;  // cudaStream_t
     void* workspace_gmem;
@@ -41,7 +44,7 @@ struct KextGemmArgs {
 // What one compiled kernel asks of a multiprocessor.
 struct KextKernel {
     const char* config;
-    KextDtype dtype;
+    Dtype dtype;
     KextLayout layout;
     int stages;
     int threads;

@@ -45,10 +45,10 @@ KERNELS = {
 }
 
 _MODULE = {"eager": "reference", "triton": "triton", "cuda": "cuda"}
-# backend → device → why it cannot run there and what to do, None where it can
-_UNAVAILABLE: dict[str, Callable[[torch.device], str | None]] = {
+# backend → (folder, device) → why it cannot run there and what to do, None where it can
+_UNAVAILABLE: dict[str, Callable[[str, torch.device], str | None]] = {
     "cuda": extension.unavailable,
-    "triton": launch.unavailable,
+    "triton": lambda op, device: launch.unavailable(device),
 }
 _logger = logging.getLogger("nsru_kernels")
 
@@ -246,7 +246,7 @@ def _unavailable(op: str, backend: str, device: torch.device) -> str | None:
         return None
     if importlib.util.find_spec(f"nsru_kernels.ops.{op}.{_MODULE[backend]}") is None:
         return f"this version has no {backend} kernel for this op. Use backend='eager'."
-    return _UNAVAILABLE[backend](device)
+    return _UNAVAILABLE[backend](op, device)
 
 
 def _unmeasured(backend: str) -> str:

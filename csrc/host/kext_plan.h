@@ -6,13 +6,12 @@
 #include <string>
 
 #include "../kext_gemm.h"
+#include "matrix.h"
 
 namespace nsru {
 
-constexpr int kBlockK = 64;            // 128 bytes of 16-bit elements: TMA's widest swizzle
-constexpr int kClusterM = 2;           // two blocks of a cluster share each tile of W by multicast
-constexpr int64_t kTmaAlignment = 16;  // bytes, of addresses and of distances between rows
-constexpr int64_t kElementBytes = 2;
+constexpr int kBlockK = 64;   // 128 bytes of 16-bit elements: TMA's widest swizzle
+constexpr int kClusterM = 2;  // two blocks of a cluster share each tile of W by multicast
 
 struct KextConfig {
     const char* name;

@@ -35,7 +35,7 @@ struct KextGemm {
     // CUTLASS names the layout of B as if it were [K, N].
     using LayoutB = cute::conditional_t<LAYOUT == KextLayout::kNK, cutlass::layout::ColumnMajor,
                                         cutlass::layout::RowMajor>;
-    static constexpr int kAligned = kTmaAlignment / sizeof(ELEMENT);
+    static constexpr int kAligned = kAlignment / sizeof(ELEMENT);
 
     // bias[n] + accumulator, rounded once. A null bias counts as zeros.
     using Bias = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, ELEMENT, float>;
@@ -108,18 +108,20 @@ struct KextGemm {
         check("cudaFuncSetAttribute(MaxDynamicSharedMemorySize)",
               cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    Kernel::SharedStorageSize));
-        cudaLaunchAttribute cluster{};
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim.x = kClusterM;
-        cluster.val.clusterDim.y = 1;
-        cluster.val.clusterDim.z = 1;
+        cudaLaunchAttribute attributes[2] = {};
+        attributes[0].id = cudaLaunchAttributeClusterDimension;
+        attributes[0].val.clusterDim.x = kClusterM;
+        attributes[0].val.clusterDim.y = 1;
+        attributes[0].val.clusterDim.z = 1;
+        attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[1].val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config{};
         config.gridDim = Kernel::get_grid_shape(params);
         config.blockDim = Kernel::get_block_shape();
         config.dynamicSmemBytes = Kernel::SharedStorageSize;
         config.stream = stream;
-        config.attrs = &cluster;
-        config.numAttrs = 1;
+        config.attrs = attributes;
+        config.numAttrs = args.after_narrow ? 2 : 1;
         check("cudaLaunchKernelEx(kext_gemm)", cudaLaunchKernelEx(&config, kernel, params));
     }
 

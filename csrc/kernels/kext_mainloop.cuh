@@ -6,7 +6,8 @@
 //
 // Only the producer warp knows that there are two sources: at k tile `main` it goes on with a
 // second pair of TMA descriptors. Columns beyond K, and beyond R, are out of those descriptors'
-// bounds, so the copy engine fills them with zeros and no consumer masks anything.
+// bounds, so the copy engine fills them with zeros and no consumer masks anything. Launched by
+// programmatic dependent launch, it waits for the kernel that makes P no earlier than there.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -69,6 +70,9 @@ struct KextMainloop : BASE {
         BASE::load(params, pipeline, state, inputs, tile_coord, k_tile, main, thread_index,
                    rank_in_cluster, tensors_smem);
         state.advance(main);
+        // P may come from a kernel that still runs; X and W do not. The epilogue stores only after
+        // it has had the tail, hence after that kernel, whose workspace `out` may take over.
+        asm volatile("griddepcontrol.wait;" ::: "memory");
         // Coordinates of both sources are tiles of one grid, so `inputs` serves the tail as well.
         const auto tail_tile = cute::make_coord_iterator(first + main - params.main_tiles,
                                                          cute::shape<3>(cute::get<0>(inputs)));

@@ -118,7 +118,7 @@ void test_refusals_name_the_argument_and_its_value() {
         {[](Args& a) { a.bias_gmem = address(0x6002); }, "bias must start at"},
         {[](Args& a) { a.config = 99; }, "config=99 must be -1 or below"},
         {[](Args& a) { a.swizzle = 3; }, "swizzle=3 must be 1, 2, 4 or 8"},
-        {[](Args& a) { a.dtype = static_cast<nsru::KextDtype>(2); }, "dtype=2"},
+        {[](Args& a) { a.dtype = static_cast<nsru::Dtype>(2); }, "dtype=2"},
     };
     for (const auto& [change, reason] : cases) {
         Args args = forward_args();

@@ -1,18 +1,28 @@
-"""The CUDA extension ``nsru_kernels._cuda``: whether it can serve a device, and why not."""
+"""The CUDA extension ``nsru_kernels._cuda``: whether it can serve a device, and calls into it."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
-# The extension's kernels use wgmma and TMA as sm_90a code has them; such code runs on 9.0 only.
-CAPABILITY = (9, 0)
+# op → the launcher that it needs of the extension
+_LAUNCHERS = {
+    "linear": "launch_kext_gemm",
+    "fold": "launch_fold",
+    "sketch": "launch_sketch_update",
+}
+# Ops whose kernels use wgmma and TMA as sm_90a code has them; such code runs on 9.0 only.
+_HOPPER_ONLY = ("linear",)
+_REBUILD = "Rebuild it (`make cuda` in a checkout), or use 'triton'."
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why the extension's kernels cannot run on ``device`` and what to do; None where they can."""
+def unavailable(op: str, device: torch.device) -> str | None:
+    """Why the extension's kernels of ``op`` cannot run on ``device`` and what to do; None where
+    they can."""
     if device.type != "cuda":
         return "CUDA kernels need tensors on a CUDA device. Use backend='eager'."
     if torch.version.hip:
@@ -20,11 +30,11 @@ def unavailable(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device. Use backend='eager'."
     capability = torch.cuda.get_device_capability(device)
-    if capability != CAPABILITY:
-        return (
-            f"needs compute capability 9.0 (this GPU: {capability[0]}.{capability[1]}). "
-            "Use 'triton'."
-        )
+    this_gpu = f"(this GPU: {capability[0]}.{capability[1]})"
+    if op in _HOPPER_ONLY and capability != (9, 0):
+        return f"needs compute capability 9.0 {this_gpu}. Use 'triton'."
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or newer {this_gpu}. Use 'eager'."
     try:
         module = load()
     except ModuleNotFoundError:
@@ -34,14 +44,45 @@ def unavailable(device: torch.device) -> str | None:
         )
     except ImportError as error:
         return f"the CUDA extension does not load: {error}. Reinstall it, or use 'triton'."
-    if not hasattr(module, "launch_kext_gemm"):
-        return (
-            f"the CUDA extension was built for sm {module.build_info()['archs']} and holds no "
-            "GEMM for sm_90a. Rebuild it with NSRU_CUDA_ARCHS='80;90a', or use 'triton'."
-        )
+    archs = module.build_info()["archs"]
+    if not hasattr(module, _LAUNCHERS[op]):
+        if op in _HOPPER_ONLY:
+            return (
+                f"the CUDA extension was built for sm {archs} and holds no GEMM for sm_90a. "
+                "Rebuild it with NSRU_CUDA_ARCHS='80;90a', or use 'triton'."
+            )
+        return f"the CUDA extension was built from older sources. {_REBUILD}"
+    try:
+        with torch.cuda.device(device):
+            module.kernel_image()
+    except RuntimeError as error:
+        return f"the CUDA extension was built for sm {archs}: {error} {this_gpu}. {_REBUILD}"
     return None
 
 
 def load() -> ModuleType:
     """The compiled module. Raises ImportError."""
     return importlib.import_module("nsru_kernels._cuda")
+
+
+def place(tensor: Tensor) -> dict[str, int]:
+    """The GPU of ``tensor`` and PyTorch's current stream there, as launchers take them."""
+    stream = torch.cuda.current_stream(tensor.device)
+    return {"device": tensor.device.index, "stream": stream.cuda_stream}
+
+
+def launch(name: str, near: Tensor, **call: Any) -> None:
+    """Enqueue ``launch_<name>`` of the extension on the GPU of ``near``.
+
+    The workspace comes from PyTorch's allocator: freed here, it is used again on the same stream
+    only after the kernels.
+
+    Raises:
+        ValueError: naming the argument that the kernel cannot take, and its value.
+        RuntimeError: naming the CUDA call that failed, its code and meaning.
+    """
+    module = load()
+    call |= place(near)
+    size = getattr(module, f"{name}_workspace")(**call)
+    workspace = near.new_empty(size, dtype=torch.uint8)
+    getattr(module, f"launch_{name}")(**call, workspace=workspace.data_ptr(), workspace_bytes=size)

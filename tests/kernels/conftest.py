@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+import without_nvcc
+
+from nsru_kernels.ops import extension
 
 
 @pytest.fixture
@@ -14,3 +17,16 @@ def poisoned_memory(monkeypatch):
         return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory):
+    return without_nvcc.load_emulated(without_nvcc.build(tmp_path_factory))
+
+
+@pytest.fixture
+def emulated(emulated_module, monkeypatch, poisoned_memory):
+    """The CUDA extension with its own kernels emulated on the CPU, thread by thread."""
+    monkeypatch.setattr(extension, "load", lambda: emulated_module)
+    monkeypatch.setattr(extension, "place", lambda tensor: {"device": 0, "stream": 0})
+    return emulated_module

@@ -41,7 +41,7 @@ def fake_kernel(monkeypatch):
     """A triton module for the linear op; its attributes decide what it says of itself."""
     kernel = types.SimpleNamespace()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU without a table")
-    monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", lambda device: None)
+    monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", lambda op, device: None)
     find, load = dispatch.importlib.util.find_spec, dispatch._load
     path = "nsru_kernels.ops.linear.triton"
     monkeypatch.setattr(
@@ -222,7 +222,7 @@ def test_nearest_measured_sizes_within_a_factor_of_two(measured):
 
 def test_a_kernel_says_why_it_cannot_run(fake_kernel, monkeypatch):
     reason = "needs compute capability 8.0 (this GPU: 7.5)."
-    monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", lambda device: reason)
+    monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", lambda op, device: reason)
     assert dispatch.implementation("linear", "auto", GPU) is reference
     with pytest.raises(nk.BackendUnavailable, match=r"compute capability 8.0"):
         dispatch.implementation("linear", "triton", GPU)

@@ -1,10 +1,12 @@
 """The CUDA backend of the projected linear.
 
-Without a GPU a stand-in for the extension reads the addresses it is given and multiplies on the
-CPU: it checks what Python hands over, not the kernel. Tests marked ``gpu`` run the kernel, small
-sizes first: `pytest -m gpu -x tests/kernels/test_linear_cuda.py`.
+Without a GPU the narrow products run emulated, thread by thread. CUTLASS's GEMM cannot: a stand-in
+reads the addresses it is given and multiplies on the CPU, which checks what Python hands over.
+Tests marked ``gpu`` run all kernels, small sizes first:
+`pytest -m gpu -x tests/kernels/test_linear_cuda.py`.
 """
 
+import contextlib
 import ctypes
 import functools
 import types
@@ -17,6 +19,7 @@ from tolerance import assert_close_to_exact
 import nsru_kernels as nk
 from nsru_kernels.ops import extension
 from nsru_kernels.ops.linear import cuda, reference
+from nsru_kernels.ops.linear import cuda_products as products
 
 DTYPES = [torch.bfloat16, torch.float16]
 GPU = torch.device("cuda")
@@ -60,34 +63,28 @@ def at(address, rows, columns, ld, dtype):
     return torch.frombuffer(memory, dtype=dtype).as_strided((rows, columns), (ld, 1))
 
 
-class StandIn(types.SimpleNamespace):
-    """Same functions as the extension, for addresses in host memory."""
-
-    def kext_gemm_workspace(self, **call):
-        return 0
-
-    def launch_kext_gemm(self, *, workspace, workspace_bytes, config, swizzle, device, stream, **c):
-        m, n, k, r = (c[name] for name in "mnkr")
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[c["dtype"]]
-        for name in "xwpv":
-            assert c[name] % 16 == 0, f"{name} is not aligned"
-            assert c[f"ld{name}"] % 8 == 0, f"rows of {name} are not aligned"
-        shapes = ((n, k), (n, r)) if c["layout"] == "NK" else ((k, n), (r, n))
-        x, p = at(c["x"], m, k, c["ldx"], dtype), at(c["p"], m, r, c["ldp"], dtype)
-        w, v = at(c["w"], *shapes[0], c["ldw"], dtype), at(c["v"], *shapes[1], c["ldv"], dtype)
-        if c["layout"] == "NK":
-            w, v = w.T, v.T
-        out = x.float() @ w.float() + p.float() @ v.float()
-        if c["bias"]:
-            out += at(c["bias"], 1, n, n, dtype).float()
-        at(c["out"], m, n, c["ldo"], dtype).copy_(out)
+def launch_kext_gemm(*, workspace, workspace_bytes, config, swizzle, device, stream, **c):
+    """The GEMM on addresses in host memory."""
+    m, n, k, r = (c[name] for name in "mnkr")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[c["dtype"]]
+    for name in "xwpv":
+        assert c[name] % 16 == 0, f"{name} is not aligned"
+        assert c[f"ld{name}"] % 8 == 0, f"rows of {name} are not aligned"
+    shapes = ((n, k), (n, r)) if c["layout"] == "NK" else ((k, n), (r, n))
+    x, p = at(c["x"], m, k, c["ldx"], dtype), at(c["p"], m, r, c["ldp"], dtype)
+    w, v = at(c["w"], *shapes[0], c["ldw"], dtype), at(c["v"], *shapes[1], c["ldv"], dtype)
+    if c["layout"] == "NK":
+        w, v = w.T, v.T
+    out = x.float() @ w.float() + p.float() @ v.float()
+    if c["bias"]:
+        out += at(c["bias"], 1, n, n, dtype).float()
+    at(c["out"], m, n, c["ldo"], dtype).copy_(out)
 
 
 @pytest.fixture
-def stand_in(monkeypatch, poisoned_memory):
-    monkeypatch.setattr(extension, "load", StandIn)
-    stream = types.SimpleNamespace(cuda_stream=0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+def stand_in(emulated, monkeypatch):
+    monkeypatch.setattr(emulated, "launch_kext_gemm", launch_kext_gemm, raising=False)
+    monkeypatch.setattr(emulated, "kext_gemm_workspace", lambda **call: 0, raising=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -153,13 +150,13 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0)])
 def test_other_architectures_are_sent_to_triton(hopper, monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    reason = extension.unavailable(GPU)
+    reason = extension.unavailable("linear", GPU)
     assert f"this GPU: {capability[0]}.{capability[1]}" in reason
     assert "Use 'triton'" in reason
 
 
 def test_what_keeps_the_extension_from_serving(hopper, monkeypatch):
-    assert "CUDA device" in extension.unavailable(torch.device("cpu"))
+    assert "CUDA device" in extension.unavailable("linear", torch.device("cpu"))
 
     def missing():
         raise ModuleNotFoundError
@@ -167,20 +164,28 @@ def test_what_keeps_the_extension_from_serving(hopper, monkeypatch):
     def broken():
         raise ImportError("libfoo.so")
 
-    old = types.SimpleNamespace(build_info=lambda: {"archs": "80"})
+    def module(image=lambda: 90, **launchers):
+        build = {"archs": "80"}
+        return types.SimpleNamespace(build_info=lambda: build, kernel_image=image, **launchers)
+
+    def no_image():
+        raise RuntimeError("cudaFuncGetAttributes: cudaErrorNoKernelImageForDevice")
+
+    gemm = {"launch_kext_gemm": None}
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     for load, reason in (
         (missing, "not built"),
         (broken, "libfoo.so"),
-        (lambda: old, "built for sm 80 and holds no GEMM for sm_90a"),
+        (module, "built for sm 80 and holds no GEMM for sm_90a"),
+        (lambda: module(no_image, **gemm), "cudaErrorNoKernelImageForDevice"),
     ):
         monkeypatch.setattr(extension, "load", load)
-        assert reason in extension.unavailable(GPU)
-        assert "triton" in extension.unavailable(GPU)
-    monkeypatch.setattr(extension, "load", StandIn)
-    monkeypatch.setattr(StandIn, "launch_kext_gemm", StandIn.launch_kext_gemm)
-    assert extension.unavailable(GPU) is None
+        assert reason in extension.unavailable("linear", GPU)
+        assert "triton" in extension.unavailable("linear", GPU)
+    monkeypatch.setattr(extension, "load", lambda: module(**gemm))
+    assert extension.unavailable("linear", GPU) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "sees no CUDA device" in extension.unavailable(GPU)
+    assert "sees no CUDA device" in extension.unavailable("linear", GPU)
 
 
 # ---------------------------------------------------------------- on a GPU
@@ -188,7 +193,7 @@ def test_what_keeps_the_extension_from_serving(hopper, monkeypatch):
 
 @pytest.fixture
 def module():
-    reason = extension.unavailable(GPU)
+    reason = extension.unavailable("linear", GPU)
     return pytest.skip(reason) if reason else extension.load()
 
 
@@ -196,10 +201,10 @@ def check_gemm(m, k, n, r, dtype, layout, with_bias=True, **choice):
     x, w, p, v, bias = (torch.randn(*shape, device=GPU).to(dtype) for shape in (
         (m, k), (n, k), (m, r), (n, r), (n,)
     ))  # fmt: skip
-    p, v = cuda._padded(p), cuda._padded(v)
+    p, v = products.padded(p), products.padded(v)
     w, v = (w.T, v.T) if layout == "NK" else (w.T.contiguous(), v.T.contiguous())
     bias = bias if with_bias else None
-    got = cuda.kext_gemm(x, w, p, v, bias, **choice)
+    got = products.kext_gemm(x, w, p, v, bias, **choice)
     exact = x.double() @ w.double() + p.double() @ v.double()
     eager = x @ w + p @ v
     if bias is not None:
@@ -283,9 +288,9 @@ def test_cuda_graph_replays_with_new_values(module):
 def test_wrong_arguments_are_named(module):
     x, w, a, b, _ = operands(64, 64, 64, 3, torch.bfloat16, GPU)
     with pytest.raises(ValueError, match="ldp=3: rows of p must start at multiples of 16 bytes"):
-        cuda.kext_gemm(x, w.T, x @ a.T, cuda._padded(b).T, None)
+        products.kext_gemm(x, w.T, x @ a.T, products.padded(b).T, None)
     with pytest.raises(ValueError, match="config=77"):
-        cuda.kext_gemm(x, w.T, cuda._padded(x @ a.T), cuda._padded(b).T, None, config=77)
+        products.kext_gemm(x, w.T, products.padded(x @ a.T), products.padded(b).T, None, config=77)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,299 @@
+// Device code of the narrow products: a tall X [M, C] against a few columns, bound by reading X.
+//
+//     rows_kernel      registers only: a block's 8 warps take 64 columns each in turn, then add up
+//     columns_kernel   X through shared memory in 3 stages: 32 rows x 256 columns at a time
+//     sum_parts_kernel adds the float32 parts of what several blocks summed, in order
+//
+// Rows and ranks beyond the edges count as zeros and are not read.
+#pragma once
+
+#include "../host/narrow_plan.h"
+#include "warp.cuh"
+
+namespace nsru {
+
+struct RowsKernelParams {
+    const uint16_t* x_gmem;
+    const uint16_t* v_gmem;
+    uint16_t* out_gmem;
+    float* parts_gmem;  // [splits, M, R]; null for one split
+    int m, c, r;
+    int64_t ldx, ldv, ldo;
+    int per_split;
+};
+
+// P = X Vᵀ for 16·ROW_TILES rows, 8·RANK_TILES ranks and one split of the columns.
+//
+// The order of a sum is free, so a fragment need not hold neighbouring columns: lane (g, t) loads 8
+// neighbours of row g at column 8t, and uses them in two products, in V as in X. Every load has 16
+// bytes and no shuffle or shared memory stands between memory and the tensor cores.
+template <class T, int ROW_TILES, int RANK_TILES>
+__global__ void __launch_bounds__(kNarrowThreads, ROW_TILES* RANK_TILES > 4 ? 1 : 2)
+    rows_kernel(const RowsKernelParams params) {
+    constexpr int kRows = 16 * ROW_TILES, kRanks = 8 * RANK_TILES;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
+    const int first_rank = blockIdx.y * kRanks;
+    const int first = blockIdx.z * params.per_split;
+    const int last = first + params.per_split < params.c ? first + params.per_split : params.c;
+    let_dependents_launch();
+
+    float p[ROW_TILES][RANK_TILES][4] = {};
+    for (int start = first + 64 * warp; start < last; start += kRowsStep) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {  // 32 columns each
+            const int column = start + 32 * half + 8 * t;
+            const bool in_columns = column < last;
+            uint4 x[ROW_TILES][2], v[RANK_TILES];
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; ++i) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int64_t row = first_row + 16 * i + 8 * j + g;
+                    x[i][j] = load_16(params.x_gmem + row * params.ldx + column,
+                                      in_columns && row < params.m);
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < RANK_TILES; ++n) {
+                const int rank = first_rank + 8 * n + g;
+                v[n] = load_16(params.v_gmem + rank * params.ldv + column,
+                               in_columns && rank < params.r);
+            }
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; ++i) {
+                const uint32_t low[4] = {x[i][0].x, x[i][1].x, x[i][0].y, x[i][1].y};
+                const uint32_t high[4] = {x[i][0].z, x[i][1].z, x[i][0].w, x[i][1].w};
+#pragma unroll
+                for (int n = 0; n < RANK_TILES; ++n) {
+                    mma<T>(p[i][n], low, v[n].x, v[n].y);
+                    mma<T>(p[i][n], high, v[n].z, v[n].w);
+                }
+            }
+        }
+    }
+
+    float* const warps_smem = reinterpret_cast<float*>(shared_memory());  // [warp, row, rank]
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i) {
+#pragma unroll
+        for (int n = 0; n < RANK_TILES; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int row = 16 * i + g + e / 2 * 8, rank = 8 * n + 2 * t + e % 2;
+                warps_smem[(warp * kRows + row) * kRanks + rank] = p[i][n][e];
+            }
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < kRows * kRanks; i += kNarrowThreads) {
+        const int64_t row = first_row + i / kRanks;
+        const int rank = first_rank + i % kRanks;
+        if (row >= params.m || rank >= params.r) continue;
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kNarrowWarps; ++w) sum += warps_smem[w * kRows * kRanks + i];
+        if (params.parts_gmem) {
+            params
+                .parts_gmem[(static_cast<int64_t>(blockIdx.z) * params.m + row) * params.r + rank] =
+                sum;
+        } else {
+            params.out_gmem[row * params.ldo + rank] = T::round(sum);
+        }
+    }
+}
+
+struct ColumnsKernelParams {
+    const uint16_t* x_gmem;
+    const uint16_t* p_gmem;
+    uint16_t* d_gmem;
+    float* d_parts_gmem;  // [splits, …] laid out like d; null for one split
+    const uint16_t* v_gmem;
+    uint16_t* rows_gmem;
+    float* row_parts_gmem;  // [blocks along C, M, R]; null for one block
+    int m, c, r;
+    int64_t ldx, ldp, ldv;
+    int64_t stride_dc, stride_dr;
+    float scaling;
+    int per_split;
+};
+
+// D = scaling · Xᵀ P for 256 columns, 8·RANK_TILES ranks and one split of the rows, and WITH_ROWS
+// also X V over those columns. A warp owns 32 columns and walks down the rows:
+//
+//               256 columns                  P
+//            ┌────┬────┬─ ─┬────┐          ┌────┐
+//    32 rows │ w0 │ w1 │   │ w7 │  stage   │    │     D: [32 columns, R] stays in registers
+//            └────┴────┴─ ─┴────┘          └────┘     X V: 8 warps add up in shared memory
+template <class T, int RANK_TILES, bool WITH_ROWS>
+__global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKernelParams params) {
+    constexpr int kRanks = 8 * RANK_TILES, kPRow = 8 * p_chunks(RANK_TILES);
+    constexpr int kXTile = kColumnsRows * kColumnsBlock, kPTile = kColumnsRows * kPRow;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int first_column = blockIdx.x * kColumnsBlock;
+    const int first_rank = blockIdx.y * kRanks;
+    const int64_t first = static_cast<int64_t>(blockIdx.z) * params.per_split;
+    const int64_t last = first + params.per_split < params.m ? first + params.per_split : params.m;
+    const int steps = static_cast<int>((last - first + kColumnsRows - 1) / kColumnsRows);
+    let_dependents_launch();
+
+    uint16_t* const x_smem = reinterpret_cast<uint16_t*>(shared_memory());
+    uint16_t* const p_smem = x_smem + kColumnsStages * kXTile;
+    float* const warps_smem = reinterpret_cast<float*>(p_smem + kColumnsStages * kPTile);
+
+    // A row of X has 32 words of 16 bytes; word i of row m lies at place i ^ (m % 8), so that eight
+    // rows of one word, which a fragment takes, lie in different banks.
+    const auto place = [](int row, int word) {
+        return row * kColumnsBlock + 8 * (word ^ (row % 8));
+    };
+    const auto load_stage = [&](int step) {
+        if (step < steps) {
+            uint16_t* const x = x_smem + step % kColumnsStages * kXTile;
+            uint16_t* const p = p_smem + step % kColumnsStages * kPTile;
+            const int64_t top = first + static_cast<int64_t>(step) * kColumnsRows;
+#pragma unroll
+            for (int i = 0; i < kColumnsRows * kColumnsBlock / 8 / kNarrowThreads; ++i) {
+                const int row = warp + i * kNarrowWarps, column = first_column + 8 * lane;
+                copy_async(x + place(row, lane), params.x_gmem + (top + row) * params.ldx + column,
+                           top + row < last && column < params.c);
+            }
+            for (int i = threadIdx.x; i < kColumnsRows * RANK_TILES; i += kNarrowThreads) {
+                const int row = i / RANK_TILES, word = i % RANK_TILES;
+                const int rank = first_rank + 8 * word;
+                copy_async(p + row * kPRow + 8 * word,
+                           params.p_gmem + (top + row) * params.ldp + rank,
+                           top + row < last && rank < params.r);
+            }
+        }
+        close_copies();
+    };
+
+    uint32_t v[2][RANK_TILES][2] = {};  // of this warp's 32 columns, for the whole walk
+    if (WITH_ROWS) {
+#pragma unroll
+        for (int i = 0; i < 8 * RANK_TILES; ++i) {
+            const int k = i / (4 * RANK_TILES), n = i / 4 % RANK_TILES, e = i % 4;
+            const int column = first_column + 32 * warp + 16 * k + 2 * t + e / 2 * 8 + e % 2;
+            const int rank = first_rank + 8 * n + g;
+            if (column < params.c && rank < params.r) {
+                v[k][n][e / 2] |= uint32_t{params.v_gmem[column * params.ldv + rank]}
+                                  << 16 * (e % 2);
+            }
+        }
+    }
+
+    for (int step = 0; step < kColumnsStages - 1; ++step) load_stage(step);
+    float d[2][RANK_TILES][4] = {};
+    for (int step = 0; step < steps; ++step) {
+        wait_for_copies<kColumnsStages - 2>();
+        __syncthreads();  // the copies of all threads; and the stage to fill next is read no more
+        load_stage(step + kColumnsStages - 1);
+        const uint16_t* const x = x_smem + step % kColumnsStages * kXTile;
+        const uint16_t* const p = p_smem + step % kColumnsStages * kPTile;
+#pragma unroll
+        for (int rows = 0; rows < kColumnsRows; rows += 16) {
+            uint32_t b[(RANK_TILES + 1) / 2][4];  // two tiles of 8 ranks each
+#pragma unroll
+            for (int n = 0; n < (RANK_TILES + 1) / 2; ++n) {
+                // For a single tile of ranks the second pair of matrices repeats the first.
+                const int word = RANK_TILES == 1 ? 0 : 2 * n + lane / 16;
+                load_matrices_transposed(b[n], p + (rows + lane % 16) * kPRow + 8 * word);
+            }
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int word = 4 * warp + 2 * k;
+                uint32_t a[4];  // Xᵀ: 16 columns by 16 rows
+                load_matrices_transposed(
+                    a, x + place(rows + lane / 16 * 8 + lane % 8, word + lane / 8 % 2));
+#pragma unroll
+                for (int n = 0; n < RANK_TILES; ++n) {
+                    mma<T>(d[k][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+                }
+            }
+            if (WITH_ROWS) {
+                float sum[RANK_TILES][4] = {};
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    uint32_t a[4];  // X: 16 rows by 16 columns
+                    load_matrices(a, x + place(rows + lane % 16, 4 * warp + 2 * k + lane / 16));
+#pragma unroll
+                    for (int n = 0; n < RANK_TILES; ++n) mma<T>(sum[n], a, v[k][n][0], v[k][n][1]);
+                }
+#pragma unroll
+                for (int n = 0; n < RANK_TILES; ++n) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const int row = rows + g + e / 2 * 8, rank = 8 * n + 2 * t + e % 2;
+                        warps_smem[(warp * kColumnsRows + row) * kRanks + rank] = sum[n][e];
+                    }
+                }
+            }
+        }
+        if (WITH_ROWS) {
+            __syncthreads();
+            const int64_t top = first + static_cast<int64_t>(step) * kColumnsRows;
+            for (int i = threadIdx.x; i < kColumnsRows * kRanks; i += kNarrowThreads) {
+                const int64_t row = top + i / kRanks;
+                const int rank = first_rank + i % kRanks;
+                if (row >= last || rank >= params.r) continue;
+                float sum = 0.0f;
+#pragma unroll
+                for (int w = 0; w < kNarrowWarps; ++w) {
+                    sum += warps_smem[w * kColumnsRows * kRanks + i];
+                }
+                const int64_t offset = row * params.r + rank;
+                if (params.row_parts_gmem) {
+                    params.row_parts_gmem[static_cast<int64_t>(blockIdx.x) * params.m * params.r +
+                                          offset] = sum;
+                } else {
+                    params.rows_gmem[offset] = T::round(sum);
+                }
+            }
+        }
+    }
+
+#pragma unroll
+    for (int i = 0; i < 8 * RANK_TILES; ++i) {
+        const int k = i / (4 * RANK_TILES), n = i / 4 % RANK_TILES, e = i % 4;
+        const int64_t column = first_column + 32 * warp + 16 * k + g + e / 2 * 8;
+        const int rank = first_rank + 8 * n + 2 * t + e % 2;
+        if (column >= params.c || rank >= params.r) continue;
+        const int64_t offset = column * params.stride_dc + rank * params.stride_dr;
+        if (params.d_parts_gmem) {
+            const int64_t size = static_cast<int64_t>(params.c) * params.r;
+            params.d_parts_gmem[blockIdx.z * size + offset] = d[k][n][e];
+        } else {
+            params.d_gmem[offset] = T::round(params.scaling * d[k][n][e]);
+        }
+    }
+}
+
+// out = scaling · Σ parts; out's rows have row_length elements and are ldo apart.
+struct Sum {
+    const float* parts_gmem;  // [parts, size]; null: nothing to do
+    uint16_t* out_gmem;
+    int64_t size;
+    int parts;
+    int row_length;
+    int64_t ldo;
+    float scaling;
+};
+
+struct SumParams {
+    Sum sums[2];
+};
+
+// blockIdx.y chooses the sum: both of a backward pass take one launch.
+template <class T>
+__global__ void __launch_bounds__(kNarrowThreads) sum_parts_kernel(const SumParams params) {
+    let_dependents_launch();
+    const Sum& sum = params.sums[blockIdx.y];
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kNarrowThreads + threadIdx.x;
+    if (!sum.parts_gmem || i >= sum.size) return;
+    float total = 0.0f;
+#pragma unroll 4
+    for (int part = 0; part < sum.parts; ++part) total += sum.parts_gmem[part * sum.size + i];
+    sum.out_gmem[i / sum.row_length * sum.ldo + i % sum.row_length] = T::round(sum.scaling * total);
+}
+
+}  // namespace nsru

@@ -1,0 +1,176 @@
+// What our own kernels ask of the hardware (sm_80 and newer): 16-bit elements, matrix fragments of
+// a warp, asynchronous copies, order between blocks. csrc/emulator/warp.h is its twin for a CPU.
+//
+// Fragments, with g = lane / 4 and t = lane % 4, as the PTX ISA numbers them:
+//   16-bit a [16, 16]: rows g, g+8 at columns 2t..2t+1, then both again at columns 2t+8..2t+9
+//          b [16, 8]:  column g at rows 2t..2t+1 and 2t+8..2t+9
+//   tf32   a [16, 8]:  rows g, g+8 at column t, then both at column t+4
+//          b [8, 8]:   column g at rows t and t+4
+//   float  d [16, 8]:  row g at columns 2t, 2t+1, then row g+8
+#pragma once
+
+#ifdef NSRU_EMULATED
+#include "../emulator/warp.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace nsru {
+
+// Elements travel as their bits. kDtype orders them like Dtype.
+struct Bf16 {
+    using Bits = uint16_t;
+    static constexpr float kLargest = 3.38953139e38f;
+    static __device__ float widen(Bits bits) { return __uint_as_float(uint32_t{bits} << 16); }
+    static __device__ Bits round(float value) {
+        return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+    }
+};
+
+struct Fp16 {
+    using Bits = uint16_t;
+    static constexpr float kLargest = 65504.0f;
+    static __device__ float widen(Bits bits) { return __half2float(__ushort_as_half(bits)); }
+    static __device__ Bits round(float value) { return __half_as_ushort(__float2half_rn(value)); }
+};
+
+struct Fp32 {
+    using Bits = uint32_t;
+    static constexpr float kLargest = 3.40282347e38f;
+    static __device__ float widen(Bits bits) { return __uint_as_float(bits); }
+    static __device__ Bits round(float value) { return __float_as_uint(value); }
+};
+
+// The block's dynamic shared memory.
+__device__ inline unsigned char* shared_memory() {
+    extern __shared__ __align__(128) unsigned char memory[];
+    return memory;
+}
+
+__device__ inline uint32_t shared_address(const void* smem) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
+}
+
+// d += a·b over 16-bit elements.
+template <class T>
+__device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ inline void mma<Bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ inline void mma<Fp16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d += a·b over float32 bits, of which the tensor core reads the upper 19.
+__device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8x8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8. Register j gets, of
+// matrix j, row g at columns 2t..2t+1.
+__device__ inline void load_matrices(uint32_t (&r)[4], const void* row_smem) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row_smem))
+                 : "memory");
+}
+
+// The same, transposed: column g at rows 2t..2t+1.
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row_smem) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row_smem))
+                 : "memory");
+}
+
+// Starts copying 16 aligned bytes to shared memory; zeros, and no read, where not `inside`.
+__device__ inline void copy_async(void* smem, const void* gmem, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(smem)),
+                 "l"(gmem), "r"(inside ? 16 : 0)
+                 : "memory");
+}
+
+// Closes the group of copies that this thread has started since the last call.
+__device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most the newest UNDER_WAY of this thread's groups are unfinished.
+template <int UNDER_WAY>
+__device__ inline void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(UNDER_WAY) : "memory");
+}
+
+// 16 aligned bytes; zeros, and no read, where not `inside`.
+__device__ inline uint4 load_16(const void* gmem, bool inside) {
+    return inside ? __ldg(static_cast<const uint4*>(gmem)) : make_uint4(0, 0, 0, 0);
+}
+
+// ---- Order between blocks. A block waits only for work with smaller tickets, which is finished or
+// held by a running block: no number of resident blocks can deadlock.
+
+// The next ticket, to every thread of the block. `slot_smem` is this function's own.
+__device__ inline int take_ticket(int* counter_gmem, int* slot_smem) {
+    __syncthreads();
+    if (threadIdx.x == 0) *slot_smem = atomicAdd(counter_gmem, 1);
+    __syncthreads();
+    return *slot_smem;
+}
+
+// Counts this block at a flag, all that it stored before being visible to who waits there. Returns
+// the count before, to every thread.
+__device__ inline int signal(int* flag_gmem, int* slot_smem) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int before;
+        asm volatile("fence.acq_rel.gpu;\n\tatom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+                     : "=r"(before)
+                     : "l"(flag_gmem)
+                     : "memory");
+        *slot_smem = before;
+    }
+    __syncthreads();
+    return *slot_smem;
+}
+
+// Waits until `count` blocks have signalled; what they stored can then be loaded by any load that
+// is not `load_16`.
+__device__ inline void wait_for(const int* flag_gmem, int count) {
+    if (threadIdx.x == 0) {
+        int seen;
+        do {
+            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                         : "=r"(seen)
+                         : "l"(flag_gmem)
+                         : "memory");
+        } while (seen < count);
+        asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    }
+    __syncthreads();
+}
+
+// ---- Programmatic dependent launch, sm_90 and newer; nothing before.
+
+// The next kernel of the stream may be launched as soon as every block has said so or ended.
+__device__ inline void let_dependents_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace nsru
+#endif

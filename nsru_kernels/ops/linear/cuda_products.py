@@ -1,0 +1,162 @@
+"""The products of the projected linear by the CUDA extension: addresses, sizes, workspaces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsru_kernels.ops import extension
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Elements in 16 bytes, the unit of TMA and of wide loads for addresses and distances between rows.
+ALIGNED = 8
+MAX_RANK_TOGETHER = 32  # beyond it partial sums of dS move more than a second read of dY
+CHOOSE = -1  # the extension picks a config by the number of output tiles
+
+
+def kext_gemm(
+    x_MK: Tensor,
+    w_KN: Tensor,
+    p_MR: Tensor,
+    v_RN: Tensor,
+    bias_N: Tensor | None,
+    *,
+    config: int = CHOOSE,
+    swizzle: int = 1,
+    after_narrow: bool = False,
+) -> Tensor:
+    """X W + P V + bias [M, N] in X's dtype: one launch, nothing of size M read twice.
+
+    Args:
+        x_MK, p_MR: rows contiguous and 16-byte aligned.
+        w_KN, v_RN: both contiguous along K and R, or both along N; 16-byte aligned.
+        config: index into the extension's configs; CHOOSE for one that fits the sizes.
+        swizzle: tiles that neighbouring clusters share through L2: 1, 2, 4 or 8.
+        after_narrow: the stream's last kernel is the narrow product that makes P, and nothing else
+            that is read here is younger: the GEMM starts on X and W while that product ends.
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    (m, k), n, r = x_MK.shape, w_KN.shape[1], p_MR.shape[1]
+    out_MN = x_MK.new_empty(m, n)
+    if not m:
+        return out_MN
+    if bias_N is not None and (bias_N.stride(0) != 1 or bias_N.data_ptr() % 16):
+        bias_N = bias_N.clone(memory_format=torch.contiguous_format)
+        after_narrow = False
+    along_n = w_KN.stride(1) == 1
+    w, v = (w_KN, v_RN) if along_n else (w_KN.T, v_RN.T)
+    extension.launch(
+        "kext_gemm",
+        x_MK,
+        **_matrices("kext_gemm", x=x_MK, w=w, p=p_MR, v=v),
+        dtype=DTYPES[x_MK.dtype],
+        bias=0 if bias_N is None else bias_N.data_ptr(),
+        out=out_MN.data_ptr(),
+        ldo=n,
+        m=m,
+        n=n,
+        k=k,
+        r=r,
+        layout="KN" if along_n else "NK",
+        config=config,
+        swizzle=swizzle,
+        after_narrow=after_narrow,
+    )
+    return out_MN
+
+
+def rows_product(x_MC: Tensor, v_RC: Tensor) -> Tensor:
+    """X Vᵀ [M, R] in X's dtype: X is read once. Rows of both are contiguous and aligned."""
+    (m, c), r = x_MC.shape, v_RC.shape[0]
+    out_MR = x_MC.new_empty(m, r)
+    if not m:
+        return out_MR
+    extension.launch(
+        "rows_product",
+        x_MC,
+        **_matrices("rows_product", x=x_MC, v=v_RC),
+        dtype=DTYPES[x_MC.dtype],
+        out=out_MR.data_ptr(),
+        ldo=r,
+        m=m,
+        c=c,
+        r=r,
+    )
+    return out_MR
+
+
+def columns_product(
+    x_MC: Tensor,
+    p_MR: Tensor,
+    scaling: float,
+    *,
+    rank_first: bool,
+    v_CR: Tensor | None = None,
+    rows_out: Tensor | None = None,
+) -> Tensor:
+    """scaling · Xᵀ P as [R, C] or [C, R]; with V also rows_out = X V. X is read once for both.
+
+    Rows of X and P are contiguous and aligned, V [C, R] and rows_out [M, R] contiguous.
+    """
+    (m, c), r = x_MC.shape, p_MR.shape[1]
+    d = x_MC.new_empty((r, c) if rank_first else (c, r))
+    if not m:
+        return d.zero_()
+    extension.launch(
+        "columns_product",
+        x_MC,
+        **_matrices("columns_product", x=x_MC, p=p_MR),
+        dtype=DTYPES[x_MC.dtype],
+        d=d.data_ptr(),
+        v=0 if v_CR is None else v_CR.data_ptr(),
+        ldv=r,
+        rows=0 if rows_out is None else rows_out.data_ptr(),
+        m=m,
+        c=c,
+        r=r,
+        scaling=scaling,
+        rank_first=rank_first,
+    )
+    return d
+
+
+def aligned(matrix: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    return matrix.stride(0) % ALIGNED == 0 and matrix.data_ptr() % 16 == 0
+
+
+def row_major(matrix: Tensor) -> Tensor:
+    """``matrix`` where its rows can be read in wide words; else a copy, as of a transposed one."""
+    rows_fit = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    if rows_fit and aligned(matrix):
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
+
+
+def padded(matrix: Tensor, scaling: float = 1.0) -> Tensor:
+    """scaling · matrix in rows that start at 16 bytes; the matrix itself where nothing changes."""
+    if scaling == 1.0 and matrix.is_contiguous() and aligned(matrix):
+        return matrix
+    rows, columns = matrix.shape
+    result = matrix.new_empty(rows, -(-columns // ALIGNED) * ALIGNED)[:, :columns]
+    return torch.mul(matrix, scaling, out=result)
+
+
+def _matrices(function: str, **matrices: Tensor) -> dict[str, int]:
+    """Addresses and leading dimensions. Raises ValueError where a matrix is not row-major."""
+    x = matrices["x"]
+    for name, tensor in matrices.items():
+        if tensor.stride(1) != 1:
+            raise ValueError(
+                f"{function}: {name} must be row-major, got strides {tensor.stride()}."
+            )
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"{function}: {name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on "
+                f"{x.device}."
+            )
+    return {
+        **{name: tensor.data_ptr() for name, tensor in matrices.items()},
+        **{f"ld{name}": tensor.stride(0) for name, tensor in matrices.items()},
+    }
