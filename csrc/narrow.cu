@@ -27,11 +27,11 @@ NarrowPlan prepare(const char* function, const ARGS& args) {
     return out;
 }
 
-template <class T>
 using RowsKernel = void (*)(RowsKernelParams);
+using ColumnsKernel = void (*)(ColumnsKernelParams);
 
 template <class T>
-RowsKernel<T> rows_kernel_for(const NarrowPlan& plan) {
+RowsKernel rows_kernel_for(const NarrowPlan& plan) {
     const bool few = plan.row_tiles == 1;
     switch (plan.rank_tiles) {
         case 1:
@@ -46,19 +46,16 @@ RowsKernel<T> rows_kernel_for(const NarrowPlan& plan) {
 }
 
 template <class T>
-using ColumnsKernel = void (*)(ColumnsKernelParams);
-
-template <class T, bool WITH_ROWS>
-ColumnsKernel<T> columns_kernel_for(const NarrowPlan& plan) {
+ColumnsKernel columns_kernel_for(const NarrowPlan& plan, bool with_rows) {
     switch (plan.rank_tiles) {
         case 1:
-            return columns_kernel<T, 1, WITH_ROWS>;
+            return with_rows ? columns_kernel<T, 1, true> : columns_kernel<T, 1, false>;
         case 2:
-            return columns_kernel<T, 2, WITH_ROWS>;
+            return with_rows ? columns_kernel<T, 2, true> : columns_kernel<T, 2, false>;
         case 4:
-            return columns_kernel<T, 4, WITH_ROWS>;
+            return with_rows ? columns_kernel<T, 4, true> : columns_kernel<T, 4, false>;
         default:
-            return columns_kernel<T, 8, WITH_ROWS>;
+            return columns_kernel<T, 8, false>;
     }
 }
 
@@ -72,7 +69,7 @@ void add_parts(const Sum& first, const Sum& second, void* stream) {
             kNarrowThreads,
             0,
             stream},
-           sum_parts_kernel<T>, SumParams{{first, second}});
+           sum_parts_kernel<T>, SumParams{first, second});
 }
 
 template <class T>
@@ -122,8 +119,7 @@ void launch_columns(const ColumnsProductArgs& args, const NarrowPlan& plan) {
             kNarrowThreads,
             plan.shared_bytes,
             args.stream},
-           args.v_gmem ? columns_kernel_for<T, true>(plan) : columns_kernel_for<T, false>(plan),
-           params);
+           columns_kernel_for<T>(plan, args.v_gmem != nullptr), params);
     const int row_length = static_cast<int>(args.rank_first ? args.c : args.r);
     add_parts<T>({params.d_parts_gmem, params.d_gmem, args.c * args.r,
                   static_cast<int>(plan.splits), row_length, row_length, args.scaling},

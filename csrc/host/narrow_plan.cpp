@@ -91,8 +91,9 @@ std::string refusal(const ColumnsProductArgs& args) {
                                         {"p", args.p_gmem, args.r, "ldp", args.ldp, true},
                                         {"d", args.d_gmem, ldd, "ldd", ldd, false}});
     if (reason.empty() && args.v_gmem) {
-        if (args.r > 8 * kMaxRankTiles) {
-            return value("r", args.r) + " must be at most 64 for both products in one read";
+        if (args.r > kMaxRanksTogether) {
+            return value("r", args.r) + " must be at most " + std::to_string(kMaxRanksTogether) +
+                   " for both products in one read";
         }
         reason = first_refusal({{"v", args.v_gmem, args.r, "ldv", args.ldv, false},
                                 {"rows", args.rows_gmem, args.r, "ldrows", args.r, false}});

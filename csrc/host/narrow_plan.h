@@ -12,6 +12,8 @@ namespace nsru {
 constexpr int kNarrowThreads = 256;
 constexpr int kNarrowWarps = kNarrowThreads / 32;
 constexpr int kMaxRankTiles = 8;  // of 8 columns: R beyond 64 takes several blocks
+// Beyond it the parts of the rows product, 4 R bytes a row and block, move more than a second read.
+constexpr int kMaxRanksTogether = 32;
 constexpr int kColumnsBlock = 256;
 constexpr int kColumnsRows = 32;  // rows of X in a stage
 constexpr int kColumnsStages = 3;

@@ -280,14 +280,14 @@ struct Sum {
 };
 
 struct SumParams {
-    Sum sums[2];
+    Sum first, second;
 };
 
 // blockIdx.y chooses the sum: both of a backward pass take one launch.
 template <class T>
 __global__ void __launch_bounds__(kNarrowThreads) sum_parts_kernel(const SumParams params) {
     let_dependents_launch();
-    const Sum& sum = params.sums[blockIdx.y];
+    const Sum sum = blockIdx.y ? params.second : params.first;
     const int64_t i = static_cast<int64_t>(blockIdx.x) * kNarrowThreads + threadIdx.x;
     if (!sum.parts_gmem || i >= sum.size) return;
     float total = 0.0f;

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../host/kext_plan.h"
+#include "../host/narrow_plan.h"
 
 namespace {
 
@@ -128,6 +129,106 @@ void test_refusals_name_the_argument_and_its_value() {
     CHECK(nsru::describe(forward_args()).find("bf16 NK m=64 n=128 k=4096 r=16") == 0);
 }
 
+nsru::RowsProductArgs rows_args(int64_t m, int64_t c, int64_t r) {
+    nsru::RowsProductArgs args{};
+    args.x_gmem = address(0x1000);
+    args.v_gmem = address(0x2000);
+    args.out_gmem = reinterpret_cast<void*>(0x3001);  // nothing is asked of how `out` lies
+    args.m = m, args.c = c, args.r = r;
+    args.ldx = args.ldv = c;
+    args.ldo = r;
+    return args;
+}
+
+nsru::ColumnsProductArgs columns_args(int64_t m, int64_t c, int64_t r, bool with_rows) {
+    nsru::ColumnsProductArgs args{};
+    args.x_gmem = address(0x1000);
+    args.p_gmem = address(0x2000);
+    args.d_gmem = reinterpret_cast<void*>(0x3002);
+    args.m = m, args.c = c, args.r = r;
+    args.ldx = c;
+    args.ldp = (r + 7) / 8 * 8;
+    if (with_rows) {
+        args.v_gmem = address(0x4002);
+        args.rows_gmem = reinterpret_cast<void*>(0x5002);
+        args.ldv = r;
+    }
+    return args;
+}
+
+size_t bytes_of_parts(int64_t parts, int64_t size) {
+    return parts > 1 ? static_cast<size_t>(parts * size) * sizeof(float) : 0;
+}
+
+void test_narrow_plans_cover_everything_once() {
+    for (const int64_t m : {1, 16, 17, 63, 8192}) {
+        for (const int64_t c : {8, 512, 520, 4096, 14336}) {
+            for (const int64_t r : {1, 8, 9, 16, 64, 65, 200}) {
+                const nsru::NarrowPlan rows = nsru::plan(rows_args(m, c, r), 132);
+                CHECK(rows.blocks * 16 * rows.row_tiles >= m);
+                CHECK((rows.blocks - 1) * 16 * rows.row_tiles < m);
+                CHECK(rows.splits * rows.per_split >= c && (rows.splits - 1) * rows.per_split < c);
+                CHECK(rows.per_split % nsru::kRowsStep == 0);
+                CHECK(rows.parts_bytes == bytes_of_parts(rows.splits, m * r));
+                const nsru::NarrowPlan columns = nsru::plan(columns_args(m, c, r, false), 132);
+                CHECK(columns.blocks * nsru::kColumnsBlock >= c);
+                CHECK(columns.splits * columns.per_split >= m);
+                CHECK((columns.splits - 1) * columns.per_split < m);
+                CHECK(columns.parts_bytes == bytes_of_parts(columns.splits, c * r));
+                CHECK(columns.row_parts_bytes == 0);
+                for (const nsru::NarrowPlan& plan : {rows, columns}) {
+                    CHECK(plan.ranks * 8 * plan.rank_tiles >= r);
+                    CHECK((plan.ranks - 1) * 8 * plan.rank_tiles < r);
+                    CHECK(plan.shared_bytes <= 99 * 1024);  // of sm_86 and sm_89
+                }
+            }
+        }
+    }
+    for (const int64_t r : {1, 16, 32}) {
+        const nsru::NarrowPlan plan = nsru::plan(columns_args(8192, 4096, r, true), 132);
+        CHECK(plan.row_parts_bytes == bytes_of_parts(4096 / 256, 8192 * r));
+        CHECK(plan.shared_bytes <= 99 * 1024);
+    }
+    CHECK(nsru::plan(columns_args(8192, 256, 16, true), 132).row_parts_bytes == 0);
+}
+
+void test_sums_are_split_where_multiprocessors_would_idle() {
+    CHECK(nsru::choose_splits(128, 8, 132) == 1);
+    CHECK(nsru::choose_splits(66, 8, 132) == 1);
+    CHECK(nsru::choose_splits(16, 64, 132) == 17);
+    CHECK(nsru::choose_splits(1, 8, 132) == 8);
+    CHECK(nsru::choose_splits(1, 1, 132) == 1);
+}
+
+void test_narrow_products_refuse_what_they_cannot_read() {
+    const auto refused = [](const auto& args, const std::string& reason) {
+        const std::string got = nsru::refusal(args);
+        const bool found = reason.empty() ? got.empty() : got.find(reason) != std::string::npos;
+        if (!found) std::fprintf(stderr, "'%s', not '%s'\n", got.c_str(), reason.c_str());
+        return found;
+    };
+    CHECK(refused(rows_args(7, 64, 3), ""));
+    CHECK(refused(rows_args(7, 60, 3), "c=60 must be a multiple of 8"));
+    CHECK(refused(rows_args(0, 64, 3), "m=0 must be between 1 and"));
+    auto rows = rows_args(7, 64, 3);
+    rows.v_gmem = address(0x2008);
+    CHECK(refused(rows, "v must start at a multiple of 16 bytes"));
+    rows = rows_args(7, 64, 3);
+    rows.dtype = nsru::Dtype::kFp32;
+    CHECK(refused(rows, "dtype must be bf16 or fp16"));
+    rows = rows_args(7, 64, 3);
+    rows.ldo = 2;
+    CHECK(refused(rows, "ldo=2 is less than the 3 columns of out"));
+    CHECK(refused(columns_args(7, 64, 3, true), ""));
+    CHECK(refused(columns_args(7, 64, 40, false), ""));
+    CHECK(refused(columns_args(7, 64, 40, true), "r=40 must be at most 32"));
+    auto columns = columns_args(7, 64, 3, false);
+    columns.ldp = 3;
+    CHECK(refused(columns, "ldp=3: rows of p must start at multiples of 16 bytes"));
+    columns.v_gmem = address(0x2000);
+    CHECK(refused(columns, "v and rows must both be given"));
+}
+
 }  // namespace
 
 int main() {
@@ -137,5 +238,8 @@ int main() {
     test_the_default_config_serves_sizes_that_fill_the_gpu();
     test_what_fits_is_taken();
     test_refusals_name_the_argument_and_its_value();
+    test_narrow_plans_cover_everything_once();
+    test_sums_are_split_where_multiprocessors_would_idle();
+    test_narrow_products_refuse_what_they_cannot_read();
     return failures;
 }

@@ -1,5 +1,6 @@
 """What nvcc made of the CUDA sources: registers, spills, tensor cores, symbols. Needs no GPU."""
 
+import functools
 import re
 import shutil
 import subprocess
@@ -43,16 +44,20 @@ def resources():
     ]
 
 
+@functools.cache
+def instructions(arch):
+    """Function → its SASS."""
+    parts = re.split(r"Function : (\S+)", cuobjdump("-sass", "-arch", arch))
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
 @pytest.fixture(scope="module")
 def gemms():
-    """Function → instructions, of the K-extended GEMMs."""
-    parts = re.split(r"Function : (\S+)", cuobjdump("-sass", "-arch", "sm_90a"))
-    pairs = zip(parts[1::2], parts[2::2], strict=True)
-    return {name: sass for name, sass in pairs if "KextMainloop" in name}
+    return {name: sass for name, sass in instructions("sm_90a").items() if "KextMainloop" in name}
 
 
 def test_no_kernel_spills(resources):
-    assert len(resources) > len(cuda.kext_kernels())
+    assert resources
     for name, used in resources:
         assert used["STACK"] == used["LOCAL"] == 0, f"{name}: {used}"
 
@@ -83,6 +88,26 @@ def test_gemms_use_tensor_cores_and_both_pairs_of_descriptors(gemms, schedule, d
         assert shared.count(True) >= 2, "W and V, to both blocks of the cluster"
         assert "UTMASTG" in sass
         assert not re.search(r"\b(STL|LDL)\b", sass)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    ("kernel", "loads"), [("rows_kernel", r"LDG\.E\.128"), ("columns_kernel", r"LDGSTS\.E\S*\.128")]
+)
+def test_narrow_products_read_wide_words_into_tensor_cores(arch, kernel, loads):
+    if arch.removeprefix("sm_") not in cuda.build_info()["archs"].split(","):
+        pytest.skip(f"the extension was built without {arch}")
+    found = {name: sass for name, sass in instructions(arch).items() if kernel in name}
+    assert len(found) >= 2 * 7, "bf16 and fp16, every number of rank tiles"
+    for name, sass in found.items():
+        assert len(re.findall(loads, sass)) >= 2, f"{name}: several in flight"
+        assert len(re.findall(r"\bHMMA\b", sass)) >= 2, name
+
+
+def test_narrow_products_fit_a_multiprocessor(resources):
+    used = {name: fields["REG"] for name, fields in resources if "_kernelI" in name}
+    for name, registers in used.items():
+        assert registers * 256 <= REGISTERS, name
 
 
 def test_no_symbol_of_torch_or_of_the_driver_is_needed():
