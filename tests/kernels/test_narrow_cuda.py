@@ -1,0 +1,124 @@
+"""The narrow products of the CUDA backend against float64, emulated; marked gpu: on a device."""
+
+import functools
+
+import pytest
+import torch
+from tolerance import assert_close_to_exact
+
+from nsru_kernels.ops import extension
+from nsru_kernels.ops.linear import cuda_products as products
+
+GPU = torch.device("cuda")
+DTYPES = [torch.bfloat16, torch.float16]
+# (M, C, R): one element; edges in M, C and R; splits of C; splits of M; ranks in several blocks.
+SHAPES = [
+    (1, 8, 1), (130, 72, 3), (16, 2048, 8), (17, 1160, 16), (700, 264, 17), (200, 520, 32),
+    (70, 136, 64), (33, 200, 100),
+]  # fmt: skip
+REAL = [(8192, 4096, 16), (8191, 14336, 16), (16384, 2048, 64), (4096, 4096, 200)]
+
+
+def draw(m, c, r, dtype, device="cpu", seed=0):
+    """(X, V [R, C], P)."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(*shape, generator=g) for shape in ((m, c), (r, c), (m, r))]
+    tensors[1] /= c**0.5
+    return [tensor.to(device, dtype) for tensor in tensors]
+
+
+def surrounded(matrix):
+    """The same values with NaN before, behind and between the rows."""
+    rows, columns = matrix.shape
+    wide = matrix.new_full((rows + 2, -(-columns // 8) * 8 + 16), float("nan"))
+    wide[1:-1, 8 : 8 + columns] = matrix
+    return wide[1:-1, 8 : 8 + columns]
+
+
+def check(x, v, p):
+    """Both products, each by itself and from one read."""
+    r = v.shape[0]
+    # PyTorch's bf16 product on a CPU with AMX takes NaN from between the rows.
+    dense_x, dense_p = x.contiguous(), p.contiguous()
+    exact, eager = x.double() @ v.double().T, dense_x @ v.contiguous().T
+    assert_close_to_exact(products.rows_product(x, v), eager, exact, "rows")
+    exact_d, eager_d = 1.7 * (x.double().T @ p.double()), 1.7 * (dense_x.T @ dense_p)
+    for rank_first in (False, True):
+        d = products.columns_product(x, p, 1.7, rank_first=rank_first)
+        assert_close_to_exact(d.T if rank_first else d, eager_d, exact_d, "columns")
+    if r <= products.MAX_RANK_TOGETHER:
+        rows = x.new_full((x.shape[0], r), float("nan"))
+        d = products.columns_product(
+            x, p, 1.7, rank_first=False, v_CR=v.T.contiguous(), rows_out=rows
+        )
+        assert_close_to_exact(rows, eager, exact, "rows of both")
+        assert_close_to_exact(d, eager_d, exact_d, "columns of both")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(emulated, shape, dtype):
+    x, v, p = draw(*shape, dtype)
+    check(x, v, products.padded(p))
+
+
+def test_nothing_beyond_the_operands_is_used(emulated):
+    for shape in ((45, 88, 3), (130, 264, 20)):
+        check(*map(surrounded, draw(*shape, torch.bfloat16)))
+
+
+def test_both_products_are_the_same_every_time(emulated):
+    x, v, p = draw(300, 600, 16, torch.bfloat16)
+    runs = [
+        (products.rows_product(x, v), products.columns_product(x, p, 1.0, rank_first=True))
+        for _ in range(2)
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+def test_wrong_arguments_are_named(emulated):
+    x, v, p = draw(16, 64, 3, torch.bfloat16)
+    for call, reason in (
+        (lambda: products.rows_product(x[:, 1:], v[:, 1:]), "c=63 must be a multiple of 8"),
+        (lambda: products.rows_product(x[:, 4:60], v[:, 4:60]), "x must start at a multiple of 16"),
+        (lambda: products.rows_product(x.T, v), r"x must be row-major, got strides \(1, 64\)"),
+        (lambda: products.rows_product(x, v.half()), "v is torch.float16"),
+        (lambda: products.columns_product(x, p, 1.0, rank_first=True), "ldp=3: rows of p"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            call()
+    with pytest.raises(ValueError, match="the workspace has 0 bytes, 512 are needed"):
+        emulated.launch_rows_product(
+            x=x.data_ptr(), v=x.data_ptr(), out=x.data_ptr(), m=8, c=1024, r=8, ldx=1024, ldv=1024,
+            ldo=8, dtype="bf16", device=0, stream=0,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def on_gpu():
+    reason = extension.unavailable("linear", GPU)
+    return pytest.skip(reason) if reason else None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *REAL], ids=str)
+def test_against_float64_on_a_gpu(on_gpu, poisoned_memory, shape, dtype):
+    x, v, p = draw(*shape, dtype, GPU)
+    check(x, v, products.padded(p))
+
+
+@pytest.mark.gpu
+def test_two_runs_agree_bit_by_bit_on_a_gpu(on_gpu):
+    x, v, p = draw(8192, 4096, 16, torch.bfloat16, GPU)
+    both = functools.partial(
+        products.columns_product, x, p, 1.0, rank_first=False, v_CR=v.T.contiguous()
+    )
+    runs = []
+    for _ in range(3):
+        rows = torch.empty_like(p)
+        runs.append((products.rows_product(x, v), both(rows_out=rows), rows))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
