@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 import nsru_kernels as nk
@@ -33,16 +35,16 @@ def run_model(session: Session, layers, inputs, rank, width, basis_dtype) -> Non
             bases.append(basis)
     pairs = list(zip(lora_as, bases, strict=True))
     calls = {"eager, a loop": [lambda: nk.project_adapters(lora_as, bases, backend="eager")]}
-    try:
-        nk.project_adapters(lora_as[:1], bases[:1], backend="triton")
-        calls["triton, one launch"] = [
-            lambda: nk.project_adapters(lora_as, bases, backend="triton")
-        ]
-        calls["triton, a launch each"] = [
-            lambda: [nk.project_adapter(a, u, backend="triton") for a, u in pairs]
-        ]
-    except nk.BackendUnavailable as error:
-        print(f"no grouped launch: {error}", flush=True)
+    for backend in ("triton", "cuda"):
+        try:
+            nk.project_adapters(lora_as[:1], bases[:1], backend=backend)
+        except nk.BackendUnavailable as error:
+            print(f"no grouped launch: {error}", flush=True)
+            continue
+        fold = functools.partial(nk.project_adapters, lora_as, bases, backend=backend)
+        each = [functools.partial(nk.project_adapter, a, u, backend=backend) for a, u in pairs]
+        calls[f"{backend}, one launch"] = [fold]
+        calls[f"{backend}, a launch each"] = [lambda each=each: [one() for one in each]]
     for call in calls.values():
         for (a, u), folded in list(zip(pairs, call[0](), strict=True))[:: max(1, len(pairs) // 8)]:
             exact = nk.project_adapter(a.double(), u)

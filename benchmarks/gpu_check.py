@@ -34,6 +34,8 @@ TESTS = ("tests/kernels",)
 # Every kernel once, at small sizes; each of them takes the checker well under a minute.
 SANITIZED = (
     "tests/kernels/test_linear_triton.py::test_value_and_every_gradient",
+    "tests/kernels/test_linear_cuda.py::test_gemm_every_config",
+    "tests/kernels/test_narrow_cuda.py::test_against_float64_on_a_gpu",
     "tests/kernels/test_fold_triton.py",
     "tests/kernels/test_sketch_triton.py",
 )
@@ -154,14 +156,16 @@ def write_plans(check: Check) -> None:
 def table(out: Path) -> str:
     """The ratios that matter, from the rows on disk."""
     lines = []
-    for op in ("linear", "fold", "sketch", "loss", "step"):
+    for op in ("linear", "narrow", "fold", "sketch", "loss", "step"):
         path = out / f"{op}.csv"
         if not path.is_file():
             continue
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.get("ratio")]
         for row in rows:
-            sizes = " ".join(row[c] for c in ("pass", "M", "K", "N", "R", "L") if row.get(c))
+            sizes = " ".join(
+                row[c] for c in ("pass", "product", "M", "K", "C", "N", "R", "L") if row.get(c)
+            )
             who = f"{row['provider']} {row['plan']}".strip()
             lines.append(
                 f"{op:<7}{sizes:<40}{who:<32}{float(row['p50_ms']):10.4f} ms"

@@ -24,12 +24,12 @@ from nsru_bench.sketch_methods import (
     Method,
     Op,
     Sketch,
-    TritonRoute,
     assert_orthonormal,
     incremental_pcas,
     note,
     residual_energy,
 )
+from nsru_bench.winners import PREFIX
 
 # (K, L): two inputs of Llama-3-8B, one narrow enough for a single read of x, and Llama-3.2-1B's.
 SHAPES = [(4096, 576), (14336, 576), (4096, 128), (2048, 320)]
@@ -73,7 +73,7 @@ def make_streaming(session: Session, tokens: int, k: int, width: int) -> dict[st
         "covariance": Covariance(k, device),
         "RetainSketch": Sketch(k, width, device, refresh_every=NEVER),
         "RetainSketch, a refresh each": Sketch(k, width, device, refresh_every=tokens),
-        "update_sketch eager": Op(k, width, device, "eager"),
+        f"{PREFIX}eager": Op(k, width, device, "eager"),
     }
     if 4 * width <= k <= EIGH_FEATURES:
         methods["RetainSketch, exact"] = Sketch(k, k, device)
@@ -85,18 +85,18 @@ def make_streaming(session: Session, tokens: int, k: int, width: int) -> dict[st
             note("no covariance from 16-bit products: torch.mm has no out_dtype")
         else:
             methods["covariance, 16-bit product"] = sixteen
-    if device.type == "cpu" and session.dtype == torch.bfloat16:
-        note("no update_sketch in Triton: its interpreter has wrong bf16 products")
-        return methods
-    try:
-        two = TritonRoute(k, width, device, one_read=False)
-        two.update(torch.zeros(1, k, device=device, dtype=session.dtype))
-        methods["update_sketch triton, two passes"] = two
-        if width <= two.module.ONE_READ:
-            one = TritonRoute(k, width, device, one_read=True)
-            methods["update_sketch triton, one read"] = one
-    except (ImportError, nk.BackendUnavailable) as error:
-        note(f"no update_sketch in Triton: {error}")
+    for name in ("triton one_read", "triton two_reads", "cuda"):
+        backend, _, plan = name.partition(" ")
+        if device.type == "cpu" and session.dtype == torch.bfloat16:
+            note(f"no {backend} plans: Triton's interpreter has wrong bf16 products")
+            continue
+        try:
+            op = Op(k, width, device, backend, plan or None)
+            op.update(torch.zeros(1, k, device=device, dtype=session.dtype))
+        except nk.BackendUnavailable as error:
+            note(f"no {PREFIX}{name}: {error}")
+        else:
+            methods[f"{PREFIX}{name}"] = op
     return methods
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import nsru_kernels as nk
-from nsru_kernels.ops.sketch import update_sketch
+from nsru_kernels import dispatch
+from nsru_kernels.ops.sketch import energy_limit
 from nsru_kernels.subspaces.factors import left_singular, nystrom_factor
 
 NEVER = 2**62  # tokens between refreshes
@@ -81,12 +82,20 @@ class Sketch(Method):
 
 
 class Op(Method):
-    """update_sketch on bare accumulators, by one backend."""
+    """update_sketch on bare accumulators, by one backend and plan.
+
+    Raises:
+        BackendUnavailable: the backend cannot run here.
+    """
 
     certified = True
 
-    def __init__(self, k: int, width: int, device: torch.device, backend: str) -> None:
-        self.backend = backend
+    def __init__(
+        self, k: int, width: int, device: torch.device, backend: str, plan: str | None = None
+    ) -> None:
+        module = dispatch.implementation("sketch", backend, device)
+        options = {} if plan is None else {"plan": plan}
+        self.add = functools.partial(module.update_sketch, **options)
         self.waits = backend == "eager"
         generator = torch.Generator().manual_seed(0)
         omega_KL = torch.randn(k, width, generator=generator) * k**-0.5
@@ -96,7 +105,8 @@ class Op(Method):
         self.trace = torch.zeros((), device=device, dtype=torch.float64)
 
     def update(self, x_MK: Tensor) -> None:
-        self.trace += update_sketch(x_MK, self.omega_KL, self.y_KL, self.h_LL, backend=self.backend)
+        limit = energy_limit(self.y_KL.dtype)
+        self.trace += self.add(x_MK, self.omega_KL, self.y_KL, self.h_LL, None, False, limit)
 
     def finish(self, rank: int) -> tuple[Tensor, float]:
         factor_KF = nystrom_factor(self.y_KL.double(), self.h_LL.double())
@@ -110,25 +120,6 @@ class Op(Method):
         y_KL, h_LL = exact_sums(x_MK, self.omega_KL)
         trace = self.trace, x_MK.double().square().sum()
         return [trace, (self.y_KL, y_KL), (self.h_LL, h_LL)]
-
-
-class TritonRoute(Op):
-    """The Triton backend by a given route, whatever it would choose for this width."""
-
-    def __init__(self, k: int, width: int, device: torch.device, *, one_read: bool) -> None:
-        super().__init__(k, width, device, "triton")
-        from nsru_kernels.ops.sketch import triton
-
-        self.module = triton
-        self.widest = width if one_read else 0
-
-    def update(self, x_MK: Tensor) -> None:
-        widest = self.module.ONE_READ
-        self.module.ONE_READ = self.widest
-        try:
-            super().update(x_MK)
-        finally:
-            self.module.ONE_READ = widest
 
 
 class Covariance(Method):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,24 @@ COLUMNS = ("device", "torch", "triton", "commit", "dtype")
 
 
 def plan_table(folder: Path) -> dict[str, Any]:
-    """What ``nsru_kernels/plans/<gpu>.json`` holds, from linear.csv and fold.csv in ``folder``.
+    """What ``nsru_kernels/plans/<gpu>.json`` holds, from the rows of linear, fold and sketch.
 
     Raises:
         ValueError: the rows are of several devices, dtypes or commits, or of tiny sizes.
     """
-    linear, fold = (_rows(folder / f"{op}.csv") for op in ("linear", "fold"))
-    runs = {tuple(row[column] for column in COLUMNS) for row in (*linear, *fold)}
+    linear, fold, sketch = (_rows(folder / f"{op}.csv") for op in ("linear", "fold", "sketch"))
+    rows = [*linear, *fold, *sketch]
+    runs = {tuple(row[column] for column in COLUMNS) for row in rows}
     if len(runs) != 1:
         raise ValueError(f"plans need the rows of one run, {folder} has {sorted(runs)}.")
-    if any(row["tiny"] == "True" for row in (*linear, *fold)):
+    if any(row["tiny"] == "True" for row in rows):
         raise ValueError(f"{folder} holds a walk through tiny sizes, no measurement.")
     table: dict[str, Any] = dict(zip(COLUMNS, runs.pop(), strict=True))
-    return table | {"linear": linear_entries(linear), "fold": fold_entries(fold)}
+    return table | {
+        "linear": linear_entries(linear),
+        "fold": fold_entries(fold),
+        "sketch": sketch_entries(sketch),
+    }
 
 
 def linear_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
@@ -49,14 +55,32 @@ def linear_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def fold_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
-    """The grouped launch where it beats the loop for every dtype of the basis."""
+    """The grouped launch that beats the loop for every dtype of the basis, by most in sum."""
     by_basis: dict[str, dict[str, float]] = {}
     for row in rows:
         by_basis.setdefault(row["basis"], {})[row["provider"]] = float(row["p50_ms"])
     if not by_basis:
         return []
-    grouped = all(_fastest(times).startswith("triton") for times in by_basis.values())
-    return [{"sizes": [], "fold_many": "triton" if grouped else "eager"}]
+    total = {"eager": sum(times["eager, a loop"] for times in by_basis.values())}
+    for backend in ("triton", "cuda"):
+        grouped = f"{backend}, one launch"
+        if all(times.get(grouped, inf) < times["eager, a loop"] for times in by_basis.values()):
+            total[backend] = sum(times[grouped] for times in by_basis.values())
+    return [{"sizes": [], "fold_many": _fastest(total)}]
+
+
+def sketch_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
+    """One entry per shape: the fastest plan of a batch's update."""
+    by_shape: dict[tuple[int, ...], dict[str, float]] = {}
+    for row in rows:
+        if row["pass"] == "update" and row["provider"].startswith(PREFIX):
+            sizes = tuple(int(row[size]) for size in "MKL")
+            name = row["provider"].removeprefix(PREFIX)
+            by_shape.setdefault(sizes, {})[name] = float(row["p50_ms"])
+    return [
+        {"sizes": list(sizes), "update_sketch": _fastest(times)}
+        for sizes, times in sorted(by_shape.items())
+    ]
 
 
 def _fastest(times: dict[str, float]) -> str:

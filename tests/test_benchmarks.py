@@ -50,7 +50,7 @@ def test_sketch_rows(walked):
     rows = read(walked / "sketch.csv")
     assert_timed(rows)
     update = {row["provider"]: row for row in rows if row["pass"] == "update"}
-    assert {"covariance", "RetainSketch", "update_sketch eager", "svd_lowrank of the batch"} <= (
+    assert {"covariance", "RetainSketch", "plan eager", "svd_lowrank of the batch"} <= (
         update.keys()
     )
     # What a sketch keeps: Y and H in fp32 and fp64, omega in bf16; against K x K in fp32.
@@ -66,7 +66,7 @@ def test_sketch_times_both_triton_routes(walked):
     providers = {row["provider"] for row in read(walked / "sketch.csv")}
     if torch.cuda.is_available() or sys.modules.get("triton") is None:
         pytest.skip("the kernels run on this CPU only where Triton interprets them")
-    assert {"update_sketch triton, one read", "update_sketch triton, two passes"} <= providers
+    assert {"plan triton one_read", "plan triton two_reads"} <= providers
 
 
 def test_accuracy_rows(walked):

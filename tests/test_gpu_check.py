@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nsru_bench.winners import fold_entries, linear_entries, plan_table
+from nsru_bench.winners import fold_entries, linear_entries, plan_table, sketch_entries
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,19 +39,44 @@ def test_the_fastest_plan_wins_forward_and_the_fastest_backend_backward():
     ]
 
 
-@pytest.mark.parametrize(("bf16_ms", "winner"), [(0.4, "triton"), (2.0, "eager")])
-def test_the_grouped_fold_must_win_for_every_basis(bf16_ms, winner):
+def fold_rows(**ms):
+    return [
+        {"basis": basis, "provider": f"{backend}, {how}", "p50_ms": str(value)}
+        for backend, values in ({"eager": (1.0, 1.0)} | ms).items()
+        for basis, value in zip(("float32", "bfloat16"), values, strict=True)
+        for how in ("a loop" if backend == "eager" else "one launch",)
+    ]
+
+
+def test_the_grouped_fold_must_win_for_every_basis():
+    for ms, winner in (
+        ({"triton": (0.5, 0.4)}, "triton"),
+        ({"triton": (0.5, 2.0)}, "eager"),
+        ({"triton": (0.5, 0.4), "cuda": (0.4, 0.4)}, "cuda"),
+        ({"triton": (0.5, 0.4), "cuda": (0.1, 1.1)}, "triton"),
+        ({}, "eager"),
+    ):
+        assert fold_entries(fold_rows(**ms)) == [{"sizes": [], "fold_many": winner}], ms
+    assert fold_entries([]) == []
+
+
+def test_the_fastest_sketch_of_each_width_wins():
     rows = [
-        {"basis": basis, "provider": provider, "p50_ms": str(ms)}
-        for basis, provider, ms in (
-            ("float32", "eager, a loop", 1.0),
-            ("float32", "triton, one launch", 0.5),
-            ("bfloat16", "eager, a loop", 1.0),
-            ("bfloat16", "triton, one launch", bf16_ms),
+        {"pass": which, "provider": provider, "M": "8192", "K": "4096", "L": width, "p50_ms": ms}
+        for which, provider, width, ms in (
+            ("update", "plan eager", "64", "3"),
+            ("update", "plan triton one_read", "64", "2"),
+            ("update", "plan cuda", "64", "1"),
+            ("update", "covariance", "64", "0.1"),
+            ("finish", "plan eager", "64", "0.1"),
+            ("update", "plan eager", "576", "1"),
+            ("update", "plan triton two_reads", "576", "0.9"),
         )
     ]
-    assert fold_entries(rows) == [{"sizes": [], "fold_many": winner}]
-    assert fold_entries([]) == []
+    assert sketch_entries(rows) == [
+        {"sizes": [8192, 4096, 64], "update_sketch": "cuda"},
+        {"sizes": [8192, 4096, 576], "update_sketch": "triton two_reads"},
+    ]
 
 
 def test_a_shape_whose_backward_was_cut_off_has_no_entry():
