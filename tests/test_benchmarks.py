@@ -25,10 +25,10 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """The folder that a tiny run of both leaves."""
+    """The folder that a tiny run of some benchmarks leaves."""
     out = tmp_path_factory.mktemp("bench")
     session = tiny_session(out)
-    bench.run(session, ("sketch", "loss"))
+    bench.run(session, ("narrow", "sketch", "loss"))
     assert not session.failed
     return out
 
@@ -44,6 +44,14 @@ def assert_timed(rows):
         assert row["device"]
         if row["provider"] == row["base"]:
             assert float(row["ratio"]) == 1
+
+
+def test_narrow_rows(walked):
+    rows = read(walked / "narrow.csv")
+    assert_timed(rows)
+    products = {row["product"] for row in rows if row["provider"] == "library"}
+    assert products == {"S", "dS + dB", "dA"}
+    assert all(float(row["of_copy"]) >= 0 for row in rows)
 
 
 def test_sketch_rows(walked):

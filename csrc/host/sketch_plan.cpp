@@ -13,14 +13,14 @@ constexpr int64_t kMaxMChunks = 4;
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Everything that the sizes decide, in 64 bits: what does not fit the kernel's 32 is refused.
+// What the sizes decide, in types that hold it: what does not fit the kernel's 32 bits is refused.
 struct Cut {
     int64_t l_tiles, tile_width;
     int64_t row_blocks, panel_blocks, panels;
     int64_t k_chunk, k_chunks;
     int64_t y_tiles, tiles;
     int64_t m_chunk, m_chunks;
-    int64_t items;
+    double items;
 };
 
 Cut cut(const SketchUpdateArgs& args, int64_t multiprocessors) {
@@ -47,8 +47,8 @@ Cut cut(const SketchUpdateArgs& args, int64_t multiprocessors) {
     out.m_chunk = round_up(ceil_div(panel_rows, out.m_chunks), kSketchStepRows);
     out.m_chunks = ceil_div(panel_rows, out.m_chunk);
 
-    out.items = out.panels * out.l_tiles *
-                (out.k_chunks * out.panel_blocks + out.m_chunks * out.tiles);
+    out.items = static_cast<double>(out.panels * out.l_tiles) *
+                static_cast<double>(out.k_chunks * out.panel_blocks + out.m_chunks * out.tiles);
     return out;
 }
 
@@ -70,10 +70,10 @@ SketchPlan plan(const SketchUpdateArgs& args, int multiprocessors) {
     out.tiles = static_cast<int>(from.tiles);
     out.m_chunk = static_cast<int>(from.m_chunk);
     out.m_chunks = static_cast<int>(from.m_chunks);
-    out.items = from.items;
+    out.items = static_cast<int64_t>(from.items);
     // Blocks beyond those that are resident would find no tickets left.
     out.blocks = std::min<int64_t>(
-        from.items, int64_t{sketch_blocks_together(out.tile_width)} * multiprocessors);
+        out.items, int64_t{sketch_blocks_together(out.tile_width)} * multiprocessors);
     out.shared_bytes = sketch_shared_bytes(out.tile_width);
 
     size_t end = 0;
@@ -117,11 +117,10 @@ std::string refusal(const SketchUpdateArgs& args) {
                             {"trace", args.trace_gmem, 1, "ldtrace", 1, false}});
     if (!reason.empty()) return reason;
     // The cut with the most items: as many chunks as are ever taken.
-    const int64_t items = cut(args, kSizeLimit).items;
-    if (items > kSizeLimit) {
-        return value("m", args.m) + " rows of " + value("k", args.k) + " features in panels of " +
-               value("panel_bytes", args.panel_bytes) + " are " + std::to_string(items) +
-               " work items, more than " + std::to_string(kSizeLimit);
+    if (cut(args, kSizeLimit).items > static_cast<double>(kSizeLimit)) {
+        return value("m", args.m) + ", " + value("k", args.k) + ", " + value("l", args.l) + " and " +
+               value("panel_bytes", args.panel_bytes) + " make more than " +
+               std::to_string(kSizeLimit) + " work items";
     }
     return "";
 }

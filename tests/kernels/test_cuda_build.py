@@ -87,6 +87,7 @@ def test_gemms_use_tensor_cores_and_both_pairs_of_descriptors(gemms, schedule, d
         assert shared.count(False) == 2, "X and P"
         assert shared.count(True) >= 2, "W and V, to both blocks of the cluster"
         assert "UTMASTG" in sass
+        assert "ACQBULK" in sass, "waits for the kernel that makes P"
         assert not re.search(r"\b(STL|LDL)\b", sass)
 
 
@@ -102,6 +103,7 @@ def test_narrow_products_read_wide_words_into_tensor_cores(arch, kernel, loads):
     for name, sass in found.items():
         assert len(re.findall(loads, sass)) >= 2, f"{name}: several in flight"
         assert len(re.findall(r"\bHMMA\b", sass)) >= 2, name
+        assert ("PREEXIT" in sass) == (arch == "sm_90a"), "lets the GEMM launch before its end"
 
 
 def test_narrow_products_fit_a_multiprocessor(resources):

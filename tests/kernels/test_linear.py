@@ -30,6 +30,15 @@ def test_odd_and_empty_leading_shapes(m, dtype):
     check_against_exact(*make_inputs(m, dtype=dtype))
 
 
+def test_no_features():
+    inputs, _ = make_inputs((2, 3), k=1)
+    empty = {name: inputs[name][..., :0] for name in ("x", "weight", "lora_a")}
+    check_against_exact({**inputs, **empty}, None)
+    adapter = [empty["lora_a"]], [inputs["lora_b"]]
+    (y,) = nk.nsru_linear_group(empty["x"], [empty["weight"]], *adapter, scalings=[1.0])
+    assert torch.equal(y, torch.zeros(2, 3, 20))
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     m=st.integers(0, 9),

@@ -6,6 +6,7 @@ In eager the backend is called directly; while compiling, the registered ops
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class ProjectedLinear(torch.autograd.Function):
         if folded is None:
             folded = fold_to(x.dtype, lora_a, basis, core, backend)
         b_NR = lora_b.detach().to(x.dtype).contiguous()
-        x_MK = x.reshape(-1, x.shape[-1])
+        x_MK = flatten(x)
         call = torch.ops.nsru.linear_forward if as_op(x) else _forward
         y_MN, s_MR = call(x_MK, weight, folded, b_NR, bias, scaling, dropout_p, seed, backend)
         ctx.save_for_backward(x_MK, weight, folded, b_NR, s_MR, basis, core, seed)
@@ -94,7 +95,7 @@ class ProjectedLinear(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:5])
         call = torch.ops.nsru.linear_backward if as_op(dy) else _backward
         dx, dw, dbias, da, db = call(
-            dy.reshape(-1, weight.shape[0]), x_MK, weight, folded, b_NR, s_MR,
+            flatten(dy), x_MK, weight, folded, b_NR, s_MR,
             ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend,
         )  # fmt: skip
         need_x, need_w, need_bias, need_a, need_b = needs
@@ -118,6 +119,11 @@ def fold_to(
     if basis_KQ is not None and a_RK.numel():
         a_RK = fold_many([a_RK], [basis_KQ], [core_QQ], backend)[0]
     return a_RK.to(dtype).contiguous()
+
+
+def flatten(x: Tensor) -> Tensor:
+    """x [M, K], also where K is 0 and reshape(-1, K) would not know M."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def unflatten(y_MN: Tensor, x_shape: torch.Size) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsru_kernels.dispatch import run
-from nsru_kernels.ops.linear.autograd import as_op, fold_to, unflatten
+from nsru_kernels.ops.linear.autograd import as_op, flatten, fold_to, unflatten
 
 _library = torch.library.Library("nsru", "FRAGMENT")
 _library.define(
@@ -65,7 +65,7 @@ class ProjectedLinearGroup(torch.autograd.Function):
         if folded is None:
             folded = fold_to(x.dtype, _stack([a.detach() for a in lora_as]), basis, core, backend)
         bs_NR = [b.detach().to(x.dtype).contiguous() for b in lora_bs]
-        x_MK = x.reshape(-1, x.shape[-1])
+        x_MK = flatten(x)
         call = torch.ops.nsru.linear_group_forward if as_op(x) else _forward
         ys, s_MR = call(x_MK, list(weights), folded, bs_NR, list(biases), scalings, backend)
         ctx.save_for_backward(x_MK, folded, s_MR, basis, core, *weights, *bs_NR)
@@ -93,7 +93,7 @@ class ProjectedLinearGroup(torch.autograd.Function):
         needs = [need_x, any(need_as), *need_tensors[: 2 * n], *need_tensors[3 * n :]]
         call = torch.ops.nsru.linear_group_backward if as_op(x_MK) else _backward
         dx, da, *others = call(
-            [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys],
+            [None if dy is None else flatten(dy) for dy in dys],
             x_MK, weights, folded, bs_NR, s_MR, ctx.scalings, needs, ctx.backend,
         )  # fmt: skip
         bias_dtypes, a_dtypes, b_dtypes = (ctx.dtypes[i * n : i * n + n] for i in range(3))

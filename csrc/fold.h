@@ -1,0 +1,47 @@
+// The grouped fold: Ā = A - (A U) C Uᵀ for every adapter of a model in one launch, with float32's
+// accuracy. What it works on is described by a table in device memory, which
+// nsru_kernels/ops/fold/tables.py lays out. No torch, no CUDA header.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace nsru {
+
+// Pointers are to device memory of `device`.
+struct FoldArgs {
+    // Problems, 11 values each | addresses of adapter rows | of output rows | items.
+    const int64_t* table_gmem;
+    int64_t table_size;
+    int64_t problems, rows, items;
+    int* counters_gmem;  // zeros
+    int64_t counters;
+    Dtype adapter, basis;
+    bool has_core;  // every problem has a C [Q, Q], float32 and contiguous
+    // Sizes, and distances of rows in elements, are multiples of 16, addresses of 16 bytes; rows of
+    // U are contiguous.
+    bool aligned;
+    int device;
+    void* stream;          // cudaStream_t
+    void* workspace_gmem;  // float32, of a size that the table goes by
+    size_t workspace_bytes;
+};
+
+struct WriteTableArgs {
+    const int64_t* values;  // in host memory, not needed after the call
+    int64_t size;
+    int64_t* table_gmem;
+    int device;
+    void* stream;  // cudaStream_t
+};
+
+// Enqueue on args.stream; allocate nothing and leave the current device as it was. Throw
+// std::invalid_argument naming the argument and its value, std::runtime_error naming the CUDA call.
+void launch_fold(const FoldArgs& args);
+
+// Copies a table to the device as kernel arguments, which a CUDA graph keeps.
+void launch_write_table(const WriteTableArgs& args);
+
+}  // namespace nsru

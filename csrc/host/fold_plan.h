@@ -1,0 +1,37 @@
+// Pure host logic of the grouped fold: tiles, shared memory, what it refuses. No CUDA.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../fold.h"
+
+namespace nsru {
+
+constexpr int kFoldFields = 11;  // int64 of the table for a problem
+constexpr int kFoldThreads = 128;
+constexpr int kFoldWarps = kFoldThreads / 32;
+constexpr int kFoldRows = 32;     // of an adapter block; a tile of 16 where no more are left
+constexpr int kFoldColumns = 64;  // of a product's tile
+constexpr int kFoldStep = 16;     // terms of a product's sum in a stage
+// Three blocks share a multiprocessor's 228 KiB on sm_90 and hide each other's waiting.
+constexpr int kFoldBlocksPerMultiprocessor = 3;
+constexpr int kFoldRing = 18 * 1024;  // bytes of a warp's stages
+
+// A warp's stage: its part of U, and up to kFoldRows rows of what is multiplied, as float32.
+constexpr int fold_stage(int basis_bytes) {
+    return kFoldStep * (kFoldColumns * basis_bytes + kFoldRows * 4);
+}
+constexpr int fold_stages(int basis_bytes) { return kFoldRing / fold_stage(basis_bytes); }
+
+// Behind the stages: addresses of rows, and a slot each for tickets and signals.
+constexpr int kFoldShared = kFoldWarps * kFoldRing + kFoldRows * 8 + 16;
+
+// Values of a table that one launch carries as arguments, of which it can take 4 KiB.
+constexpr int kTableValues = 448;
+
+// Why the launcher of the same arguments cannot take them, with their values; "" where it can.
+std::string refusal(const FoldArgs& args);
+std::string refusal(const WriteTableArgs& args);
+
+}  // namespace nsru
