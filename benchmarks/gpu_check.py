@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import shutil
@@ -109,6 +110,8 @@ def run_tests(check: Check, name: str, seconds: float, *arguments: str) -> None:
         command += ["-x", "tests/kernels/test_linear_triton.py", "-k", "every_plan"]
     else:
         command += ["-m", "gpu", *arguments]
+        if importlib.util.find_spec("xdist") is not None:
+            command += ["-n", "6"]  # most of the time goes into compiling Triton's kernels
     check.finish(name, check.start(name, command), seconds)
 
 
