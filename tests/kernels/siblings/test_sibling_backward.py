@@ -1,0 +1,221 @@
+"""Siblings go back: what is freed, checkpoints, threads, replicas."""
+
+import threading
+import weakref
+
+import pytest
+import torch
+from sibling_models import (
+    WIDTHS,
+    adapted,
+    alone,
+    assert_same,
+    batch,
+    gradients,
+    make_model,
+    nothing,
+    taught,
+)
+from torch.utils.checkpoint import checkpoint
+
+from nsru_kernels.nn import siblings as module_under_test
+
+
+def test_what_a_backward_has_freed_is_not_handed_out():
+    model, _ = taught()
+    x = batch().requires_grad_()
+    model[0].q(x).sum().backward()
+    x.grad = None
+    model[0].k(x).sum().backward()
+    reference = alone(model)
+    want = batch().requires_grad_()
+    reference[0].k(want).sum().backward()
+    torch.testing.assert_close(x.grad, want.grad)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_outputs_that_nobody_fetches_die_with_x(grad):
+    model, _ = taught()
+    x = batch()
+    with torch.set_grad_enabled(grad):
+        model[0].q(x)
+        pending = module_under_test._slot.pending
+        waiting = [weakref.ref(y) for y, *_ in pending.outputs.values()]
+        assert len(waiting) == 2
+        del x
+        if grad:  # the graph holds x until the next group, of whatever model, is computed
+            other, _ = taught(seed=1)
+            other[0].q(batch())
+        else:
+            assert not pending.outputs
+        del pending
+    assert [y() for y in waiting] == [None, None]
+
+
+def test_an_exception_between_the_calls_changes_nothing(groups):
+    model, report = taught()
+    want = gradients(alone(model), batch())
+
+    def fail(name):
+        raise KeyError(name)
+
+    model[0].between = fail
+    with pytest.raises(KeyError):
+        model(batch(seed=3))
+    model[0].between = nothing
+    for _ in range(3):
+        assert_same(gradients(model, batch()), want)
+    assert "q+k+v × 1 served together" in str(report), "one exception is forgiven"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant, dtype, groups):
+    """From the first forward on: what a recomputation saves must be what the forward saved."""
+    model, report = make_model(layers=2, dtype=dtype)
+    x = batch().to(dtype)
+    want = gradients(alone(model), x)
+
+    def checkpointed(h):
+        for layer in model:
+            h = checkpoint(layer, h, use_reentrant=use_reentrant)
+        return h
+
+    tolerance = {} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 0.2}
+    for _ in range(3):
+        assert_same(gradients(model, x, checkpointed), want, **tolerance)
+    assert groups == [3] * 8, "two layers, forward and recomputation, but for the first forward"
+    assert "q+k+v × 2 served together" in str(report)
+
+
+@pytest.mark.parametrize("layer_by_layer", [True, False])
+def test_checkpoints_of_overlapping_forwards(layer_by_layer, groups):
+    """A forward that was watched is recomputed after a later one: both work alone."""
+    model, _ = make_model()
+    parts = [model[0].q, model[0].k, model[0].v] if layer_by_layer else [model]
+
+    def loss(x):
+        ys = [checkpoint(part, x, use_reentrant=False) for part in parts]
+        return sum(y.square().sum() for y in ys)
+
+    def grads(model):
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    reference = alone(model)
+    alone_parts = (
+        [reference[0].q, reference[0].k, reference[0].v] if layer_by_layer else [reference]
+    )
+    for seed in range(4):
+        first, second = batch(seed=seed), batch(seed=10 + seed)
+        losses = [loss(first), loss(second)]
+        for one in losses:
+            one.backward()
+        for x in (first, second):
+            sum(part(x).square().sum() for part in alone_parts).backward()
+        for got, want in zip(grads(model), grads(reference), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-3)
+    assert groups
+
+
+def test_checkpoints_of_single_members():
+    """Reentrant ones recompute each with another x: no reason to end the group."""
+    model, report = taught()
+    reference = alone(model)
+
+    def call(model, use_reentrant):
+        def forward(x):
+            members = (model[0].q, model[0].k, model[0].v)
+            return torch.cat([checkpoint(m, x, use_reentrant=use_reentrant) for m in members], -1)
+
+        return forward
+
+    for use_reentrant in (True, True, False, True):
+        got = gradients(model, batch(), call(model, use_reentrant))
+        want = gradients(reference, batch(), call(reference, use_reentrant))
+        assert_same(got, want, rtol=1e-5, atol=1e-4)
+    assert "q+k+v × 1 served together" in str(report)
+
+
+def test_a_recomputation_that_stops_early_is_no_miss():
+    model, report = taught()
+    reference = alone(model)
+
+    def call(model):
+        def forward(x):
+            q = model[0].q(x).sin()  # the last that is saved; k and v are linear from here on
+            return torch.cat([q, model[0].k(x), model[0].v(x)], -1)
+
+        return lambda x: checkpoint(forward, x, use_reentrant=False)
+
+    for _ in range(4):
+        got = gradients(model, batch(), call(model))
+        assert_same(got, gradients(reference, batch(), call(reference)))
+    assert "q+k+v × 1 served together" in str(report)
+
+
+def test_a_group_that_ends_between_forward_and_recomputation():
+    model, report = taught()
+    want = gradients(alone(model), batch())
+
+    def call(x):
+        y = checkpoint(model, x, use_reentrant=False)
+        with torch.no_grad():
+            model[0](batch(seed=4), v=batch(seed=5))
+            model[0](batch(seed=4), v=batch(seed=5))
+        return y
+
+    assert_same(gradients(model, batch(), call), want)
+    assert "v × 1 worked alone" in str(report)
+
+
+def test_outputs_that_the_loss_does_not_use():
+    model, _ = taught()
+    reference = alone(model)
+    for m in (model, reference):
+        m[0].q(batch())
+    for m in (model, reference):
+        x = batch()
+        q, _, v = m[0].q(x), m[0].k(x), m[0].v(x)
+        (q.sum() + v.square().sum()).backward()
+        assert m[0].k.lora_B.grad is None or not m[0].k.lora_B.grad.any()
+    for name in ("q", "v"):
+        torch.testing.assert_close(
+            getattr(model[0], name).lora_A.grad, getattr(reference[0], name).lora_A.grad
+        )
+
+
+def test_threads_do_not_take_each_others_outputs(groups):
+    model, _ = taught()
+    reference = alone(model)
+    barrier = threading.Barrier(2)
+    model[0].between = lambda name: barrier.wait(timeout=30)
+    results = {}
+
+    def work(seed):
+        for _ in range(5):
+            results[seed] = model(batch(seed=seed))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in (2, 3):
+        torch.testing.assert_close(results[seed], reference(batch(seed=seed)))
+    assert groups.count(3) >= 10
+
+
+def test_replicas_work_alone(groups):
+    """Those of DataParallel live for one forward and share the handle of their originals."""
+    model, _ = taught()
+    groups.clear()
+    reference, x = alone(model), batch()
+    for _ in range(3):
+        for name in WIDTHS:
+            original = getattr(model[0], name)
+            replica = original._replicate_for_data_parallel()
+            for tensor in ("weight", "bias", "lora_A", "lora_B"):
+                setattr(replica, tensor, getattr(original, tensor))
+            torch.testing.assert_close(replica(x), getattr(reference[0], name)(x))
+    assert not groups
+    assert not model[0].q._siblings._called - {weakref.ref(m) for m in adapted(model)}
