@@ -37,7 +37,7 @@ SANITIZED = (
     "tests/kernels/test_linear_triton.py::test_value_and_every_gradient",
     "tests/kernels/test_linear_cuda.py::test_gemm_every_config",
     "tests/kernels/test_narrow_cuda.py::test_against_float64_on_a_gpu",
-    "tests/kernels/test_fold_triton.py",
+    "tests/kernels/test_fold_kernels.py",
     "tests/kernels/test_sketch_triton.py",
 )
 

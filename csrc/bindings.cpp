@@ -6,7 +6,9 @@
 #include <string>
 
 #include "device.h"
+#include "fold.h"
 #include "narrow.h"
+#include "sketch.h"
 #ifdef NSRU_KEXT_GEMM
 #include "kext_gemm.h"
 #endif
@@ -97,6 +99,43 @@ void define_columns(py::module_& m, const char* name,
           doc);
 }
 
+// Defines a function of SketchUpdateArgs.
+template <class RESULT>
+void define_sketch(py::module_& m, const char* name,
+                   RESULT (*function)(const nsru::SketchUpdateArgs&), const char* doc) {
+    const auto call = [function](uintptr_t x, uintptr_t omega, uintptr_t mask, uintptr_t y,
+                                 uintptr_t h, uintptr_t trace, int64_t m, int64_t k, int64_t l,
+                                 int64_t ldx, int64_t ldomega, bool split, double limit,
+                                 int64_t panel_bytes, const std::string& dtype, int device,
+                                 uintptr_t stream, uintptr_t workspace, size_t workspace_bytes) {
+        return function({pointer(x), pointer(omega), pointer(mask), static_cast<float*>(pointer(y)),
+                         static_cast<float*>(pointer(h)), static_cast<double*>(pointer(trace)), m,
+                         k, l, ldx, ldomega, split, limit, panel_bytes, dtype_of(dtype), device,
+                         pointer(stream), pointer(workspace), workspace_bytes});
+    };
+    m.def(name, call, py::kw_only(), "x"_a, "omega"_a, "mask"_a, "y"_a, "h"_a, "trace"_a, "m"_a,
+          "k"_a, "l"_a, "ldx"_a, "ldomega"_a, "split"_a, "limit"_a, "panel_bytes"_a, "dtype"_a,
+          "device"_a, "stream"_a, "workspace"_a = 0, "workspace_bytes"_a = 0,
+          py::call_guard<py::gil_scoped_release>(), doc);
+}
+
+void launch_fold(uintptr_t table, int64_t table_size, int64_t problems, int64_t rows, int64_t items,
+                 uintptr_t counters, int64_t counters_size, const std::string& adapter,
+                 const std::string& basis, bool has_core, bool aligned, int device,
+                 uintptr_t stream, uintptr_t workspace, size_t workspace_bytes) {
+    nsru::launch_fold({static_cast<const int64_t*>(pointer(table)), table_size, problems, rows,
+                       items, static_cast<int*>(pointer(counters)), counters_size,
+                       named<nsru::Dtype>("adapter", adapter, kDtypeNames),
+                       named<nsru::Dtype>("basis", basis, kDtypeNames), has_core, aligned, device,
+                       pointer(stream), pointer(workspace), workspace_bytes});
+}
+
+void launch_write_table(uintptr_t values, int64_t size, uintptr_t table, int device,
+                        uintptr_t stream) {
+    nsru::launch_write_table({static_cast<const int64_t*>(pointer(values)), size,
+                              static_cast<int64_t*>(pointer(table)), device, pointer(stream)});
+}
+
 #ifdef NSRU_KEXT_GEMM
 const char* const kLayoutNames[] = {"NK", "KN"};
 
@@ -171,6 +210,20 @@ PYBIND11_MODULE(NSRU_MODULE, m) {
     define_columns(m, "launch_columns_product", &nsru::launch_columns_product,
                    "d = scaling · X [M, C]ᵀ·P [M, R], and rows [M, R] = X·V [C, R] where v is not "
                    "0, on a stream.");
+    define_sketch(m, "sketch_update_workspace", &nsru::sketch_update_workspace,
+                  "Bytes of workspace that launch_sketch_update needs for the same arguments.");
+    define_sketch(m, "launch_sketch_update", &nsru::launch_sketch_update,
+                  "y += x [M, K]ᵀ·S and h += Sᵀ·S with S = round(x·omega [K, L]) where "
+                  "trace = ‖x‖² < limit, over the rows that mask keeps, on a stream.");
+    m.def("launch_fold", &launch_fold, py::kw_only(), "table"_a, "table_size"_a, "problems"_a,
+          "rows"_a, "items"_a, "counters"_a, "counters_size"_a, "adapter"_a, "basis"_a,
+          "has_core"_a, "aligned"_a, "device"_a, "stream"_a, "workspace"_a, "workspace_bytes"_a,
+          py::call_guard<py::gil_scoped_release>(),
+          "A - (A·U)·C·Uᵀ for every adapter that the table in device memory describes, on a "
+          "stream; counters start as zeros.");
+    m.def("launch_write_table", &launch_write_table, py::kw_only(), "values"_a, "size"_a, "table"_a,
+          "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
+          "Copies int64 values from host to device memory as kernel arguments, on a stream.");
 #ifdef NSRU_KEXT_GEMM
     m.def("kext_kernels", &kext_kernels, "One dict per compiled kernel of the K-extended GEMM.");
     define_kext(m, "kext_gemm_workspace", &nsru::kext_gemm_workspace,

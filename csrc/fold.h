@@ -17,11 +17,11 @@ struct FoldArgs {
     int64_t table_size;
     int64_t problems, rows, items;
     int* counters_gmem;  // zeros
-    int64_t counters;
+    int64_t counters_size;
     Dtype adapter, basis;
     bool has_core;  // every problem has a C [Q, Q], float32 and contiguous
-    // Sizes, and distances of rows in elements, are multiples of 16, addresses of 16 bytes; rows of
-    // U are contiguous.
+    // K, Q and the distances of U's rows, in elements, are multiples of 16, all rows are contiguous
+    // and start at multiples of 16 bytes. Else right, but slow.
     bool aligned;
     int device;
     void* stream;          // cudaStream_t

@@ -29,6 +29,17 @@ struct Gpu {
     int shared_bytes_per_block;
 };
 
+// What the kernels of kernels/warp.cuh need. Throws std::runtime_error.
+inline void check_gpu(const char* function, const Gpu& gpu, int device, int shared_bytes) {
+    if (gpu.major < 8 || shared_bytes > gpu.shared_bytes_per_block) {
+        throw std::runtime_error(
+            std::string(function) + ": needs compute capability 8.0 and " +
+            std::to_string(shared_bytes) + " bytes of shared memory a block, device " +
+            std::to_string(device) + " has " + std::to_string(gpu.major) + "." +
+            std::to_string(gpu.minor) + " and " + std::to_string(gpu.shared_bytes_per_block));
+    }
+}
+
 inline void check_workspace(const char* function, const void* workspace_gmem, size_t bytes,
                             size_t needed) {
     if (needed > bytes || (needed && !workspace_gmem)) {

@@ -17,13 +17,7 @@ NarrowPlan prepare(const char* function, const ARGS& args) {
     }
     const Gpu gpu = gpu_of(args.device);
     const NarrowPlan out = plan(args, gpu.multiprocessors);
-    if (gpu.major < 8 || out.shared_bytes > gpu.shared_bytes_per_block) {
-        throw std::runtime_error(
-            std::string(function) + ": needs compute capability 8.0 and " +
-            std::to_string(out.shared_bytes) + " bytes of shared memory a block, device " +
-            std::to_string(args.device) + " has " + std::to_string(gpu.major) + "." +
-            std::to_string(gpu.minor) + " and " + std::to_string(gpu.shared_bytes_per_block));
-    }
+    check_gpu(function, gpu, args.device, out.shared_bytes);
     return out;
 }
 

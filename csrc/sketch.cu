@@ -1,5 +1,3 @@
-#include "sketch.h"
-
 #include <stdexcept>
 #include <string>
 
@@ -7,6 +5,7 @@
 #include "host/sketch_plan.h"
 #include "kernels/sketch.cuh"
 #include "launch.h"
+#include "sketch.h"
 
 namespace nsru {
 namespace {
@@ -17,13 +16,7 @@ SketchPlan prepare(const char* function, const SketchUpdateArgs& args) {
     }
     const Gpu gpu = gpu_of(args.device);
     const SketchPlan out = plan(args, gpu.multiprocessors);
-    if (gpu.major < 8 || out.shared_bytes > gpu.shared_bytes_per_block) {
-        throw std::runtime_error(
-            std::string(function) + ": needs compute capability 8.0 and " +
-            std::to_string(out.shared_bytes) + " bytes of shared memory a block, device " +
-            std::to_string(args.device) + " has " + std::to_string(gpu.major) + "." +
-            std::to_string(gpu.minor) + " and " + std::to_string(gpu.shared_bytes_per_block));
-    }
+    check_gpu(function, gpu, args.device, out.shared_bytes);
     return out;
 }
 
@@ -90,11 +83,7 @@ void launch_sketch_update(const SketchUpdateArgs& args) {
 
     const DeviceGuard guard(args.device);
     zero_async(params.counters_gmem, plan.counters_bytes, args.stream);
-    launch({"sketch_update_kernel",
-            {plan.blocks},
-            kSketchThreads,
-            plan.shared_bytes,
-            args.stream},
+    launch({"sketch_update_kernel", {plan.blocks}, kSketchThreads, plan.shared_bytes, args.stream},
            (args.dtype == Dtype::kBf16 ? kernel_for<Bf16> : kernel_for<Fp16>)(plan.tile_width),
            params);
 }

@@ -1,6 +1,7 @@
 // The sketch update in one launch that reads X from memory once. No torch, no CUDA header.
 //
-//     S = round(X Ω)     Y += Xᵀ S     H += Sᵀ S     trace = ‖X‖²     over the rows that a mask keeps
+//     S = round(X Ω)     Y += Xᵀ S     H += Sᵀ S     trace = ‖X‖²     over the rows that a mask
+//     keeps
 //
 // bf16 or fp16, float32 accumulators, sums in a fixed order. X's rows start at multiples of 16
 // bytes and K is a multiple of 8; M and L are free.

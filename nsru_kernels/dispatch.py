@@ -36,12 +36,15 @@ OPS = {
 
 # (folder, backend) → what its kernels have been through. README's table says the same.
 NOT_RUN = "compiled for sm_80, sm_90 and sm_100 and interpreted, not run on a GPU"
+EMULATED = "compiled for sm_80 and sm_90a and emulated, not run on a GPU"
 KERNELS = {
-    ("linear", "cuda"): "compiled for sm_90a, not run on a GPU",
+    ("linear", "cuda"): "compiled for sm_90a, all but the GEMM emulated, not run on a GPU",
     ("linear", "triton"): NOT_RUN,
     ("linear_group", "triton"): NOT_RUN,
     ("fold", "triton"): NOT_RUN,
+    ("fold", "cuda"): EMULATED,
     ("sketch", "triton"): NOT_RUN,
+    ("sketch", "cuda"): EMULATED,
 }
 
 _MODULE = {"eager": "reference", "triton": "triton", "cuda": "cuda"}

@@ -223,14 +223,19 @@ inline uint4 load_16(const void* gmem, bool inside) {
     return *static_cast<const uint4*>(gmem);
 }
 
+inline int ask_for_ticket(int* counter_gmem) { return threadIdx.x == 0 ? (*counter_gmem)++ : 0; }
+
 inline int take_ticket(int* counter_gmem, int* slot_smem) {
     __syncthreads();
-    if (threadIdx.x == 0) *slot_smem = (*counter_gmem)++;
+    if (threadIdx.x == 0) *slot_smem = ask_for_ticket(counter_gmem);
     __syncthreads();
     return *slot_smem;
 }
 
-inline int signal(int* flag_gmem, int* slot_smem) { return take_ticket(flag_gmem, slot_smem); }
+inline int signal(int* flag_gmem, int* slot_smem) {
+    __syncthreads();
+    return take_ticket(flag_gmem, slot_smem);
+}
 
 inline void wait_for(const int* flag_gmem, int count) {
     if (threadIdx.x == 0) emulator::wait_until([=] { return *flag_gmem >= count; });

@@ -14,7 +14,8 @@ constexpr int kFoldWarps = kFoldThreads / 32;
 constexpr int kFoldRows = 32;     // of an adapter block; a tile of 16 where no more are left
 constexpr int kFoldColumns = 64;  // of a product's tile
 constexpr int kFoldStep = 16;     // terms of a product's sum in a stage
-// Three blocks share a multiprocessor's 228 KiB on sm_90 and hide each other's waiting.
+// Blocks of a multiprocessor hide each other's waiting: three on sm_90, two in the shared memory
+// of sm_80.
 constexpr int kFoldBlocksPerMultiprocessor = 3;
 constexpr int kFoldRing = 18 * 1024;  // bytes of a warp's stages
 
@@ -24,8 +25,8 @@ constexpr int fold_stage(int basis_bytes) {
 }
 constexpr int fold_stages(int basis_bytes) { return kFoldRing / fold_stage(basis_bytes); }
 
-// Behind the stages: addresses of rows, and a slot each for tickets and signals.
-constexpr int kFoldShared = kFoldWarps * kFoldRing + kFoldRows * 8 + 16;
+// Behind the stages: what all threads know of their item.
+constexpr int kFoldShared = kFoldWarps * kFoldRing + 512;
 
 // Values of a table that one launch carries as arguments, of which it can take 4 KiB.
 constexpr int kTableValues = 448;

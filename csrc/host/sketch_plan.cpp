@@ -7,7 +7,7 @@
 namespace nsru {
 namespace {
 
-// More chunks wait longer for their turns than they save.
+// Blocks that hand a tile on in turn: a wait each, so no more than these. Assumed, not measured.
 constexpr int64_t kMaxKChunks = 8;
 constexpr int64_t kMaxMChunks = 4;
 
@@ -42,7 +42,7 @@ Cut cut(const SketchUpdateArgs& args, int64_t multiprocessors) {
 
     out.y_tiles = ceil_div(args.k, kSketchColumns);
     out.tiles = out.y_tiles + ceil_div(width, kSketchColumns);
-    const int64_t panel_rows = out.panel_blocks * kSketchRows;
+    const int64_t panel_rows = std::min(out.panel_blocks * kSketchRows, args.m);
     out.m_chunks = chunks_for(out.tiles * out.l_tiles, kMaxMChunks);
     out.m_chunk = round_up(ceil_div(panel_rows, out.m_chunks), kSketchStepRows);
     out.m_chunks = ceil_div(panel_rows, out.m_chunk);
@@ -118,8 +118,8 @@ std::string refusal(const SketchUpdateArgs& args) {
     if (!reason.empty()) return reason;
     // The cut with the most items: as many chunks as are ever taken.
     if (cut(args, kSizeLimit).items > static_cast<double>(kSizeLimit)) {
-        return value("m", args.m) + ", " + value("k", args.k) + ", " + value("l", args.l) + " and " +
-               value("panel_bytes", args.panel_bytes) + " make more than " +
+        return value("m", args.m) + ", " + value("k", args.k) + ", " + value("l", args.l) +
+               " and " + value("panel_bytes", args.panel_bytes) + " make more than " +
                std::to_string(kSizeLimit) + " work items";
     }
     return "";

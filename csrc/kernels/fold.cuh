@@ -31,8 +31,8 @@ struct FoldParams {
     const int64_t* table_gmem;
     float* workspace_gmem;
     int* counters_gmem;  // ticket | for each problem its blocks, then its blocks x tiles
-    int64_t first_row, rows;
-    int64_t first_item, items;
+    int first_row, first_out, first_item;  // in the table
+    int items;
     Dtype adapter, basis;
     bool has_core;
 };
@@ -58,11 +58,28 @@ struct FoldRange {
     int start, stop, column;
 };
 
-struct FoldMemory {
-    unsigned char* rings;
-    int64_t* rows;  // addresses of the rows of a product's left-hand side; 0: a row of zeros
-    int *ticket_slot, *signal_slot;
+// What a block works on, the same for all of its threads.
+struct FoldItem {
+    FoldMatrix u, core;
+    FoldRange range;
+    bool is_along;
+    int rows;                  // of the block
+    const int64_t* row_gmem;   // addresses of the adapter's
+    const int64_t* out_gmem;   // and of the output's
+    int tiles, chunks, nth;    // the chunk's number
+    int64_t width, part_size;  // a part of T is [all rows, width], in whole tiles
+    float* parts_gmem;         // parts in order | their sum | that times C
+    int *arrived_gmem, *done_gmem;
 };
+
+// A block's shared memory. What all threads know lies here: registers are for sums.
+struct FoldMemory {
+    unsigned char rings[kFoldWarps][kFoldRing];
+    int64_t rows[kFoldRows];  // addresses of a product's left-hand side; 0: a row of zeros
+    FoldItem item;
+    int ticket, signal_slot;
+};
+static_assert(sizeof(FoldMemory) <= kFoldShared, "the launcher asks for enough");
 
 template <class T>
 constexpr bool kTf32Exact = sizeof(typename T::Bits) == 2;
@@ -90,31 +107,39 @@ __device__ inline float load_one(int64_t base, int64_t element, Dtype dtype) {
     }
 }
 
-// x = high + low: what the tensor core reads of x, and what that leaves.
+// x = high + low; the tensor core reads all of high and the upper 11 bits of low. Rounded, not cut:
+// so what products lose has no preferred sign and does not add up.
 struct Split {
     uint32_t high, low;
 };
 
-__device__ inline Split split(float x) {
-    const uint32_t high = __float_as_uint(x) & 0xFFFFE000;
+template <class T>
+__device__ Split split(float x) {
+    if (kTf32Exact<T>) return {__float_as_uint(x), 0};
+    const uint32_t high = (__float_as_uint(x) + 0x1000) & 0xFFFFE000;
     return {high, __float_as_uint(x - __uint_as_float(high))};
 }
 
-// Where a stage keeps element q of U's channel k. Rows of the tile's columns (along) and rows of
-// its terms (remove) lie so that what a warp reads at a time is in different banks.
+// Where a stage keeps its part of U: channels in places, each of kWidth elements, so that what a
+// warp reads at a time is in different banks. Lanes (g, t) of a warp read places 4i + t at columns
+// 32·half + 4g (along), or places 32·half + 8i + g at columns 4t (remove).
 template <class U, bool REMOVE>
 struct BasisStage {
     static constexpr int kWord = 16 / sizeof(typename U::Bits);  // elements of 16 bytes
     static constexpr int kWidth = REMOVE ? kFoldStep : kFoldColumns;
-    static constexpr int kChannels = REMOVE ? kFoldColumns : kFoldStep;
+    static constexpr int kPlaces = REMOVE ? kFoldColumns : kFoldStep;
     static constexpr int kWords = kWidth / kWord;
 
     static __device__ int channel_at(int place) {
         return REMOVE ? place / 32 * 32 + place % 8 * 4 + place / 8 % 4 : place % 4 * 4 + place / 4;
     }
-    static __device__ int offset(int place, int q) {
-        const int word = q / kWord ^ (REMOVE ? 0 : place % 4 * 2);
-        return place * kWidth + word * kWord + q % kWord;
+    static __device__ int offset(int place, int column) {
+        const int word = column / kWord ^ (REMOVE ? 0 : place % 4 * 2);
+        return place * kWidth + word * kWord + column % kWord;
+    }
+    // The offset of more places and columns, where their bits do not meet those of the first.
+    static __device__ int add(int offset, int places, int columns) {
+        return (offset ^ (REMOVE ? 0 : places % 4 * 2 * kWord) ^ columns) + places * kWidth;
     }
 };
 
@@ -126,34 +151,39 @@ __device__ void load_stage(typename X::Bits* x_smem, typename U::Bits* u_smem,
     using Stage = BasisStage<U, REMOVE>;
     const int lane = threadIdx.x % 32;
     const int first_k = REMOVE ? range.column : term, first_q = REMOVE ? term : range.column;
-    const int last_k = REMOVE ? u.k : range.stop, last_q = u.q;
+    const int last_k = REMOVE ? u.k : range.stop, last_q = u.q, last_x = range.stop;
     if (ALIGNED) {
         constexpr int kWord = 16 / sizeof(typename X::Bits), kWords = kFoldStep / kWord;
 #pragma unroll
-        for (int i = lane; i < 16 * ROW_TILES * kWords; i += 32) {
-            const int64_t row = rows_smem[i / kWords];
-            const int x = term + i % kWords * kWord;
-            copy_async(x_smem + i * kWord, reinterpret_cast<const typename X::Bits*>(row) + x,
-                       row && x < range.stop);
+        for (int i = 0; i < 16 * ROW_TILES * kWords / 32; ++i) {
+            const int at = lane + 32 * i, x = term + at % kWords * kWord;
+            const int64_t row = rows_smem[at / kWords];
+            copy_async(x_smem + at * kWord, reinterpret_cast<const typename X::Bits*>(row) + x,
+                       row && x < last_x);
         }
+        constexpr int kAtOnce = 32 / Stage::kWords;  // places
+        const int place = lane / Stage::kWords, word = lane % Stage::kWords * Stage::kWord;
+        const int k = first_k + Stage::channel_at(place), q = first_q + word;
+        const int to = Stage::offset(place, word);
+        const int64_t stride_k = u.stride_k;
+        const auto* const from =
+            reinterpret_cast<const typename U::Bits*>(u.gmem) + k * stride_k + q;
 #pragma unroll
-        for (int i = lane; i < Stage::kChannels * Stage::kWords; i += 32) {
-            const int place = i / Stage::kWords, word = i % Stage::kWords * Stage::kWord;
-            const int k = first_k + Stage::channel_at(place), q = first_q + word;
-            copy_async(u_smem + Stage::offset(place, word),
-                       reinterpret_cast<const typename U::Bits*>(u.gmem) + k * u.stride_k + q,
-                       k < last_k && q < last_q);
+        for (int places = 0; places < Stage::kPlaces; places += kAtOnce) {
+            const int more = Stage::channel_at(places);  // bits of k and of this do not meet
+            copy_async(u_smem + Stage::add(to, places, 0), from + more * stride_k,
+                       k + more < last_k && q < last_q);
         }
     } else {
 #pragma unroll 1
         for (int i = lane; i < 16 * ROW_TILES * kFoldStep; i += 32) {
             const int64_t row = rows_smem[i / kFoldStep];
             const int x = term + i % kFoldStep;
-            const bool inside = row && x < range.stop;
+            const bool inside = row && x < last_x;
             x_smem[i] = X::round(inside ? load_one(row, x, x_dtype) : 0.0f);
         }
 #pragma unroll 1
-        for (int i = lane; i < Stage::kChannels * Stage::kWidth; i += 32) {
+        for (int i = lane; i < Stage::kPlaces * Stage::kWidth; i += 32) {
             const int place = i / Stage::kWidth, k = first_k + Stage::channel_at(place);
             const int q = first_q + i % Stage::kWidth;
             const bool inside = k < last_k && q < last_q;
@@ -171,45 +201,57 @@ __device__ void multiply(float (&sum)[ROW_TILES][8][4], const typename X::Bits* 
                          const typename U::Bits* u_smem) {
     using Stage = BasisStage<U, REMOVE>;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint32_t high[ROW_TILES][2][4], low[ROW_TILES][2][4];
-#pragma unroll
-    for (int i = 0; i < 2 * ROW_TILES; ++i) {
-        float x[4];
-        load_four<X>(x, x_smem + (8 * i + g) * kFoldStep + 4 * t);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const Split parts = split(x[e]);
-            high[i / 2][e / 2][e % 2 * 2 + i % 2] = parts.high;
-            low[i / 2][e / 2][e % 2 * 2 + i % 2] = parts.low;
-        }
-    }
+    const int at = REMOVE ? Stage::offset(g, 4 * t) : Stage::offset(t, 4 * g);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float u[4][4];  // along: term, column; remove: column, term
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            load_four<U>(u[i], u_smem + (REMOVE ? Stage::offset(32 * half + 8 * i + g, 4 * t)
-                                                : Stage::offset(4 * i + t, 32 * half + 4 * g)));
+            load_four<U>(u[i], u_smem + (REMOVE ? Stage::add(at, 32 * half + 8 * i, 0)
+                                                : Stage::add(at, 4 * i, 32 * half)));
         }
-        float tile[ROW_TILES][4][4] = {};
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
+        for (int i = 0; i < ROW_TILES; ++i) {
+            uint32_t high[2][4], low[2][4];
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                const Split b0 = split(REMOVE ? u[n][2 * s] : u[2 * s][n]);
-                const Split b1 = split(REMOVE ? u[n][2 * s + 1] : u[2 * s + 1][n]);
+            for (int j = 0; j < 2; ++j) {
+                float x[4];
+                load_four<X>(x, x_smem + (16 * i + 8 * j + g) * kFoldStep + 4 * t);
 #pragma unroll
-                for (int i = 0; i < ROW_TILES; ++i) {
-                    if (!kTf32Exact<U>) mma_tf32(tile[i][n], high[i][s], b0.low, b1.low);
-                    if (!kTf32Exact<X>) mma_tf32(tile[i][n], low[i][s], b0.high, b1.high);
-                    mma_tf32(tile[i][n], high[i][s], b0.high, b1.high);
+                for (int e = 0; e < 4; ++e) {
+                    const Split parts = split<X>(x[e]);
+                    high[e / 2][e % 2 * 2 + j] = parts.high;
+                    low[e / 2][e % 2 * 2 + j] = parts.low;
                 }
             }
-        }
+            float tile[4][4] = {};
 #pragma unroll
-        for (int i = 0; i < 16 * ROW_TILES; ++i) {
-            sum[i / 16][4 * half + i / 4 % 4][i % 4] += tile[i / 16][i / 4 % 4][i % 4];
+            for (int s = 0; s < 2; ++s) {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    const Split b0 = split<U>(REMOVE ? u[n][2 * s] : u[2 * s][n]);
+                    const Split b1 = split<U>(REMOVE ? u[n][2 * s + 1] : u[2 * s + 1][n]);
+                    if (!kTf32Exact<U>) mma_tf32(tile[n], high[s], b0.low, b1.low);
+                    if (!kTf32Exact<X>) mma_tf32(tile[n], low[s], b0.high, b1.high);
+                    mma_tf32(tile[n], high[s], b0.high, b1.high);
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < 16; ++e) sum[i][4 * half + e / 4][e % 4] += tile[e / 4][e % 4];
         }
+        __syncwarp();  // else what both halves read stays in registers, too many of them
+    }
+}
+
+// total = the sum of `parts` times 4 neighbours, part_size apart, always in the same order.
+__device__ inline void add_parts(float (&total)[4], const float* from, int parts,
+                                 int64_t part_size) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) total[e] = 0.0f;
+#pragma unroll 4
+    for (int part = 0; part < parts; ++part) {
+        const float4 more = *reinterpret_cast<const float4*>(from + part * part_size);
+        total[0] += more.x, total[1] += more.y, total[2] += more.z, total[3] += more.w;
     }
 }
 
@@ -237,27 +279,20 @@ struct Share {
                            int64_t part_size) {
 #pragma unroll
         for (int i = 0; i < 2 * ROW_TILES; ++i) {
-            const float* const from = gmem + row(i) * width + column();
-            float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-            for (int part = 0; part < (row(i) < rows ? parts : 0); ++part) {
-                const float4 more = *reinterpret_cast<const float4*>(from + part * part_size);
-                total = make_float4(total.x + more.x, total.y + more.y, total.z + more.z,
-                                    total.w + more.w);
+            if (row(i) < rows) {
+                add_parts(values[i], gmem + row(i) * width + column(), parts, part_size);
             }
-            values[i][0] = total.x, values[i][1] = total.y;
-            values[i][2] = total.z, values[i][3] = total.w;
         }
     }
 };
 
-// A tile of X U (along) or X Uᵀ (remove), X being memory.rows.
+// A tile of X U (along) or X Uᵀ (remove) over a range of terms, X being memory.rows.
 template <class X, class U, int ROW_TILES, bool ALIGNED, bool REMOVE>
-__device__ Share<ROW_TILES> product(const FoldMemory& memory, const FoldMatrix& u, Dtype x_dtype,
+__device__ Share<ROW_TILES> product(FoldMemory& memory, const FoldMatrix& u, Dtype x_dtype,
                                     const FoldRange& range) {
     constexpr int kBytes = sizeof(typename U::Bits), kStages = fold_stages(kBytes);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    unsigned char* const ring = memory.rings + warp * kFoldRing;
+    unsigned char* const ring = memory.rings[warp];
     const auto u_stage = [&](int step) {
         return reinterpret_cast<typename U::Bits*>(ring + step % kStages * fold_stage(kBytes));
     };
@@ -290,94 +325,152 @@ __device__ Share<ROW_TILES> product(const FoldMemory& memory, const FoldMatrix& 
     wait_for_copies<0>();
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 8 * ROW_TILES; ++i) {  // a row tile, half of it, half the columns, 2t or 2t+1
-        const int tile = i / 8, row = 16 * tile + i / 4 % 2 * 8 + g, half = i / 2 % 2, e = i % 2;
-        const auto value = [&](int n) { return sum[tile][4 * half + n][i / 4 % 2 * 2 + e]; };
-        *reinterpret_cast<float4*>(sums_smem + warp * kSize + row * kWidth + 32 * half + 8 * t +
-                                   4 * e) = make_float4(value(0), value(1), value(2), value(3));
+    for (int i = 0; i < 8 * ROW_TILES; ++i) {
+        // What mma numbers as columns 2t and 2t+1 of tile n are columns 8t + n and 8t+4 + n.
+        const int tile = i / 8, lower = i / 4 % 2, half = i / 2 % 2, e = i % 2;
+        const auto value = [&](int n) { return sum[tile][4 * half + n][2 * lower + e]; };
+        const int row = 16 * tile + 8 * lower + g, column = 32 * half + 8 * t + 4 * e;
+        *reinterpret_cast<float4*>(sums_smem + warp * kSize + row * kWidth + column) =
+            make_float4(value(0), value(1), value(2), value(3));
     }
     __syncthreads();
     Share<ROW_TILES> share;
-    share.add_up(sums_smem, kWidth, 16 * ROW_TILES, kFoldWarps, kSize);
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; ++i) {
+        const float* const from = sums_smem + share.row(i) * kWidth + share.column();
+        add_parts(share.values[i], from, kFoldWarps, kSize);
+    }
     return share;
 }
 
-// One item of a problem, in a tile of 16·ROW_TILES rows.
-template <class A, class U, int ROW_TILES, bool ALIGNED>
-__device__ void work_off(const FoldParams& params, const FoldProblem& problem, int block, int index,
-                         const FoldMemory& memory) {
+// What the table says about the item with this number.
+__device__ inline FoldItem item_of(const FoldParams& params, int ticket) {
+    const int64_t number = params.table_gmem[params.first_item + ticket];
+    const FoldProblem problem =
+        reinterpret_cast<const FoldProblem*>(params.table_gmem)[number >> 32];
+    FoldItem item;
     const int k = static_cast<int>(problem.k), q = static_cast<int>(problem.q);
     const int chunk = static_cast<int>(problem.chunk);
-    const int tiles = (q + kFoldColumns - 1) / kFoldColumns, chunks = (k + chunk - 1) / chunk;
+    item.u = {problem.basis, problem.stride_k, problem.stride_q, k, q, params.basis};
+    item.core = {problem.core, q, 1, q, q, Dtype::kFp32};
+    item.tiles = (q + kFoldColumns - 1) / kFoldColumns;
+    item.chunks = (k + chunk - 1) / chunk;
+    item.width = static_cast<int64_t>(item.tiles) * kFoldColumns;
+    item.part_size = problem.rows * item.width;
+
     const int blocks = static_cast<int>((problem.rows + kFoldRows - 1) / kFoldRows);
+    const int block = static_cast<int>(number & 0xFFFFFFFF) % blocks;
+    const int index = static_cast<int>(number & 0xFFFFFFFF) / blocks;
     const int64_t first = static_cast<int64_t>(block) * kFoldRows;
-    const int left = static_cast<int>(problem.rows - first);
-    const int rows = left < 16 * ROW_TILES ? left : 16 * ROW_TILES;
-    const int64_t* const row_gmem = params.table_gmem + params.first_row + problem.row + first;
+    item.rows =
+        static_cast<int>(problem.rows - first < kFoldRows ? problem.rows - first : kFoldRows);
+    item.row_gmem = params.table_gmem + params.first_row + problem.row + first;
+    item.out_gmem = params.table_gmem + params.first_out + problem.row + first;
+    item.parts_gmem = params.workspace_gmem + problem.workspace + first * item.width;
 
-    // Parts of T in order, their sum, and that times C: each [rows, width], in whole tiles.
-    const int64_t width = static_cast<int64_t>(tiles) * kFoldColumns;
-    const int64_t part_size = problem.rows * width;
-    float* const parts_gmem = params.workspace_gmem + problem.workspace + first * width;
-    float* const sum_gmem = parts_gmem + chunks * part_size;
-    int* const done_gmem = params.counters_gmem + problem.counters + block;
-
-    const int i = threadIdx.x;
-    const auto set_rows = [&](int64_t address) {
-        if (i < 16 * ROW_TILES) memory.rows[i] = i < rows ? address : 0;
-    };
-    const auto row_of = [&](const float* gmem) {
-        return reinterpret_cast<int64_t>(gmem + i * width);
-    };
-    const FoldMatrix u{problem.basis, problem.stride_k, problem.stride_q, k, q, params.basis};
-    if (index < tiles * chunks) {
-        const int tile = index % tiles, nth = index / tiles, column = tile * kFoldColumns;
-        const int start = nth * chunk, stop = start + chunk < k ? start + chunk : k;
-        set_rows(i < rows ? row_gmem[i] : 0);
-        product<A, U, ROW_TILES, ALIGNED, false>(memory, u, params.adapter, {start, stop, column})
-            .store(parts_gmem + nth * part_size + column, width, rows);
-        int* const arrived_gmem =
-            params.counters_gmem + problem.counters + blocks + block * tiles + tile;
-        if (signal(arrived_gmem, memory.signal_slot) != chunks - 1) return;
-        wait_for(arrived_gmem, chunks);  // only to see what the others stored
-        Share<ROW_TILES> total;
-        total.add_up(parts_gmem + column, width, rows, chunks, part_size);
-        total.store(sum_gmem + column, width, rows);
-        if (signal(done_gmem, memory.signal_slot) != tiles - 1 || !params.has_core) return;
-        wait_for(done_gmem, tiles);
-        set_rows(row_of(sum_gmem));
-        const FoldMatrix core{problem.core, q, 1, q, q, Dtype::kFp32};
-        for (int at = 0; at < q; at += kFoldColumns) {
-            product<Fp32, Fp32, ROW_TILES, ALIGNED, false>(memory, core, Dtype::kFp32, {0, q, at})
-                .store(sum_gmem + part_size + at, width, rows);
-        }
-        signal(done_gmem, memory.signal_slot);
+    item.is_along = index < item.tiles * item.chunks;
+    const int tile = index % item.tiles;
+    item.nth = index / item.tiles;
+    if (item.is_along) {
+        const int start = item.nth * chunk;
+        item.range = {start, start + chunk < k ? start + chunk : k, tile * kFoldColumns};
     } else {
-        const int column = (index - tiles * chunks) * kFoldColumns;
-        wait_for(done_gmem, tiles + params.has_core);
-        set_rows(row_of(sum_gmem + params.has_core * part_size));
-        const Share<ROW_TILES> taken = product<Fp32, U, ROW_TILES, ALIGNED, true>(
-            memory, u, Dtype::kFp32, {0, q, column});
-        const int at = column + taken.column();
+        item.range = {0, q, (index - item.tiles * item.chunks) * kFoldColumns};
+    }
+    int* const counters_gmem = params.counters_gmem + problem.counters;
+    item.done_gmem = counters_gmem + block;
+    item.arrived_gmem = counters_gmem + blocks + block * item.tiles + tile;
+    return item;
+}
+
+// This block's rows of a part of T.
+__device__ inline float* part_of(const FoldItem& item, int part) {
+    return item.parts_gmem + part * item.part_size;
+}
+
+// Makes them the left-hand side of a product.
+template <int ROW_TILES>
+__device__ void set_rows(FoldMemory& memory, int part) {
+    const FoldItem& item = memory.item;
+    const int i = threadIdx.x;
+    if (i < 16 * ROW_TILES) {
+        const float* const row_gmem = part_of(item, part) + i * item.width;
+        memory.rows[i] = i < item.rows ? reinterpret_cast<int64_t>(row_gmem) : 0;
+    }
+}
+
+// Part of T; who comes last completes it.
+template <class A, class U, int ROW_TILES, bool ALIGNED>
+__device__ void add_along(const FoldParams& params, FoldMemory& memory) {
+    const FoldItem& item = memory.item;
+    const int i = threadIdx.x;
+    if (i < 16 * ROW_TILES) memory.rows[i] = i < item.rows ? item.row_gmem[i] : 0;
+    const Share<ROW_TILES> part =
+        product<A, U, ROW_TILES, ALIGNED, false>(memory, item.u, params.adapter, item.range);
+    const int next = ask_for_ticket(params.counters_gmem);
+    part.store(part_of(item, item.nth) + item.range.column, item.width, item.rows);
+    const int arrived = signal(item.arrived_gmem, &memory.signal_slot);
+    if (i == 0) memory.ticket = next;
+    if (arrived != item.chunks - 1) return;
+
+    wait_for(item.arrived_gmem, item.chunks);  // only to see what the others stored
+    const int column = item.range.column;
+    Share<ROW_TILES> total;
+    total.add_up(part_of(item, 0) + column, item.width, item.rows, item.chunks, item.part_size);
+    total.store(part_of(item, item.chunks) + column, item.width, item.rows);
+    const int summed = signal(item.done_gmem, &memory.signal_slot);
+    if (!params.has_core || summed != item.tiles - 1) return;
+
+    wait_for(item.done_gmem, item.tiles);
+    set_rows<ROW_TILES>(memory, item.chunks);
+    for (int at = 0; at < item.core.q; at += kFoldColumns) {
+        const Share<ROW_TILES> times_core = product<Fp32, Fp32, ROW_TILES, ALIGNED, false>(
+            memory, item.core, Dtype::kFp32, {0, item.core.q, at});
+        times_core.store(part_of(item, item.chunks + 1) + at, item.width, item.rows);
+    }
+    signal(item.done_gmem, &memory.signal_slot);
+}
+
+// Ā for 64 channels.
+template <class A, class U, int ROW_TILES, bool ALIGNED>
+__device__ void remove(const FoldParams& params, FoldMemory& memory) {
+    const FoldItem& item = memory.item;
+    const int i = threadIdx.x;
+    wait_for(item.done_gmem, item.tiles + params.has_core);
+    set_rows<ROW_TILES>(memory, item.chunks + params.has_core);
+    const Share<ROW_TILES> taken =
+        product<Fp32, U, ROW_TILES, ALIGNED, true>(memory, item.u, Dtype::kFp32, item.range);
+    const int next = ask_for_ticket(params.counters_gmem);
+    const int column = item.range.column + taken.column();
 #pragma unroll
-        for (int j = 0; j < 2 * ROW_TILES; ++j) {
-            if (taken.row(j) >= rows || at >= k) continue;
-            const int64_t from = row_gmem[taken.row(j)];
-            float* const to = reinterpret_cast<float*>(row_gmem[params.rows + taken.row(j)]) + at;
-            if (ALIGNED) {
-                float a[4];
-                load_four<A>(a, reinterpret_cast<const typename A::Bits*>(from) + at);
-                *reinterpret_cast<float4*>(to) =
-                    make_float4(a[0] - taken.values[j][0], a[1] - taken.values[j][1],
-                                a[2] - taken.values[j][2], a[3] - taken.values[j][3]);
-            } else {
+    for (int j = 0; j < 2 * ROW_TILES; ++j) {
+        const int row = taken.row(j);
+        if (row >= item.rows || column >= item.u.k) continue;
+        const int64_t a_gmem = item.row_gmem[row];
+        float* const out_gmem = reinterpret_cast<float*>(item.out_gmem[row]) + column;
+        if (ALIGNED) {
+            float a[4];
+            load_four<A>(a, reinterpret_cast<const typename A::Bits*>(a_gmem) + column);
+            *reinterpret_cast<float4*>(out_gmem) =
+                make_float4(a[0] - taken.values[j][0], a[1] - taken.values[j][1],
+                            a[2] - taken.values[j][2], a[3] - taken.values[j][3]);
+        } else {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    if (at + e >= k) continue;
-                    to[e] = load_one(from, at + e, params.adapter) - taken.values[j][e];
-                }
+            for (int e = 0; e < 4; ++e) {
+                if (column + e >= item.u.k) continue;
+                out_gmem[e] = load_one(a_gmem, column + e, params.adapter) - taken.values[j][e];
             }
         }
+    }
+    if (i == 0) memory.ticket = next;
+}
+
+template <class A, class U, int ROW_TILES, bool ALIGNED>
+__device__ void work_off(const FoldParams& params, FoldMemory& memory) {
+    if (memory.item.is_along) {
+        add_along<A, U, ROW_TILES, ALIGNED>(params, memory);
+    } else {
+        remove<A, U, ROW_TILES, ALIGNED>(params, memory);
     }
 }
 
@@ -385,27 +478,22 @@ __device__ void work_off(const FoldParams& params, const FoldProblem& problem, i
 template <class A, class U, bool ALIGNED>
 __global__ void __launch_bounds__(kFoldThreads, kFoldBlocksPerMultiprocessor)
     fold_kernel(const FoldParams params) {
-    unsigned char* const rings = shared_memory();
-    int64_t* const rows_smem = reinterpret_cast<int64_t*>(rings + kFoldWarps * kFoldRing);
-    int* const slots_smem = reinterpret_cast<int*>(rows_smem + kFoldRows);
-    const FoldMemory memory{rings, rows_smem, slots_smem, slots_smem + 1};
-
-    // A ticket is asked for one item ahead. Whoever holds the smallest unfinished one is still at
-    // work on it, so that waiting cannot deadlock.
-    int ticket = share_ticket(ask_for_ticket(params.counters_gmem), memory.ticket_slot);
-    while (ticket < params.items) {
-        const int next = ask_for_ticket(params.counters_gmem);
-        const int64_t item = params.table_gmem[params.first_item + ticket];
-        const FoldProblem& problem =
-            reinterpret_cast<const FoldProblem*>(params.table_gmem)[item >> 32];
-        const int blocks = static_cast<int>((problem.rows + kFoldRows - 1) / kFoldRows);
-        const int index = static_cast<int>(item & 0xFFFFFFFF), block = index % blocks;
-        if (problem.rows - static_cast<int64_t>(block) * kFoldRows <= 16) {
-            work_off<A, U, 1, ALIGNED>(params, problem, block, index / blocks, memory);
-        } else {
-            work_off<A, U, 2, ALIGNED>(params, problem, block, index / blocks, memory);
+    FoldMemory& memory = *reinterpret_cast<FoldMemory*>(shared_memory());
+    // A ticket is asked for before the item at hand is done. Whoever holds the smallest unfinished
+    // one is still at work on it, so that waiting cannot deadlock.
+    if (threadIdx.x == 0) memory.ticket = ask_for_ticket(params.counters_gmem);
+    while (true) {
+        __syncthreads();
+        if (threadIdx.x == 0 && memory.ticket < params.items) {
+            memory.item = item_of(params, memory.ticket);
         }
-        ticket = share_ticket(next, memory.ticket_slot);
+        __syncthreads();
+        if (memory.ticket >= params.items) return;
+        if (memory.item.rows <= 16) {
+            work_off<A, U, 1, ALIGNED>(params, memory);
+        } else {
+            work_off<A, U, 2, ALIGNED>(params, memory);
+        }
     }
 }
 
@@ -415,9 +503,8 @@ struct WriteTableParams {
     int64_t values[kTableValues];
 };
 
-template <int THREADS>
-__global__ void __launch_bounds__(THREADS) write_table_kernel(const WriteTableParams params) {
-    for (int i = threadIdx.x; i < params.size; i += THREADS) {
+__global__ void __launch_bounds__(kFoldThreads) write_table_kernel(const WriteTableParams params) {
+    for (int i = threadIdx.x; i < params.size; i += kFoldThreads) {
         params.table_gmem[i] = params.values[i];
     }
 }

@@ -141,11 +141,18 @@ __device__ inline double sum_over_block(double value, double* warps_smem) {
     return sum;
 }
 
+// Of a fragment's 8 numbers. Pairwise, and not of more: longer running sums of such squares came
+// out up to 3e-8 low, these 1e-8.
 template <class T>
-__device__ __forceinline__ float square_sum(uint32_t pair) {
-    const float low = T::widen(static_cast<uint16_t>(pair));
-    const float high = T::widen(static_cast<uint16_t>(pair >> 16));
-    return low * low + high * high;
+__device__ __forceinline__ float square_sum(const uint32_t (&fragment)[4]) {
+    float pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float low = T::widen(static_cast<uint16_t>(fragment[i]));
+        const float high = T::widen(static_cast<uint16_t>(fragment[i] >> 16));
+        pairs[i] = low * low + high * high;
+    }
+    return (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
 }
 
 template <class T>
@@ -160,7 +167,7 @@ __device__ __forceinline__ float saturated(float value) {
 }
 
 // A tile of X Ω over one chunk of K; the last chunk's block rounds the sum to S. Blocks of the
-// first columns of Ω make ‖X‖² as well: fp32 over a step, fp64 from there.
+// first columns of Ω make ‖X‖² as well: fp32 over 8 numbers, fp64 from there.
 template <class T, int WIDTH>
 __device__ __forceinline__ void make_s_tile(const SketchKernelParams& params, int panel, int item,
                                             int* slot_smem, double* warps_smem) {
@@ -181,35 +188,37 @@ __device__ __forceinline__ void make_s_tile(const SketchKernelParams& params, in
     uint16_t* const stages_smem = reinterpret_cast<uint16_t*>(shared_memory());
     // Eight threads copy a row of either tile, 128 bytes at a time.
     const int copy_row = threadIdx.x / 8, copy_word = threadIdx.x % 8;
-    bool kept[kSketchRows / 32];
+    constexpr int kRowsEach = 2;  // of either tile, 32 apart
+    static_assert(kSketchRows == 64 && kSketchStepFeatures == 64, "256 threads copy 32 rows");
+    const uint16_t* x_next[kRowsEach];
+    const uint16_t* omega_next[kRowsEach];
+    bool kept[kRowsEach];
 #pragma unroll
-    for (int i = 0; i < kSketchRows / 32; ++i) {
-        const int64_t row = first_row + copy_row + 32 * i;
+    for (int i = 0; i < kRowsEach; ++i) {
+        const int64_t row = first_row + copy_row + 32 * i, feature = first + copy_row + 32 * i;
         kept[i] = row < params.m && (!params.mask_gmem || params.mask_gmem[row]);
+        x_next[i] = params.x_gmem + row * params.ldx + first + 8 * copy_word;
+        omega_next[i] = params.omega_gmem + feature * params.ldomega + first_column + 8 * copy_word;
     }
-    int feature = first;
+    int features_left = last - first;
     const auto load = [&](int stage) {
         uint16_t* const x = stages_smem + stage * kStage;
-        const int column = feature + 8 * copy_word;
 #pragma unroll
-        for (int i = 0; i < kSketchRows / 32; ++i) {
+        for (int i = 0; i < kRowsEach; ++i) {
             const int row = copy_row + 32 * i;
-            copy_async(x + place<kXWords>(row, copy_word),
-                       params.x_gmem + (first_row + row) * params.ldx + column,
-                       kept[i] && column < last);
-        }
+            copy_async(x + place<kXWords>(row, copy_word), x_next[i],
+                       kept[i] && 8 * copy_word < features_left);
+            x_next[i] += kSketchStepFeatures;
 #pragma unroll
-        for (int i = 0; i < kSketchStepFeatures / 32; ++i) {
-            const int row = copy_row + 32 * i;
-#pragma unroll
-            for (int word = copy_word; word < kOmegaWords; word += 8) {
-                const int omega_column = first_column + 8 * word;
-                copy_async(x + kXTile + place<kOmegaWords>(row, word),
-                           params.omega_gmem + (feature + row) * params.ldomega + omega_column,
-                           feature + row < last && omega_column < params.width);
+            for (int j = 0; j < kOmegaWords; j += 8) {
+                const int word = j + copy_word;
+                if (word >= kOmegaWords) break;
+                copy_async(x + kXTile + place<kOmegaWords>(row, word), omega_next[i] + 8 * j,
+                           row < features_left && first_column + 8 * word < params.width);
             }
+            omega_next[i] += kSketchStepFeatures * params.ldomega;
         }
-        feature += kSketchStepFeatures;
+        features_left -= kSketchStepFeatures;
     };
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -219,25 +228,21 @@ __device__ __forceinline__ void make_s_tile(const SketchKernelParams& params, in
     double energy = 0.0;
     walk<kSketchStages>(steps, load, [&](int stage) {
         const uint16_t* const x = stages_smem + stage * kStage;
-        float step_energy = 0.0f;
 #pragma unroll
         for (int k = 0; k < kSketchStepFeatures / 16; ++k) {
             uint32_t a[Mine::kRowTiles][4];
 #pragma unroll
             for (int i = 0; i < Mine::kRowTiles; ++i) {
-                load_matrices(
-                    a[i], x + place<kXWords>(warp_row + 16 * i + lane % 16, 2 * k + lane / 16));
+                load_matrices(a[i],
+                              x + place<kXWords>(warp_row + 16 * i + lane % 16, 2 * k + lane / 16));
             }
             // Warps of the same rows hold the same of X: each squares its share.
-            if (l_tile == 0 && k % Mine::kColumnWarps == column_warp) {
+            if (k % Mine::kColumnWarps == column_warp) {
 #pragma unroll
-                for (int i = 0; i < 4 * Mine::kRowTiles; ++i) {
-                    step_energy += square_sum<T>(a[i / 4][i % 4]);
-                }
+                for (int i = 0; i < Mine::kRowTiles; ++i) energy += square_sum<T>(a[i]);
             }
             multiply_16<T, Mine, kOmegaWords>(s, a, x + kXTile, 16 * k, warp_column / 8);
         }
-        energy += step_energy;
     });
 
     if (l_tile == 0) {
@@ -311,44 +316,54 @@ __device__ __forceinline__ void add_product_tile(const SketchKernelParams& param
 
     uint16_t* const stages_smem = reinterpret_cast<uint16_t*>(shared_memory());
     const int copy_row = threadIdx.x / 8, copy_word = threadIdx.x % 8;
-    // The mask of the next step, asked for a step before it is needed.
-    const auto mask_of = [&](int64_t row) -> int {
-        return row >= last ? 0 : params.mask_gmem ? params.mask_gmem[row] : 1;
-    };
-    int64_t top = first;
-    int pass = 0, kept = mask_of(first + copy_row);
     const int64_t plane = static_cast<int64_t>(params.m) * params.width;
+    const uint16_t* left_next;
+    const uint16_t* s_next;
+    int64_t row;
+    int pass = 0, kept;
+    // The mask is asked for a step before it is needed.
+    const auto ask_mask = [&] {
+        kept = row >= last ? 0 : params.mask_gmem ? params.mask_gmem[row] : 1;
+    };
+    const auto begin_pass = [&] {
+        row = first + copy_row;
+        left_next = left_gmem + (in_y ? 0 : pass / params.planes * plane) + row * left_ld +
+                    left_column + 8 * copy_word;
+        s_next = params.s_gmem + pass % params.planes * plane + row * params.width + first_column +
+                 8 * copy_word;
+        ask_mask();
+    };
+    begin_pass();
     const auto load = [&](int stage) {
         uint16_t* const left = stages_smem + stage * kStage;
-        const int64_t row = top + copy_row;
-        const uint16_t* const left_row =
-            left_gmem + (in_y ? 0 : pass / params.planes * plane) + row * left_ld;
-        const uint16_t* const s_row =
-            params.s_gmem + pass % params.planes * plane + row * params.width;
 #pragma unroll
-        for (int word = copy_word; word < kLeftWords; word += 8) {
-            const int column = left_column + 8 * word;
-            copy_async(left + place<kLeftWords>(copy_row, word), left_row + column,
-                       kept && column < left_columns);
+        for (int j = 0; j < kLeftWords; j += 8) {
+            const int word = j + copy_word;
+            copy_async(left + place<kLeftWords>(copy_row, word), left_next + 8 * j,
+                       kept && left_column + 8 * word < left_columns);
         }
 #pragma unroll
-        for (int word = copy_word; word < kSWords; word += 8) {
-            const int column = first_column + 8 * word;
-            copy_async(left + kLeftTile + place<kSWords>(copy_row, word), s_row + column,
-                       kept && column < params.width);
+        for (int j = 0; j < kSWords; j += 8) {
+            const int word = j + copy_word;
+            if (word >= kSWords) break;
+            copy_async(left + kLeftTile + place<kSWords>(copy_row, word), s_next + 8 * j,
+                       kept && first_column + 8 * word < params.width);
         }
-        top += kSketchStepRows;
-        if (top >= last) {
-            top = first;
+        row += kSketchStepRows;
+        if (row - copy_row < last) {
+            left_next += kSketchStepRows * left_ld;
+            s_next += static_cast<int64_t>(kSketchStepRows) * params.width;
+            ask_mask();
+        } else {
             ++pass;
+            begin_pass();
         }
-        kept = mask_of(top + copy_row);
     };
 
     const int blocks_left = params.row_blocks - panel * params.panel_blocks;
-    wait_for(params.counters_gmem + 1 + panel,
-             (blocks_left < params.panel_blocks ? blocks_left : params.panel_blocks) *
-                 params.l_tiles);
+    wait_for(
+        params.counters_gmem + 1 + panel,
+        (blocks_left < params.panel_blocks ? blocks_left : params.panel_blocks) * params.l_tiles);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int row_warp = warp / Mine::kColumnWarps, column_warp = warp % Mine::kColumnWarps;
     const int warp_row = row_warp * Mine::kRows, warp_column = column_warp * Mine::kColumns;
@@ -393,27 +408,31 @@ __device__ __forceinline__ void add_product_tile(const SketchKernelParams& param
     if (!(trace < params.limit)) return;
     float* const state_gmem = in_y ? params.y_gmem : params.h_gmem;
     const int state_rows = in_y ? params.k : params.l;
-    const auto each = [&](const auto& use) {
+    const int columns = params.l - (first_column + warp_column + 2 * t);  // from this thread's on
 #pragma unroll
-        for (int i = 0; i < 4 * Mine::kTiles; ++i) {
-            const int row_tile = i / 4 / Mine::kColumnTiles, n = i / 4 % Mine::kColumnTiles;
-            const int row = left_column + warp_row + 16 * row_tile + g + i / 2 % 2 * 8;
-            const int column = first_column + warp_column + 8 * n + 2 * t + i % 2;
-            if (row < state_rows && column < params.l) {
-                use(d[i / 4][i % 4], state_gmem + static_cast<int64_t>(row) * params.l + column);
+    for (int i = 0; i < 2 * Mine::kRowTiles; ++i) {
+        const int row = left_column + warp_row + 16 * (i / 2) + g + i % 2 * 8;
+        if (row >= state_rows) continue;
+        float* const state = state_gmem + static_cast<int64_t>(row + 1) * params.l - columns;
+        const auto each = [&](const auto& use) {
+#pragma unroll
+            for (int n = 0; n < 2 * Mine::kColumnTiles; ++n) {
+                const int column = n / 2 * 8 + n % 2;
+                if (column < columns) {
+                    use(d[i / 2 * Mine::kColumnTiles + n / 2][i % 2 * 2 + n % 2], state + column);
+                }
             }
-        }
-    };
-    // All loads before the first store, which they would otherwise wait for.
-    each([](float& sum, const float* state) { sum += *state; });
-    each([](const float& sum, float* state) { *state = sum; });
+        };
+        // All loads of a row before its first store, which they would otherwise wait for.
+        each([](float& sum, const float* at) { sum += *at; });
+        each([](float& sum, float* at) { *at = sum; });
+    }
 }
 
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(kSketchThreads, sketch_blocks_together(WIDTH))
     sketch_update_kernel(const SketchKernelParams params) {
-    auto* const scratch_smem =
-        shared_memory() + sketch_shared_bytes(WIDTH) - kSketchScratchBytes;
+    auto* const scratch_smem = shared_memory() + sketch_shared_bytes(WIDTH) - kSketchScratchBytes;
     double* const warps_smem = reinterpret_cast<double*>(scratch_smem);
     int* const slot_smem = reinterpret_cast<int*>(warps_smem + kSketchWarps);
     const int s_items = params.k_chunks * params.panel_blocks * params.l_tiles;
@@ -421,13 +440,11 @@ __global__ void __launch_bounds__(kSketchThreads, sketch_blocks_together(WIDTH))
     for (;;) {
         const int ticket = take_ticket(params.counters_gmem, slot_smem);
         if (ticket >= params.panels * both) break;
-        const int later = ticket - s_items;  // the first panel's S comes before everything
-        const int panel = later < 0 ? 0 : later / both;
-        const int item = later - panel * both;
+        const bool at_start = ticket < s_items;  // the first panel's S comes before everything
+        const int panel = at_start ? -1 : (ticket - s_items) / both;
+        const int item = at_start ? ticket : ticket - s_items - panel * both;
         const bool ahead = panel + 1 < params.panels;  // S of the next panel beside the products
-        if (later < 0) {
-            make_s_tile<T, WIDTH>(params, 0, ticket, slot_smem, warps_smem);
-        } else if (ahead && item < s_items) {
+        if (ahead && item < s_items) {
             make_s_tile<T, WIDTH>(params, panel + 1, item, slot_smem, warps_smem);
         } else {
             add_product_tile<T, WIDTH>(params, panel, ahead ? item - s_items : item, slot_smem,

@@ -123,10 +123,15 @@ __device__ inline uint4 load_16(const void* gmem, bool inside) {
 // ---- Order between blocks. A block waits only for work with smaller tickets, which is finished or
 // held by a running block: no number of resident blocks can deadlock.
 
+// The next ticket, to thread 0 alone; 0 to the others.
+__device__ inline int ask_for_ticket(int* counter_gmem) {
+    return threadIdx.x == 0 ? atomicAdd(counter_gmem, 1) : 0;
+}
+
 // The next ticket, to every thread of the block. `slot_smem` is this function's own.
 __device__ inline int take_ticket(int* counter_gmem, int* slot_smem) {
     __syncthreads();
-    if (threadIdx.x == 0) *slot_smem = atomicAdd(counter_gmem, 1);
+    if (threadIdx.x == 0) *slot_smem = ask_for_ticket(counter_gmem);
     __syncthreads();
     return *slot_smem;
 }

@@ -1,10 +1,13 @@
 // Tests of csrc/host without CUDA: exits with the number of failed checks.
+#include <algorithm>
 #include <cstdio>
 #include <initializer_list>
 #include <string>
 
+#include "../host/fold_plan.h"
 #include "../host/kext_plan.h"
 #include "../host/narrow_plan.h"
+#include "../host/sketch_plan.h"
 
 namespace {
 
@@ -229,6 +232,164 @@ void test_narrow_products_refuse_what_they_cannot_read() {
     CHECK(refused(columns, "v and rows must both be given"));
 }
 
+nsru::SketchUpdateArgs sketch_args(int64_t m, int64_t k, int64_t l) {
+    nsru::SketchUpdateArgs args{};
+    args.x_gmem = address(0x1000);
+    args.omega_gmem = address(0x2000);
+    args.y_gmem = reinterpret_cast<float*>(0x3004);
+    args.h_gmem = reinterpret_cast<float*>(0x4004);
+    args.trace_gmem = reinterpret_cast<double*>(0x5008);
+    args.m = m, args.k = k, args.l = l;
+    args.ldx = k;
+    args.ldomega = (l + 7) / 8 * 8;
+    args.panel_bytes = 16 << 20;
+    return args;
+}
+
+void test_sketch_plans_cover_everything_once() {
+    for (const int64_t m : {1, 63, 64, 65, 8192, 100000}) {
+        for (const int64_t k : {8, 64, 520, 4096, 14336}) {
+            for (const int64_t l : {1, 8, 33, 128, 184, 192, 193, 576}) {
+                nsru::SketchUpdateArgs args = sketch_args(m, k, l);
+                args.split = l % 2;
+                const nsru::SketchPlan plan = nsru::plan(args, 132);
+                CHECK(plan.tile_width % nsru::kSketchWidthUnit == 0);
+                CHECK(plan.tile_width <= nsru::kSketchMaxWidth);
+                CHECK(plan.l_tiles * plan.tile_width >= l);
+                CHECK((plan.l_tiles - 1) * plan.tile_width < l);
+                CHECK(plan.row_blocks * nsru::kSketchRows >= m);
+                CHECK((plan.row_blocks - 1) * nsru::kSketchRows < m);
+                CHECK(plan.panels * plan.panel_blocks >= plan.row_blocks);
+                CHECK((plan.panels - 1) * plan.panel_blocks < plan.row_blocks);
+                CHECK(plan.panel_blocks == 1 ||
+                      2 * k * nsru::kSketchRows * plan.panel_blocks <= args.panel_bytes);
+                CHECK(plan.k_chunk % nsru::kSketchStepFeatures == 0);
+                CHECK(plan.k_chunks * plan.k_chunk >= k && (plan.k_chunks - 1) * plan.k_chunk < k);
+                const int64_t panel_rows =
+                    std::min<int64_t>(m, plan.panel_blocks * nsru::kSketchRows);
+                CHECK(plan.m_chunk % nsru::kSketchStepRows == 0);
+                CHECK(plan.m_chunks * plan.m_chunk >= panel_rows);
+                CHECK((plan.m_chunks - 1) * plan.m_chunk < panel_rows);
+                CHECK(plan.y_tiles * nsru::kSketchColumns >= k);
+                CHECK((plan.tiles - plan.y_tiles) * nsru::kSketchColumns >= plan.width);
+                CHECK(plan.width >= l && plan.width % 8 == 0 && plan.planes == 1 + l % 2);
+                CHECK(plan.blocks >= 1 && plan.blocks <= plan.items && plan.blocks <= 264);
+                CHECK(plan.shared_bytes <= 99 * 1024);  // of sm_86 and sm_89
+                // Arrays of the workspace follow each other, aligned.
+                const size_t ends[] = {plan.counters_bytes, plan.energy_at, plan.s_at,
+                                       plan.s_sums_at, plan.product_sums_at};
+                for (const size_t end : ends) CHECK(end % 16 == 0 && end <= plan.workspace_bytes);
+                CHECK(plan.s_at - plan.energy_at >= size_t{8} * plan.row_blocks * plan.k_chunks);
+                CHECK(plan.s_sums_at - plan.s_at >= size_t{2} * plan.planes * m * plan.width);
+                CHECK((plan.product_sums_at > plan.s_sums_at) == (plan.k_chunks > 1));
+                CHECK((plan.workspace_bytes > plan.product_sums_at) ==
+                      (plan.panels * plan.m_chunks > 1));
+            }
+        }
+    }
+}
+
+void test_a_panel_of_the_sketch_has_work_for_every_multiprocessor() {
+    const nsru::SketchPlan plan = nsru::plan(sketch_args(8192, 4096, 128), 132);
+    CHECK(plan.panels == 4 && plan.panel_blocks == 32 && plan.l_tiles == 1);
+    CHECK(plan.k_chunks * plan.panel_blocks == 128 && plan.m_chunks * plan.tiles == 132);
+    CHECK(plan.items == 4 * (128 + 132) && plan.blocks == 264);
+    CHECK(nsru::plan(sketch_args(8192, 4096, 184), 132).blocks == 132);
+    CHECK(nsru::plan(sketch_args(8192, 4096, 192), 132).l_tiles == 1);
+    CHECK(nsru::plan(sketch_args(8192, 4096, 200), 132).tile_width == 128);
+    CHECK(nsru::plan(sketch_args(1, 8, 1), 132).blocks == 3);
+}
+
+void test_the_sketch_refuses_what_it_cannot_read() {
+    using Args = nsru::SketchUpdateArgs;
+    CHECK(nsru::refusal(sketch_args(7, 64, 3)).empty());
+    CHECK(nsru::refusal(sketch_args(int64_t{1} << 24, 16384, 576)).empty());
+    const struct {
+        void (*change)(Args&);
+        const char* reason;
+    } cases[] = {
+        {[](Args& a) { a.dtype = nsru::Dtype::kFp32; }, "dtype must be bf16 or fp16"},
+        {[](Args& a) { a.m = 0; }, "m=0 must be between 1 and"},
+        {[](Args& a) { a.k = 60; }, "k=60 must be a multiple of 8"},
+        {[](Args& a) { a.l = -1; }, "l=-1 must be between 1 and"},
+        {[](Args& a) { a.panel_bytes = 0; }, "panel_bytes=0 must be positive"},
+        {[](Args& a) { a.ldx = 56; }, "ldx=56 is less than the 64 columns of x"},
+        {[](Args& a) { a.ldx = 68; }, "ldx=68: rows of x must start at multiples of 16 bytes"},
+        {[](Args& a) { a.x_gmem = address(0x1008); }, "x must start at a multiple of 16 bytes"},
+        {[](Args& a) { a.ldomega = 3; }, "ldomega=3 is less than the 8 columns of omega"},
+        {[](Args& a) { a.omega_gmem = nullptr; }, "omega is a null pointer"},
+        {[](Args& a) { a.y_gmem = nullptr; }, "y is a null pointer"},
+        {[](Args& a) { a.h_gmem = nullptr; }, "h is a null pointer"},
+        {[](Args& a) { a.trace_gmem = nullptr; }, "trace is a null pointer"},
+        {[](Args& a) { a.m = a.k = a.l = a.ldx = a.ldomega = int64_t{1} << 30; },
+         "m=1073741824, k=1073741824, l=1073741824 and panel_bytes=16777216 make more than"},
+    };
+    for (const auto& [change, reason] : cases) {
+        Args args = sketch_args(7, 64, 3);
+        change(args);
+        const std::string got = nsru::refusal(args);
+        if (got.find(reason) == std::string::npos) {
+            ++failures;
+            std::fprintf(stderr, "refusal is '%s', not '%s'\n", got.c_str(), reason);
+        }
+    }
+}
+
+// One problem of 3 rows in 2 items.
+nsru::FoldArgs fold_args() {
+    nsru::FoldArgs args{};
+    args.table_gmem = reinterpret_cast<const int64_t*>(0x1008);
+    args.table_size = 11 + 2 * 3 + 2;
+    args.problems = 1, args.rows = 3, args.items = 2;
+    args.counters_gmem = reinterpret_cast<int*>(0x2004);
+    args.counters_size = 3;
+    args.workspace_gmem = reinterpret_cast<void*>(0x3000);
+    args.workspace_bytes = 2 * 3 * 64 * 4;
+    return args;
+}
+
+void test_fold_blocks_share_a_multiprocessor() {
+    constexpr int kReserved = 1024;  // by the system, for each block
+    CHECK(3 * (nsru::kFoldShared + kReserved) <= 228 * 1024);
+    CHECK(2 * (nsru::kFoldShared + kReserved) <= 164 * 1024);
+    for (const int bytes : {2, 4}) {
+        CHECK(nsru::fold_stages(bytes) >= 3);
+        CHECK(nsru::fold_stages(bytes) * nsru::fold_stage(bytes) <= nsru::kFoldRing);
+    }
+    CHECK(sizeof(int64_t) * nsru::kTableValues + 16 <= 4096);
+}
+
+void test_the_fold_refuses_what_does_not_fit_together() {
+    using Args = nsru::FoldArgs;
+    CHECK(nsru::refusal(fold_args()).empty());
+    const struct {
+        void (*change)(Args&);
+        const char* reason;
+    } cases[] = {
+        {[](Args& a) { a.adapter = static_cast<nsru::Dtype>(3); }, "adapter must be bf16, fp16"},
+        {[](Args& a) { a.basis = static_cast<nsru::Dtype>(-1); }, "basis must be bf16, fp16"},
+        {[](Args& a) { a.problems = 0; }, "problems=0 must be between 1 and"},
+        {[](Args& a) { a.rows = int64_t{1} << 31; }, "rows=2147483648 must be between 1 and"},
+        {[](Args& a) { a.items = -1; }, "items=-1 must be between 1 and"},
+        {[](Args& a) { a.table_size = 20; }, "table_size=20 must be 19: 11 values a problem"},
+        {[](Args& a) { a.table_gmem = nullptr; }, "table is a null pointer"},
+        {[](Args& a) { a.counters_gmem = nullptr; }, "counters is a null pointer"},
+        {[](Args& a) { a.counters_size = 2; }, "counters_size=2 is less than 3"},
+        {[](Args& a) { a.workspace_gmem = nullptr; }, "workspace is a null pointer"},
+        {[](Args& a) { a.workspace_gmem = reinterpret_cast<void*>(8); }, "workspace must start at"},
+        {[](Args& a) { a.workspace_bytes = 1535; }, "workspace_bytes=1535 is less than 1536"},
+    };
+    for (const auto& [change, reason] : cases) {
+        Args args = fold_args();
+        change(args);
+        CHECK(nsru::refusal(args).find(reason) == 0);
+    }
+    int64_t value = 0;
+    CHECK(nsru::refusal(nsru::WriteTableArgs{&value, 1, &value, 0, nullptr}).empty());
+    CHECK(nsru::refusal(nsru::WriteTableArgs{&value, 0, &value, 0, nullptr}).find("size=0") == 0);
+    CHECK(nsru::refusal(nsru::WriteTableArgs{nullptr, 1, &value, 0, nullptr}).find("values") == 0);
+}
+
 }  // namespace
 
 int main() {
@@ -241,5 +402,10 @@ int main() {
     test_narrow_plans_cover_everything_once();
     test_sums_are_split_where_multiprocessors_would_idle();
     test_narrow_products_refuse_what_they_cannot_read();
+    test_sketch_plans_cover_everything_once();
+    test_a_panel_of_the_sketch_has_work_for_every_multiprocessor();
+    test_the_sketch_refuses_what_it_cannot_read();
+    test_fold_blocks_share_a_multiprocessor();
+    test_the_fold_refuses_what_does_not_fit_together();
     return failures;
 }

@@ -126,11 +126,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-def check_dtypes(op: str, *tensors: Tensor) -> None:
+def check_dtypes(op: str, *tensors: Tensor, backend: str = "triton") -> None:
     """Refuse what the kernels cannot hold. Raises BackendUnavailable."""
     for tensor in tensors:
         if tensor.dtype not in KERNEL_DTYPES:
             raise BackendUnavailable(
-                f"backend='triton' cannot serve {op}: kernels take float32, bf16 and fp16, got "
+                f"backend={backend!r} cannot serve {op}: kernels take float32, bf16 and fp16, got "
                 f"{tensor.dtype}. Use backend='eager'."
             )

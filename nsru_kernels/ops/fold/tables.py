@@ -1,15 +1,18 @@
-"""What the grouped fold kernel is told in int64: problems, addresses of rows, order of items."""
+"""What both grouped fold kernels are told in int64: problems, addresses of rows, order of items."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FIELDS = 11  # numbers that describe a problem; ``describe`` lays them out
+# Bytes of bases between the two uses of a basis: more than what all programs have under way at a
+# time (64 KiB each), and with the longest basis of an 8B model still less than L2.
+LAG = 24 << 20
 
 
 class Problem(NamedTuple):
@@ -42,6 +45,15 @@ class Size(NamedTuple):
         return max(256, -(-self.K // 32 // 256) * 256)
 
 
+class Kind(NamedTuple):
+    """What the problems of one launch share."""
+
+    adapter_dtype: torch.dtype
+    basis_dtype: torch.dtype
+    has_core: bool
+    is_aligned: bool
+
+
 class Tiles(NamedTuple):
     """Tile sizes of a config."""
 
@@ -57,6 +69,88 @@ class Schedule(NamedTuple):
     workspace_size: int
     counter_offsets: list[int]
     counter_size: int
+
+
+class Arguments(NamedTuple):
+    """What a launch gets: the table, its parts, and memory."""
+
+    table: Tensor
+    problems: int
+    rows: int
+    items: int
+    workspace: Tensor
+    counters: Tensor
+
+
+def group(
+    as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None]
+) -> tuple[list[Tensor], dict[Kind, list[Problem]]]:
+    """(outputs, the problems that fill them by launch); outputs without a problem are filled.
+
+    One launch for each pair of adapter and basis dtypes; a second one where a few problems are not
+    aligned to 16 bytes and would slow down the others.
+    """
+    outputs: list[Tensor] = []
+    problems: dict[tuple, Problem] = {}
+    for a_RK, basis_KQ, core_QQ in zip(as_RK, bases_KQ, cores_QQ, strict=True):
+        if not a_RK.numel() or not basis_KQ.shape[1]:
+            outputs.append(a_RK.to(torch.float32, copy=True).contiguous())
+            continue
+        output_RK = torch.empty(a_RK.shape, dtype=torch.float32, device=a_RK.device)
+        outputs.append(output_RK)
+        key = (a_RK.dtype, *_identity(basis_KQ), *_identity(core_QQ))
+        if key not in problems:
+            core_QQ = None if core_QQ is None else core_QQ.contiguous()
+            problems[key] = Problem(basis_KQ, core_QQ, [], [])
+        problems[key].adapters.append(a_RK if a_RK.stride(1) == 1 else a_RK.contiguous())
+        problems[key].outputs.append(output_RK)
+
+    launches: dict[Kind, list[Problem]] = {}
+    for problem in problems.values():
+        kind = Kind(
+            *(problem.adapters[0].dtype, problem.basis.dtype),
+            *(problem.core is not None, aligned(problem)),
+        )
+        launches.setdefault(kind, []).append(problem)
+    return outputs, launches
+
+
+def _identity(tensor: Tensor | None) -> tuple:
+    if tensor is None:
+        return (None,)
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def arguments(
+    problems: Sequence[Problem], tiles: Tiles, write: Callable[[Tensor, torch.device], Tensor]
+) -> Arguments:
+    """All that a launch needs on its device; ``write`` as in ``to_device``."""
+    device = problems[0].basis.device
+    plan = schedule(tuple(problem.size for problem in problems), tiles, LAG)
+    table, rows = describe(problems, plan)
+    return Arguments(
+        to_device(table, device, write),
+        len(problems),
+        rows,
+        plan.items.numel(),
+        torch.empty(plan.workspace_size, dtype=torch.float32, device=device),
+        torch.zeros(plan.counter_size, dtype=torch.int32, device=device),
+    )
+
+
+def to_device(
+    table: Tensor, device: torch.device, write: Callable[[Tensor, torch.device], Tensor]
+) -> Tensor:
+    """A copy of ``table`` on ``device`` that a CUDA graph, too, can make again at every replay.
+
+    There ``write`` makes it: by kernels that get the values as arguments, so that nothing on the
+    host must stay.
+    """
+    if device.type != "cuda":
+        return table.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        return write(table, device)
+    return table.pin_memory().to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=64)
@@ -94,8 +188,8 @@ def schedule(sizes: tuple[Size, ...], tiles: Tiles, lag: int) -> Schedule:
     )
 
 
-def describe(problems: Sequence[Problem], plan: Schedule) -> tuple[Tensor, int, int]:
-    """(table, where the rows begin, how many there are); the items follow two such row lists."""
+def describe(problems: Sequence[Problem], plan: Schedule) -> tuple[Tensor, int]:
+    """(table, number of rows): problems, addresses of adapter rows, of output rows, items."""
     fields, row = [], 0
     for i, problem in enumerate(problems):
         basis, core, size = problem.basis, problem.core, problem.size
@@ -108,7 +202,7 @@ def describe(problems: Sequence[Problem], plan: Schedule) -> tuple[Tensor, int, 
     inputs = row_addresses([a for problem in problems for a in problem.adapters])
     outputs = row_addresses([o for problem in problems for o in problem.outputs])
     table = torch.cat([torch.tensor(fields), inputs, outputs, plan.items])
-    return table, len(fields), row
+    return table, row
 
 
 def row_addresses(tensors: Sequence[Tensor]) -> Tensor:
