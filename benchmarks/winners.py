@@ -55,18 +55,21 @@ def linear_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def fold_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
-    """The grouped launch that beats the loop for every dtype of the basis, by most in sum."""
-    by_basis: dict[str, dict[str, float]] = {}
+    """For each number of adapters: the grouped launch that beats the loop for every dtype of the
+    basis, by most in sum; else the loop."""
+    by_count: dict[int, dict[str, dict[str, float]]] = {}
     for row in rows:
-        by_basis.setdefault(row["basis"], {})[row["provider"]] = float(row["p50_ms"])
-    if not by_basis:
-        return []
-    total = {"eager": sum(times["eager, a loop"] for times in by_basis.values())}
-    for backend in ("triton", "cuda"):
-        grouped = f"{backend}, one launch"
-        if all(times.get(grouped, inf) < times["eager, a loop"] for times in by_basis.values()):
-            total[backend] = sum(times[grouped] for times in by_basis.values())
-    return [{"sizes": [], "fold_many": _fastest(total)}]
+        bases = by_count.setdefault(int(row["adapters"]), {})
+        bases.setdefault(row["basis"], {})[row["provider"]] = float(row["p50_ms"])
+    entries = []
+    for count, bases in sorted(by_count.items()):
+        total = {"eager": sum(times["eager, a loop"] for times in bases.values())}
+        for backend in ("triton", "cuda"):
+            grouped = f"{backend}, one launch"
+            if all(times.get(grouped, inf) < times["eager, a loop"] for times in bases.values()):
+                total[backend] = sum(times[grouped] for times in bases.values())
+        entries.append({"sizes": [count], "fold_many": _fastest(total)})
+    return entries
 
 
 def sketch_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:

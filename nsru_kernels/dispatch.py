@@ -241,6 +241,8 @@ def _looked_up_by(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
         sketch, x = args[:2]
         if isinstance(x, torch.Tensor) and x.dim() and hasattr(sketch, "width"):
             return "update_sketch", (math.prod(x.shape[:-1]), x.shape[-1], sketch.width)
+    if OPS[op] == "fold" and args:
+        return "fold_many", (len(args[0]) if isinstance(args[0], (list, tuple)) else 1,)
     return {"fold": "fold_many", "sketch": "update_sketch"}.get(OPS[op], "forward"), ()
 
 

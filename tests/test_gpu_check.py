@@ -41,7 +41,12 @@ def test_the_fastest_plan_wins_forward_and_the_fastest_backend_backward():
 
 def fold_rows(**ms):
     return [
-        {"basis": basis, "provider": f"{backend}, {how}", "p50_ms": str(value)}
+        {
+            "basis": basis,
+            "adapters": "224",
+            "provider": f"{backend}, {how}",
+            "p50_ms": str(value),
+        }
         for backend, values in ({"eager": (1.0, 1.0)} | ms).items()
         for basis, value in zip(("float32", "bfloat16"), values, strict=True)
         for how in ("a loop" if backend == "eager" else "one launch",)
@@ -56,7 +61,12 @@ def test_the_grouped_fold_must_win_for_every_basis():
         ({"triton": (0.5, 0.4), "cuda": (0.1, 1.1)}, "triton"),
         ({}, "eager"),
     ):
-        assert fold_entries(fold_rows(**ms)) == [{"sizes": [], "fold_many": winner}], ms
+        assert fold_entries(fold_rows(**ms)) == [{"sizes": [224], "fold_many": winner}], ms
+    one = [row | {"adapters": "1"} for row in fold_rows(triton=(2.0, 2.0))]
+    assert fold_entries([*fold_rows(triton=(0.5, 0.4)), *one]) == [
+        {"sizes": [1], "fold_many": "eager"},
+        {"sizes": [224], "fold_many": "triton"},
+    ]
     assert fold_entries([]) == []
 
 

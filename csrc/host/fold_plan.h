@@ -28,8 +28,8 @@ constexpr int fold_stages(int basis_bytes) { return kFoldRing / fold_stage(basis
 // Behind the stages: what all threads know of their item.
 constexpr int kFoldShared = kFoldWarps * kFoldRing + 512;
 
-// Values of a table that one launch carries as arguments, of which it can take 4 KiB.
-constexpr int kTableValues = 448;
+// Values of a table that one launch carries as arguments, of which it can take 32,764 bytes.
+constexpr int kTableValues = 4000;
 
 // Why the launcher of the same arguments cannot take them, with their values; "" where it can.
 std::string refusal(const FoldArgs& args);

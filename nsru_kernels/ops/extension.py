@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {**SHORT, torch.float32: "fp32"}
+# 16-bit elements in 16 bytes, the unit of TMA and of wide loads for addresses and row distances.
+ALIGNED = 8
 # op → the launcher that it needs of the extension
 _LAUNCHERS = {
     "linear": "launch_kext_gemm",
@@ -86,3 +90,16 @@ def launch(name: str, near: Tensor, **call: Any) -> None:
     size = getattr(module, f"{name}_workspace")(**call)
     workspace = near.new_empty(size, dtype=torch.uint8)
     getattr(module, f"launch_{name}")(**call, workspace=workspace.data_ptr(), workspace_bytes=size)
+
+
+def aligned(matrix: Tensor) -> bool:
+    """Whether every row of a 16-bit matrix starts at a multiple of 16 bytes."""
+    return matrix.stride(0) % ALIGNED == 0 and matrix.data_ptr() % 16 == 0
+
+
+def row_major(matrix: Tensor) -> Tensor:
+    """``matrix`` where its rows can be read in wide words; else a copy, as of a transposed one."""
+    rows_fit = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    if rows_fit and aligned(matrix):
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)

@@ -180,7 +180,7 @@ def test_auto_falls_back_where_a_measured_kernel_cannot_serve(fake_kernel, monke
 def test_a_damaged_table_counts_as_not_measured(measured, tmp_path, damage):
     (tmp_path / "nvidia-test-1.json").write_text(damage)
     plans._table.cache_clear()
-    assert measured(op="fold", function="fold_many", sizes=()) is None
+    assert measured(op="fold", function="fold_many", sizes=(224,)) is None
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def measured(monkeypatch, tmp_path):
             {"sizes": [8192, 4096, 4096, 16], "forward": "triton kext", "backward": "eager"},
             {"sizes": [1, 4096, 4096, 16], "forward": "triton decode"},
         ],
-        "fold": [{"sizes": [], "fold_many": "triton"}],
+        "fold": [{"sizes": [224], "fold_many": "triton"}],
     }
     (tmp_path / "nvidia-test-1.json").write_text(json.dumps(table))
     monkeypatch.setattr(plans, "FOLDER", tmp_path)
@@ -214,10 +214,11 @@ def test_nearest_measured_sizes_within_a_factor_of_two(measured):
     assert linear("backward", 8192, 4096, 4096, 16) == ("eager", None)
     assert linear("backward", 1, 4096, 4096, 16) is None, "was not measured"
     assert linear("forward", 0, 4096, 4096, 16) is None
-    assert measured(op="fold", function="fold_many", sizes=()) == ("triton", None)
+    assert measured(op="fold", function="fold_many", sizes=(160,)) == ("triton", None)
+    assert measured(op="fold", function="fold_many", sizes=(1,)) is None
     assert measured(op="sketch", function="update_sketch", sizes=()) is None
     cpu = torch.device("cpu")
-    assert plans.choose("fold", "fold_many", cpu, ()) is None
+    assert plans.choose("fold", "fold_many", cpu, (224,)) is None
 
 
 def test_a_kernel_says_why_it_cannot_run(fake_kernel, monkeypatch):

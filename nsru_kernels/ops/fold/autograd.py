@@ -27,7 +27,8 @@ def _fold_many(
 ) -> list[Tensor]:
     dtypes = {t.dtype for t in (*as_RK, *bases_KQ)}
     args = (as_RK, bases_KQ, cores_QQ)
-    return run("fold", "fold_many", backend, as_RK[0].device, *args, dtypes=dtypes)
+    sizes = (len(as_RK),)
+    return run("fold", "fold_many", backend, as_RK[0].device, *args, sizes=sizes, dtypes=dtypes)
 
 
 @torch.library.register_fake("nsru::fold")

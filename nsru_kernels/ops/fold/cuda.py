@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from nsru_kernels.ops import extension, launch
+from nsru_kernels.ops.extension import DTYPES
 from nsru_kernels.ops.fold.tables import Kind, Problem, Tiles, arguments, group
 
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_TILES = Tiles(rows=32, out=64)  # as compiled: csrc/host/fold_plan.h
+# As compiled: csrc/host/fold_plan.h
+_TILES = Tiles(rows=32, out=64)
+_VALUES_PER_WRITE = 4000
 
 
 def fold_many(
@@ -30,7 +32,7 @@ def fold_many(
 
 def _launch(kind: Kind, problems: list[Problem]) -> None:
     with torch.cuda.device_of(problems[0].basis):  # whose stream may be capturing
-        args = arguments(problems, _TILES, write_table)
+        args = arguments(problems, _TILES, write_table, _VALUES_PER_WRITE)
         extension.load().launch_fold(
             table=args.table.data_ptr(),
             table_size=args.table.numel(),
@@ -39,8 +41,8 @@ def _launch(kind: Kind, problems: list[Problem]) -> None:
             items=args.items,
             counters=args.counters.data_ptr(),
             counters_size=args.counters.numel(),
-            adapter=_DTYPES[kind.adapter_dtype],
-            basis=_DTYPES[kind.basis_dtype],
+            adapter=DTYPES[kind.adapter_dtype],
+            basis=DTYPES[kind.basis_dtype],
             has_core=kind.has_core,
             aligned=kind.is_aligned,
             workspace=args.workspace.data_ptr(),

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +65,7 @@ class Tiles(NamedTuple):
 class Schedule(NamedTuple):
     """What follows from the sizes alone."""
 
-    items: Tensor
+    items: np.ndarray  # int64
     workspace_offsets: list[int]
     workspace_size: int
     counter_offsets: list[int]
@@ -122,33 +123,40 @@ def _identity(tensor: Tensor | None) -> tuple:
 
 
 def arguments(
-    problems: Sequence[Problem], tiles: Tiles, write: Callable[[Tensor, torch.device], Tensor]
+    problems: Sequence[Problem],
+    tiles: Tiles,
+    write: Callable[[Tensor, torch.device], Tensor],
+    values_per_write: int,
 ) -> Arguments:
-    """All that a launch needs on its device; ``write`` as in ``to_device``."""
+    """All that a launch needs on its device; ``write`` and its values as in ``to_device``."""
     device = problems[0].basis.device
     plan = schedule(tuple(problem.size for problem in problems), tiles, LAG)
     table, rows = describe(problems, plan)
     return Arguments(
-        to_device(table, device, write),
+        to_device(table, device, write, values_per_write),
         len(problems),
         rows,
-        plan.items.numel(),
+        plan.items.size,
         torch.empty(plan.workspace_size, dtype=torch.float32, device=device),
         torch.zeros(plan.counter_size, dtype=torch.int32, device=device),
     )
 
 
 def to_device(
-    table: Tensor, device: torch.device, write: Callable[[Tensor, torch.device], Tensor]
+    table: Tensor,
+    device: torch.device,
+    write: Callable[[Tensor, torch.device], Tensor],
+    values_per_write: int,
 ) -> Tensor:
-    """A copy of ``table`` on ``device`` that a CUDA graph, too, can make again at every replay.
+    """A copy of ``table`` on ``device``.
 
-    There ``write`` makes it: by kernels that get the values as arguments, so that nothing on the
-    host must stay.
+    ``write`` makes it by kernels that get the values as arguments, ``values_per_write`` a launch:
+    where one launch is enough, and in a CUDA graph, which can make it again at every replay though
+    nothing on the host has stayed.
     """
     if device.type != "cuda":
         return table.to(device)
-    if torch.cuda.is_current_stream_capturing():
+    if table.numel() <= values_per_write or torch.cuda.is_current_stream_capturing():
         return write(table, device)
     return table.pin_memory().to(device, non_blocking=True)
 
@@ -184,7 +192,7 @@ def schedule(sizes: tuple[Size, ...], tiles: Tiles, lag: int) -> Schedule:
         counters += blocks * (1 + q_tiles)
     order = torch.sort(torch.cat(keys), stable=True).indices
     return Schedule(
-        torch.cat(items)[order], workspace_offsets, workspace, counter_offsets, counters
+        torch.cat(items)[order].numpy(), workspace_offsets, workspace, counter_offsets, counters
     )
 
 
@@ -201,18 +209,17 @@ def describe(problems: Sequence[Problem], plan: Schedule) -> tuple[Tensor, int]:
         row += size.rows
     inputs = row_addresses([a for problem in problems for a in problem.adapters])
     outputs = row_addresses([o for problem in problems for o in problem.outputs])
-    table = torch.cat([torch.tensor(fields), inputs, outputs, plan.items])
-    return table, row
+    parts = np.array(fields, dtype=np.int64), inputs, outputs, plan.items
+    return torch.from_numpy(np.concatenate(parts)), row
 
 
-def row_addresses(tensors: Sequence[Tensor]) -> Tensor:
+def row_addresses(tensors: Sequence[Tensor]) -> np.ndarray:
     """The address of every row of every matrix, in order."""
-    counts = torch.tensor([t.shape[0] for t in tensors])
-    starts = torch.tensor([t.data_ptr() for t in tensors])
-    strides = torch.tensor([t.stride(0) * t.element_size() for t in tensors])
-    before = counts.cumsum(0) - counts
-    nth = torch.arange(int(counts.sum())) - before.repeat_interleave(counts)
-    return starts.repeat_interleave(counts) + nth * strides.repeat_interleave(counts)
+    counts = np.array([t.shape[0] for t in tensors])
+    starts = np.array([t.data_ptr() for t in tensors], dtype=np.int64)
+    strides = np.array([t.stride(0) * t.element_size() for t in tensors])
+    nth = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    return np.repeat(starts, counts) + nth * np.repeat(strides, counts)
 
 
 def aligned(problem: Problem) -> bool:

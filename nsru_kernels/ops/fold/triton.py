@@ -45,7 +45,8 @@ def _launch(kind: Kind, problems: list[Problem]) -> None:
 
     def run(config: launch.Config) -> None:
         blocks = config.blocks
-        args = arguments(problems, Tiles(blocks["BLOCK_R"], blocks["BLOCK_OUT"]), write_table)
+        tiles = Tiles(blocks["BLOCK_R"], blocks["BLOCK_OUT"])
+        args = arguments(problems, tiles, write_table, _VALUES_PER_WRITE)
         programs = _PROGRAMS_PER_MULTIPROCESSOR * launch.multiprocessors(device)
         first_row = FIELDS * args.problems
         fold_kernel[(min(args.items, programs),)](

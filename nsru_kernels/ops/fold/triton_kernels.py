@@ -265,7 +265,8 @@ def product(x, y, Y_IS_SHORT: tl.constexpr):
     """
     if Y_IS_SHORT:
         # y was 16 bits wide, so TF32 holds it exactly: two products, where others need three.
-        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        # Rounded to TF32's 19 bits, not cut: what tensor cores drop of the rest would add up.
+        high = ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
         low = tl.dot(x - high, y, input_precision="tf32")
         return tl.dot(high, y, low, input_precision="tf32")
     return tl.dot(x, y, input_precision="tf32x3")

@@ -11,15 +11,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from nsru_kernels.config import BackendUnavailable
+from nsru_kernels.ops.extension import ALIGNED, SHORT, aligned, row_major
 from nsru_kernels.ops.linear.cuda_products import (
-    ALIGNED,
-    DTYPES,
     MAX_RANK_TOGETHER,
-    aligned,
     columns_product,
     kext_gemm,
     padded,
-    row_major,
     rows_product,
 )
 
@@ -86,7 +83,7 @@ def backward(
 def _check(x_MC: Tensor, w_NK: Tensor, dropout_p: float) -> None:
     """Refuse what the kernels cannot take. Raises BackendUnavailable."""
     reason = None
-    if x_MC.dtype not in DTYPES:
+    if x_MC.dtype not in SHORT:
         reason = f"the kernels take bf16 and fp16, got {x_MC.dtype}"
     elif dropout_p:
         reason = f"the GEMM has no dropout mask, got dropout_p={dropout_p}"

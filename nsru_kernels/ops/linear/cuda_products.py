@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from nsru_kernels.ops import extension
+from nsru_kernels.ops.extension import ALIGNED, DTYPES, aligned
 
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Elements in 16 bytes, the unit of TMA and of wide loads for addresses and distances between rows.
-ALIGNED = 8
 MAX_RANK_TOGETHER = 32  # beyond it partial sums of dS move more than a second read of dY
 CHOOSE = -1  # the extension picks a config by the number of output tiles
 
@@ -119,19 +117,6 @@ def columns_product(
         rank_first=rank_first,
     )
     return d
-
-
-def aligned(matrix: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 bytes."""
-    return matrix.stride(0) % ALIGNED == 0 and matrix.data_ptr() % 16 == 0
-
-
-def row_major(matrix: Tensor) -> Tensor:
-    """``matrix`` where its rows can be read in wide words; else a copy, as of a transposed one."""
-    rows_fit = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-    if rows_fit and aligned(matrix):
-        return matrix
-    return matrix.clone(memory_format=torch.contiguous_format)
 
 
 def padded(matrix: Tensor, scaling: float = 1.0) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nsru_kernels.config import BackendUnavailable
 from nsru_kernels.ops import extension
-from nsru_kernels.ops.linear.cuda_products import ALIGNED, DTYPES, row_major
+from nsru_kernels.ops.extension import ALIGNED, DTYPES, SHORT, row_major
 
 # Two panels of x stay in L2 together (40 MiB on A100, 50 MiB on H100 and H200).
 _PANEL_BYTES = 16 << 20
@@ -69,7 +69,7 @@ def _check(x_MK: Tensor, y_KL: Tensor) -> None:
     reason, other = None, "triton"
     if y_KL.dtype != torch.float32:
         reason, other = f"the kernel accumulates in float32, y and h are {y_KL.dtype}", "eager"
-    elif x_MK.dtype not in DTYPES:
+    elif x_MK.dtype not in SHORT:
         reason = f"the kernel takes bf16 and fp16, got {x_MK.dtype}"
         other = "eager" if x_MK.dtype == torch.float64 else "triton"
     elif x_MK.shape[1] % ALIGNED:
