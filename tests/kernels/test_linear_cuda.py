@@ -17,6 +17,7 @@ from linear_cases import check_against_exact, make_inputs
 from tolerance import assert_close_to_exact
 
 import nsru_kernels as nk
+from nsru_kernels import dispatch
 from nsru_kernels.ops import extension
 from nsru_kernels.ops.linear import cuda, reference
 from nsru_kernels.ops.linear import cuda_products as products
@@ -114,6 +115,25 @@ def test_unusual_strides(stand_in):
     got = cuda.backward(dy, x, w, a, b, s, 2.0, 0.0, None, ALL)
     expected = cuda.backward(dy.contiguous(), x, w, a, b, s, 2.0, 0.0, None, ALL)
     assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_public_function_folds_and_multiplies_in_cuda(stand_in, monkeypatch, dtype):
+    monkeypatch.setitem(dispatch._UNAVAILABLE, "cuda", lambda op, device: None)
+    launched = []
+    launch = extension.load().launch_fold
+    monkeypatch.setattr(
+        extension.load(), "launch_fold", lambda **call: launched.append(1) or launch(**call)
+    )
+    dispatch._named.cache_clear()
+    try:
+        inputs, basis = make_inputs((3, 7), 40, 24, 5, dtype=dtype)
+        check_against_exact(
+            inputs, basis, function=functools.partial(nk.nsru_linear, backend="cuda")
+        )
+    finally:
+        dispatch._named.cache_clear()
+    assert len(launched) == 2, "A forward, its gradient backward"
 
 
 def test_no_tokens_launch_nothing(stand_in):
