@@ -19,6 +19,12 @@ constexpr int kColumnsRows = 32;  // rows of X in a stage
 constexpr int kColumnsStages = 3;
 constexpr int kRowsStep = 64 * kNarrowWarps;  // columns that a block takes at a time
 
+// Blocks of the rows product that share a multiprocessor's registers: one where the loads that a
+// thread has under way need more than half of them.
+constexpr int rows_blocks_together(int row_tiles, int rank_tiles) {
+    return row_tiles * rank_tiles > 4 ? 1 : 2;
+}
+
 // How a product is cut. Splits share a sum; their float32 parts are added in order afterwards.
 struct NarrowPlan {
     int row_tiles;           // of 16 rows, in a block of the rows product

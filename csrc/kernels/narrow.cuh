@@ -28,7 +28,7 @@ struct RowsKernelParams {
 // neighbours of row g at column 8t, and uses them in two products, in V as in X. Every load has 16
 // bytes and no shuffle or shared memory stands between memory and the tensor cores.
 template <class T, int ROW_TILES, int RANK_TILES>
-__global__ void __launch_bounds__(kNarrowThreads, ROW_TILES* RANK_TILES > 4 ? 1 : 2)
+__global__ void __launch_bounds__(kNarrowThreads, rows_blocks_together(ROW_TILES, RANK_TILES))
     rows_kernel(const RowsKernelParams params) {
     constexpr int kRows = 16 * ROW_TILES, kRanks = 8 * RANK_TILES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
