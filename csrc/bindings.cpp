@@ -68,16 +68,16 @@ template <class RESULT>
 void define_rows(py::module_& m, const char* name, RESULT (*function)(const nsru::RowsProductArgs&),
                  const char* doc) {
     const auto call = [function](uintptr_t x, uintptr_t v, uintptr_t out, int64_t m, int64_t c,
-                                 int64_t r, int64_t ldx, int64_t ldv, int64_t ldo,
+                                 int64_t r, int64_t ldx, int64_t ldv, int64_t ldo, float scaling,
                                  const std::string& dtype, int device, uintptr_t stream,
                                  uintptr_t workspace, size_t workspace_bytes) {
-        return function({pointer(x), pointer(v), pointer(out), m, c, r, ldx, ldv, ldo,
+        return function({pointer(x), pointer(v), pointer(out), m, c, r, ldx, ldv, ldo, scaling,
                          dtype_of(dtype), device, pointer(stream), pointer(workspace),
                          workspace_bytes});
     };
     m.def(name, call, py::kw_only(), "x"_a, "v"_a, "out"_a, "m"_a, "c"_a, "r"_a, "ldx"_a, "ldv"_a,
-          "ldo"_a, "dtype"_a, "device"_a, "stream"_a, "workspace"_a = 0, "workspace_bytes"_a = 0,
-          py::call_guard<py::gil_scoped_release>(), doc);
+          "ldo"_a, "scaling"_a, "dtype"_a, "device"_a, "stream"_a, "workspace"_a = 0,
+          "workspace_bytes"_a = 0, py::call_guard<py::gil_scoped_release>(), doc);
 }
 
 // Defines a function of ColumnsProductArgs.
@@ -86,17 +86,34 @@ void define_columns(py::module_& m, const char* name,
                     RESULT (*function)(const nsru::ColumnsProductArgs&), const char* doc) {
     const auto call = [function](uintptr_t x, uintptr_t p, uintptr_t d, uintptr_t v, uintptr_t rows,
                                  int64_t m, int64_t c, int64_t r, int64_t ldx, int64_t ldp,
-                                 int64_t ldv, float scaling, bool rank_first,
-                                 const std::string& dtype, int device, uintptr_t stream,
-                                 uintptr_t workspace, size_t workspace_bytes) {
-        return function({pointer(x), pointer(p), pointer(d), pointer(v), pointer(rows), m, c, r,
-                         ldx, ldp, ldv, scaling, rank_first, dtype_of(dtype), device,
-                         pointer(stream), pointer(workspace), workspace_bytes});
+                                 int64_t ldv, int64_t ldrows, float scaling, float rows_scaling,
+                                 bool rank_first, const std::string& dtype, int device,
+                                 uintptr_t stream, uintptr_t workspace, size_t workspace_bytes) {
+        return function({pointer(x),
+                         pointer(p),
+                         pointer(d),
+                         pointer(v),
+                         pointer(rows),
+                         m,
+                         c,
+                         r,
+                         ldx,
+                         ldp,
+                         ldv,
+                         ldrows,
+                         scaling,
+                         rows_scaling,
+                         rank_first,
+                         dtype_of(dtype),
+                         device,
+                         pointer(stream),
+                         pointer(workspace),
+                         workspace_bytes});
     };
     m.def(name, call, py::kw_only(), "x"_a, "p"_a, "d"_a, "v"_a, "rows"_a, "m"_a, "c"_a, "r"_a,
-          "ldx"_a, "ldp"_a, "ldv"_a, "scaling"_a, "rank_first"_a, "dtype"_a, "device"_a, "stream"_a,
-          "workspace"_a = 0, "workspace_bytes"_a = 0, py::call_guard<py::gil_scoped_release>(),
-          doc);
+          "ldx"_a, "ldp"_a, "ldv"_a, "ldrows"_a, "scaling"_a, "rows_scaling"_a, "rank_first"_a,
+          "dtype"_a, "device"_a, "stream"_a, "workspace"_a = 0, "workspace_bytes"_a = 0,
+          py::call_guard<py::gil_scoped_release>(), doc);
 }
 
 // Defines a function of SketchUpdateArgs.
@@ -204,12 +221,12 @@ PYBIND11_MODULE(NSRU_MODULE, m) {
     define_rows(m, "rows_product_workspace", &nsru::rows_product_workspace,
                 "Bytes of workspace that launch_rows_product needs for the same arguments.");
     define_rows(m, "launch_rows_product", &nsru::launch_rows_product,
-                "out [M, R] = X [M, C]·V [R, C]ᵀ on a stream; sizes in elements.");
+                "out [M, R] = scaling · X [M, C]·V [R, C]ᵀ on a stream; sizes in elements.");
     define_columns(m, "columns_product_workspace", &nsru::columns_product_workspace,
                    "Bytes of workspace that launch_columns_product needs for the same arguments.");
     define_columns(m, "launch_columns_product", &nsru::launch_columns_product,
-                   "d = scaling · X [M, C]ᵀ·P [M, R], and rows [M, R] = X·V [C, R] where v is not "
-                   "0, on a stream.");
+                   "d = scaling · X [M, C]ᵀ·P [M, R], and rows [M, R] = rows_scaling · X·V [C, R] "
+                   "where v is not 0, on a stream.");
     define_sketch(m, "sketch_update_workspace", &nsru::sketch_update_workspace,
                   "Bytes of workspace that launch_sketch_update needs for the same arguments.");
     define_sketch(m, "launch_sketch_update", &nsru::launch_sketch_update,

@@ -76,6 +76,7 @@ void launch_rows(const RowsProductArgs& args, const NarrowPlan& plan) {
     params.m = static_cast<int>(args.m), params.c = static_cast<int>(args.c);
     params.r = static_cast<int>(args.r);
     params.ldx = args.ldx, params.ldv = args.ldv, params.ldo = args.ldo;
+    params.scaling = args.scaling;
     params.per_split = static_cast<int>(plan.per_split);
     launch({"rows_kernel",
             {plan.blocks, plan.ranks, plan.splits},
@@ -84,7 +85,7 @@ void launch_rows(const RowsProductArgs& args, const NarrowPlan& plan) {
             args.stream},
            rows_kernel_for<T>(plan), params);
     add_parts<T>({params.parts_gmem, params.out_gmem, args.m * args.r,
-                  static_cast<int>(plan.splits), params.r, args.ldo, 1.0f},
+                  static_cast<int>(plan.splits), params.r, args.ldo, args.scaling},
                  Sum{}, args.stream);
 }
 
@@ -104,9 +105,10 @@ void launch_columns(const ColumnsProductArgs& args, const NarrowPlan& plan) {
     params.m = static_cast<int>(args.m), params.c = static_cast<int>(args.c);
     params.r = static_cast<int>(args.r);
     params.ldx = args.ldx, params.ldp = args.ldp, params.ldv = args.ldv;
+    params.ldrows = args.ldrows;
     params.stride_dc = args.rank_first ? 1 : args.r;
     params.stride_dr = args.rank_first ? args.c : 1;
-    params.scaling = args.scaling;
+    params.scaling = args.scaling, params.rows_scaling = args.rows_scaling;
     params.per_split = static_cast<int>(plan.per_split);
     launch({"columns_kernel",
             {plan.blocks, plan.ranks, plan.splits},
@@ -118,7 +120,7 @@ void launch_columns(const ColumnsProductArgs& args, const NarrowPlan& plan) {
     add_parts<T>({params.d_parts_gmem, params.d_gmem, args.c * args.r,
                   static_cast<int>(plan.splits), row_length, row_length, args.scaling},
                  {params.row_parts_gmem, params.rows_gmem, args.m * args.r,
-                  static_cast<int>(plan.blocks), params.r, args.r, 1.0f},
+                  static_cast<int>(plan.blocks), params.r, args.ldrows, args.rows_scaling},
                  args.stream);
 }
 

@@ -1,8 +1,8 @@
 // The narrow products around the GEMM, each bound by reading X once. No torch, no CUDA header.
 //
-//     rows      P[M, R] = X[M, C]·V[R, C]ᵀ          S = x Āᵀ, dS = dY B
-//     columns   D[C, R] = scaling · Xᵀ·P[M, R]      dB = s dYᵀ S, dĀᵀ = s xᵀ dS; on request, from
-//               P'[M, R] = X·V[C, R]                the same read of X, dS = dY B as well
+//     rows      P[M, R] = scaling · X[M, C]·V[R, C]ᵀ      S = x Āᵀ, dS = dY B
+//     columns   D[C, R] = scaling · Xᵀ·P[M, R]            dB = s dYᵀ S, dĀᵀ = s xᵀ dS; on request,
+//               P'[M, R] = rows_scaling · X·V[C, R]       from the same read of X, dS as well
 //
 // bf16 or fp16, float32 accumulators, sums in a fixed order. X's rows start at multiples of 16
 // bytes and C is a multiple of 8; R is free.
@@ -23,6 +23,7 @@ struct RowsProductArgs {
     void* out_gmem;
     int64_t m, c, r;
     int64_t ldx, ldv, ldo;
+    float scaling;
     Dtype dtype;
     int device;
     void* stream;  // cudaStream_t
@@ -35,10 +36,10 @@ struct ColumnsProductArgs {
     const void* p_gmem;  // [M, R], rows aligned like X's
     void* d_gmem;        // [C, R], or [R, C] where rank_first; contiguous
     const void* v_gmem;  // [C, R], or null: no second product
-    void* rows_gmem;     // [M, R], contiguous; null where V is
+    void* rows_gmem;     // [M, R]; null where V is
     int64_t m, c, r;
-    int64_t ldx, ldp, ldv;
-    float scaling;
+    int64_t ldx, ldp, ldv, ldrows;
+    float scaling, rows_scaling;
     bool rank_first;
     Dtype dtype;
     int device;

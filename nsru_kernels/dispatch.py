@@ -36,11 +36,13 @@ OPS = {
 
 # (folder, backend) → what its kernels have been through. README's table says the same.
 NOT_RUN = "compiled for sm_80, sm_90 and sm_100 and interpreted, not run on a GPU"
+WITH_GEMM = "compiled for sm_90a, all but the GEMM emulated, not run on a GPU"
 EMULATED = "compiled for sm_80 and sm_90a and emulated, not run on a GPU"
 KERNELS = {
-    ("linear", "cuda"): "compiled for sm_90a, all but the GEMM emulated, not run on a GPU",
+    ("linear", "cuda"): WITH_GEMM,
     ("linear", "triton"): NOT_RUN,
     ("linear_group", "triton"): NOT_RUN,
+    ("linear_group", "cuda"): WITH_GEMM,
     ("fold", "triton"): NOT_RUN,
     ("fold", "cuda"): EMULATED,
     ("sketch", "triton"): NOT_RUN,

@@ -96,7 +96,7 @@ std::string refusal(const ColumnsProductArgs& args) {
                    " for both products in one read";
         }
         reason = first_refusal({{"v", args.v_gmem, args.r, "ldv", args.ldv, false},
-                                {"rows", args.rows_gmem, args.r, "ldrows", args.r, false}});
+                                {"rows", args.rows_gmem, args.r, "ldrows", args.ldrows, false}});
     }
     return reason;
 }

@@ -19,10 +19,11 @@ struct RowsKernelParams {
     float* parts_gmem;  // [splits, M, R]; null for one split
     int m, c, r;
     int64_t ldx, ldv, ldo;
+    float scaling;
     int per_split;
 };
 
-// P = X Vᵀ for 16·ROW_TILES rows, 8·RANK_TILES ranks and one split of the columns.
+// P = scaling · X Vᵀ for 16·ROW_TILES rows, 8·RANK_TILES ranks and one split of the columns.
 //
 // The order of a sum is free, so a fragment need not hold neighbouring columns: lane (g, t) loads 8
 // neighbours of row g at column 8t, and uses them in two products, in V as in X. Every load has 16
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kNarrowThreads, rows_blocks_together(ROW_TILES
                 .parts_gmem[(static_cast<int64_t>(blockIdx.z) * params.m + row) * params.r + rank] =
                 sum;
         } else {
-            params.out_gmem[row * params.ldo + rank] = T::round(sum);
+            params.out_gmem[row * params.ldo + rank] = T::round(params.scaling * sum);
         }
     }
 }
@@ -112,14 +113,14 @@ struct ColumnsKernelParams {
     uint16_t* rows_gmem;
     float* row_parts_gmem;  // [blocks along C, M, R]; null for one block
     int m, c, r;
-    int64_t ldx, ldp, ldv;
+    int64_t ldx, ldp, ldv, ldrows;
     int64_t stride_dc, stride_dr;
-    float scaling;
+    float scaling, rows_scaling;
     int per_split;
 };
 
 // D = scaling · Xᵀ P for 256 columns, 8·RANK_TILES ranks and one split of the rows, and WITH_ROWS
-// also X V over those columns. A warp owns 32 columns and walks down the rows:
+// also rows_scaling · X V over those columns. A warp owns 32 columns and walks down the rows:
 //
 //               256 columns                  P
 //            ┌────┬────┬─ ─┬────┐          ┌────┐
@@ -241,12 +242,12 @@ __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKe
                 for (int w = 0; w < kNarrowWarps; ++w) {
                     sum += warps_smem[w * kColumnsRows * kRanks + i];
                 }
-                const int64_t offset = row * params.r + rank;
                 if (params.row_parts_gmem) {
-                    params.row_parts_gmem[static_cast<int64_t>(blockIdx.x) * params.m * params.r +
-                                          offset] = sum;
+                    const int64_t part_row = static_cast<int64_t>(blockIdx.x) * params.m + row;
+                    params.row_parts_gmem[part_row * params.r + rank] = sum;
                 } else {
-                    params.rows_gmem[offset] = T::round(sum);
+                    params.rows_gmem[row * params.ldrows + rank] =
+                        T::round(params.rows_scaling * sum);
                 }
             }
         }

@@ -154,7 +154,7 @@ nsru::ColumnsProductArgs columns_args(int64_t m, int64_t c, int64_t r, bool with
     if (with_rows) {
         args.v_gmem = address(0x4002);
         args.rows_gmem = reinterpret_cast<void*>(0x5002);
-        args.ldv = r;
+        args.ldv = args.ldrows = r;
     }
     return args;
 }

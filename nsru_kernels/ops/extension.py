@@ -16,11 +16,12 @@ ALIGNED = 8
 # op → the launcher that it needs of the extension
 _LAUNCHERS = {
     "linear": "launch_kext_gemm",
+    "linear_group": "launch_kext_gemm",
     "fold": "launch_fold",
     "sketch": "launch_sketch_update",
 }
 # Ops whose kernels use wgmma and TMA as sm_90a code has them; such code runs on 9.0 only.
-_HOPPER_ONLY = ("linear",)
+_HOPPER_ONLY = ("linear", "linear_group")
 _REBUILD = "Rebuild it (`make cuda` in a checkout), or use 'triton'."
 
 
@@ -97,9 +98,13 @@ def aligned(matrix: Tensor) -> bool:
     return matrix.stride(0) % ALIGNED == 0 and matrix.data_ptr() % 16 == 0
 
 
+def has_wide_rows(matrix: Tensor) -> bool:
+    """Whether kernels can read a 16-bit matrix row by row in words of 16 bytes."""
+    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] and aligned(matrix)
+
+
 def row_major(matrix: Tensor) -> Tensor:
-    """``matrix`` where its rows can be read in wide words; else a copy, as of a transposed one."""
-    rows_fit = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-    if rows_fit and aligned(matrix):
+    """``matrix`` where it has wide rows; else a copy, as of a transposed or expanded one."""
+    if has_wide_rows(matrix):
         return matrix
     return matrix.clone(memory_format=torch.contiguous_format)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import without_nvcc
+from gemm_stand_in import launch_kext_gemm
 
 from nsru_kernels.ops import extension
 
@@ -30,3 +31,10 @@ def emulated(emulated_module, monkeypatch, poisoned_memory):
     monkeypatch.setattr(extension, "load", lambda: emulated_module)
     monkeypatch.setattr(extension, "place", lambda tensor: {"device": 0, "stream": 0})
     return emulated_module
+
+
+@pytest.fixture
+def stand_in(emulated, monkeypatch):
+    """The same with a stand-in for CUTLASS's GEMM, which cannot be emulated."""
+    monkeypatch.setattr(emulated, "launch_kext_gemm", launch_kext_gemm, raising=False)
+    monkeypatch.setattr(emulated, "kext_gemm_workspace", lambda **call: 0, raising=False)

@@ -7,7 +7,6 @@ Tests marked ``gpu`` run all kernels, small sizes first:
 """
 
 import contextlib
-import ctypes
 import functools
 import types
 
@@ -55,37 +54,6 @@ def check_both_passes(args, *, scaling=1.7, needs=ALL):
 
 
 # ---------------------------------------------------------------- without a GPU
-
-
-def at(address, rows, columns, ld, dtype):
-    """The matrix at an address, not one byte beyond its last element."""
-    size = ((rows - 1) * ld + columns) * dtype.itemsize
-    memory = (ctypes.c_char * size).from_address(address)
-    return torch.frombuffer(memory, dtype=dtype).as_strided((rows, columns), (ld, 1))
-
-
-def launch_kext_gemm(*, workspace, workspace_bytes, config, swizzle, device, stream, **c):
-    """The GEMM on addresses in host memory."""
-    m, n, k, r = (c[name] for name in "mnkr")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[c["dtype"]]
-    for name in "xwpv":
-        assert c[name] % 16 == 0, f"{name} is not aligned"
-        assert c[f"ld{name}"] % 8 == 0, f"rows of {name} are not aligned"
-    shapes = ((n, k), (n, r)) if c["layout"] == "NK" else ((k, n), (r, n))
-    x, p = at(c["x"], m, k, c["ldx"], dtype), at(c["p"], m, r, c["ldp"], dtype)
-    w, v = at(c["w"], *shapes[0], c["ldw"], dtype), at(c["v"], *shapes[1], c["ldv"], dtype)
-    if c["layout"] == "NK":
-        w, v = w.T, v.T
-    out = x.float() @ w.float() + p.float() @ v.float()
-    if c["bias"]:
-        out += at(c["bias"], 1, n, n, dtype).float()
-    at(c["out"], m, n, c["ldo"], dtype).copy_(out)
-
-
-@pytest.fixture
-def stand_in(emulated, monkeypatch):
-    monkeypatch.setattr(emulated, "launch_kext_gemm", launch_kext_gemm, raising=False)
-    monkeypatch.setattr(emulated, "kext_gemm_workspace", lambda **call: 0, raising=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

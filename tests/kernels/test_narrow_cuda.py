@@ -36,23 +36,28 @@ def surrounded(matrix):
 
 
 def check(x, v, p):
-    """Both products, each by itself and from one read."""
-    r = v.shape[0]
+    """Both products, each by itself and from one read; results also into rows of a wider matrix."""
+    m, r = x.shape[0], v.shape[0]
     # PyTorch's bf16 product on a CPU with AMX takes NaN from between the rows.
     dense_x, dense_p = x.contiguous(), p.contiguous()
     exact, eager = x.double() @ v.double().T, dense_x @ v.contiguous().T
     assert_close_to_exact(products.rows_product(x, v), eager, exact, "rows")
+    inside = x.new_full((m, r + 5), 7.0)[:, 2 : 2 + r]
+    products.rows_product(x, v, scaling=-0.5, out=inside)
+    assert_close_to_exact(inside, -0.5 * eager, -0.5 * exact, "rows, scaled")
     exact_d, eager_d = 1.7 * (x.double().T @ p.double()), 1.7 * (dense_x.T @ dense_p)
     for rank_first in (False, True):
         d = products.columns_product(x, p, 1.7, rank_first=rank_first)
         assert_close_to_exact(d.T if rank_first else d, eager_d, exact_d, "columns")
     if r <= products.MAX_RANK_TOGETHER:
-        rows = x.new_full((x.shape[0], r), float("nan"))
         d = products.columns_product(
-            x, p, 1.7, rank_first=False, v_CR=v.T.contiguous(), rows_out=rows
+            x, p, 1.7, rank_first=False, v_CR=v.T.contiguous(), rows_out=inside, rows_scaling=3.0
         )
-        assert_close_to_exact(rows, eager, exact, "rows of both")
+        assert_close_to_exact(inside, 3 * eager, 3 * exact, "rows of both")
         assert_close_to_exact(d, eager_d, exact_d, "columns of both")
+    around = inside._base
+    assert (around[:, :2] == 7).all()
+    assert (around[:, 2 + r :] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,7 +95,7 @@ def test_wrong_arguments_are_named(emulated):
     with pytest.raises(ValueError, match="the workspace has 0 bytes, 512 are needed"):
         emulated.launch_rows_product(
             x=x.data_ptr(), v=x.data_ptr(), out=x.data_ptr(), m=8, c=1024, r=8, ldx=1024, ldv=1024,
-            ldo=8, dtype="bf16", device=0, stream=0,
+            ldo=8, scaling=1.0, dtype="bf16", device=0, stream=0,
         )  # fmt: skip
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nsru_kernels.config import BackendUnavailable
-from nsru_kernels.ops.extension import ALIGNED, SHORT, aligned, row_major
+from nsru_kernels.ops.extension import row_major
 from nsru_kernels.ops.linear.cuda_products import (
     MAX_RANK_TOGETHER,
+    check_operands,
     columns_product,
     kext_gemm,
     padded,
@@ -32,7 +32,7 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], S [M, R]); see reference.py."""
-    _check(x_MK, w_NK, dropout_p)
+    check_operands("nsru_linear", x_MK, w_NK, dropout_p)
     x_MK, v_RN = row_major(x_MK), padded(b_NR, scaling).T
     s_MR = rows_product(x_MK, row_major(a_RK))
     p_MR = padded(s_MR)
@@ -53,7 +53,7 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """[dX, dW, dbias, dĀ, dB] in x's dtype; an empty tensor where ``needs`` is False."""
-    _check(dy_MN, w_NK, dropout_p)
+    check_operands("nsru_linear", dy_MN, w_NK, dropout_p)
     need_x, need_w, need_bias, need_a, need_b = needs
     dx, dw, dbias, da, db = (dy_MN.new_empty(0) for _ in needs)
     dy_MN, b_NR = row_major(dy_MN), b_NR.contiguous()
@@ -78,23 +78,3 @@ def backward(
     if need_bias:
         dbias = dy_MN.sum(0)
     return [dx, dw, dbias, da, db]
-
-
-def _check(x_MC: Tensor, w_NK: Tensor, dropout_p: float) -> None:
-    """Refuse what the kernels cannot take. Raises BackendUnavailable."""
-    reason = None
-    if x_MC.dtype not in SHORT:
-        reason = f"the kernels take bf16 and fp16, got {x_MC.dtype}"
-    elif dropout_p:
-        reason = f"the GEMM has no dropout mask, got dropout_p={dropout_p}"
-    elif any(size % ALIGNED or not size for size in w_NK.shape):
-        reason = f"in_features and out_features must be multiples of 8, got {tuple(w_NK.shape)}"
-    elif w_NK.stride(1) != 1 or not aligned(w_NK):
-        reason = (
-            f"rows of weight must be contiguous and start at multiples of 16 bytes, got strides "
-            f"{w_NK.stride()} at address {w_NK.data_ptr()}"
-        )
-    if reason is not None:
-        raise BackendUnavailable(
-            f"backend='cuda' cannot serve nsru_linear: {reason}. Use 'triton'."
-        )

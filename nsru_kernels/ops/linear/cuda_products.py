@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsru_kernels.config import BackendUnavailable
 from nsru_kernels.ops import extension
-from nsru_kernels.ops.extension import ALIGNED, DTYPES, aligned
+from nsru_kernels.ops.extension import ALIGNED, DTYPES, SHORT, aligned, has_wide_rows
 
 MAX_RANK_TOGETHER = 32  # beyond it partial sums of dS move more than a second read of dY
 CHOOSE = -1  # the extension picks a config by the number of output tiles
@@ -64,10 +65,15 @@ def kext_gemm(
     return out_MN
 
 
-def rows_product(x_MC: Tensor, v_RC: Tensor) -> Tensor:
-    """X Vᵀ [M, R] in X's dtype: X is read once. Rows of both are contiguous and aligned."""
+def rows_product(
+    x_MC: Tensor, v_RC: Tensor, *, scaling: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """scaling · X Vᵀ [M, R] in X's dtype, into ``out`` where given: X is read once.
+
+    Rows of X and V are contiguous and aligned, those of ``out`` contiguous.
+    """
     (m, c), r = x_MC.shape, v_RC.shape[0]
-    out_MR = x_MC.new_empty(m, r)
+    out_MR = x_MC.new_empty(m, r) if out is None else out
     if not m:
         return out_MR
     extension.launch(
@@ -76,10 +82,11 @@ def rows_product(x_MC: Tensor, v_RC: Tensor) -> Tensor:
         **_matrices("rows_product", x=x_MC, v=v_RC),
         dtype=DTYPES[x_MC.dtype],
         out=out_MR.data_ptr(),
-        ldo=r,
+        ldo=out_MR.stride(0),
         m=m,
         c=c,
         r=r,
+        scaling=scaling,
     )
     return out_MR
 
@@ -92,10 +99,12 @@ def columns_product(
     rank_first: bool,
     v_CR: Tensor | None = None,
     rows_out: Tensor | None = None,
+    rows_scaling: float = 1.0,
 ) -> Tensor:
-    """scaling · Xᵀ P as [R, C] or [C, R]; with V also rows_out = X V. X is read once for both.
+    """scaling · Xᵀ P as [R, C] or [C, R]; with V also rows_out = rows_scaling · X V.
 
-    Rows of X and P are contiguous and aligned, V [C, R] and rows_out [M, R] contiguous.
+    X is read once for both. Rows of X and P are contiguous and aligned, those of V [C, R] and
+    rows_out [M, R] contiguous.
     """
     (m, c), r = x_MC.shape, p_MR.shape[1]
     d = x_MC.new_empty((r, c) if rank_first else (c, r))
@@ -108,22 +117,42 @@ def columns_product(
         dtype=DTYPES[x_MC.dtype],
         d=d.data_ptr(),
         v=0 if v_CR is None else v_CR.data_ptr(),
-        ldv=r,
+        ldv=0 if v_CR is None else v_CR.stride(0),
         rows=0 if rows_out is None else rows_out.data_ptr(),
+        ldrows=0 if rows_out is None else rows_out.stride(0),
         m=m,
         c=c,
         r=r,
         scaling=scaling,
+        rows_scaling=rows_scaling,
         rank_first=rank_first,
     )
     return d
 
 
+def check_operands(op: str, x_MC: Tensor, w_NK: Tensor, dropout_p: float = 0.0) -> None:
+    """Refuse what the kernels cannot take of ``op``. Raises BackendUnavailable."""
+    reason = None
+    if x_MC.dtype not in SHORT:
+        reason = f"the kernels take bf16 and fp16, got {x_MC.dtype}"
+    elif dropout_p:
+        reason = f"the GEMM has no dropout mask, got dropout_p={dropout_p}"
+    elif any(size % ALIGNED or not size for size in w_NK.shape):
+        reason = f"in_features and out_features must be multiples of 8, got {tuple(w_NK.shape)}"
+    elif w_NK.stride(1) != 1 or not aligned(w_NK):
+        reason = (
+            f"rows of weight must be contiguous and start at multiples of 16 bytes, got strides "
+            f"{w_NK.stride()} at address {w_NK.data_ptr()}"
+        )
+    if reason is not None:
+        raise BackendUnavailable(f"backend='cuda' cannot serve {op}: {reason}. Use 'triton'.")
+
+
 def padded(matrix: Tensor, scaling: float = 1.0) -> Tensor:
     """scaling · matrix in rows that start at 16 bytes; the matrix itself where nothing changes."""
-    if scaling == 1.0 and matrix.is_contiguous() and aligned(matrix):
-        return matrix
     rows, columns = matrix.shape
+    if scaling == 1.0 and not columns % ALIGNED and has_wide_rows(matrix):
+        return matrix
     result = matrix.new_empty(rows, -(-columns // ALIGNED) * ALIGNED)[:, :columns]
     return torch.mul(matrix, scaling, out=result)
 

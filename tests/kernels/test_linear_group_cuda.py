@@ -1,0 +1,135 @@
+"""Siblings in the CUDA backend: its own kernels emulated, a stand-in for CUTLASS's GEMM."""
+
+import pytest
+import torch
+from group_cases import DEVICE, compare, operands, upstream, wide
+
+import nsru_kernels as nk
+from nsru_kernels import dispatch
+from nsru_kernels.ops import extension
+from nsru_kernels.ops.linear_group import cuda, reference
+
+DTYPES = [torch.bfloat16, torch.float16]
+# Ranks that need padded copies and ranks that do not; one above those that share a read of dY.
+CASES = [
+    (1, 24, (24, 8), (4, 3)),
+    (70, 72, (136, 40, 40), (8, 8, 8)),
+    (33, 40, (32, 64, 16, 8), (2, 40, 1, 5)),
+]
+
+
+@pytest.fixture
+def kernels(request):
+    """Kernels that take the tensors of these tests."""
+    if DEVICE == "cpu":
+        request.getfixturevalue("stand_in")
+    elif reason := extension.unavailable("linear_group", torch.device(DEVICE)):
+        pytest.skip(reason)
+
+
+def check(case, dtype):
+    args = operands(*case, dtype)
+    x, ws, a, bs, _, scalings = args
+    got, eager, exact = (
+        cuda.forward(*args),
+        reference.forward(*args),
+        reference.forward(*wide(list(args))),
+    )
+    compare(*(outputs[0] for outputs in (got, eager, exact)), [f"y{i}" for i in range(len(ws))])
+    compare(*([outputs[1]] for outputs in (got, eager, exact)), ["S"])
+    dys, s, needs = upstream(got[0]), eager[1], [True] * (2 + 3 * len(ws))
+    back = (dys, x, ws, a, bs, s, scalings)
+    names = ["dx", "da", *(f"d{n}{i}" for n in ("w", "bias", "b") for i in range(len(ws)))]
+    compare(
+        cuda.backward(*back, needs),
+        reference.backward(*back, needs),
+        reference.backward(*wide(list(back)), needs),
+        names,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_every_gradient(kernels, case, dtype):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("unused", [(0,), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1, 8, 9, 10), (8,)], ids=str)
+def test_unused_outputs_and_single_gradients(kernels, unused, wanted):
+    x, ws, a, bs, biases, scalings = operands(20, 40, (24, 8, 16), (3, 2, 4), torch.float16)
+    ys, s = reference.forward(x, ws, a, bs, biases, scalings)
+    dys = [None if i in unused else dy for i, dy in enumerate(upstream(ys))]
+    needs = [i in wanted for i in range(2 + 9)]
+    back = (dys, x, ws, a, bs, s, scalings)
+    compare(
+        cuda.backward(*back, needs),
+        reference.backward(*back, needs),
+        reference.backward(*wide(list(back)), needs),
+        [str(i) for i in range(11)],
+    )
+
+
+def test_swapped_siblings_go_through_cuda_alone(stand_in, monkeypatch):
+    """A model with siblings under NSRU_BACKEND=cuda: no op of it is missing."""
+    monkeypatch.setitem(dispatch._UNAVAILABLE, "cuda", lambda op, device: None)
+    monkeypatch.setenv("NSRU_BACKEND", "cuda")
+    dispatch._named.cache_clear()
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = torch.nn.Linear(32, 24), torch.nn.Linear(32, 16)
+
+        def forward(self, x):
+            return torch.cat([self.q(x), self.k(x)], -1)
+
+    try:
+        model = Attention().bfloat16()
+        basis = torch.linalg.qr(torch.randn(32, 5))[0].contiguous()
+        report = nk.swap_linears(
+            model, ["q", "k"], rank=3, alpha=6, subspaces={"q": basis, "k": basis}
+        )
+        for parameter in (model.q.lora_B, model.k.lora_B):
+            torch.nn.init.normal_(parameter)
+        x = torch.randn(9, 32).bfloat16()
+        for _ in range(3):
+            model(x).square().sum().backward()
+        assert "q+k × 1 served together" in str(report)
+        grads = [
+            parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad
+        ]
+        y = model(x)
+        monkeypatch.setenv("NSRU_BACKEND", "eager")
+        model.zero_grad()
+        for _ in range(3):
+            model(x).square().sum().backward()
+        torch.testing.assert_close(y, model(x), rtol=0.02, atol=0.02)
+        for got, want in zip(grads, (parameter.grad for parameter in adapters), strict=True):
+            torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * want.abs().max().item())
+    finally:
+        dispatch._named.cache_clear()
+
+
+def test_refusals_name_the_reason_and_the_other_backend():
+    args = operands(8, 40, (24, 9), (3, 2), torch.bfloat16)
+    with pytest.raises(nk.BackendUnavailable, match=r"nsru_linear_group.*\(9, 40\).*'triton'"):
+        cuda.forward(*args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_real_sizes(kernels, dtype):
+    check((8192, 4096, (4096, 1024, 1024), (16, 16, 16)), dtype)
+
+
+@pytest.mark.gpu
+def test_two_runs_agree_bit_by_bit(kernels):
+    args = operands(8192, 2048, (2048, 512, 512), (16, 16, 16), torch.bfloat16)
+    x, ws, a, bs, _, scalings = args
+    runs = []
+    for _ in range(2):
+        ys, s = cuda.forward(*args)
+        needs = [True, True, *[False] * 6, *[True] * 3]
+        runs.append([*ys, s, *cuda.backward(upstream(ys), x, ws, a, bs, s, scalings, needs)])
+    assert all(map(torch.equal, *runs))
