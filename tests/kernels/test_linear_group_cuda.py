@@ -96,9 +96,8 @@ def test_swapped_siblings_go_through_cuda_alone(stand_in, monkeypatch):
         for _ in range(3):
             model(x).square().sum().backward()
         assert "q+k × 1 served together" in str(report)
-        grads = [
-            parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad
-        ]
+        adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        grads = [parameter.grad.clone() for parameter in adapters]
         y = model(x)
         monkeypatch.setenv("NSRU_BACKEND", "eager")
         model.zero_grad()
