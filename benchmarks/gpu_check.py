@@ -5,8 +5,9 @@
     make gpu-check DRY=1                  # the same walk on a CPU with tiny sizes
 
 Builds the CUDA extension (while the Triton tests run), runs the tests marked ``gpu`` and the small
-kernel tests under compute-sanitizer, then the benchmarks, writes plans, prints a table. Whatever is
-done is on disk at once, so a run that is cut off loses only what it had not reached.
+kernel tests under compute-sanitizer, then the benchmarks, writes plans, runs all small tests in the
+time that is left, prints a table. Whatever is done is on disk at once, so a run that is cut off
+loses only what it had not reached. The GEMM is built where CUTLASS_DIR or nvidia-cutlass is.
 """
 
 from __future__ import annotations
@@ -32,13 +33,27 @@ from nsru_kernels.plans import FOLDER, slug
 ROOT = measure.ROOT
 BUDGET_S = 540.0
 TESTS = ("tests/kernels",)
-# Every kernel once, at small sizes; each of them takes the checker well under a minute.
-SANITIZED = (
-    "tests/kernels/test_linear_triton.py::test_value_and_every_gradient",
-    "tests/kernels/test_linear_cuda.py::test_gemm_every_config",
-    "tests/kernels/test_narrow_cuda.py::test_against_float64_on_a_gpu",
-    "tests/kernels/test_fold_kernels.py",
-    "tests/kernels/test_sketch_triton.py",
+# Tests at small sizes run on the GPU where there is one, marked or not.
+SMALL = tuple(
+    f"tests/kernels/test_{name}.py"
+    for name in (
+        *("linear_triton", "linear_group_triton", "sketch_triton"),
+        *("fold_kernels", "linear_group_cuda"),
+    )
+)
+# Every kernel at small sizes.
+SANITIZED = tuple(
+    f"tests/kernels/test_{test}"
+    for test in (
+        "narrow_cuda.py::test_small_on_a_gpu",
+        "sketch_cuda.py::test_small_sizes_on_a_gpu",
+        "linear_cuda.py::test_gemm_every_config",
+        "fold_kernels.py::test_odd_sizes",
+        "fold_kernels.py::test_short_adapters",
+        "linear_triton.py::test_value_and_every_gradient",
+        "linear_group_triton.py::test_values_and_every_gradient",
+        "sketch_triton.py::test_update_is_its_formula",
+    )
 )
 
 
@@ -98,31 +113,37 @@ def build(check: Check) -> subprocess.Popen | None:
         check.skip("build", "DRY; `make cuda` compiles it")
         return None
     major, minor = torch.cuda.get_device_capability()
-    arch = f"{major}{minor}{'a' if major >= 9 else ''}"
+    cutlass = os.environ.get("CUTLASS_DIR") or importlib.util.find_spec("cutlass_library")
+    if not cutlass:
+        check.note("build", "no CUTLASS (CUTLASS_DIR, nvidia-cutlass): without the GEMM")
+    arch = f"{major}{minor}{'a' if (major, minor) == (9, 0) and cutlass else ''}"
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     return check.start("build", command, NSRU_CUDA_ARCHS=arch)
 
 
-def run_tests(check: Check, name: str, seconds: float, *arguments: str) -> None:
+def run_tests(
+    check: Check, name: str, seconds: float, *arguments: str, marked: str = "gpu"
+) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += [f"--junitxml={check.out / name}.xml"]
     if check.dry:  # the interpreter is slow, and `make test` interprets everything
         command += ["-x", "tests/kernels/test_linear_triton.py", "-k", "every_plan"]
     else:
-        command += ["-m", "gpu", *arguments]
+        command += ["-m", marked, *arguments]
         if importlib.util.find_spec("xdist") is not None:
             command += ["-n", "6"]  # most of the time goes into compiling Triton's kernels
     check.finish(name, check.start(name, command), seconds)
 
 
 def sanitize(check: Check, seconds: float) -> None:
-    """The small kernel tests with every memory access checked."""
+    """Small tests of every kernel with every memory access checked."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if check.dry or not Path(sanitizer).exists():
         check.skip("sanitizer", "DRY" if check.dry else "no compute-sanitizer")
         return
     command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", sys.executable]
-    command += ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "float16", *SANITIZED]
+    command += ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-m", "gpu or not gpu", *SANITIZED]
     # torch's caching allocator would hide accesses beyond a tensor inside its own blocks.
     process = check.start("sanitizer", command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     check.finish("sanitizer", process, seconds)
@@ -200,12 +221,14 @@ def main() -> None:
     run_tests(check, "triton-tests", 150, "-k", "triton", *TESTS)
     if building is not None and check.finish("build", building, 240):
         run_tests(check, "cuda-tests", 90, "-k", "cuda or Cuda", *TESTS)
-    sanitize(check, 60)
+    sanitize(check, 100)
     if check.left() > 40:
         run_benchmarks(check)
     else:
         check.skip("benchmarks", f"{check.left():.0f} s left")
     write_plans(check)
+    if not check.dry and check.left() > 30:
+        run_tests(check, "small-tests", check.left(), *SMALL, marked="not gpu")
     text = table(out)
     (out / "table.txt").write_text(text + "\n")
     print(text)

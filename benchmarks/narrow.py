@@ -18,6 +18,7 @@ from nsru_bench.cases import element_size
 from nsru_bench.session import Session
 from nsru_bench.timing import Call
 from nsru_kernels.ops import extension, launch
+from nsru_kernels.ops.products import one_read_pays
 
 # (M, C, R): the inputs and outputs of Llama-3-8B's and Llama-3.2-1B's linears.
 SHAPES = [(8192, 4096, 16), (8192, 14336, 16), (16384, 2048, 16), (8192, 4096, 64), (16, 4096, 16)]
@@ -49,6 +50,9 @@ class Triton(Library):
         return self.products.rows_product(x_MC, v_RC.T)
 
     def both(self, x_MC: Tensor, p_MR: Tensor, v_CR: Tensor) -> tuple[Tensor, Tensor]:
+        if not one_read_pays(p_MR.shape[1]):
+            d = self.products.columns_product(x_MC, p_MR, 1.0, rank_first=False)
+            return self.rows(x_MC, v_CR.T.contiguous()), d
         rows = torch.empty_like(p_MR)
         d = self.products.columns_product(
             x_MC, p_MR, 1.0, rank_first=False, v_CR=v_CR, rows_out=rows

@@ -62,7 +62,11 @@ def fold_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
         bases = by_count.setdefault(int(row["adapters"]), {})
         bases.setdefault(row["basis"], {})[row["provider"]] = float(row["p50_ms"])
     entries = []
+    every_basis = {basis for bases in by_count.values() for basis in bases}
     for count, bases in sorted(by_count.items()):
+        whole = all("eager, a loop" in times for times in bases.values())
+        if bases.keys() != every_basis or not whole:
+            continue  # a run that was cut off
         total = {"eager": sum(times["eager, a loop"] for times in bases.values())}
         for backend in ("triton", "cuda"):
             grouped = f"{backend}, one launch"

@@ -32,8 +32,9 @@ struct KextGemmArgs {
     KextLayout layout;
     int config;   // index into kext_kernels(), or kChooseConfig
     int swizzle;  // tiles of N (or M) that neighbouring clusters share through L2: 1, 2, 4 or 8
-    // The stream's last kernel is one of ours that makes P and lets dependents launch, and nothing
-    // else read here is younger: the GEMM may start on X and W while that kernel ends.
+    // The kernel of ours that makes P was enqueued last and nothing else read here is younger: the
+    // GEMM may start on X and W while that kernel ends. Kernels that write nothing that is read
+    // here may lie between; `out` is written after they have ended.
     bool after_narrow;
     int device;
     void* stream;  // cudaStream_t

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "host/matrix.h"
+
 namespace nsru {
 
 struct Grid {
@@ -40,13 +42,16 @@ inline void check_gpu(const char* function, const Gpu& gpu, int device, int shar
     }
 }
 
+// Throws std::invalid_argument.
 inline void check_workspace(const char* function, const void* workspace_gmem, size_t bytes,
                             size_t needed) {
-    if (needed > bytes || (needed && !workspace_gmem)) {
-        throw std::invalid_argument(std::string(function) + ": the workspace has " +
-                                    std::to_string(bytes) + " bytes, " + std::to_string(needed) +
-                                    " are needed");
+    if (!needed) return;
+    std::string reason = address_refusal("workspace", workspace_gmem, kAlignment);
+    if (needed > bytes) {
+        reason = "workspace_bytes=" + std::to_string(bytes) + " is less than the " +
+                 std::to_string(needed) + " needed";
     }
+    if (!reason.empty()) throw std::invalid_argument(std::string(function) + ": " + reason);
 }
 
 }  // namespace nsru

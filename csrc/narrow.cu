@@ -33,7 +33,7 @@ RowsKernel rows_kernel_for(const NarrowPlan& plan) {
         case 2:
             return few ? rows_kernel<T, 1, 2> : rows_kernel<T, 4, 2>;
         case 4:
-            return few ? rows_kernel<T, 1, 4> : rows_kernel<T, 2, 4>;
+            return few ? rows_kernel<T, 1, 4> : rows_kernel<T, 4, 4>;
         default:
             return few ? rows_kernel<T, 1, 8> : rows_kernel<T, 2, 8>;
     }
@@ -127,12 +127,12 @@ void launch_columns(const ColumnsProductArgs& args, const NarrowPlan& plan) {
 }  // namespace
 
 size_t rows_product_workspace(const RowsProductArgs& args) {
-    return prepare("rows_product_workspace", args).parts_bytes;
+    return static_cast<size_t>(prepare("rows_product_workspace", args).parts_bytes);
 }
 
 size_t columns_product_workspace(const ColumnsProductArgs& args) {
     const NarrowPlan plan = prepare("columns_product_workspace", args);
-    return plan.parts_bytes + plan.row_parts_bytes;
+    return static_cast<size_t>(plan.parts_bytes + plan.row_parts_bytes);
 }
 
 void launch_rows_product(const RowsProductArgs& args) {

@@ -50,13 +50,6 @@ void launch_sketch_update(const SketchUpdateArgs& args) {
     const SketchPlan plan = prepare("launch_sketch_update", args);
     check_workspace("launch_sketch_update", args.workspace_gmem, args.workspace_bytes,
                     plan.workspace_bytes);
-    const auto address = reinterpret_cast<uintptr_t>(args.workspace_gmem);
-    if (address % kAlignment) {
-        throw std::invalid_argument(
-            "launch_sketch_update: the workspace must start at a multiple of 16 bytes, got "
-            "address " +
-            std::to_string(address));
-    }
     auto* const workspace = static_cast<unsigned char*>(args.workspace_gmem);
     SketchKernelParams params{};
     params.x_gmem = static_cast<const uint16_t*>(args.x_gmem);

@@ -243,8 +243,9 @@ def _looked_up_by(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
         sketch, x = args[:2]
         if isinstance(x, torch.Tensor) and x.dim() and hasattr(sketch, "width"):
             return "update_sketch", (math.prod(x.shape[:-1]), x.shape[-1], sketch.width)
-    if OPS[op] == "fold" and args:
-        return "fold_many", (len(args[0]) if isinstance(args[0], (list, tuple)) else 1,)
+    if OPS[op] == "fold" and len(args) > 1:
+        bases = args[1] if isinstance(args[1], (list, tuple)) else args[1:2]
+        return "fold_many", (sum(basis is not None for basis in bases),)
     return {"fold": "fold_many", "sketch": "update_sketch"}.get(OPS[op], "forward"), ()
 
 

@@ -67,6 +67,10 @@ def test_the_grouped_fold_must_win_for_every_basis():
         {"sizes": [1], "fold_many": "eager"},
         {"sizes": [224], "fold_many": "triton"},
     ]
+    cut = [row for row in one if row["basis"] == "float32"]
+    assert fold_entries([*fold_rows(), *cut]) == [{"sizes": [224], "fold_many": "eager"}]
+    alone = [row for row in one if not row["provider"].startswith("eager")]
+    assert fold_entries([*fold_rows(), *alone]) == [{"sizes": [224], "fold_many": "eager"}]
     assert fold_entries([]) == []
 
 

@@ -7,14 +7,6 @@ namespace {
 
 constexpr int64_t kTableAlignment = 8;
 
-std::string address_refusal(const char* name, const void* gmem, int64_t alignment) {
-    const auto address = reinterpret_cast<uintptr_t>(gmem);
-    if (address == 0) return std::string(name) + " is a null pointer";
-    if (address % alignment == 0) return "";
-    return std::string(name) + " must start at a multiple of " + std::to_string(alignment) +
-           " bytes, got address " + std::to_string(address);
-}
-
 std::string least_refusal(const char* name, int64_t number, int64_t least, const char* why) {
     if (number >= least) return "";
     return value(name, number) + " is less than " + std::to_string(least) + ", " + why;
@@ -25,17 +17,10 @@ std::string dtype_refusal(const char* name, Dtype dtype) {
     return std::string(name) + " must be bf16, fp16 or fp32";
 }
 
-std::string first(std::initializer_list<std::string> reasons) {
-    for (const std::string& reason : reasons) {
-        if (!reason.empty()) return reason;
-    }
-    return "";
-}
-
 }  // namespace
 
 std::string refusal(const FoldArgs& args) {
-    const std::string reason = first({
+    const std::string reason = first_reason({
         dtype_refusal("adapter", args.adapter),
         dtype_refusal("basis", args.basis),
         size_refusal({{"problems", args.problems},
@@ -54,7 +39,7 @@ std::string refusal(const FoldArgs& args) {
     }
     // A part of T and its sum for every row, in one tile at least.
     const int64_t parts = 2 * args.rows * kFoldColumns * static_cast<int64_t>(sizeof(float));
-    return first({
+    return first_reason({
         least_refusal("counters_size", args.counters_size, 1 + 2 * args.problems,
                       "the ticket and two for every problem"),
         least_refusal("workspace_bytes", static_cast<int64_t>(args.workspace_bytes), parts,
@@ -63,7 +48,7 @@ std::string refusal(const FoldArgs& args) {
 }
 
 std::string refusal(const WriteTableArgs& args) {
-    return first({
+    return first_reason({
         size_refusal({{"size", args.size}}),
         address_refusal("values", args.values, kTableAlignment),
         address_refusal("table", args.table_gmem, kTableAlignment),

@@ -28,21 +28,36 @@ struct Matrix {
     bool aligned;  // must be
 };
 
+// The first that is not empty.
+inline std::string first_reason(std::initializer_list<std::string> reasons) {
+    for (const std::string& reason : reasons) {
+        if (!reason.empty()) return reason;
+    }
+    return "";
+}
+
+// Why an operand cannot lie at this address; "" where it can.
+inline std::string address_refusal(const char* name, const void* gmem, int64_t alignment) {
+    const auto address = reinterpret_cast<uintptr_t>(gmem);
+    if (address == 0) return std::string(name) + " is a null pointer";
+    if (address % alignment == 0) return "";
+    return std::string(name) + " must start at a multiple of " + std::to_string(alignment) +
+           " bytes, got address " + std::to_string(address);
+}
+
 // Why a kernel cannot read a matrix; "" where it can.
 inline std::string refusal(const Matrix& matrix) {
-    const auto address = reinterpret_cast<uintptr_t>(matrix.gmem);
     const std::string name = matrix.name;
-    if (address == 0) return name + " is a null pointer";
+    if (auto reason =
+            address_refusal(matrix.name, matrix.gmem, matrix.aligned ? kAlignment : kElementBytes);
+        !reason.empty()) {
+        return reason;
+    }
     if (matrix.ld < matrix.columns) {
         return value(matrix.ld_name, matrix.ld) + " is less than the " +
                std::to_string(matrix.columns) + " columns of " + name;
     }
-    if (!matrix.aligned) return "";
-    if (address % kAlignment) {
-        return name + " must start at a multiple of 16 bytes, got address " +
-               std::to_string(address);
-    }
-    if (matrix.ld % kAlignedElements) {
+    if (matrix.aligned && matrix.ld % kAlignedElements) {
         return value(matrix.ld_name, matrix.ld) + ": rows of " + name +
                " must start at multiples of 16 bytes, so it must be a multiple of " +
                std::to_string(kAlignedElements);

@@ -1,13 +1,14 @@
 #include "narrow_plan.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "matrix.h"
 
 namespace nsru {
 namespace {
 
-constexpr size_t kPartBytes = sizeof(float);
+constexpr int64_t kPartBytes = sizeof(float);
 
 std::string refusal(const char* x_name, Dtype dtype, int64_t m, int64_t c, int64_t r) {
     if (dtype != Dtype::kBf16 && dtype != Dtype::kFp16) return "dtype must be bf16 or fp16";
@@ -29,24 +30,38 @@ int rank_tiles(int64_t r) {
     return tiles;
 }
 
-int64_t choose_splits(int64_t blocks, int64_t steps, int multiprocessors) {
-    // From half a block for each multiprocessor on, adding parts costs more than idle ones.
-    if (2 * blocks >= multiprocessors) return 1;
-    return std::max<int64_t>(1, std::min(ceil_div(2 * multiprocessors, blocks), steps));
+int64_t choose_splits(const NarrowWork& work, int multiprocessors) {
+    // Model, not measured: multiprocessors read alike, in waves; every part is written once and
+    // read once; a launch to add them up takes as long as a multiprocessor's 64 KiB.
+    constexpr int64_t kMost = 64, kLaunchBytes = 64 * 1024;
+    int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+    for (int64_t splits = 1; splits <= std::min(kMost, work.steps); ++splits) {
+        const int64_t each = ceil_div(work.steps, splits);
+        if (ceil_div(work.steps, each) != splits) continue;  // a smaller number cuts the same way
+        const int64_t waves = ceil_div(work.blocks * splits, work.together * multiprocessors);
+        int64_t cost = waves * work.together * each * work.step_bytes;
+        if (splits > 1) cost += 2 * splits * work.part_bytes / multiprocessors + kLaunchBytes;
+        if (cost < least) best = splits, least = cost;
+    }
+    return best;
 }
 
 NarrowPlan plan(const RowsProductArgs& args, int multiprocessors) {
     NarrowPlan out{};
     out.rank_tiles = rank_tiles(args.r);
-    // 32 or 64 accumulators a thread, and with few rows no tiles without any.
-    out.row_tiles = args.m <= 16 ? 1 : out.rank_tiles <= 2 ? 4 : 2;
+    // Many rows read V, which comes from L2, less often; their accumulators set the limit. With few
+    // rows no tile is without any.
+    out.row_tiles = args.m <= 16 ? 1 : out.rank_tiles <= 4 ? 4 : 2;
     out.blocks = ceil_div(args.m, 16 * out.row_tiles);
     out.ranks = ceil_div(args.r, 8 * out.rank_tiles);
-    const int64_t steps = ceil_div(args.c, kRowsStep);
-    const int64_t splits = choose_splits(out.blocks * out.ranks, steps, multiprocessors);
+    const int64_t steps = ceil_div(args.c, kRowsStep), part_bytes = kPartBytes * args.m * args.r;
+    const int64_t splits = choose_splits(
+        {out.blocks * out.ranks, steps, 16 * out.row_tiles * kRowsStep * kElementBytes, part_bytes,
+         rows_blocks_together(out.row_tiles, out.rank_tiles)},
+        multiprocessors);
     out.per_split = ceil_div(steps, splits) * kRowsStep;
-    out.splits = ceil_div(args.c, out.per_split);
-    out.parts_bytes = out.splits > 1 ? kPartBytes * out.splits * args.m * args.r : 0;
+    out.splits = splits;
+    out.parts_bytes = splits > 1 ? splits * part_bytes : 0;
     out.shared_bytes = kPartBytes * kNarrowWarps * 16 * out.row_tiles * 8 * out.rank_tiles;
     return out;
 }
@@ -56,13 +71,14 @@ NarrowPlan plan(const ColumnsProductArgs& args, int multiprocessors) {
     out.rank_tiles = rank_tiles(args.r);
     out.blocks = ceil_div(args.c, kColumnsBlock);
     out.ranks = ceil_div(args.r, 8 * out.rank_tiles);
-    const int64_t steps = ceil_div(args.m, kColumnsRows);
-    // A step is 16 KiB of X: parts of fewer than four cost as much as they save.
+    const int64_t steps = ceil_div(args.m, kColumnsRows), part_bytes = kPartBytes * args.c * args.r;
     const int64_t splits =
-        choose_splits(out.blocks * out.ranks, std::max<int64_t>(1, steps / 4), multiprocessors);
+        choose_splits({out.blocks * out.ranks, steps, kColumnsRows * kColumnsBlock * kElementBytes,
+                       part_bytes, kColumnsBlocksTogether},
+                      multiprocessors);
     out.per_split = ceil_div(steps, splits) * kColumnsRows;
-    out.splits = ceil_div(args.m, out.per_split);
-    out.parts_bytes = out.splits > 1 ? kPartBytes * out.splits * args.c * args.r : 0;
+    out.splits = splits;
+    out.parts_bytes = splits > 1 ? splits * part_bytes : 0;
     const int stage = 2 * kColumnsRows * (kColumnsBlock + 8 * p_chunks(out.rank_tiles));
     out.shared_bytes = kColumnsStages * stage;
     if (args.v_gmem) {

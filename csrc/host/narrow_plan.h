@@ -17,6 +17,7 @@ constexpr int kMaxRanksTogether = 32;
 constexpr int kColumnsBlock = 256;
 constexpr int kColumnsRows = 32;  // rows of X in a stage
 constexpr int kColumnsStages = 3;
+constexpr int kColumnsBlocksTogether = 2;     // share a multiprocessor, by shared memory
 constexpr int kRowsStep = 64 * kNarrowWarps;  // columns that a block takes at a time
 
 // Blocks of the rows product that share a multiprocessor's registers: one where the loads that a
@@ -27,14 +28,14 @@ constexpr int rows_blocks_together(int row_tiles, int rank_tiles) {
 
 // How a product is cut. Splits share a sum; their float32 parts are added in order afterwards.
 struct NarrowPlan {
-    int row_tiles;           // of 16 rows, in a block of the rows product
-    int rank_tiles;          // of 8 columns, in a block; a power of two
-    int64_t blocks;          // along M (rows product) or C (columns product)
-    int64_t ranks;           // blocks along R
-    int64_t splits;          // parts of the sum
-    int64_t per_split;       // columns (rows product) or rows (columns product) in a part
-    size_t parts_bytes;      // of the sum's parts; 0 for one split
-    size_t row_parts_bytes;  // of the second product's parts, one for each block along C
+    int row_tiles;            // of 16 rows, in a block of the rows product
+    int rank_tiles;           // of 8 columns, in a block; a power of two
+    int64_t blocks;           // along M (rows product) or C (columns product)
+    int64_t ranks;            // blocks along R
+    int64_t splits;           // parts of the sum
+    int64_t per_split;        // columns (rows product) or rows (columns product) in a part
+    int64_t parts_bytes;      // of the sum's parts; 0 for one split
+    int64_t row_parts_bytes;  // of the second product's parts, one for each block along C
     int shared_bytes;
 };
 
@@ -45,8 +46,17 @@ int rank_tiles(int64_t r);
 // lie in different banks.
 constexpr int p_chunks(int rank_tiles) { return rank_tiles | 1; }
 
-// Parts into which `steps` are cut so that every multiprocessor has work.
-int64_t choose_splits(int64_t blocks, int64_t steps, int multiprocessors);
+// A product as far as the number of splits goes by it.
+struct NarrowWork {
+    int64_t blocks;      // for one split
+    int64_t steps;       // of the sum that splits share
+    int64_t step_bytes;  // of X, in one step of a block
+    int64_t part_bytes;  // of one part of the result
+    int together;        // blocks that share a multiprocessor
+};
+
+// Parts into which the steps are cut so that the slowest multiprocessor is done soonest.
+int64_t choose_splits(const NarrowWork& work, int multiprocessors);
 
 NarrowPlan plan(const RowsProductArgs& args, int multiprocessors);
 NarrowPlan plan(const ColumnsProductArgs& args, int multiprocessors);

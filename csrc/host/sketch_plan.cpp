@@ -109,12 +109,13 @@ std::string refusal(const SketchUpdateArgs& args) {
                " must be a multiple of 8: rows of x are read in words of 16 bytes";
     }
     if (args.panel_bytes < 1) return value("panel_bytes", args.panel_bytes) + " must be positive";
-    reason = first_refusal({{"x", args.x_gmem, args.k, "ldx", args.ldx, true},
-                            {"omega", args.omega_gmem, round_up(args.l, kAlignedElements),
-                             "ldomega", args.ldomega, true},
-                            {"y", args.y_gmem, args.l, "ldy", args.l, false},
-                            {"h", args.h_gmem, args.l, "ldh", args.l, false},
-                            {"trace", args.trace_gmem, 1, "ldtrace", 1, false}});
+    reason =
+        first_reason({first_refusal({{"x", args.x_gmem, args.k, "ldx", args.ldx, true},
+                                     {"omega", args.omega_gmem, round_up(args.l, kAlignedElements),
+                                      "ldomega", args.ldomega, true}}),
+                      address_refusal("y", args.y_gmem, sizeof(float)),
+                      address_refusal("h", args.h_gmem, sizeof(float)),
+                      address_refusal("trace", args.trace_gmem, sizeof(double))});
     if (!reason.empty()) return reason;
     // The cut with the most items: as many chunks as are ever taken.
     if (cut(args, kSizeLimit).items > static_cast<double>(kSizeLimit)) {

@@ -136,7 +136,7 @@ nsru::RowsProductArgs rows_args(int64_t m, int64_t c, int64_t r) {
     nsru::RowsProductArgs args{};
     args.x_gmem = address(0x1000);
     args.v_gmem = address(0x2000);
-    args.out_gmem = reinterpret_cast<void*>(0x3001);  // nothing is asked of how `out` lies
+    args.out_gmem = reinterpret_cast<void*>(0x3002);  // its rows need not start at 16 bytes
     args.m = m, args.c = c, args.r = r;
     args.ldx = args.ldv = c;
     args.ldo = r;
@@ -159,8 +159,8 @@ nsru::ColumnsProductArgs columns_args(int64_t m, int64_t c, int64_t r, bool with
     return args;
 }
 
-size_t bytes_of_parts(int64_t parts, int64_t size) {
-    return parts > 1 ? static_cast<size_t>(parts * size) * sizeof(float) : 0;
+int64_t bytes_of_parts(int64_t parts, int64_t size) {
+    return parts > 1 ? parts * size * static_cast<int64_t>(sizeof(float)) : 0;
 }
 
 void test_narrow_plans_cover_everything_once() {
@@ -196,11 +196,20 @@ void test_narrow_plans_cover_everything_once() {
 }
 
 void test_sums_are_split_where_multiprocessors_would_idle() {
-    CHECK(nsru::choose_splits(128, 8, 132) == 1);
-    CHECK(nsru::choose_splits(66, 8, 132) == 1);
-    CHECK(nsru::choose_splits(16, 64, 132) == 17);
-    CHECK(nsru::choose_splits(1, 8, 132) == 8);
-    CHECK(nsru::choose_splits(1, 1, 132) == 1);
+    const auto rows = [](int64_t m, int64_t c = 4096) {
+        return nsru::plan(rows_args(m, c, 16), 132).splits;
+    };
+    CHECK(rows(132 * 64) == 1);     // one full wave
+    CHECK(rows(132 * 64 + 1) > 1);  // a second wave for one row
+    CHECK(rows(66 * 64) == 2);      // half a wave
+    CHECK(rows(16) == 8);           // a block for each step
+    CHECK(rows(16, 512) == 1);      // there is but one
+    const auto columns = [](int64_t m) {
+        return nsru::plan(columns_args(m, 4096, 16, false), 132).splits;  // of 16 blocks
+    };
+    CHECK(columns(8192) == 16);  // 256 blocks, two on nearly every multiprocessor
+    CHECK(columns(32) == 1);
+    CHECK(columns(1000) > 1);
 }
 
 void test_narrow_products_refuse_what_they_cannot_read() {
@@ -222,6 +231,9 @@ void test_narrow_products_refuse_what_they_cannot_read() {
     rows = rows_args(7, 64, 3);
     rows.ldo = 2;
     CHECK(refused(rows, "ldo=2 is less than the 3 columns of out"));
+    rows = rows_args(7, 64, 3);
+    rows.out_gmem = reinterpret_cast<void*>(0x3001);
+    CHECK(refused(rows, "out must start at a multiple of 2 bytes"));
     CHECK(refused(columns_args(7, 64, 3, true), ""));
     CHECK(refused(columns_args(7, 64, 40, false), ""));
     CHECK(refused(columns_args(7, 64, 40, true), "r=40 must be at most 32"));

@@ -22,6 +22,7 @@ _LAUNCHERS = {
 }
 # Ops whose kernels use wgmma and TMA as sm_90a code has them; such code runs on 9.0 only.
 _HOPPER_ONLY = ("linear", "linear_group")
+_OLD = "Update the driver, rebuild with an older nvcc, or use 'triton'."
 _REBUILD = "Rebuild it (`make cuda` in a checkout), or use 'triton'."
 
 
@@ -61,6 +62,11 @@ def unavailable(op: str, device: torch.device) -> str | None:
         with torch.cuda.device(device):
             module.kernel_image()
     except RuntimeError as error:
+        if "InsufficientDriver" in str(error):
+            cuda = module.build_info()["cuda"]
+            return (
+                f"the NVIDIA driver is too old for CUDA {cuda}, which built the extension. {_OLD}"
+            )
         return f"the CUDA extension was built for sm {archs}: {error} {this_gpu}. {_REBUILD}"
     return None
 

@@ -1,4 +1,4 @@
-"""Library products that backends of several ops share."""
+"""What backends of several ops share about their narrow products."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
 def rank_columns(s_MR: Tensor, bs_NR: list[Tensor]) -> tuple[Tensor, ...]:
     """The columns of S, or of dS, that belong to each sibling's B_i; views."""
     return s_MR.split([b_NR.shape[1] for b_NR in bs_NR], dim=1)
+
+
+def one_read_pays(r: int) -> bool:
+    """Whether dB and dS should share one read of dY: beyond this rank the partial sums of dS,
+    4 R bytes a row and block of 256 columns, move more than a second read."""
+    return r <= 32

@@ -80,7 +80,8 @@ def _valid(entry: Any, path: Path) -> bool:
     valid = (
         isinstance(entry, dict)
         and isinstance(entry.get("sizes"), list)
-        and all(isinstance(size, int) and size > 0 for size in entry["sizes"])
+        and bool(entry["sizes"])
+        and all(isinstance(size, int) and 0 < size < 2**62 for size in entry["sizes"])
         and all(
             isinstance(winner, str) and winner.partition(" ")[0] in BACKENDS
             for function, winner in entry.items()

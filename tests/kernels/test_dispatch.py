@@ -174,8 +174,10 @@ def test_auto_falls_back_where_a_measured_kernel_cannot_serve(fake_kernel, monke
     "damage",
     ["", "[]", "{", '{"fold": 3}', '{"fold": [{"fold_many": "triton"}]}',
      '{"fold": [{"sizes": [0], "fold_many": "triton"}]}',
-     '{"fold": [{"sizes": [], "fold_many": null}]}',
-     '{"fold": [{"sizes": [], "fold_many": "rocm"}]}'],
+     '{"fold": [{"sizes": [], "fold_many": "triton"}]}',
+     '{"fold": [{"sizes": [1%s], "fold_many": "triton"}]}' % ("0" * 400),
+     '{"fold": [{"sizes": [224], "fold_many": null}]}',
+     '{"fold": [{"sizes": [224], "fold_many": "rocm"}]}'],
 )  # fmt: skip
 def test_a_damaged_table_counts_as_not_measured(measured, tmp_path, damage):
     (tmp_path / "nvidia-test-1.json").write_text(damage)

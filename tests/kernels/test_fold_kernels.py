@@ -264,6 +264,14 @@ def test_table_handed_over_as_arguments_equals_a_copy(fold_many, write_table, mo
     assert torch.equal(fold_many([a], [u], [None])[0], expected)
 
 
+def test_a_default_device_does_not_matter(fold_many):
+    a, u = draw(3, 63), basis(63, 5)
+    tables.schedule.cache_clear()
+    with torch.device("meta"):
+        folded = fold_many([a], [u], [None])[0]
+    assert torch.equal(folded, fold_many([a], [u], [None])[0])
+
+
 def test_refuses_float64(backend):
     a, u = draw(2, 8, torch.float64), basis(8, 2)
     with pytest.raises(BackendUnavailable, match=f"{backend}.*float64"):

@@ -104,6 +104,16 @@ def test_the_public_function_folds_and_multiplies_in_cuda(stand_in, monkeypatch,
     assert len(launched) == 2, "A forward, its gradient backward"
 
 
+def test_rank_one_with_a_frozen_b(stand_in):
+    x, w, a, b, _ = operands(4, 16, 24, 1, torch.bfloat16)
+    y, s = cuda.forward(x, w, a, b, None, 2.0, 0.0, None)
+    needs = [True, False, False, True, False]
+    got = cuda.backward(y, x, w, a, b, s, 2.0, 0.0, None, needs)
+    expected = reference.backward(y, x, w, a, b, s, 2.0, 0.0, None, needs)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+
+
 def test_no_tokens_launch_nothing(stand_in):
     check_both_passes(operands(0, 64, 40, 4, torch.bfloat16))
 

@@ -8,6 +8,7 @@ from tolerance import assert_close_to_exact
 
 from nsru_kernels.ops import extension
 from nsru_kernels.ops.linear import cuda_products as products
+from nsru_kernels.ops.products import one_read_pays
 
 GPU = torch.device("cuda")
 DTYPES = [torch.bfloat16, torch.float16]
@@ -49,7 +50,7 @@ def check(x, v, p):
     for rank_first in (False, True):
         d = products.columns_product(x, p, 1.7, rank_first=rank_first)
         assert_close_to_exact(d.T if rank_first else d, eager_d, exact_d, "columns")
-    if r <= products.MAX_RANK_TOGETHER:
+    if one_read_pays(r):
         d = products.columns_product(
             x, p, 1.7, rank_first=False, v_CR=v.T.contiguous(), rows_out=inside, rows_scaling=3.0
         )
@@ -92,9 +93,9 @@ def test_wrong_arguments_are_named(emulated):
     ):
         with pytest.raises(ValueError, match=reason):
             call()
-    with pytest.raises(ValueError, match="the workspace has 0 bytes, 512 are needed"):
+    with pytest.raises(ValueError, match="workspace_bytes=0 is less than the 2048 needed"):
         emulated.launch_rows_product(
-            x=x.data_ptr(), v=x.data_ptr(), out=x.data_ptr(), m=8, c=1024, r=8, ldx=1024, ldv=1024,
+            x=x.data_ptr(), v=x.data_ptr(), out=x.data_ptr(), m=8, c=8192, r=8, ldx=8192, ldv=8192,
             ldo=8, scaling=1.0, dtype="bf16", device=0, stream=0,
         )  # fmt: skip
 
@@ -110,8 +111,16 @@ def on_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, *REAL], ids=str)
-def test_against_float64_on_a_gpu(on_gpu, poisoned_memory, shape, dtype):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_small_on_a_gpu(on_gpu, poisoned_memory, shape, dtype):
+    x, v, p = draw(*shape, dtype, GPU)
+    check(x, v, products.padded(p))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", REAL, ids=str)
+def test_real_sizes_on_a_gpu(on_gpu, poisoned_memory, shape, dtype):
     x, v, p = draw(*shape, dtype, GPU)
     check(x, v, products.padded(p))
 

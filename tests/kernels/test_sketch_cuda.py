@@ -243,6 +243,8 @@ def test_the_launcher_names_the_argument_that_it_cannot_take(kernel):
         ({"ldomega": 8}, "ldomega=8 is less than the 16 columns of omega"),
         ({"x": call["x"] + 2}, f"x must start at .* got address {call['x'] + 2}"),
         ({"trace": 0}, "trace is a null pointer"),
+        ({"trace": call["trace"] + 4}, "trace must start at a multiple of 8 bytes"),
+        ({"y": call["y"] + 2}, "y must start at a multiple of 4 bytes"),
         ({"panel_bytes": -1}, "panel_bytes=-1 must be positive"),
         ({"dtype": "fp32"}, "dtype must be bf16 or fp16"),
         ({"dtype": "fp8"}, "got 'fp8'"),
@@ -253,7 +255,9 @@ def test_the_launcher_names_the_argument_that_it_cannot_take(kernel):
             kernel.launch_sketch_update(**call | change)
     size = kernel.sketch_update_workspace(**call)
     space = torch.empty(size + 16, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=f"workspace has {size - 1} bytes, {size} are needed"):
+    with pytest.raises(
+        ValueError, match=f"workspace_bytes={size - 1} is less than the {size} needed"
+    ):
         kernel.launch_sketch_update(**call, workspace=space.data_ptr(), workspace_bytes=size - 1)
     with pytest.raises(ValueError, match="workspace must start at a multiple of 16 bytes"):
         kernel.launch_sketch_update(**call, workspace=space.data_ptr() + 8, workspace_bytes=size)

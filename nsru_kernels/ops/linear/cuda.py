@@ -12,13 +12,13 @@ from torch import Tensor
 
 from nsru_kernels.ops.extension import row_major
 from nsru_kernels.ops.linear.cuda_products import (
-    MAX_RANK_TOGETHER,
     check_operands,
     columns_product,
     kext_gemm,
     padded,
     rows_product,
 )
+from nsru_kernels.ops.products import one_read_pays
 
 
 def forward(
@@ -59,14 +59,14 @@ def backward(
     dy_MN, b_NR = row_major(dy_MN), b_NR.contiguous()
     v_RK, s_MR = padded(a_RK, scaling), padded(s_MR)
     need_ds = need_x or need_a
-    together = need_b and need_ds and b_NR.shape[1] <= MAX_RANK_TOGETHER
+    together = need_b and need_ds and one_read_pays(b_NR.shape[1])
     if need_b and not together:
         db = columns_product(dy_MN, s_MR, scaling, rank_first=False)
     if together:
         ds_MR = s_MR.new_empty(s_MR.shape)
         db = columns_product(dy_MN, s_MR, scaling, rank_first=False, v_CR=b_NR, rows_out=ds_MR)
     elif need_ds:
-        ds_MR = rows_product(dy_MN, b_NR.T.contiguous())
+        ds_MR = rows_product(dy_MN, row_major(b_NR.T))
     if need_ds:
         p_MR = padded(ds_MR)
     if need_x:

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from nsru_kernels.config import BackendUnavailable
 from nsru_kernels.ops import extension
-from nsru_kernels.ops.extension import ALIGNED, DTYPES, SHORT, aligned, has_wide_rows
+from nsru_kernels.ops.extension import ALIGNED, DTYPES, SHORT, has_wide_rows
 
-MAX_RANK_TOGETHER = 32  # beyond it partial sums of dS move more than a second read of dY
 CHOOSE = -1  # the extension picks a config by the number of output tiles
 
 
@@ -31,8 +30,9 @@ def kext_gemm(
         w_KN, v_RN: both contiguous along K and R, or both along N; 16-byte aligned.
         config: index into the extension's configs; CHOOSE for one that fits the sizes.
         swizzle: tiles that neighbouring clusters share through L2: 1, 2, 4 or 8.
-        after_narrow: the stream's last kernel is the narrow product that makes P, and nothing else
-            that is read here is younger: the GEMM starts on X and W while that product ends.
+        after_narrow: the narrow product that makes P was enqueued last, and nothing else that is
+            read here is younger: the GEMM starts on X and W while that product ends. Kernels that
+            read and write nothing of the operands may lie between.
     Raises:
         ValueError: naming the argument and its value.
     """
@@ -139,7 +139,7 @@ def check_operands(op: str, x_MC: Tensor, w_NK: Tensor, dropout_p: float = 0.0) 
         reason = f"the GEMM has no dropout mask, got dropout_p={dropout_p}"
     elif any(size % ALIGNED or not size for size in w_NK.shape):
         reason = f"in_features and out_features must be multiples of 8, got {tuple(w_NK.shape)}"
-    elif w_NK.stride(1) != 1 or not aligned(w_NK):
+    elif not has_wide_rows(w_NK):
         reason = (
             f"rows of weight must be contiguous and start at multiples of 16 bytes, got strides "
             f"{w_NK.stride()} at address {w_NK.data_ptr()}"

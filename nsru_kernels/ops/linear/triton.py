@@ -25,10 +25,10 @@ from nsru_kernels.ops.linear.triton_products import (
     columns_product,
     fits_tma,
     kext_gemm,
-    one_read_pays,
     packed,
     rows_product,
 )
+from nsru_kernels.ops.products import one_read_pays
 
 PLANS = ("decode", "kext_tma", "kext", "expand_first")
 DECODE_TOKENS = launch.LEAST_TILE

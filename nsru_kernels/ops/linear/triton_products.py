@@ -230,12 +230,6 @@ def kext_group_gemm(
     return launch.tuned(_configs("kext", *xs_MK, *ws_KN, tma=tma), key, xs_MK[0], run)
 
 
-def one_read_pays(r: int) -> bool:
-    """Whether dB and dS should share one read of dY: beyond this rank the partial sums of dS,
-    4 R bytes a row and block of at most 256 columns, move more than a second read."""
-    return r <= 32
-
-
 def fits_tma(x_MK: Tensor, w: Tensor) -> bool:
     """Whether X, W and their product can be described to the copy engine of this GPU."""
     if x_MK.dtype == torch.float32 or launch.architecture(x_MK.device) < 90:

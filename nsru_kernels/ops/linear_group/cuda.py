@@ -11,14 +11,13 @@ from torch import Tensor
 
 from nsru_kernels.ops.extension import row_major
 from nsru_kernels.ops.linear.cuda_products import (
-    MAX_RANK_TOGETHER,
     check_operands,
     columns_product,
     kext_gemm,
     padded,
     rows_product,
 )
-from nsru_kernels.ops.products import rank_columns
+from nsru_kernels.ops.products import one_read_pays, rank_columns
 
 
 def forward(
@@ -76,9 +75,9 @@ def backward(
             ds.zero_()
             continue
         need_b = needs[2 + 2 * count + i]
-        together = need_b and need_ds and b_NR.shape[1] <= MAX_RANK_TOGETHER
+        together = need_b and need_ds and one_read_pays(b_NR.shape[1])
         if need_ds and not together:
-            rows_product(dy_MN, b_NR.T.contiguous(), scaling=scaling, out=ds)
+            rows_product(dy_MN, row_major(b_NR.T), scaling=scaling, out=ds)
         if need_b:
             grads[2 + 2 * count + i] = columns_product(
                 dy_MN, padded(s), scaling, rank_first=False,

@@ -16,10 +16,9 @@ from nsru_kernels.ops.linear.triton_products import (
     fits_tma,
     kext_gemm,
     kext_group_gemm,
-    one_read_pays,
     rows_product,
 )
-from nsru_kernels.ops.products import rank_columns
+from nsru_kernels.ops.products import one_read_pays, rank_columns
 
 
 def forward(

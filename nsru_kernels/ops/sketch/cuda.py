@@ -15,7 +15,7 @@ from nsru_kernels.config import BackendUnavailable
 from nsru_kernels.ops import extension
 from nsru_kernels.ops.extension import ALIGNED, DTYPES, SHORT, row_major
 
-# Two panels of x stay in L2 together (40 MiB on A100, 50 MiB on H100 and H200).
+# Two panels of x are to stay in L2 together (40 MiB on A100, 50 MiB on H100). Not measured.
 _PANEL_BYTES = 16 << 20
 
 
@@ -39,7 +39,10 @@ def update_sketch(
     if not x_MK.numel():
         return torch.zeros((), dtype=torch.float64, device=x_MK.device)
     x_MK = row_major(x_MK)
-    omega_KL = row_major(F.pad(omega_KL.to(x_MK.dtype), (0, -width % ALIGNED)))
+    omega_KL = omega_KL.to(x_MK.dtype)
+    if width % ALIGNED:
+        omega_KL = F.pad(omega_KL, (0, -width % ALIGNED))
+    omega_KL = row_major(omega_KL)
     mask_M = None if mask_M is None else mask_M.contiguous()
     trace = x_MK.new_empty((), dtype=torch.float64)
     extension.launch(

@@ -18,7 +18,7 @@ from nsru_kernels.ops.sketch import triton_kernels as kernels
 PLANS = ("one_read", "two_reads")
 # Below this width both passes over x cost more than the products (model: 790 TFLOP/s, 4.3 TB/s).
 ONE_READ = 184
-# Two panels of x stay in L2 together (40 MiB on A100, 50 MiB on H100 and H200).
+# Two panels of x are to stay in L2 together (40 MiB on A100, 50 MiB on H100). Not measured.
 _PANEL_BYTES = 16 << 20
 _MAX_K_CHUNKS, _MAX_M_CHUNKS, _MAX_SPLITS = 8, 4, 8
 # Rows of products that a multiprocessor computes while a part of its tile is written and read
