@@ -21,9 +21,10 @@ CUTLASS := nvidia-cutlass==4.2.0
 demo: install
 	$(VENV)/bin/nsru demo $(ARGS)
 
-# Two workers with one thread each: more threads than cores make the small tests slower.
+# Two workers with one thread each: more threads than cores make the small tests slower. Tests that
+# compile take minutes, so an idle worker takes over what the other has not begun.
 test: install
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: install
 	$(PY) -m ruff check .
