@@ -12,8 +12,6 @@ from nsru_bench.session import Session
 
 # (K, adapters on one basis) of a Llama-3-8B layer: q/k/v, o, gate/up, down.
 LAYER = ((4096, 3), (4096, 1), (4096, 2), (14336, 1))
-
-
 # Layers at a time: plans hold up to twice and down to half the measured number of adapters.
 LAYERS = (32, 8, 2)
 ONE = ((4096, 1),)  # what each linear's backward folds

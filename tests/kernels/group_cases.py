@@ -5,6 +5,8 @@ import functools
 import torch
 from tolerance import assert_close_to_exact
 
+from nsru_kernels.ops.linear_group import reference
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALINGS = [1.7, 0.5, 3.0, 0.9]
 
@@ -38,3 +40,37 @@ def compare(got, eager, exact, names):
             assert_close_to_exact(*values, name)
         else:
             assert not values[0].numel(), f"{name} was not asked for"
+
+
+def check_both_passes(module, case, dtype):
+    """Forward and backward of a backend against float64, no worse than eager."""
+    args = operands(*case, dtype)
+    x, ws, a, bs, _, scalings = args
+    got, eager, exact = (
+        module.forward(*args),
+        reference.forward(*args),
+        reference.forward(*wide(list(args))),
+    )
+    compare(*(outputs[0] for outputs in (got, eager, exact)), [f"y{i}" for i in range(len(ws))])
+    compare(*([outputs[1]] for outputs in (got, eager, exact)), ["S"])
+    dys, s, needs = upstream(got[0]), eager[1], [True] * (2 + 3 * len(ws))
+    names = ["dx", "da", *(f"d{n}{i}" for n in ("w", "bias", "b") for i in range(len(ws)))]
+    check_backward(module, (dys, x, ws, a, bs, s, scalings), needs, names)
+
+
+def check_some_gradients(module, case, dtype, unused, wanted):
+    """The gradients ``wanted`` of three siblings, where some outputs were not used."""
+    x, ws, a, bs, biases, scalings = operands(*case, dtype)
+    ys, s = reference.forward(x, ws, a, bs, biases, scalings)
+    dys = [None if i in unused else dy for i, dy in enumerate(upstream(ys))]
+    needs = [i in wanted for i in range(2 + 9)]
+    check_backward(module, (dys, x, ws, a, bs, s, scalings), needs, [str(i) for i in range(11)])
+
+
+def check_backward(module, back, needs, names):
+    compare(
+        module.backward(*back, needs),
+        reference.backward(*back, needs),
+        reference.backward(*wide(list(back)), needs),
+        names,
+    )

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from group_cases import DEVICE, compare, operands, upstream, wide
+from group_cases import DEVICE, check_both_passes, check_some_gradients, operands, upstream
 
 import nsru_kernels as nk
 from nsru_kernels import dispatch
 from nsru_kernels.ops import extension
-from nsru_kernels.ops.linear_group import cuda, reference
+from nsru_kernels.ops.linear_group import cuda
 
 DTYPES = [torch.bfloat16, torch.float16]
 # Ranks that need padded copies and ranks that do not; one above those that share a read of dY.
@@ -27,47 +27,17 @@ def kernels(request):
         pytest.skip(reason)
 
 
-def check(case, dtype):
-    args = operands(*case, dtype)
-    x, ws, a, bs, _, scalings = args
-    got, eager, exact = (
-        cuda.forward(*args),
-        reference.forward(*args),
-        reference.forward(*wide(list(args))),
-    )
-    compare(*(outputs[0] for outputs in (got, eager, exact)), [f"y{i}" for i in range(len(ws))])
-    compare(*([outputs[1]] for outputs in (got, eager, exact)), ["S"])
-    dys, s, needs = upstream(got[0]), eager[1], [True] * (2 + 3 * len(ws))
-    back = (dys, x, ws, a, bs, s, scalings)
-    names = ["dx", "da", *(f"d{n}{i}" for n in ("w", "bias", "b") for i in range(len(ws)))]
-    compare(
-        cuda.backward(*back, needs),
-        reference.backward(*back, needs),
-        reference.backward(*wide(list(back)), needs),
-        names,
-    )
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_every_gradient(kernels, case, dtype):
-    check(case, dtype)
+    check_both_passes(cuda, case, dtype)
 
 
 @pytest.mark.parametrize("unused", [(0,), (1, 2), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1, 8, 9, 10), (8,)], ids=str)
 def test_unused_outputs_and_single_gradients(kernels, unused, wanted):
-    x, ws, a, bs, biases, scalings = operands(20, 40, (24, 8, 16), (3, 2, 4), torch.float16)
-    ys, s = reference.forward(x, ws, a, bs, biases, scalings)
-    dys = [None if i in unused else dy for i, dy in enumerate(upstream(ys))]
-    needs = [i in wanted for i in range(2 + 9)]
-    back = (dys, x, ws, a, bs, s, scalings)
-    compare(
-        cuda.backward(*back, needs),
-        reference.backward(*back, needs),
-        reference.backward(*wide(list(back)), needs),
-        [str(i) for i in range(11)],
-    )
+    case = (20, 40, (24, 8, 16), (3, 2, 4))
+    check_some_gradients(cuda, case, torch.float16, unused, wanted)
 
 
 def test_swapped_siblings_go_through_cuda_alone(stand_in, monkeypatch):
@@ -119,7 +89,7 @@ def test_refusals_name_the_reason_and_the_other_backend():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_real_sizes(kernels, dtype):
-    check((8192, 4096, (4096, 1024, 1024), (16, 16, 16)), dtype)
+    check_both_passes(cuda, (8192, 4096, (4096, 1024, 1024), (16, 16, 16)), dtype)
 
 
 @pytest.mark.gpu

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from group_cases import DEVICE, compare, operands, upstream, wide
+from group_cases import (
+    DEVICE,
+    check_both_passes,
+    check_some_gradients,
+    compare,
+    operands,
+    upstream,
+    wide,
+)
 from tolerance import assert_close_to_exact
 
 import nsru_kernels as nk
@@ -28,41 +36,14 @@ CASES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_every_gradient(case, dtype):
-    args = operands(*case, dtype)
-    x, ws, a, bs, _, scalings = args
-    got, eager, exact = (
-        triton.forward(*args),
-        reference.forward(*args),
-        reference.forward(*wide(list(args))),
-    )
-    names = [f"y{i}" for i in range(len(ws))]
-    compare(*(outputs[0] for outputs in (got, eager, exact)), names)
-    compare(*([outputs[1]] for outputs in (got, eager, exact)), ["S"])
-    dys, s, needs = upstream(got[0]), eager[1], [True] * (2 + 3 * len(ws))
-    back = (dys, x, ws, a, bs, s, scalings)
-    names = ["dx", "da", *(f"d{n}{i}" for n in ("w", "bias", "b") for i in range(len(ws)))]
-    compare(
-        triton.backward(*back, needs),
-        reference.backward(*back, needs),
-        reference.backward(*wide(list(back)), needs),
-        names,
-    )
+    check_both_passes(triton, case, dtype)
 
 
 @pytest.mark.parametrize("unused", [(0,), (1, 2), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1, 8, 9, 10), (8,)], ids=str)
 def test_unused_outputs_and_single_gradients(unused, wanted):
-    x, ws, a, bs, biases, scalings = operands(20, 40, (24, 9, 16), (3, 2, 4), torch.float32)
-    ys, s = reference.forward(x, ws, a, bs, biases, scalings)
-    dys = [None if i in unused else dy for i, dy in enumerate(upstream(ys))]
-    needs = [i in wanted for i in range(2 + 9)]
-    back = (dys, x, ws, a, bs, s, scalings)
-    compare(
-        triton.backward(*back, needs),
-        reference.backward(*back, needs),
-        reference.backward(*wide(list(back)), needs),
-        [str(i) for i in range(11)],
-    )
+    case = (20, 40, (24, 9, 16), (3, 2, 4))
+    check_some_gradients(triton, case, torch.float32, unused, wanted)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
