@@ -10,13 +10,6 @@
 namespace nsru {
 namespace {
 
-template <class ARGS>
-void check_arguments(const char* function, const ARGS& args) {
-    if (const std::string reason = refusal(args); !reason.empty()) {
-        throw std::invalid_argument(std::string(function) + ": " + reason);
-    }
-}
-
 using FoldKernel = void (*)(FoldParams);
 
 template <class A>
@@ -46,7 +39,7 @@ FoldKernel kernel_for(const FoldArgs& args) {
 }  // namespace
 
 void launch_fold(const FoldArgs& args) {
-    check_arguments("launch_fold", args);
+    refuse_for(refusal(args), "launch_fold");
     const Gpu gpu = gpu_of(args.device);
     check_gpu("launch_fold", gpu, args.device, kFoldShared);
     FoldParams params{};
@@ -67,7 +60,7 @@ void launch_fold(const FoldArgs& args) {
 }
 
 void launch_write_table(const WriteTableArgs& args) {
-    check_arguments("launch_write_table", args);
+    refuse_for(refusal(args), "launch_write_table");
     const DeviceGuard guard(args.device);
     for (int64_t first = 0; first < args.size; first += kTableValues) {
         WriteTableParams params{};

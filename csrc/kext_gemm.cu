@@ -21,8 +21,7 @@ struct Call {
 
 Call prepare(const char* function, KextGemmArgs args) {
     if (const std::string reason = refusal(args); !reason.empty()) {
-        throw std::invalid_argument(std::string(function) + ": " + reason + " (" + describe(args) +
-                                    ")");
+        refuse_for(reason + " (" + describe(args) + ")", function);
     }
     const Gpu gpu = gpu_of(args.device);
     if (gpu.major != 9 || gpu.minor != 0) {  // sm_90a code runs on 9.0 and nowhere else

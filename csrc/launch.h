@@ -31,6 +31,11 @@ struct Gpu {
     int shared_bytes_per_block;
 };
 
+// Throws std::invalid_argument with the reason, where there is one.
+inline void refuse_for(const std::string& reason, const char* function) {
+    if (!reason.empty()) throw std::invalid_argument(std::string(function) + ": " + reason);
+}
+
 // What the kernels of kernels/warp.cuh need. Throws std::runtime_error.
 inline void check_gpu(const char* function, const Gpu& gpu, int device, int shared_bytes) {
     if (gpu.major < 8 || shared_bytes > gpu.shared_bytes_per_block) {
@@ -51,7 +56,7 @@ inline void check_workspace(const char* function, const void* workspace_gmem, si
         reason = "workspace_bytes=" + std::to_string(bytes) + " is less than the " +
                  std::to_string(needed) + " needed";
     }
-    if (!reason.empty()) throw std::invalid_argument(std::string(function) + ": " + reason);
+    refuse_for(reason, function);
 }
 
 }  // namespace nsru
@@ -112,3 +117,18 @@ inline void zero_async(void* gmem, size_t bytes, void* stream) {
 
 }  // namespace nsru
 #endif
+
+namespace nsru {
+
+// The plan of a launch, checked against its arguments and its device. Throws std::invalid_argument
+// and std::runtime_error.
+template <class ARGS>
+auto plan_launch(const char* function, const ARGS& args) {
+    refuse_for(refusal(args), function);
+    const Gpu gpu = gpu_of(args.device);
+    const auto out = plan(args, gpu.multiprocessors);
+    check_gpu(function, gpu, args.device, out.shared_bytes);
+    return out;
+}
+
+}  // namespace nsru

@@ -10,17 +10,6 @@
 namespace nsru {
 namespace {
 
-template <class ARGS>
-NarrowPlan prepare(const char* function, const ARGS& args) {
-    if (const std::string reason = refusal(args); !reason.empty()) {
-        throw std::invalid_argument(std::string(function) + ": " + reason);
-    }
-    const Gpu gpu = gpu_of(args.device);
-    const NarrowPlan out = plan(args, gpu.multiprocessors);
-    check_gpu(function, gpu, args.device, out.shared_bytes);
-    return out;
-}
-
 using RowsKernel = void (*)(RowsKernelParams);
 using ColumnsKernel = void (*)(ColumnsKernelParams);
 
@@ -127,16 +116,16 @@ void launch_columns(const ColumnsProductArgs& args, const NarrowPlan& plan) {
 }  // namespace
 
 size_t rows_product_workspace(const RowsProductArgs& args) {
-    return static_cast<size_t>(prepare("rows_product_workspace", args).parts_bytes);
+    return static_cast<size_t>(plan_launch("rows_product_workspace", args).parts_bytes);
 }
 
 size_t columns_product_workspace(const ColumnsProductArgs& args) {
-    const NarrowPlan plan = prepare("columns_product_workspace", args);
+    const NarrowPlan plan = plan_launch("columns_product_workspace", args);
     return static_cast<size_t>(plan.parts_bytes + plan.row_parts_bytes);
 }
 
 void launch_rows_product(const RowsProductArgs& args) {
-    const NarrowPlan plan = prepare("launch_rows_product", args);
+    const NarrowPlan plan = plan_launch("launch_rows_product", args);
     check_workspace("launch_rows_product", args.workspace_gmem, args.workspace_bytes,
                     plan.parts_bytes);
     const DeviceGuard guard(args.device);
@@ -144,7 +133,7 @@ void launch_rows_product(const RowsProductArgs& args) {
 }
 
 void launch_columns_product(const ColumnsProductArgs& args) {
-    const NarrowPlan plan = prepare("launch_columns_product", args);
+    const NarrowPlan plan = plan_launch("launch_columns_product", args);
     check_workspace("launch_columns_product", args.workspace_gmem, args.workspace_bytes,
                     plan.parts_bytes + plan.row_parts_bytes);
     const DeviceGuard guard(args.device);

@@ -10,16 +10,6 @@
 namespace nsru {
 namespace {
 
-SketchPlan prepare(const char* function, const SketchUpdateArgs& args) {
-    if (const std::string reason = refusal(args); !reason.empty()) {
-        throw std::invalid_argument(std::string(function) + ": " + reason);
-    }
-    const Gpu gpu = gpu_of(args.device);
-    const SketchPlan out = plan(args, gpu.multiprocessors);
-    check_gpu(function, gpu, args.device, out.shared_bytes);
-    return out;
-}
-
 using SketchKernel = void (*)(SketchKernelParams);
 
 template <class T>
@@ -43,11 +33,11 @@ SketchKernel kernel_for(int tile_width) {
 }  // namespace
 
 size_t sketch_update_workspace(const SketchUpdateArgs& args) {
-    return prepare("sketch_update_workspace", args).workspace_bytes;
+    return plan_launch("sketch_update_workspace", args).workspace_bytes;
 }
 
 void launch_sketch_update(const SketchUpdateArgs& args) {
-    const SketchPlan plan = prepare("launch_sketch_update", args);
+    const SketchPlan plan = plan_launch("launch_sketch_update", args);
     check_workspace("launch_sketch_update", args.workspace_gmem, args.workspace_bytes,
                     plan.workspace_bytes);
     auto* const workspace = static_cast<unsigned char*>(args.workspace_gmem);
