@@ -1,11 +1,13 @@
-"""Adds the CUDA extension ``nsru_kernels._cuda`` to the build where nvcc is found.
+"""Adds the extensions to the build: ``nsru_kernels._cuda`` where nvcc is found, ``nsru_kernels._cpu``
+for x86-64 Linux where a C++ compiler is.
 
-The extension neither includes nor links torch, so building needs no torch. Read here only:
-NSRU_SKIP_CUDA=1 builds pure Python; NSRU_CUDA_ARCHS sets CMake's architectures ("80;90a");
-CUTLASS_DIR names a checkout of CUTLASS in place of the package nvidia-cutlass.
+Neither includes or links torch, so building needs no torch. Read here only: NSRU_SKIP_CUDA=1 and
+NSRU_SKIP_CPU=1 leave one out; NSRU_CUDA_ARCHS sets CMake's architectures ("80;90a"); CUTLASS_DIR
+names a checkout of CUTLASS in place of the package nvidia-cutlass.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,7 +21,8 @@ from setuptools.errors import CompileError, OptionError
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80;90a"
 CUTLASS = "nvidia-cutlass==4.2.0"
-REMEDY = "Set NSRU_SKIP_CUDA=1 to install the pure Python package without the CUDA backend."
+CUDA, CPU = "nsru_kernels._cuda", "nsru_kernels._cpu"
+REMEDY = "Set NSRU_SKIP_CUDA=1 to install the package without the CUDA backend."
 
 
 def find_nvcc() -> str | None:
@@ -43,55 +46,86 @@ def cuda_archs() -> str:
     return ";".join(archs)
 
 
+def is_set(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == CPU:
+            self.build_cpu(ext)
+        else:
+            self.build_cuda(ext)
+
+    def build_cuda(self, ext: Extension) -> None:
+        nvcc, archs = find_nvcc(), cuda_archs()
+        options = [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={archs}"]
+        try:
+            self.run_cmake(ext, ROOT, "cmake", options)
+        except (OSError, subprocess.CalledProcessError) as error:
+            status = getattr(error, "returncode", error)
+            raise CompileError(f"cmake with {nvcc} failed (status {status}). {REMEDY}") from error
+        print(f"nsru-kernels: CUDA extension built with {nvcc} for {archs}")
+
+    def build_cpu(self, ext: Extension) -> None:
+        # Optional: a compiler too old for AMX costs speed on some CPUs and nothing else.
+        try:
+            self.run_cmake(ext, ROOT / "csrc" / "cpu", "cmake-cpu", [])
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError("nsru-kernels: no kernels for CPUs with AMX, see above") from error
+        print("nsru-kernels: CPU extension built")
+
+    def run_cmake(self, ext: Extension, source: Path, name: str, options: list[str]) -> None:
+        """Raises OSError or CalledProcessError."""
         import pybind11
 
-        nvcc = find_nvcc()
-        archs = cuda_archs()
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         # Kept between builds: with unchanged tools only changed sources are compiled again.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / f"{name}-{sys.implementation.cache_tag}"
         # --fresh, which drops what was compiled, where the cache names tools of an isolated build
         # that pip has deleted since; the place of pybind11 tells.
         cache = build / "CMakeCache.txt"
         same_tools = cache.exists() and pybind11.get_cmake_dir() in cache.read_text()
         configure = [
             "cmake", *([] if same_tools else ["--fresh"]),
-            "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "-S", str(source), "-B", str(build), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release",
-            f"-DCMAKE_CUDA_COMPILER={nvcc}",
-            f"-DCMAKE_CUDA_ARCHITECTURES={archs}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DNSRU_VERSION={self.distribution.get_version()}",
+            *options,
         ]  # fmt: skip
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
-        try:
-            subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            status = getattr(error, "returncode", error)
-            raise CompileError(f"cmake with {nvcc} failed (status {status}). {REMEDY}") from error
-        print(f"nsru-kernels: CUDA extension built with {nvcc} for {archs}")
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
 
 
 def cuda_extension() -> list[Extension]:
-    if os.environ.get("NSRU_SKIP_CUDA", "") not in ("", "0"):
+    if is_set("NSRU_SKIP_CUDA"):
         reason = "NSRU_SKIP_CUDA is set"
     elif find_nvcc() is None:
         reason = "nvcc was not found (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)"
     else:
-        return [Extension("nsru_kernels._cuda", sources=[])]
+        return [Extension(CUDA, sources=[])]
     if {"bdist_wheel", "editable_wheel", "build", "install"} & set(sys.argv):
-        print(f"nsru-kernels: pure Python build without the CUDA backend: {reason}")
+        print(f"nsru-kernels: build without the CUDA backend: {reason}")
     return []
 
 
+def cpu_extension() -> list[Extension]:
+    """The CPU extension where it could be of use; a build of it that fails is left out."""
+    compilers = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    if is_set("NSRU_SKIP_CPU") or not any(name and shutil.which(name) for name in compilers):
+        return []
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return []
+    return [Extension(CPU, sources=[], optional=True)]
+
+
 def cutlass_requirement(extensions: list[Extension]) -> list[str]:
-    """CUTLASS where the GEMM for sm_90a is built; a pure Python install never asks for it."""
+    """CUTLASS where the GEMM for sm_90a is built; an install without CUDA never asks for it."""
     # setuptools' PEP 517 hook asks by this command and pip then installs the answer. For any other
     # command setuptools would download it itself, even without a network.
     if not extensions or os.environ.get("CUTLASS_DIR") or "egg_info" not in sys.argv:
@@ -99,7 +133,7 @@ def cutlass_requirement(extensions: list[Extension]) -> list[str]:
     return [CUTLASS] if any(arch.startswith("90a") for arch in cuda_archs().split(";")) else []
 
 
-extensions = cuda_extension()
+with_cuda = cuda_extension()
 setup(
     packages=[
         *find_packages(str(ROOT), include=["nsru_kernels", "nsru_kernels.*"]),
@@ -107,7 +141,7 @@ setup(
         "nsru_bench",
     ],
     package_dir={"nsru_train": "python/nsru_train", "nsru_bench": "benchmarks"},
-    ext_modules=extensions,
-    setup_requires=cutlass_requirement(extensions),
+    ext_modules=[*with_cuda, *cpu_extension()],
+    setup_requires=cutlass_requirement(with_cuda),
     cmdclass={"build_ext": CMakeBuild},
 )

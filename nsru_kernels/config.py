@@ -8,7 +8,7 @@
 
 import os
 
-BACKENDS = ("eager", "triton", "cuda")
+BACKENDS = ("eager", "cpu", "triton", "cuda")
 
 
 class BackendUnavailable(RuntimeError):  # noqa: N818 - a public name of the design

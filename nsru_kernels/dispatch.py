@@ -23,7 +23,7 @@ import torch
 
 from nsru_kernels import plans
 from nsru_kernels.config import BACKENDS, BackendUnavailable, requested_backend
-from nsru_kernels.ops import extension, launch
+from nsru_kernels.ops import cpu_extension, extension, launch
 
 # public function → folder in nsru_kernels/ops
 OPS = {
@@ -49,9 +49,10 @@ KERNELS = {
     ("sketch", "cuda"): EMULATED,
 }
 
-_MODULE = {"eager": "reference", "triton": "triton", "cuda": "cuda"}
+_MODULE = {"eager": "reference", "cpu": "cpu", "triton": "triton", "cuda": "cuda"}
 # backend → (folder, device) → why it cannot run there and what to do, None where it can
 _UNAVAILABLE: dict[str, Callable[[str, torch.device], str | None]] = {
+    "cpu": cpu_extension.unavailable,
     "cuda": extension.unavailable,
     "triton": lambda op, device: launch.unavailable(device),
 }

@@ -1,0 +1,28 @@
+// Threads of the OpenMP runtime that PyTorch has loaded; one of our own would compete with it.
+#pragma once
+
+#include <dlfcn.h>
+
+#include <atomic>
+
+namespace nsru::cpu {
+
+// body(thread) for every thread below `threads`, in no order, side by side where there are cores.
+template <class BODY>
+void parallel(int threads, BODY body) {
+    using Start = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    static const auto start = reinterpret_cast<Start>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    struct Call {
+        BODY& body;
+        int threads;
+        std::atomic<int> next{0};
+    } call{body, threads};
+    const auto work = [](void* argument) {
+        auto& call = *static_cast<Call*>(argument);
+        // The runtime may start fewer threads than it was asked for.
+        for (int thread; (thread = call.next++) < call.threads;) call.body(thread);
+    };
+    start(work, &call, threads, 0);
+}
+
+}  // namespace nsru::cpu

@@ -1,0 +1,127 @@
+"""The extension ``nsru_kernels._cpu`` for CPUs with AMX: whether it can serve, and calls into it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsru_kernels.config import BackendUnavailable
+
+_Matrix = tuple[int, int, bool]
+
+
+def unavailable(op: str, device: torch.device) -> str | None:
+    """Why the CPU kernels of ``op`` cannot run on ``device`` and what to do; None where they can."""
+    if device.type != "cpu":
+        return "CPU kernels need tensors on the CPU. Use backend='eager'."
+    return _unavailable()
+
+
+@functools.cache
+def _unavailable() -> str | None:
+    try:
+        module = load()
+    except ModuleNotFoundError:
+        return (
+            "the CPU extension is not built: no C++ compiler for AMX at installation, or "
+            "NSRU_SKIP_CPU=1. Reinstall where g++ 11 or clang 12 is, or use 'eager'."
+        )
+    except ImportError as error:
+        return f"the CPU extension does not load: {error}. Reinstall it, or use 'eager'."
+    reason = module.unavailable()
+    return f"{reason}. Use backend='eager'." if reason else None
+
+
+def load() -> ModuleType:
+    """The compiled module. Raises ImportError."""
+    return importlib.import_module("nsru_kernels._cpu")
+
+
+def check_operands(op: str, tensor: Tensor, dropout_p: float = 0.0) -> None:
+    """Raises BackendUnavailable for what the CPU kernels do not take."""
+    if tensor.dtype != torch.bfloat16:
+        raise BackendUnavailable(f"{op}: CPU kernels take bf16, got {tensor.dtype}. Use 'eager'.")
+    if dropout_p:
+        raise BackendUnavailable(f"{op}: CPU kernels know no dropout, got {dropout_p}. Use 'eager'.")
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy where neither its rows nor its columns are contiguous. Keep it until
+    the kernel has run."""
+    return tensor if 1 in tensor.stride() or tensor.numel() < 2 else tensor.contiguous()
+
+
+class Narrow(NamedTuple):
+    """scale · left · right [M, R], rounded: a left operand that is computed first. ``out`` becomes
+    out_scale · left · right."""
+
+    left: int
+    right: Tensor  # [depth, R]
+    scale: float
+    out: Tensor
+    out_scale: float
+
+
+class Output(NamedTuple):
+    """``out`` becomes scale · Σ left · right + bias; ``terms`` are (index of left, right)."""
+
+    out: Tensor  # [M, N], rows or columns contiguous
+    terms: Sequence[tuple[int, Tensor]]  # right [depth, N]
+    scale: float = 1.0
+    bias: Tensor | None = None
+
+
+class Product(NamedTuple):
+    """What csrc/cpu/product.h calls a product; indices count ``lefts``, then ``narrows``."""
+
+    lefts: Sequence[Tensor]  # [M, depth]
+    outputs: Sequence[Output]
+    narrows: Sequence[Narrow] = ()
+
+
+def multiply(*products: Product) -> None:
+    """Compute products of bf16 matrices that do not read each other's results.
+
+    Every matrix has contiguous rows or columns; biases are contiguous.
+    """
+    calls = [
+        (
+            product.lefts[0].shape[0],
+            [(_matrix(left), left.shape[1]) for left in product.lefts],
+            [
+                (
+                    n.left, _matrix(n.right.T), n.right.shape[1], n.scale,
+                    n.out.data_ptr(), n.out.stride(0), n.out_scale,
+                )
+                for n in product.narrows
+            ],
+            [
+                (
+                    o.out.data_ptr(), *_layout(o.out), o.out.shape[1], o.scale,
+                    0 if o.bias is None else o.bias.data_ptr(),
+                    [(left, _matrix(right.T)) for left, right in o.terms],
+                )
+                for o in product.outputs
+            ],
+        )
+        for product in products
+    ]  # fmt: skip
+    load().multiply(calls, torch.get_num_threads())
+
+
+def _matrix(tensor: Tensor) -> _Matrix:
+    """[i, reduction] as (address, stride, whether the reduction is the slow index)."""
+    return (tensor.data_ptr(), *_layout(tensor))
+
+
+def _layout(tensor: Tensor) -> tuple[int, bool]:
+    rows, columns = tensor.stride()
+    if columns == 1 or tensor.shape[1] == 1:
+        return rows, False
+    return columns, True

@@ -1,0 +1,99 @@
+"""Siblings on a CPU with AMX: the same functions as reference.py, bf16 only.
+
+Forward is one product with K extended, [x ∣ s_i S_i]·[W_i ∣ B_i]ᵀ + b_i for every sibling: x is
+packed once for S and for all y. Backward is [dY_1 ∣ dY_2 ∣ … ∣ dS]·[W_1 ; W_2 ; … ; Ā], one sum that
+is rounded once; then dĀ = dSᵀ x and dB_i = s_i dY_iᵀ S_i side by side.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nsru_kernels.ops.cpu_extension import (
+    Narrow,
+    Output,
+    Product,
+    check_operands,
+    multiply,
+    readable,
+)
+from nsru_kernels.ops.products import rank_columns
+
+
+def forward(
+    x_MK: Tensor,
+    ws_NK: list[Tensor],
+    a_RK: Tensor,
+    bs_NR: list[Tensor],
+    biases_N: list[Tensor | None],
+    scalings: list[float],
+) -> tuple[list[Tensor], Tensor]:
+    """([y_i [M, N_i]], S [M, ΣR]); see reference.py."""
+    check_operands("nsru_linear_group", x_MK)
+    x_MK, a_RK, ws_NK = readable(x_MK), readable(a_RK), [readable(w) for w in ws_NK]
+    biases_N = [None if bias is None else bias.contiguous() for bias in biases_N]
+    m = x_MK.shape[0]
+    s_MR = x_MK.new_empty(m, a_RK.shape[0])
+    ys = [x_MK.new_empty(m, w_NK.shape[0]) for w_NK in ws_NK]
+    as_RK = a_RK.split([b_NR.shape[1] for b_NR in bs_NR])
+    narrows = [
+        Narrow(0, a.T, scaling, s, 1.0)
+        for a, s, scaling in zip(as_RK, rank_columns(s_MR, bs_NR), scalings, strict=True)
+    ]
+    outputs = [
+        Output(y_MN, [(0, w_NK.T), (1 + i, b_NR.T)], bias=bias_N)
+        for i, (y_MN, w_NK, b_NR, bias_N) in enumerate(
+            zip(ys, ws_NK, bs_NR, biases_N, strict=True)
+        )
+    ]
+    multiply(Product([x_MK], outputs, narrows))
+    return ys, s_MR
+
+
+def backward(
+    dys_MN: list[Tensor | None],
+    x_MK: Tensor,
+    ws_NK: list[Tensor],
+    a_RK: Tensor,
+    bs_NR: list[Tensor],
+    s_MR: Tensor,
+    scalings: list[float],
+    needs: list[bool],
+) -> list[Tensor]:
+    """[dX, dĀ, *dW, *dbias, *dB] in x's dtype; empty where not needed or not used."""
+    check_operands("nsru_linear_group", x_MK)
+    count = len(ws_NK)
+    grads = [x_MK.new_empty(0) for _ in needs]
+    need_x, need_a = needs[:2]
+    used = [i for i, dy_MN in enumerate(dys_MN) if dy_MN is not None]
+    dys = {i: readable(dy_MN) for i, dy_MN in enumerate(dys_MN) if dy_MN is not None}
+    ss_MR = rank_columns(s_MR, bs_NR)
+    ds_MR = s_MR.new_zeros(s_MR.shape) if len(used) < count else s_MR.new_empty(s_MR.shape)
+    if need_x:
+        grads[0] = x_MK.new_zeros(x_MK.shape) if not used else x_MK.new_empty(x_MK.shape)
+    if (need_x or need_a) and used:
+        ds = rank_columns(ds_MR, bs_NR)
+        a_RK, ws_NK = readable(a_RK), [readable(w) for w in ws_NK]
+        as_RK = a_RK.split([b_NR.shape[1] for b_NR in bs_NR])
+        narrows = [
+            Narrow(left, bs_NR[i], scalings[i], ds[i], scalings[i]) for left, i in enumerate(used)
+        ]
+        terms = [(left, ws_NK[i]) for left, i in enumerate(used)]
+        terms += [(len(used) + left, as_RK[i]) for left, i in enumerate(used)]
+        outputs = [Output(grads[0], terms)] if need_x else []
+        multiply(Product([dys[i] for i in used], outputs, narrows))
+    narrow = []
+    if need_a:
+        grads[1] = a_RK.new_empty(a_RK.shape)
+        narrow.append(Product([ds_MR.T], [Output(grads[1], [(0, readable(x_MK))])]))
+    for i in used:
+        if needs[2 + i]:
+            grads[2 + i] = dys[i].T @ x_MK
+        if needs[2 + count + i]:
+            grads[2 + count + i] = dys[i].sum(0)
+        if needs[2 + 2 * count + i]:
+            grads[2 + 2 * count + i] = db_NR = bs_NR[i].new_empty(bs_NR[i].shape)
+            narrow.append(Product([ss_MR[i].T], [Output(db_NR.T, [(0, dys[i])], scalings[i])]))
+    if narrow:
+        multiply(*narrow)
+    return grads
