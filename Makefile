@@ -53,7 +53,7 @@ cuda: install
 	@$(PY) -c 'from nsru_kernels.environment import build_line; print(build_line())'
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info nsru_kernels/_cuda*.so
+	rm -rf $(VENV) build dist *.egg-info nsru_kernels/_cuda*.so nsru_kernels/_cpu*.so
 
 $(PY):
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \

@@ -1,5 +1,5 @@
-"""Adds the extensions to the build: ``nsru_kernels._cuda`` where nvcc is found, ``nsru_kernels._cpu``
-for x86-64 Linux where a C++ compiler is.
+"""Adds the extensions to the build: ``nsru_kernels._cuda`` where nvcc is found, and on x86-64 Linux
+``nsru_kernels._cpu`` where a C++ compiler is.
 
 Neither includes or links torch, so building needs no torch. Read here only: NSRU_SKIP_CUDA=1 and
 NSRU_SKIP_CPU=1 leave one out; NSRU_CUDA_ARCHS sets CMake's architectures ("80;90a"); CUTLASS_DIR

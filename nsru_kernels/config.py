@@ -1,7 +1,7 @@
 """Every environment variable that the package reads at run time.
 
-``NSRU_BACKEND``: what ``backend="auto"`` means: ``auto`` (default), ``eager``, ``triton`` or
-``cuda``.
+``NSRU_BACKEND``: what ``backend="auto"`` means: ``auto`` (default), ``eager``, ``cpu``, ``triton``
+or ``cuda``.
 ``NSRU_AUTOTUNE=1``: Triton kernels time their configs on first use instead of taking the first.
 ``TRITON_INTERPRET=1``: Triton's own switch; its kernels then run, slowly, on CPU tensors.
 """

@@ -1,8 +1,8 @@
 """Which backend serves an op on a device, and why the others do not.
 
-A backend of an op is a module in the op's folder: ``reference.py`` is "eager", ``triton.py`` is
-"triton", ``cuda.py`` is "cuda"; all of them export the same functions. A kernel module is imported
-only where ``_UNAVAILABLE`` finds nothing against it.
+A backend of an op is a module in the op's folder: ``reference.py`` is "eager", the others are named
+like their backends; all of them export the same functions. A kernel module is imported only where
+``_UNAVAILABLE`` finds nothing against it.
 
 ``auto`` takes a kernel only where it has a measured plan; everywhere else library GEMMs serve.
 """
@@ -38,7 +38,10 @@ OPS = {
 NOT_RUN = "compiled for sm_80, sm_90 and sm_100 and interpreted, not run on a GPU"
 WITH_GEMM = "compiled for sm_90a, all but the GEMM emulated, not run on a GPU"
 EMULATED = "compiled for sm_80 and sm_90a and emulated, not run on a GPU"
+ON_CPU = "run on Intel Xeons with AMX, up to two threads"
 KERNELS = {
+    ("linear", "cpu"): ON_CPU,
+    ("linear_group", "cpu"): ON_CPU,
     ("linear", "cuda"): WITH_GEMM,
     ("linear", "triton"): NOT_RUN,
     ("linear_group", "triton"): NOT_RUN,
@@ -49,13 +52,15 @@ KERNELS = {
     ("sketch", "cuda"): EMULATED,
 }
 
-_MODULE = {"eager": "reference", "cpu": "cpu", "triton": "triton", "cuda": "cuda"}
+# Ops of which "cpu" has no kernels of its own, for they were no faster than library GEMMs.
+_LIBRARY_ON_CPU = ("fold", "sketch")
 # backend → (folder, device) → why it cannot run there and what to do, None where it can
 _UNAVAILABLE: dict[str, Callable[[str, torch.device], str | None]] = {
     "cpu": cpu_extension.unavailable,
     "cuda": extension.unavailable,
     "triton": lambda op, device: launch.unavailable(device),
 }
+_KERNEL_DTYPES = {"cpu": cpu_extension.KERNEL_DTYPES}
 _logger = logging.getLogger("nsru_kernels")
 
 
@@ -180,7 +185,7 @@ def _choose(
     if choice is None:
         _log_skipped(op, device)
         return _load(op, "eager"), None
-    if not launch.KERNEL_DTYPES.issuperset(dtypes):
+    if not _KERNEL_DTYPES.get(choice.backend, launch.KERNEL_DTYPES).issuperset(dtypes):
         return _load(op, "eager"), None
     try:
         return _named(op, choice.backend, device), choice.plan
@@ -201,7 +206,7 @@ def _named(op: str, backend: str, device: torch.device) -> ModuleType:
 @functools.cache
 def _log_skipped(op: str, device: torch.device) -> None:
     """Say once per op and device why no kernel serves."""
-    for kernel in ("cuda", "triton"):
+    for kernel in BACKENDS[:0:-1]:
         reason = _unavailable(op, kernel, device) or _unmeasured(kernel)
         _logger.info("%s: auto skips %s on %s: %s", op, kernel, device, reason)
 
@@ -224,9 +229,9 @@ def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
             reason = against_others or _unmeasured(backend)
         serves = reason is None
         if serves:
-            reason = "library GEMMs of PyTorch"
-            if backend != "eager":
-                reason = f"measured plan {plan}" if plan else "measured or asked for"
+            reason = f"measured plan {plan}" if plan else "measured or asked for"
+            if _by_library(folder, backend):
+                reason = "library GEMMs of PyTorch"
         kernels = KERNELS.get((folder, backend), "")
         verdicts.append(Verdict(op, backend, serves, reason or "", kernels))
     return verdicts
@@ -240,6 +245,11 @@ def _looked_up_by(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
             x, weight, lora_a = shapes
             return "forward", (math.prod(x[:-1]), x[-1], weight[0], lora_a[0])
         return "forward", ()
+    if op == "nsru_linear_group" and len(args) > 2:
+        x, weights, lora_as = args[:3]
+        if isinstance(x, torch.Tensor) and x.dim() and isinstance(weights, (list, tuple)):
+            n, r = (sum(t.shape[0] for t in tensors) for tensors in (weights, lora_as))
+            return "forward", (math.prod(x.shape[:-1]), x.shape[-1], n, r)
     if op == "RetainSketch.update" and len(args) > 1:
         sketch, x = args[:2]
         if isinstance(x, torch.Tensor) and x.dim() and hasattr(sketch, "width"):
@@ -253,14 +263,22 @@ def _looked_up_by(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:
 def _unavailable(op: str, backend: str, device: torch.device) -> str | None:
     if backend == "eager":
         return None
-    if importlib.util.find_spec(f"nsru_kernels.ops.{op}.{_MODULE[backend]}") is None:
+    if importlib.util.find_spec(_module_name(op, backend)) is None:
         return f"this version has no {backend} kernel for this op. Use backend='eager'."
     return _UNAVAILABLE[backend](op, device)
 
 
 def _unmeasured(backend: str) -> str:
-    return f"no measurement for this GPU in plans/; backend={backend!r} uses it all the same."
+    return f"no measurement for this device near these sizes; backend={backend!r} uses it anyway."
 
 
 def _load(op: str, backend: str) -> ModuleType:
-    return importlib.import_module(f"nsru_kernels.ops.{op}.{_MODULE[backend]}")
+    return importlib.import_module(_module_name(op, backend))
+
+
+def _module_name(op: str, backend: str) -> str:
+    return f"nsru_kernels.ops.{op}.{'reference' if _by_library(op, backend) else backend}"
+
+
+def _by_library(op: str, backend: str) -> bool:
+    return backend == "eager" or (backend == "cpu" and op in _LIBRARY_ON_CPU)

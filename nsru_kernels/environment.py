@@ -1,4 +1,4 @@
-"""What runs here: versions, processors, the CUDA extension and the backend that serves each op."""
+"""What runs here: versions, processors, the extensions and the backend that serves each op."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nsru_kernels import dispatch
+from nsru_kernels.ops import cpu_extension
 
 PACKAGES = (
     "torch",
@@ -75,7 +76,8 @@ def format_environment(environment: dict[str, Any]) -> str:
         f"python        {environment['python']}, {environment['platform']}",
         *_aligned("packages", packages),
         f"cpu           {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} torch threads, "
-        f"{cpu['capability']}; {' '.join(cpu['flags']) or 'no bf16 or matrix instructions found'}",
+        f"{cpu['capability']}; {' '.join(cpu['flags']) or 'no bf16 or matrix instructions found'}; "
+        f"extension: {cpu['extension']}",
         f"cuda          torch: {cuda['torch'] or 'built without CUDA'}; "
         f"driver: {cuda['driver'] or 'none'}; extension: {_format_extension(cuda['extension'])}",
         *_aligned("gpu", gpus or [f"none: {cuda['reason']}"]),
@@ -94,9 +96,9 @@ def format_environment(environment: dict[str, Any]) -> str:
 
 
 def build_line() -> str:
-    """One line that says whether the CUDA extension is part of this installation."""
-    extension = _describe_extension()[1]
-    return f"nsru-kernels {_version('nsru-kernels')}: CUDA extension {_format_extension(extension)}"
+    """One line that says which extensions are part of this installation and can run."""
+    cuda, cpu = _format_extension(_describe_extension()[1]), _cpu_extension()
+    return f"nsru-kernels {_version('nsru-kernels')}: CUDA extension {cuda}; CPU extension: {cpu}"
 
 
 def _version(package: str) -> str | None:
@@ -120,7 +122,12 @@ def _describe_cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "flags": [flag for flag in CPU_FLAGS if flag in present],
+        "extension": _cpu_extension(),
     }
+
+
+def _cpu_extension() -> str:
+    return cpu_extension.unavailable("linear", torch.device("cpu")) or "built, and runs here"
 
 
 def _describe_extension() -> tuple[ModuleType | None, dict[str, Any]]:

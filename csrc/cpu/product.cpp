@@ -278,6 +278,7 @@ void multiply(const std::vector<Product>& products, int threads) {
     plans.reserve(products.size());
     for (const Product& product : products)
         if (product.rows > 0) plans.emplace_back(product, threads);
+    if (plans.empty()) return;
     parallel(threads, [&](int thread) {
         static thread_local Workspace workspace;
         const TileConfig config;

@@ -33,7 +33,7 @@ class NSRULinear(nn.Module):
         basis: U [K, Q] or a ``RetainBasis`` shared with sibling linears. None: plain LoRA.
         bias: whether there is a bias.
         dropout: LoRA dropout on x. With p > 0 the null-space property holds in expectation only.
-        backend: "auto", "eager", "triton" or "cuda".
+        backend: "auto", "eager", "cpu", "triton" or "cuda".
     Raises:
         ValueError: rank < 1, dropout outside [0, 1], unknown backend, a basis of another size, or
             one with NaN or infinite values.

@@ -89,7 +89,7 @@ def swap_linears(
         siblings: whether linears that read the same tensor (q/k/v, gate/up) may be served together
             from the second forward on. They then share one backward: going back from one output
             at a time needs retain_graph=True, or siblings=False.
-        backend: "auto", "eager", "triton" or "cuda".
+        backend: "auto", "eager", "cpu", "triton" or "cuda".
     Returns:
         the report; print it.
     Raises:

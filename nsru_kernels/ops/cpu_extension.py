@@ -1,4 +1,4 @@
-"""The extension ``nsru_kernels._cpu`` for CPUs with AMX: whether it can serve, and calls into it."""
+"""The CPU extension ``nsru_kernels._cpu``: whether it can serve, and calls into it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from nsru_kernels.config import BackendUnavailable
 
+KERNEL_DTYPES = frozenset((torch.bfloat16,))
 _Matrix = tuple[int, int, bool]
 
 
 def unavailable(op: str, device: torch.device) -> str | None:
-    """Why the CPU kernels of ``op`` cannot run on ``device`` and what to do; None where they can."""
+    """Why the kernels of ``op`` cannot run on ``device`` and what to do; None where they can."""
     if device.type != "cpu":
         return "CPU kernels need tensors on the CPU. Use backend='eager'."
     return _unavailable()
@@ -45,16 +46,12 @@ def load() -> ModuleType:
 
 def check_operands(op: str, tensor: Tensor, dropout_p: float = 0.0) -> None:
     """Raises BackendUnavailable for what the CPU kernels do not take."""
-    if tensor.dtype != torch.bfloat16:
+    if tensor.dtype not in KERNEL_DTYPES:
         raise BackendUnavailable(f"{op}: CPU kernels take bf16, got {tensor.dtype}. Use 'eager'.")
     if dropout_p:
-        raise BackendUnavailable(f"{op}: CPU kernels know no dropout, got {dropout_p}. Use 'eager'.")
-
-
-def readable(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy where neither its rows nor its columns are contiguous. Keep it until
-    the kernel has run."""
-    return tensor if 1 in tensor.stride() or tensor.numel() < 2 else tensor.contiguous()
+        raise BackendUnavailable(
+            f"{op}: CPU kernels know no dropout, got {dropout_p}. Use 'eager'."
+        )
 
 
 class Narrow(NamedTuple):
@@ -88,24 +85,37 @@ class Product(NamedTuple):
 def multiply(*products: Product) -> None:
     """Compute products of bf16 matrices that do not read each other's results.
 
-    Every matrix has contiguous rows or columns; biases are contiguous.
+    Operands have any strides; what has neither contiguous rows nor contiguous columns is copied.
     """
+    read: list[Tensor] = []  # alive until the kernel has run
+
+    def operand(tensor: Tensor) -> _Matrix:
+        if 1 not in tensor.stride():
+            tensor = tensor.contiguous()
+        read.append(tensor)
+        return (tensor.data_ptr(), *_layout(tensor))
+
+    def bias(tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        read.append(tensor.contiguous())
+        return read[-1].data_ptr()
+
     calls = [
         (
             product.lefts[0].shape[0],
-            [(_matrix(left), left.shape[1]) for left in product.lefts],
+            [(operand(left), left.shape[1]) for left in product.lefts],
             [
                 (
-                    n.left, _matrix(n.right.T), n.right.shape[1], n.scale,
+                    n.left, operand(n.right.T), n.right.shape[1], n.scale,
                     n.out.data_ptr(), n.out.stride(0), n.out_scale,
                 )
                 for n in product.narrows
             ],
             [
                 (
-                    o.out.data_ptr(), *_layout(o.out), o.out.shape[1], o.scale,
-                    0 if o.bias is None else o.bias.data_ptr(),
-                    [(left, _matrix(right.T)) for left, right in o.terms],
+                    o.out.data_ptr(), *_layout(o.out), o.out.shape[1], o.scale, bias(o.bias),
+                    [(left, operand(right.T)) for left, right in o.terms],
                 )
                 for o in product.outputs
             ],
@@ -115,12 +125,8 @@ def multiply(*products: Product) -> None:
     load().multiply(calls, torch.get_num_threads())
 
 
-def _matrix(tensor: Tensor) -> _Matrix:
-    """[i, reduction] as (address, stride, whether the reduction is the slow index)."""
-    return (tensor.data_ptr(), *_layout(tensor))
-
-
 def _layout(tensor: Tensor) -> tuple[int, bool]:
+    """Of [i, d]: the stride of the slow index, and whether that is d."""
     rows, columns = tensor.stride()
     if columns == 1 or tensor.shape[1] == 1:
         return rows, False

@@ -1,12 +1,15 @@
-"""Which backend and plan of an op was fastest where: one JSON file per GPU, from measurements.
+"""Which backend and plan of an op was fastest where: one JSON file per GPU, and one for CPUs with
+AMX, from measurements.
 
     {"device": "NVIDIA H200", "torch": …, "triton": …, "commit": …,
      "linear": [{"sizes": [8192, 4096, 4096, 16], "forward": "triton kext", "backward": "eager"}],
+     "linear_group": [{"sizes": [512, 2048, 3072, 48], "forward": "cpu", "backward": "cpu"}],
      "fold": [{"sizes": [224], "fold_many": "triton"}],
      "sketch": [{"sizes": [8192, 4096, 576], "update_sketch": "triton two_reads"}]}
 
-A call takes the nearest measured sizes, none of which may differ by more than a factor of two.
-``benchmarks/gpu_check.py`` writes the file; without one nothing is assumed.
+A call takes the nearest measured sizes, none of which may differ by more than a factor of two; on a
+CPU also only with at most as many threads as were measured ("threads"). ``benchmarks/gpu_check.py``
+writes a GPU's file, ``benchmarks/winners.py`` the CPUs'; without one nothing is assumed.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ from typing import Any, NamedTuple
 import torch
 
 from nsru_kernels.config import BACKENDS
+from nsru_kernels.ops import cpu_extension
 
 _logger = logging.getLogger("nsru_kernels")
 FOLDER = Path(__file__).parent
+CPU_WITH_AMX = "CPU with AMX"
 
 
 class Choice(NamedTuple):
@@ -36,13 +41,17 @@ class Choice(NamedTuple):
 
 def choose(op: str, function: str, device: torch.device, sizes: tuple[int, ...]) -> Choice | None:
     """The winner at the measured sizes nearest to ``sizes``; None without a measurement there."""
-    if device.type != "cuda":
+    if device.type == "cuda":
+        return _choose(op, function, torch.cuda.get_device_name(device), sizes)
+    if cpu_extension.unavailable(op, device) is not None:
         return None
-    return _choose(op, function, torch.cuda.get_device_name(device), sizes)
+    if torch.get_num_threads() > _table(CPU_WITH_AMX).get("threads", 0):
+        return None
+    return _choose(op, function, CPU_WITH_AMX, sizes)
 
 
 def slug(device_name: str) -> str:
-    """The file's name for a GPU: "NVIDIA H200" → "nvidia-h200"."""
+    """The file's name for a device: "NVIDIA H200" → "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
 
 
@@ -63,14 +72,15 @@ def _choose(op: str, function: str, device_name: str, sizes: tuple[int, ...]) ->
 
 @functools.cache
 def _table(device_name: str) -> dict[str, Any]:
-    """The GPU's file; what is damaged in it counts as not measured, and is said once."""
+    """The device's file; what is damaged in it counts as not measured, and is said once."""
     path = FOLDER / f"{slug(device_name)}.json"
     if not path.is_file():
         return {}
     try:
         table = json.loads(path.read_text())
-        return {op: [e for e in entries if _valid(e, path)] for op, entries in table.items()
-                if isinstance(entries, list)}  # fmt: skip
+        measured = {op: [e for e in entries if _valid(e, path)] for op, entries in table.items()
+                    if isinstance(entries, list)}  # fmt: skip
+        return measured | {"threads": int(table.get("threads", 0))}
     except (ValueError, AttributeError) as error:
         _logger.warning("%s is no plan table (%s); nothing counts as measured.", path, error)
         return {}

@@ -12,7 +12,8 @@ from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = (
-    "NSRU_SKIP_CUDA", "NSRU_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUTLASS_DIR",
+    "NSRU_SKIP_CUDA", "NSRU_SKIP_CPU", "NSRU_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH",
+    "CUTLASS_DIR", "CXX",
 )  # fmt: skip
 
 
@@ -57,12 +58,13 @@ def test_nvcc_is_taken_from_the_most_explicit_place(build, monkeypatch, tmp_path
     assert build.find_nvcc() == str(from_cudacxx)
 
 
-def test_without_nvcc_the_build_is_pure_python_and_one_line_says_so(build, monkeypatch, capsys):
+def test_without_nvcc_one_line_says_that_there_is_no_cuda_backend(build, monkeypatch, capsys):
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
     assert build.cuda_extension() == []
     assert re.fullmatch(
-        r"nsru-kernels: pure Python .*nvcc was not found.*\n", capsys.readouterr().out
+        r"nsru-kernels: build without the CUDA backend: nvcc was not found.*\n",
+        capsys.readouterr().out,
     )
 
 
@@ -73,6 +75,24 @@ def test_skip_cuda_wins_over_nvcc(build, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
     assert build.cuda_extension() == []
     assert "NSRU_SKIP_CUDA" in capsys.readouterr().out
+
+
+def test_the_cpu_extension_needs_a_compiler_on_x86_linux_and_may_fail(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(build.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    compiler = tmp_path / "my-c++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.cpu_extension() == [], "no compiler"
+    monkeypatch.setenv("CXX", str(compiler))
+    (extension,) = build.cpu_extension()
+    assert (extension.name, extension.optional) == ("nsru_kernels._cpu", True)
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    assert build.cpu_extension() == []
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setenv("NSRU_SKIP_CPU", "1")
+    assert build.cpu_extension() == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ def test_description_is_plain_json_and_covers_every_op_and_backend():
     described = environment.describe_environment()
     assert json.loads(json.dumps(described)) == described
     rows = {(row["op"], row["backend"]) for row in described["backends"]}
-    assert rows == {(op, backend) for op in dispatch.OPS for backend in ("eager", "triton", "cuda")}
+    backends = ("eager", "cpu", "triton", "cuda")
+    assert rows == {(op, backend) for op in dispatch.OPS for backend in backends}
     for op in dispatch.OPS:
         assert [row["op"] for row in described["backends"] if row["serves"]].count(op) == 1
 

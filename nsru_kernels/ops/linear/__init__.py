@@ -41,7 +41,7 @@ def nsru_linear(
         scaling: s = alpha / R.
         dropout_p: probability of zeroing an element of x on its way to Ā. With p > 0 the null-space
             property holds in expectation only.
-        backend: "auto", "eager", "triton" or "cuda".
+        backend: "auto", "eager", "cpu", "triton" or "cuda".
     Returns:
         y [..., N] in x's dtype. Under autocast, a float32 x (or weight) is first cast to the
         autocast dtype, as ``nn.Linear`` does.

@@ -40,7 +40,7 @@ def nsru_linear_group(
             plain LoRA.
         biases: b_i [N_i] in x's dtype or None, one for each. None: no bias anywhere.
         scalings: s_i = alpha_i / R_i.
-        backend: "auto", "eager", "triton" or "cuda".
+        backend: "auto", "eager", "cpu", "triton" or "cuda".
     Returns:
         y_i [..., N_i] in x's dtype, in order; under autocast as ``nsru_linear``.
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +26,19 @@ _library.define(
 @torch.library.impl(_library, "linear_group_forward", "CompositeExplicitAutograd")
 def _forward(x, weights, a, bs, biases, scalings, backend):
     args = (x, weights, a, bs, biases, scalings)
-    return run("linear_group", "forward", backend, x.device, *args, dtypes=(x.dtype,))
+    return run("linear_group", "forward", backend, x.device, *args, **_key(x, weights, a))
 
 
 @torch.library.impl(_library, "linear_group_backward", "CompositeExplicitAutograd")
 def _backward(dys, x, weights, a, bs, s, scalings, needs, backend):
     args = (dys, x, weights, a, bs, s, scalings, needs)
-    return run("linear_group", "backward", backend, x.device, *args, dtypes=(x.dtype,))
+    return run("linear_group", "backward", backend, x.device, *args, **_key(x, weights, a))
+
+
+def _key(x_MK: Tensor, ws_NK: list[Tensor], a_RK: Tensor) -> dict[str, Any]:
+    """What a measured plan is looked up by: M, K, ΣN, ΣR."""
+    n = sum(w_NK.shape[0] for w_NK in ws_NK)
+    return {"sizes": (*x_MK.shape, n, a_RK.shape[0]), "dtypes": (x_MK.dtype,)}
 
 
 @torch.library.register_fake("nsru::linear_group_forward")

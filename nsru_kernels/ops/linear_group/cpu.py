@@ -1,22 +1,15 @@
 """Siblings on a CPU with AMX: the same functions as reference.py, bf16 only.
 
 Forward is one product with K extended, [x ∣ s_i S_i]·[W_i ∣ B_i]ᵀ + b_i for every sibling: x is
-packed once for S and for all y. Backward is [dY_1 ∣ dY_2 ∣ … ∣ dS]·[W_1 ; W_2 ; … ; Ā], one sum that
-is rounded once; then dĀ = dSᵀ x and dB_i = s_i dY_iᵀ S_i side by side.
+packed once for S and for all y. dX is [dY_1 ∣ dY_2 ∣ … ∣ dS]·[W_1 ; W_2 ; … ; Ā], one sum, rounded
+once; then dĀ = dSᵀ x and dB_i = s_i dY_iᵀ S_i side by side.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from nsru_kernels.ops.cpu_extension import (
-    Narrow,
-    Output,
-    Product,
-    check_operands,
-    multiply,
-    readable,
-)
+from nsru_kernels.ops.cpu_extension import Narrow, Output, Product, check_operands, multiply
 from nsru_kernels.ops.products import rank_columns
 
 
@@ -30,8 +23,6 @@ def forward(
 ) -> tuple[list[Tensor], Tensor]:
     """([y_i [M, N_i]], S [M, ΣR]); see reference.py."""
     check_operands("nsru_linear_group", x_MK)
-    x_MK, a_RK, ws_NK = readable(x_MK), readable(a_RK), [readable(w) for w in ws_NK]
-    biases_N = [None if bias is None else bias.contiguous() for bias in biases_N]
     m = x_MK.shape[0]
     s_MR = x_MK.new_empty(m, a_RK.shape[0])
     ys = [x_MK.new_empty(m, w_NK.shape[0]) for w_NK in ws_NK]
@@ -42,9 +33,7 @@ def forward(
     ]
     outputs = [
         Output(y_MN, [(0, w_NK.T), (1 + i, b_NR.T)], bias=bias_N)
-        for i, (y_MN, w_NK, b_NR, bias_N) in enumerate(
-            zip(ys, ws_NK, bs_NR, biases_N, strict=True)
-        )
+        for i, (y_MN, w_NK, b_NR, bias_N) in enumerate(zip(ys, ws_NK, bs_NR, biases_N, strict=True))
     ]
     multiply(Product([x_MK], outputs, narrows))
     return ys, s_MR
@@ -65,35 +54,33 @@ def backward(
     count = len(ws_NK)
     grads = [x_MK.new_empty(0) for _ in needs]
     need_x, need_a = needs[:2]
-    used = [i for i, dy_MN in enumerate(dys_MN) if dy_MN is not None]
-    dys = {i: readable(dy_MN) for i, dy_MN in enumerate(dys_MN) if dy_MN is not None}
-    ss_MR = rank_columns(s_MR, bs_NR)
+    used = [(i, dy_MN) for i, dy_MN in enumerate(dys_MN) if dy_MN is not None]
     ds_MR = s_MR.new_zeros(s_MR.shape) if len(used) < count else s_MR.new_empty(s_MR.shape)
     if need_x:
-        grads[0] = x_MK.new_zeros(x_MK.shape) if not used else x_MK.new_empty(x_MK.shape)
-    if (need_x or need_a) and used:
-        ds = rank_columns(ds_MR, bs_NR)
-        a_RK, ws_NK = readable(a_RK), [readable(w) for w in ws_NK]
+        grads[0] = x_MK.new_empty(x_MK.shape) if used else x_MK.new_zeros(x_MK.shape)
+    if used and (need_x or need_a):
         as_RK = a_RK.split([b_NR.shape[1] for b_NR in bs_NR])
+        ds = rank_columns(ds_MR, bs_NR)
         narrows = [
-            Narrow(left, bs_NR[i], scalings[i], ds[i], scalings[i]) for left, i in enumerate(used)
+            Narrow(left, bs_NR[i], scalings[i], ds[i], scalings[i])
+            for left, (i, _) in enumerate(used)
         ]
-        terms = [(left, ws_NK[i]) for left, i in enumerate(used)]
-        terms += [(len(used) + left, as_RK[i]) for left, i in enumerate(used)]
+        terms = [(left, ws_NK[i]) for left, (i, _) in enumerate(used)]
+        terms += [(len(used) + left, as_RK[i]) for left, (i, _) in enumerate(used)]
         outputs = [Output(grads[0], terms)] if need_x else []
-        multiply(Product([dys[i] for i in used], outputs, narrows))
+        multiply(Product([dy_MN for _, dy_MN in used], outputs, narrows))
     narrow = []
     if need_a:
         grads[1] = a_RK.new_empty(a_RK.shape)
-        narrow.append(Product([ds_MR.T], [Output(grads[1], [(0, readable(x_MK))])]))
-    for i in used:
+        narrow.append(Product([ds_MR.T], [Output(grads[1], [(0, x_MK)])]))
+    ss_MR = rank_columns(s_MR, bs_NR)
+    for i, dy_MN in used:
         if needs[2 + i]:
-            grads[2 + i] = dys[i].T @ x_MK
+            grads[2 + i] = dy_MN.T @ x_MK
         if needs[2 + count + i]:
-            grads[2 + count + i] = dys[i].sum(0)
+            grads[2 + count + i] = dy_MN.sum(0)
         if needs[2 + 2 * count + i]:
-            grads[2 + 2 * count + i] = db_NR = bs_NR[i].new_empty(bs_NR[i].shape)
-            narrow.append(Product([ss_MR[i].T], [Output(db_NR.T, [(0, dys[i])], scalings[i])]))
-    if narrow:
-        multiply(*narrow)
+            grads[2 + 2 * count + i] = db_NR = x_MK.new_empty(bs_NR[i].shape)
+            narrow.append(Product([ss_MR[i].T], [Output(db_NR.T, [(0, dy_MN)], scalings[i])]))
+    multiply(*narrow)
     return grads

@@ -1,0 +1,219 @@
+"""The kernels for CPUs with AMX, where there is one: bf16 against float64, no worse than eager."""
+
+import functools
+
+import group_cases
+import linear_cases
+import pytest
+import torch
+from torch import nn
+
+import nsru_kernels as nk
+from nsru_kernels.ops import cpu_extension
+from nsru_kernels.ops.cpu_extension import Narrow, Output, Product, multiply
+from nsru_kernels.ops.linear import cpu
+from nsru_kernels.ops.linear_group import cpu as group
+
+DEVICE = torch.device("cpu")
+UNAVAILABLE = cpu_extension.unavailable("linear", DEVICE)
+pytestmark = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
+BF16 = torch.bfloat16
+by_cpu = functools.partial(nk.nsru_linear, backend="cpu")
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and puts the old one back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "r"),
+    [
+        (1, 1, 1, 1),
+        (63, 70, 33, 5),
+        (7, 2100, 40, 16),
+        (130, 96, 300, 33),
+        (300, 640, 520, 70),
+        (600, 40, 2, 8),
+    ],
+)
+def test_one_linear_agrees_with_float64(poisoned_memory, threads, count, m, k, n, r):
+    threads(count)
+    inputs, basis = linear_cases.make_inputs(m, k, n, r, min(6, k - 1), dtype=BF16)
+    linear_cases.check_against_exact(inputs, basis, function=by_cpu)
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("lora_a",), ("lora_b",), ("bias", "weight")])
+def test_only_the_wanted_gradients_are_computed(poisoned_memory, wanted):
+    inputs, basis = linear_cases.make_inputs(65, 80, 48, 4, dtype=BF16)
+    linear_cases.check_against_exact(inputs, basis, wanted=wanted, function=by_cpu)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (3, 11)])
+def test_leading_dimensions_and_no_tokens(shape):
+    inputs, basis = linear_cases.make_inputs(shape, 24, 20, 4, dtype=BF16)
+    linear_cases.check_against_exact(inputs, basis, function=by_cpu)
+
+
+def test_no_input_features_and_no_outputs():
+    x, w, b = torch.ones(5, 0, dtype=BF16), torch.ones(3, 0, dtype=BF16), torch.ones(3, 2)
+    bias = torch.arange(3).to(BF16)
+    y = by_cpu(x, w, torch.ones(2, 0), b, bias=bias)
+    assert torch.equal(y, bias.expand(5, 3))
+    ys, s = group.forward(
+        torch.ones(5, 4, dtype=BF16), [torch.ones(0, 4, dtype=BF16)], torch.ones(2, 4, dtype=BF16),
+        [torch.ones(0, 2, dtype=BF16)], [None], [1.0],
+    )  # fmt: skip
+    assert ys[0].shape == (5, 0)
+    assert torch.equal(s, torch.full((5, 2), 4.0, dtype=BF16))
+
+
+GROUPS = [
+    (37, 72, (40, 24, 64), (4, 16, 7)),
+    (513, 300, (100, 33), (33, 40)),
+    (40, 96, (64,), (8,)),
+]
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_siblings_agree_with_float64(poisoned_memory, case):
+    group_cases.check_both_passes(group, case, BF16)
+
+
+@pytest.mark.parametrize("unused", [(), (1,), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2, 5, 8), (0, 1, 8, 9, 10)])
+def test_unused_outputs_and_unwanted_gradients(poisoned_memory, unused, wanted):
+    group_cases.check_some_gradients(group, GROUPS[0], BF16, unused, wanted)
+
+
+def strided(rows, columns):
+    """[rows, columns] laid out in every way a caller might."""
+    g = torch.Generator().manual_seed(3)
+    draw = functools.partial(torch.randn, generator=g, dtype=BF16)
+    return {
+        "rows": draw(rows, columns),
+        "columns": draw(columns, rows).T,
+        "wider": draw(rows + 1, columns + 3)[1:, 2:-1],
+        "every other": draw(rows, 2 * columns)[:, ::2],
+        "one row": draw(columns).expand(rows, columns),
+        "one column": draw(rows, 1).expand(rows, columns),
+    }
+
+
+@pytest.mark.parametrize("layout", strided(1, 1))
+def test_any_strides(poisoned_memory, layout):
+    m, k, n, r = 70, 50, 45, 6
+    x, w, dy = strided(m, k)[layout], strided(n, k)[layout], strided(m, n)[layout]
+    a, b, bias = strided(r, k)[layout], strided(n, r)[layout], strided(1, n)[layout][0]
+    tidy = [t.contiguous() for t in (x, w, a, b, bias)]
+    y, s = cpu.forward(x, w, a, b, bias, 1.5, 0.0, None)
+    for got, expected in zip((y, s), cpu.forward(*tidy, 1.5, 0.0, None), strict=True):
+        assert torch.equal(got, expected)
+    needs = [True] * 5
+    grads = cpu.backward(dy, x, w, a, b, s, 1.5, 0.0, None, needs)
+    again = cpu.backward(dy.contiguous(), *tidy[:4], s, 1.5, 0.0, None, needs)
+    for name, got, expected in zip(("dx", "dw", "dbias", "da", "db"), grads, again, strict=True):
+        if name in ("dx", "da", "db"):
+            assert torch.equal(got, expected), name
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads(threads):
+    args = group_cases.operands(777, 1100, (300, 70), (16, 40), BF16)
+    x, ws, a, bs, _, scalings = args
+    dys = [torch.randn(777, n, dtype=BF16) for n in (300, 70)]
+    results = []
+    for count in (1, 2, 3, 8):
+        threads(count)
+        ys, s = group.forward(*args)
+        grads = group.backward(
+            dys, x, ws, a, bs, s, scalings, [True, True] + [False] * 4 + [True] * 2
+        )
+        results.append([*ys, s, *grads])
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_infinite_numbers_stay_in_their_rows():
+    x, ws, a, bs, biases, scalings = group_cases.operands(70, 90, (40, 33), (5, 3), BF16)
+    clean, _ = group.forward(x, ws, a, bs, biases, scalings)
+    x[3, 7], x[66, 80] = torch.inf, torch.nan
+    found, _ = group.forward(x, ws, a, bs, biases, scalings)
+    others = [i for i in range(70) if i not in (3, 66)]
+    for y, expected in zip(found, clean, strict=True):
+        assert torch.equal(y[others], expected[others])
+        assert not y[[3, 66]].isfinite().any()
+
+
+def test_what_lies_around_the_operands_is_neither_read_nor_written():
+    m, k, n, r = 33, 40, 35, 3
+    around = [torch.full((rows + 2, columns + 2), torch.nan, dtype=BF16)
+              for rows, columns in ((m, k), (n, k), (r, k), (n, r), (m, n), (m, r))]  # fmt: skip
+    x, w, a, b, y, s = (t[1:-1, 1:-1] for t in around)
+    for t in (x, w, a, b):
+        t.copy_(torch.randn(t.shape))
+    multiply(Product([x], [Output(y, [(0, w.T), (1, b.T)])], [Narrow(0, a.T, 2.0, s, 1.0)]))
+    assert y.isfinite().all()
+    assert s.isfinite().all()
+    for whole, inner in zip(around, (x, w, a, b, y, s), strict=True):
+        assert whole.isfinite().sum() == inner.numel()
+
+
+def test_other_dtypes_and_dropout_are_refused_by_name_and_left_to_eager_by_auto(monkeypatch):
+    inputs, basis = linear_cases.make_inputs(dtype=torch.float32)
+    with pytest.raises(nk.BackendUnavailable, match=r"take bf16, got torch.float32\. Use 'eager'"):
+        by_cpu(**inputs, basis=basis)
+    x, basis = linear_cases.make_inputs(dtype=BF16)
+    with pytest.raises(nk.BackendUnavailable, match=r"no dropout, got 0\.5"):
+        by_cpu(**x, basis=basis, dropout_p=0.5)
+    monkeypatch.setenv("NSRU_BACKEND", "cpu")
+    assert nk.explain("nsru_linear").backend == "cpu"
+    assert nk.explain("project_adapters").backend == "cpu"
+
+
+def test_compiles_as_a_whole():
+    inputs, basis = linear_cases.make_inputs(33, 64, 48, dtype=BF16)
+
+    def loss(x, weight, bias, lora_a, lora_b):
+        y = by_cpu(x, weight, lora_a, lora_b, basis, bias)
+        return y.float().square().sum()
+
+    leaves = {name: t.clone().requires_grad_(name != "weight") for name, t in inputs.items()}
+    wanted = [t for t in leaves.values() if t.requires_grad]
+    eager = torch.autograd.grad(loss(**leaves), wanted)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for one, two in zip(torch.autograd.grad(compiled(**leaves), wanted), eager, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_swapped_model_trains_with_it(monkeypatch):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("q_proj", "k_proj", "o_proj"):
+                self.add_module(name, nn.Linear(64, 64, dtype=BF16))
+
+        def forward(self, x):
+            return self.o_proj(self.q_proj(x) + self.k_proj(x))
+
+    calls = []
+    monkeypatch.setattr(
+        cpu_extension, "load", lambda load=cpu_extension.load: calls.append(1) or load()
+    )
+    model = Block()
+    basis = linear_cases.make_basis(64, 8).float()
+    names = ["q_proj", "k_proj", "o_proj"]
+    nk.swap_linears(
+        model, names, rank=4, alpha=8, subspaces=dict.fromkeys(names, basis), backend="cpu"
+    )
+    x = torch.randn(40, 64, dtype=BF16)
+    for _ in range(3):
+        model(x).float().square().sum().backward()
+    assert calls
+    leak = model.q_proj.lora_A.grad @ basis
+    assert leak.norm() <= 1e-4 * model.q_proj.lora_A.grad.norm() + 1e-4
+    assert model.q_proj.lora_B.grad.abs().sum() > 0
