@@ -1,6 +1,7 @@
 """Every benchmark from one entry: ``python benchmarks/bench.py [OPS]``, or ``nsru bench [OPS]``.
 
     linear    forward and backward: every plan of ours and every peer, against the frozen layer
+    siblings  q/k/v and gate/up, which read one x, against the separate frozen layers
     narrow    S, dS, dB and dA against the bandwidth of a copy
     fold      all adapters of a model in one launch
     sketch    the streaming retain subspace: time, memory, residual
@@ -25,7 +26,10 @@ from nsru_bench import measure
 from nsru_bench.session import Session
 
 # In order of value: op → its share of the budget. What one leaves goes to those after it.
-SHARES = {"linear": 8, "narrow": 1, "fold": 1, "sketch": 3, "loss": 2, "step": 4, "scaling": 2}
+SHARES = {
+    "linear": 8, "siblings": 2, "narrow": 1, "fold": 1,
+    "sketch": 3, "loss": 2, "step": 4, "scaling": 2,
+}  # fmt: skip
 OPS = tuple(SHARES)
 
 

@@ -23,6 +23,23 @@ class Shape(NamedTuple):
         return self._asdict()
 
 
+class SiblingShape(NamedTuple):
+    """Linears that read one x [M, K]: their out_features N_i; R and Q as of each one."""
+
+    M: int
+    K: int
+    widths: tuple[int, ...]
+    R: int = 16
+    Q: int = 256
+
+    @property
+    def columns(self) -> dict[str, int | str]:
+        """N and R of all together, by which plans are looked up."""
+        n, r = sum(self.widths), self.R * len(self.widths)
+        widths = "+".join(map(str, self.widths))
+        return {"M": self.M, "K": self.K, "N": n, "R": r, "Q": self.Q, "widths": widths}
+
+
 # The three shapes that LoRAFusion, Transformer Engine, axolotl and unsloth are compared on.
 PUBLISHED = [Shape(8192, 4096, 4096), Shape(8192, 4096, 14336), Shape(16384, 2048, 8192)]
 # (K, N) of the linears of one layer: q, k/v, o, gate/up, down.
@@ -48,6 +65,23 @@ def linear_shapes(session: Session) -> list[Shape]:
     ranks = [Shape(8192, 4096, 4096, r) for r in (4, 8, 32, 64, 128)]
     widths = [Shape(8192, 4096, 4096, 16, q) for q in (0, 1024)]
     return list(dict.fromkeys([*PUBLISHED, *growing, *layers, *ranks, *widths]))
+
+
+def sibling_shapes(session: Session) -> list[SiblingShape]:
+    """q/k/v and gate/up, in order of value."""
+    if session.tiny:
+        return [SiblingShape(48, 64, (96, 32, 32), 4, 8), SiblingShape(1, 64, (96, 96), 4, 8)]
+    if session.device.type == "cpu":
+        return [
+            SiblingShape(512, 2048, (2048, 512, 512)),
+            SiblingShape(512, 2048, (8192, 8192)),
+            SiblingShape(256, 4096, (4096, 1024, 1024)),
+        ]
+    shapes = []
+    for model in ("Llama-3.2-1B", "Llama-3-8B"):
+        (k, q), (_, kv), (_, up), _ = LAYERS[model]
+        shapes += [SiblingShape(8192, k, (q, kv, kv)), SiblingShape(8192, k, (up, up))]
+    return shapes
 
 
 def element_size(dtype: torch.dtype) -> int:

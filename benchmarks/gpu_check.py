@@ -25,10 +25,9 @@ from pathlib import Path
 
 import torch
 
-from nsru_bench import measure
-from nsru_bench.winners import plan_table
+from nsru_bench import measure, winners
 from nsru_kernels.environment import describe_environment, format_environment
-from nsru_kernels.plans import FOLDER, slug
+from nsru_kernels.plans import slug
 
 ROOT = measure.ROOT
 BUDGET_S = 540.0
@@ -161,26 +160,24 @@ def run_benchmarks(check: Check) -> None:
 
 
 def write_plans(check: Check) -> None:
-    """The winners of linear.csv and fold.csv, where ``auto`` finds them."""
+    """The winners of the benchmarks, where ``auto`` finds them."""
     if check.dry:
         check.skip("plans", "DRY")
         return
     try:
-        plans = json.dumps(plan_table(check.out), indent=1) + "\n"
+        path = winners.write_plans(check.out)
     except (KeyError, ValueError) as error:
         check.skip("plans", f"{type(error).__name__}: {error}")
         check.failed = True
         return
-    path = FOLDER / f"{slug(torch.cuda.get_device_name())}.json"
-    path.write_text(plans)
-    (check.out / "plans.json").write_text(plans)
+    (check.out / "plans.json").write_text(path.read_text())
     check.note("plans", f"written to {path.relative_to(ROOT)}")
 
 
 def table(out: Path) -> str:
     """The ratios that matter, from the rows on disk."""
     lines = []
-    for op in ("linear", "narrow", "fold", "sketch", "loss", "step"):
+    for op in ("linear", "siblings", "narrow", "fold", "sketch", "loss", "step"):
         path = out / f"{op}.csv"
         if not path.is_file():
             continue
@@ -192,7 +189,7 @@ def table(out: Path) -> str:
             )
             who = f"{row['provider']} {row['plan']}".strip()
             lines.append(
-                f"{op:<7}{sizes:<40}{who:<32}{float(row['p50_ms']):10.4f} ms"
+                f"{op:<9}{sizes:<40}{who:<32}{float(row['p50_ms']):10.4f} ms"
                 f"{float(row['ratio']):8.3f} × {row['base']}"
             )
     return "\n".join(lines)

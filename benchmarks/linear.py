@@ -8,8 +8,10 @@ linear computes y and dX only. Plans of a backend are timed one by one with the 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from nsru_bench.session import Session
 from nsru_bench.timing import Call
 from nsru_bench.winners import PREFIX
 from nsru_kernels import dispatch
+from nsru_kernels.ops import cpu_extension
 from nsru_kernels.ops.linear import projected_linear
 
 PASSES = ("forward", "backward", "forward+backward")
@@ -108,14 +111,17 @@ def autocast(provider: Provider, case: Case) -> Provider:
     return Provider(forward, provider.lora_a, provider.lora_b, projects=False)
 
 
-def backends(device: torch.device) -> dict[str, ModuleType]:
-    """The modules of nsru_linear that can run here."""
+def backends(op: str, session: Session) -> dict[str, ModuleType]:
+    """The modules of ``op``, a folder in nsru_kernels/ops, that can run here in this dtype."""
     found = {}
-    for backend in ("eager", "triton", "cuda"):
+    for backend in ("eager", "cpu", "triton", "cuda"):
         try:
-            found[backend] = dispatch.implementation("linear", backend, device)
+            found[backend] = dispatch.implementation(op, backend, session.device)
         except nk.BackendUnavailable as error:
             print(f"no {backend} plans: {error}", flush=True)
+    if "cpu" in found and session.dtype not in cpu_extension.KERNEL_DTYPES:
+        del found["cpu"]
+        print(f"no cpu plans: its kernels do not take {session.dtype}", flush=True)
     return found
 
 
@@ -141,7 +147,7 @@ def make_providers(case: Case, t: Tensors, session: Session) -> dict[str, Provid
     }
     if session.compile:
         providers["peft bf16, compiled"] = compiled(make_peft(case, t, fp32_adapters=False))
-    for backend, module in backends(session.device).items():
+    for backend, module in backends("linear", session).items():
         for plan in plans(module, t):
             name = f"plan {backend}" if plan is None else f"plan {backend} {plan}"
             providers[name] = make_planned(case, t, module, plan)
@@ -156,28 +162,29 @@ def make_providers(case: Case, t: Tensors, session: Session) -> dict[str, Provid
     return providers
 
 
-def calls(t: Tensors, provider: Provider, which: str, copies: int) -> Call:
-    """The pass on ``copies`` inputs of equal size, which do not fit into the caches together."""
-    made = []
-    for _ in range(copies):
-        x, dy = t.x.clone().requires_grad_(), t.dy.clone()
-        leaves = [leaf for leaf in (x, provider.lora_a, provider.lora_b) if leaf is not None]
-        made.append(_pass(provider, x, dy, leaves, which))
-    return made
+def calls(x: Tensor, dys: list[Tensor], provider: Any, which: str, copies: int) -> Call:
+    """The pass on ``copies`` inputs of equal size, which do not fit into the caches together.
+
+    ``provider`` has ``forward``, with as many outputs as there are ``dys``, ``adapters`` and
+    ``prepare``.
+    """
+    return [
+        _pass(provider, x.clone().requires_grad_(), [dy.clone() for dy in dys], which)
+        for _ in range(copies)
+    ]
 
 
-def _pass(
-    provider: Provider, x: Tensor, dy: Tensor, leaves: list[Tensor], which: str
-) -> Callable[[], object]:
+def _pass(provider: Any, x: Tensor, dys: list[Tensor], which: str) -> Callable[[], object]:
+    leaves = [x, *provider.adapters]
     if which == "forward":
         return lambda: provider.forward(x)
     if which == "backward":
         y = provider.forward(x)
-        return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        return lambda: torch.autograd.grad(y, leaves, dys, retain_graph=True)
 
     def both() -> object:
         provider.prepare()
-        return torch.autograd.grad(provider.forward(x), leaves, dy)
+        return torch.autograd.grad(provider.forward(x), leaves, dys)
 
     return both
 
@@ -204,22 +211,45 @@ def run(session: Session) -> None:
 
 def run_shape(session: Session, shape: Shape) -> None:
     case = Case(*shape, dtype=session.dtype, device=str(session.device))
-    tensors = make_tensors(case)
-    providers = make_providers(case, tensors, session)
+    t = make_tensors(case)
+    providers = make_providers(case, t, session)
+    drop_wrong(session, f"linear {shape}", providers, partial(check, case, t))
+    size = element_size(session.dtype)
+    time_passes(
+        session, "linear", shape.columns, t.x, [t.dy], providers,
+        lambda which: work(shape, which, size),
+    )  # fmt: skip
+
+
+def drop_wrong(
+    session: Session, what: str, providers: dict[str, Any], check: Callable[[str, Any], None]
+) -> None:
+    """Remove the providers that do not pass ``check(name, provider)``, and report them."""
     for name, provider in list(providers.items()):
         try:
-            check(case, tensors, name, provider)
+            check(name, provider)
         except Exception as error:  # what is wrong is not timed, the others are
-            session.fail(f"linear {shape}, {name}", error)
+            session.fail(f"{what}, {name}", error)
             del providers[name]
-    size = element_size(session.dtype)
-    bytes_in = size * shape.M * (shape.K + shape.N)
+
+
+def time_passes(
+    session: Session,
+    op: str,
+    columns: Mapping[str, Any],
+    x: Tensor,
+    dys: list[Tensor],
+    providers: Mapping[str, Any],
+    work: Callable[[str], tuple[float, float]],
+) -> None:
+    """Time every pass of every provider; ratios are to "frozen". ``work``: pass → FLOP, bytes."""
+    bytes_in = x.nbytes + sum(dy.nbytes for dy in dys)
     copies = 2 if session.device.type == "cpu" else max(2, min(16, 2**28 // bytes_in))
     for which in PASSES:
-        timed = {name: calls(tensors, p, which, copies) for name, p in providers.items()}
-        flop, moved = work(shape, which, size)
+        timed = {name: calls(x, dys, p, which, copies) for name, p in providers.items()}
+        flop, moved = work(which)
         session.record(
-            "linear", session.time(timed), {"pass": which, **shape.columns},
+            op, session.time(timed), {"pass": which, **columns},
             flop=flop, moved=moved, base="frozen", plans={name: _plan(name) for name in timed},
         )  # fmt: skip
 

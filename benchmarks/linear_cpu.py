@@ -55,6 +55,10 @@ class Provider:
     prepare: Callable[[], None] = lambda: None
     projects: bool = True  # dA has no component along the basis
 
+    @property
+    def adapters(self) -> list[nn.Parameter]:
+        return [p for p in (self.lora_a, self.lora_b) if p is not None]
+
 
 # The acceptance bars of this repository: provider, base, largest ratio.
 TARGETS = (
@@ -69,8 +73,8 @@ def tolerance(dtype: torch.dtype) -> float:
     return max(2 * torch.finfo(dtype).eps, 1e-5)
 
 
-def make_tensors(case: Case) -> Tensors:
-    generator = torch.Generator().manual_seed(0)
+def make_tensors(case: Case, seed: int = 0) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(rows, columns, generator=generator) * scale).to(case.device)
@@ -186,9 +190,8 @@ def timed_call(t: Tensors, provider: Provider) -> tuple[Callable[[], None], Call
 
     def prepare() -> None:
         provider.prepare()
-        for tensor in (leaf, provider.lora_a, provider.lora_b):
-            if tensor is not None:
-                tensor.grad = None
+        for tensor in (leaf, *provider.adapters):
+            tensor.grad = None
 
     def run() -> None:
         provider.forward(leaf).backward(t.dy)

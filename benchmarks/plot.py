@@ -21,6 +21,7 @@ Row = dict[str, str]
 
 RC = {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 1.2}
 MARKERS = "osD^vX*P"
+FLOORED = ("linear", "siblings", "fold", "sketch", "loss", "step")
 
 
 def main(folder: Path = measure.RESULTS) -> list[Path]:
@@ -36,7 +37,7 @@ def draw(path: Path) -> Path:
 
 def draw_roofline(folder: Path) -> Path:
     """One picture of all files in ``folder`` whose rows have a floor."""
-    files = [folder / f"{op}.csv" for op in ("linear", "fold", "sketch", "loss", "step")]
+    files = [folder / f"{op}.csv" for op in FLOORED]
     rows = [row for file in files if file.is_file() for row in read(file)]
     return save(plot_costs.roofline, rows, folder / "roofline.png")
 

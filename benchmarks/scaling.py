@@ -114,7 +114,7 @@ def linear_point(session: Session, shape: Shape) -> Point:
         layer.zero_grad()
     flop, moved = linear.work(shape, "forward+backward", element_size(session.dtype))
     calls = {
-        name: linear.calls(tensors, provider, "forward+backward", 2)
+        name: linear.calls(tensors.x, [tensors.dy], provider, "forward+backward", 2)
         for name, provider in providers.items()
     }
     return Point(shape.columns, calls, flop, moved)

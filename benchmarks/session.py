@@ -178,4 +178,4 @@ def _line(row: Mapping[str, Any], shape: Mapping[str, Any]) -> str:
     sizes = " ".join(f"{name}={value}" for name, value in shape.items())
     ratio = "" if row["ratio"] == "" else f"{row['ratio']:8.3f} × {row['base']}"
     name = f"{row['provider']} {row['plan']}".strip()
-    return f"{row['op']:<8}{sizes:<44} {name:<34}{row['p50_ms']:10.4f} ms{ratio}"
+    return f"{row['op']:<9}{sizes:<44} {name:<34}{row['p50_ms']:10.4f} ms{ratio}"

@@ -12,19 +12,34 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import nsru_kernels as nk
-from nsru_bench import measure
+from nsru_bench import linear_cpu, measure
 from nsru_bench.linear_cpu import Case, Tensors, frozen_linear, make_peft, make_tensors, tolerance
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 WIDTHS = (2048, 512, 512)
 BAR = 1.08  # group over three frozen linears
+
+
+@dataclass(frozen=True)
+class Provider:
+    """All y_i of one x; the adapters one by one in order, or stacked."""
+
+    forward: Callable[[Tensor], list[Tensor]]
+    lora_as: list[nn.Parameter]
+    lora_bs: list[nn.Parameter]
+    prepare: Callable[[], None] = lambda: None
+    projects: bool = True  # dA has no component along the basis
+
+    @property
+    def adapters(self) -> list[nn.Parameter]:
+        return [*self.lora_as, *self.lora_bs]
 
 
 class Block(nn.Module):
@@ -39,18 +54,34 @@ class Block(nn.Module):
         return [getattr(self, name)(x) for name in NAMES]
 
 
-def make_siblings() -> tuple[list[Case], list[Tensors]]:
-    """The tensors of three linears of different widths; x and the basis are those of the first."""
-    cases = [replace(Case(), N=n) for n in WIDTHS]
-    made = [make_tensors(case) for case in cases]
-    # Every case draws from the same seed; A must differ between siblings.
-    return cases, [
-        replace(t, x=made[0].x, basis=made[0].basis, lora_a=t.lora_a.roll(i, 0))
-        for i, t in enumerate(made)
-    ]
+def make_siblings(case: Case, widths: tuple[int, ...]) -> tuple[list[Case], list[Tensors]]:
+    """The tensors of linears of different widths; x and the basis are those of the first."""
+    cases = [replace(case, N=n) for n in widths]
+    made = [make_tensors(case, seed) for seed, case in enumerate(cases)]
+    return cases, [replace(t, x=made[0].x, basis=made[0].basis) for t in made]
 
 
-def make_block(cases: list[Case], tensors: list[Tensors], *, together: bool) -> Block:
+def separate(parts: list[linear_cpu.Provider]) -> Provider:
+    """One linear after the other; autograd sums their dX."""
+    return Provider(
+        lambda x: [part.forward(x) for part in parts],
+        [part.lora_a for part in parts if part.lora_a is not None],
+        [part.lora_b for part in parts if part.lora_b is not None],
+        projects=parts[0].projects,
+    )
+
+
+def make_frozen(tensors: list[Tensors]) -> Provider:
+    return separate([linear_cpu.Provider(frozen_linear(t), None, None) for t in tensors])
+
+
+def make_peft_siblings(cases: list[Case], tensors: list[Tensors]) -> Provider:
+    return separate(
+        [make_peft(c, t, fp32_adapters=False) for c, t in zip(cases, tensors, strict=True)]
+    )
+
+
+def make_block(cases: list[Case], tensors: list[Tensors], *, together: bool) -> Provider:
     block = Block([frozen_linear(t) for t in tensors])
     basis = tensors[0].basis
     case = cases[0]
@@ -58,9 +89,9 @@ def make_block(cases: list[Case], tensors: list[Tensors], *, together: bool) -> 
         block, list(NAMES), rank=case.R, alpha=case.scaling * case.R,
         subspaces=dict.fromkeys(NAMES, basis),
     )  # fmt: skip
+    layers = [getattr(block, name) for name in NAMES]
     with torch.no_grad():
-        for name, t in zip(NAMES, tensors, strict=True):
-            layer = getattr(block, name)
+        for layer, t in zip(layers, tensors, strict=True):
             layer.lora_A.copy_(t.lora_a)
             layer.lora_B.copy_(t.lora_b)
             if not together:
@@ -69,75 +100,64 @@ def make_block(cases: list[Case], tensors: list[Tensors], *, together: bool) -> 
             block(tensors[0].x.clone())
     served = "q_proj+k_proj+v_proj × 1 served together" in str(report)
     assert served == together, str(report)
-    return block
+    return Provider(block, [layer.lora_A for layer in layers], [layer.lora_B for layer in layers])
 
 
-def adapters(block: Block) -> list[nn.Parameter]:
-    return [p for p in block.parameters() if p.requires_grad]
-
-
-def make_peft_block(cases: list[Case], tensors: list[Tensors]) -> Block:
-    layers = []
-    for case, t in zip(cases, tensors, strict=True):
-        layer = make_peft(case, t, fp32_adapters=False).forward
-        assert isinstance(layer, nn.Module)
-        layers.append(layer)
-    return Block(layers)
-
-
-def check(cases: list[Case], tensors: list[Tensors], name: str, block: Block) -> None:
+def check(cases: list[Case], tensors: list[Tensors], name: str, provider: Provider) -> None:
     """AssertionError unless every y, dA, dB and the one dX agree with float64."""
     leaf = tensors[0].x.clone().requires_grad_()
-    block.zero_grad()
-    ys = block(leaf)
+    leaves = [leaf, *provider.adapters]
+    for adapter in leaves:
+        adapter.grad = None
+    ys = provider.forward(leaf)
     torch.autograd.backward(ys, [t.dy for t in tensors])
-    found = {"dX": leaf.grad}
-    exact = {"dX": torch.zeros(leaf.shape, dtype=torch.float64)}
-    for child, case, t, y in zip(NAMES, cases, tensors, ys, strict=True):
+    count = len(provider.lora_as)
+    assert all(adapter.grad is not None for adapter in leaves), f"{name}: a gradient is missing"
+    grads = [adapter.grad for adapter in leaves]
+    found, exact = {}, {}
+    dx = torch.zeros_like(leaf, dtype=torch.float64, requires_grad=False)
+    if count:
+        ranks, widths = [case.R for case in cases], [case.N for case in cases]
+        das = torch.cat(grads[1 : 1 + count]).split(ranks)
+        dbs = torch.cat(grads[1 + count :]).split(widths)
+    for i, (case, t, y) in enumerate(zip(cases, tensors, ys, strict=True)):
         x, dy, w, b, basis = (v.double() for v in (t.x, t.dy, t.weight, t.lora_b, t.basis))
-        s = 0.0 if name == "frozen" else case.scaling
+        s = case.scaling if count else 0.0
         folded = t.lora_a.double() - (t.lora_a.double() @ basis) @ basis.T
         ds = s * dy @ b
-        found[f"{child} y"] = y
-        exact[f"{child} y"] = x @ w.T + s * (x @ folded.T) @ b.T
-        exact["dX"] += dy @ w + ds @ folded
-        if name == "frozen":
+        found[f"y of {i}"] = y
+        exact[f"y of {i}"] = x @ w.T + s * (x @ folded.T) @ b.T
+        dx += dy @ w + ds @ folded
+        if not count:
             continue
-        params = dict(getattr(block, child).named_parameters())
-        a_grad, b_grad = (
-            next(p.grad for key, p in params.items() if letter in key)
-            for letter in ("lora_A", "lora_B")
-        )
         d_a = ds.T @ x
-        if not name.startswith("peft"):
+        if provider.projects:
             d_a -= (d_a @ basis) @ basis.T
-        found |= {f"{child} dA": a_grad, f"{child} dB": b_grad}
-        exact |= {f"{child} dA": d_a, f"{child} dB": s * dy.T @ (x @ folded.T)}
+        found |= {f"dA of {i}": das[i], f"dB of {i}": dbs[i]}
+        exact |= {f"dA of {i}": d_a, f"dB of {i}": s * dy.T @ (x @ folded.T)}
+    bound = tolerance(cases[0].dtype)
+    found["dX"], exact["dX"] = grads[0], dx
     for label, reference in exact.items():
-        value = found[label]
-        assert value is not None, f"{name}: no {label}"
-        error = measure.relative_error(value, reference)
-        bound = tolerance(case.dtype)
+        error = measure.relative_error(found[label], reference)
         assert error <= bound, f"{name}: {label} is off by {error:.1e} > {bound:.1e}"
 
 
 def timed_call(
-    tensors: list[Tensors], block: Block, *, cached: bool
+    tensors: list[Tensors], provider: Provider, *, cached: bool
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     leaf = tensors[0].x.clone().requires_grad_()
     dys = [t.dy for t in tensors]
-    trained = adapters(block)
 
     @torch.no_grad()
     def prepare() -> None:
         leaf.grad = None
-        for parameter in trained:
-            parameter.grad = None
+        for adapter in provider.adapters:
+            adapter.grad = None
             if not cached:
-                parameter.mul_(1.0)
+                adapter.mul_(1.0)
 
     def run() -> None:
-        torch.autograd.backward(block(leaf), dys)
+        torch.autograd.backward(provider.forward(leaf), dys)
 
     return prepare, run
 
@@ -150,22 +170,21 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    cases, tensors = make_siblings()
-    frozen = Block([frozen_linear(t) for t in tensors])
+    cases, tensors = make_siblings(Case(), WIDTHS)
     group = make_block(cases, tensors, together=True)
     single = make_block(cases, tensors, together=False)
     providers = {
-        "frozen": (frozen, True),
+        "frozen": (make_frozen(tensors), True),
         "group": (group, False),
         "group, fold cached": (group, True),
         "three single": (single, False),
         "three single, fold cached": (single, True),
-        "peft bf16": (make_peft_block(cases, tensors), True),
+        "peft bf16": (make_peft_siblings(cases, tensors), True),
     }
-    for name, (block, _) in providers.items():
-        check(cases, tensors, name, block)
+    for name, (provider, _) in providers.items():
+        check(cases, tensors, name, provider)
     seconds = measure.interleave(
-        {n: timed_call(tensors, block, cached=cached) for n, (block, cached) in providers.items()},
+        {n: timed_call(tensors, p, cached=cached) for n, (p, cached) in providers.items()},
         arguments.rounds,
     )
 

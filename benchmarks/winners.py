@@ -1,36 +1,82 @@
-"""The plan table of a GPU from the rows that were measured on it; see ``nsru_kernels/plans``."""
+"""The plan table of a device from the rows that were measured on it; see ``nsru_kernels/plans``.
+
+    python benchmarks/winners.py FOLDER        # of the CSV files that `nsru bench` wrote
+
+Writes the table where ``auto`` finds it: for a GPU by its name, for a CPU as that of CPUs with AMX.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
+import json
+import sys
 from collections.abc import Iterable
 from math import inf
 from pathlib import Path
 from typing import Any
 
+from nsru_kernels.plans import CPU_WITH_AMX, FOLDER, slug
+
 PREFIX = "plan "  # of providers that are one backend's functions, by one plan
 COLUMNS = ("device", "torch", "triton", "commit", "dtype")
 
 
-def plan_table(folder: Path) -> dict[str, Any]:
-    """What ``nsru_kernels/plans/<gpu>.json`` holds, from the rows of linear, fold and sketch.
+def write_plans(folder: Path) -> Path:
+    """Write the plan table of the rows in ``folder``; the path of its file.
 
     Raises:
-        ValueError: the rows are of several devices, dtypes or commits, or of tiny sizes.
+        ValueError: the rows make no table; see ``plan_table``.
     """
-    linear, fold, sketch = (_rows(folder / f"{op}.csv") for op in ("linear", "fold", "sketch"))
-    rows = [*linear, *fold, *sketch]
-    runs = {tuple(row[column] for column in COLUMNS) for row in rows}
+    table = plan_table(folder)
+    # Only a CPU's table says how many threads it holds for.
+    path = FOLDER / f"{slug(CPU_WITH_AMX if 'threads' in table else table['device'])}.json"
+    path.write_text(json.dumps(table, indent=1) + "\n")
+    return path
+
+
+def plan_table(folder: Path) -> dict[str, Any]:
+    """What a file of ``nsru_kernels/plans`` holds, from the rows of linear, siblings, fold, sketch.
+
+    A CPU's table has "threads" and the linears only, for nothing else has CPU kernels.
+
+    Raises:
+        ValueError: the rows are of several devices, dtypes or commits, or of tiny sizes, or of a
+            CPU that cannot run the kernels.
+    """
+    ops = ("linear", "siblings", "fold", "sketch")
+    linear, siblings, fold, sketch = (_rows(folder / f"{op}.csv") for op in ops)
+    linears = [*linear, *siblings]
+    on_cpu = any(row["timing"] == "clock" for row in linears)  # GPUs are timed by graphs or events
+    rows, columns = [*linears, *fold, *sketch], COLUMNS
+    if on_cpu:
+        rows, columns = linears, (*COLUMNS, "threads")
+    runs = {tuple(row[column] for column in columns) for row in rows}
     if len(runs) != 1:
         raise ValueError(f"plans need the rows of one run, {folder} has {sorted(runs)}.")
     if any(row["tiny"] == "True" for row in rows):
         raise ValueError(f"{folder} holds a walk through tiny sizes, no measurement.")
-    table: dict[str, Any] = dict(zip(COLUMNS, runs.pop(), strict=True))
-    return table | {
-        "linear": linear_entries(linear),
-        "fold": fold_entries(fold),
-        "sketch": sketch_entries(sketch),
-    }
+    table: dict[str, Any] = dict(zip(columns, runs.pop(), strict=True))
+    table |= {"linear": linear_entries(linear), "linear_group": group_entries(siblings)}
+    if not on_cpu:
+        return table | {"fold": fold_entries(fold), "sketch": sketch_entries(sketch)}
+    if not any(row["provider"] == f"{PREFIX}cpu" for row in rows):
+        raise ValueError(f"{folder} has no times of the CPU kernels: no AMX here, or not bf16?")
+    for op in ("linear", "linear_group"):
+        table[op] = kernel_entries(table[op])
+    return table | {"threads": int(table["threads"])}
+
+
+def kernel_entries(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that change what ``auto`` does: a kernel won, or eager did so close to where a kernel
+    won that the kernel's entry would serve some of its calls."""
+    won = [e for e in entries if {e["forward"], e["backward"]} != {"eager"}]
+    return [e for e in entries if any(_overlap(e["sizes"], other["sizes"]) for other in won)]
+
+
+def _overlap(sizes: list[int], others: list[int]) -> bool:
+    """Whether a call can be within a factor of two of both."""
+    return all(max(a, b) <= 4 * min(a, b) for a, b in zip(sizes, others, strict=True))
 
 
 def linear_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
@@ -52,6 +98,11 @@ def linear_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
         for sizes, passes in sorted(by_shape.items())
         if {"forward", "backward"} <= passes.keys()  # a run that was cut off has one of them
     ]
+
+
+def group_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
+    """The same for siblings, whose rows have ΣN and ΣR as N and R."""
+    return linear_entries(rows)
 
 
 def fold_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
@@ -99,3 +150,20 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="--out of nsru bench")
+    folder = parser.parse_args(arguments).folder
+    try:
+        path = write_plans(folder)
+    except (KeyError, ValueError) as error:
+        sys.exit(f"winners: {type(error).__name__}: {error}")
+    print(f"wrote {path}", path.read_text(), sep="\n", end="")
+
+
+if __name__ == "__main__":
+    main()

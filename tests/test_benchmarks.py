@@ -1,6 +1,7 @@
 """Benchmarks walk through on a CPU: sane rows, pictures, and no figure for a wrong provider."""
 
 import csv
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -8,14 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsru_bench import bench, loss, plot, sketch, sketch_accuracy, sketch_methods
+from nsru_bench import (
+    bench,
+    cases,
+    linear,
+    loss,
+    plot,
+    siblings,
+    siblings_cpu,
+    sketch,
+    sketch_accuracy,
+    sketch_methods,
+)
+from nsru_bench.linear_cpu import Case
 from nsru_bench.session import Session
+from nsru_kernels.ops import cpu_extension
 
 ROOT = Path(__file__).parents[1]
 
 
-def tiny_session(out):
-    return Session(torch.device("cpu"), torch.float32, tiny=True, rounds=2, out=out)
+CPU = torch.device("cpu")
+
+
+def tiny_session(out, dtype=torch.float32):
+    return Session(CPU, dtype, tiny=True, rounds=2, out=out)
 
 
 def read(path):
@@ -44,6 +61,108 @@ def assert_timed(rows):
         assert row["device"]
         if row["provider"] == row["base"]:
             assert float(row["ratio"]) == 1
+
+
+@pytest.mark.parametrize("op", ["linear", "siblings"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_rows(tmp_path, monkeypatch, capsys, op, dtype):
+    """The CPU kernels are timed where they can run, and are no failure where not."""
+    found = linear.backends
+
+    def without_triton(*args):  # the interpreter is slow
+        return {name: module for name, module in found(*args).items() if name != "triton"}
+
+    for module in (linear, siblings):
+        monkeypatch.setattr(module, "backends", without_triton)
+    session = tiny_session(tmp_path, dtype)
+    bench.run(session, (op,))
+    assert not session.failed
+    rows = read(tmp_path / f"{op}.csv")
+    assert_timed(rows)
+    assert {row["pass"] for row in rows} == set(linear.PASSES)
+    served = dtype == torch.bfloat16 and cpu_extension.unavailable(op, CPU) is None
+    for which in linear.PASSES:
+        providers = {row["provider"] for row in rows if row["pass"] == which}
+        assert {"frozen", "nsru", "peft bf16", "plan eager"} <= providers
+        assert ("plan cpu" in providers) == served
+    assert ("no cpu plans" in capsys.readouterr().out) == (not served)
+
+
+def test_siblings_rows_have_sums(tmp_path, monkeypatch):
+    monkeypatch.setattr(siblings, "backends", lambda *args: {})
+    siblings.run(tiny_session(tmp_path))
+    rows = read(tmp_path / "siblings.csv")
+    sizes = {tuple(row[name] for name in ("M", "K", "N", "R", "Q", "widths")) for row in rows}
+    assert sizes == {
+        ("48", "64", "160", "12", "8", "96+32+32"),
+        ("1", "64", "192", "8", "8", "96+96"),
+    }
+    assert {row["provider"] for row in rows} == {"frozen", "nsru", "single nsru", "peft bf16"}
+
+
+def test_siblings_read_x_and_write_dx_once():
+    shape = cases.SiblingShape(512, 2048, (8192, 8192))
+    alone = cases.Shape(512, 2048, 8192)
+    of_x = 2 * 512 * 2048
+    for which, shared in (
+        ("forward", of_x),
+        ("backward", 2 * of_x),
+        ("forward+backward", 3 * of_x),
+    ):
+        flop, moved = linear.work(alone, which, 2)
+        assert siblings.work(shape, which, 2) == (2 * flop, 2 * moved - shared)
+
+
+def wrong_group(*args, right=siblings.projected_linear_group):
+    first, *others = right(*args)
+    return [first, *(y * 1.02 for y in others)]
+
+
+def test_a_wrong_sibling_is_reported_and_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(siblings, "backends", lambda *args: {})
+    monkeypatch.setattr(siblings, "projected_linear_group", wrong_group)
+    session = tiny_session(tmp_path)
+    siblings.run(session)
+    providers = {row["provider"] for row in read(tmp_path / "siblings.csv")}
+    assert providers == {"frozen", "single nsru", "peft bf16"}
+    assert len(session.failed) == 2
+    assert all("nsru: y of 1 is off by" in failed for failed in session.failed)
+
+
+def swapped(provider):
+    """k for v, which are equally wide."""
+
+    def forward(x):
+        q, k, v = provider.forward(x)
+        return [q, v, k]
+
+    return dataclasses.replace(provider, forward=forward)
+
+
+def without_shared_gradient(provider):
+    """dX of the first sibling only."""
+
+    def forward(x):
+        return [provider.forward(x)[0], *provider.forward(x.detach())[1:]]
+
+    return dataclasses.replace(provider, forward=forward)
+
+
+def unprojected(provider):
+    return dataclasses.replace(provider, projects=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [(swapped, "y of 1"), (without_shared_gradient, "dX"), (unprojected, "dA of 0")],
+)
+def test_a_wrong_provider_of_siblings_is_noticed(change, what):
+    case = Case(M=16, K=64, R=4, Q=8, dtype=torch.float32)
+    made = siblings_cpu.make_siblings(case, (48, 32, 32))
+    provider = siblings.make_group_op(*made)
+    siblings_cpu.check(*made, "nsru", provider)
+    with pytest.raises(AssertionError, match=f"nsru: {what} is off by"):
+        siblings_cpu.check(*made, "nsru", change(provider))
 
 
 def test_narrow_rows(walked):

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from nsru_bench.winners import fold_entries, linear_entries, plan_table, sketch_entries
+from nsru_bench import gpu_check, winners
+from nsru_bench.winners import (
+    fold_entries,
+    group_entries,
+    linear_entries,
+    plan_table,
+    sketch_entries,
+)
+from nsru_kernels import plans
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 def row(provider, which, ms, m=8192, **more):
     sizes = {"M": m, "K": 4096, "N": 4096, "R": 16}
     run = {"device": "A GPU", "torch": "2", "triton": "3", "commit": "c"}
-    run |= {"dtype": "bfloat16", "tiny": "False", "Q": "256"}
+    run |= {"dtype": "bfloat16", "tiny": "False", "Q": "256", "timing": "graph"}
     values = {"provider": provider, "pass": which, "p50_ms": ms, **sizes, **run, **more}
     return {name: str(value) for name, value in values.items()}
 
@@ -98,8 +106,8 @@ def test_a_shape_whose_backward_was_cut_off_has_no_entry():
     assert linear_entries([*ROWS, *cut]) == linear_entries(ROWS)
 
 
-def write(folder, rows):
-    with (folder / "linear.csv").open("w", newline="") as file:
+def write(folder, rows, op="linear"):
+    with (folder / f"{op}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -128,3 +136,98 @@ def test_rows_that_measure_nothing_make_no_table(tmp_path, spoil, message):
     (tmp_path / "linear.csv").unlink()
     with pytest.raises(ValueError, match="one run"):
         plan_table(tmp_path)
+
+
+def on_cpu(eager, cpu, m=512, **more):
+    """Rows of both passes, of one shape."""
+    more = {"timing": "clock", "threads": 2, "device": "A CPU", "m": m, **more}
+    return [
+        row(f"plan {backend}", which, ms, **more)
+        for which in ("forward", "backward")
+        for backend, ms in (("eager", eager), ("cpu", cpu))
+    ]
+
+
+GROUP = {"N": 6144, "R": 48, "widths": "4096+1024+1024"}
+
+
+def test_siblings_are_looked_up_by_sums():
+    rows = [r | {"pass": "backward"} for r in on_cpu(1.0, 2.0, **GROUP)[:2]]
+    assert group_entries([*on_cpu(2.0, 1.0, **GROUP)[:2], *rows]) == [
+        {"sizes": [512, 4096, 6144, 48], "forward": "cpu", "backward": "eager"}
+    ]
+
+
+def test_the_table_of_a_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(winners, "FOLDER", tmp_path)
+    monkeypatch.setattr(plans, "FOLDER", tmp_path)
+    rows = [*on_cpu(1.1, 1.0), *on_cpu(1.0, 1.1, m=128), *on_cpu(1.0, 1.1, m=64)]
+    write(tmp_path, rows)
+    write(tmp_path, on_cpu(2.0, 1.0, **GROUP), "siblings")
+    other_run = [r | {"commit": "older"} for r in fold_rows(triton=(0.5, 0.4))]
+    write(tmp_path, other_run, "fold")
+    winners.main([str(tmp_path)])
+    path = tmp_path / "cpu-with-amx.json"
+    assert str(path) in capsys.readouterr().out
+    read = plans._table.__wrapped__(plans.CPU_WITH_AMX)
+    assert read == {
+        # At M=64 nothing is what an entry would say; M=256 is as near to 128 as to 512.
+        "linear": [
+            {"sizes": [128, 4096, 4096, 16], "forward": "eager", "backward": "eager"},
+            {"sizes": [512, 4096, 4096, 16], "forward": "cpu", "backward": "cpu"},
+        ],
+        "linear_group": [{"sizes": [512, 4096, 6144, 48], "forward": "cpu", "backward": "cpu"}],
+        "threads": 2,
+    }
+
+
+def test_siblings_alone_make_a_table(tmp_path):
+    write(tmp_path, on_cpu(2.0, 1.0, **GROUP), "siblings")
+    table = plan_table(tmp_path)
+    assert table["linear"] == []
+    assert len(table["linear_group"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([r for r in on_cpu(2.0, 1.0) if r["provider"] == "plan eager"], "no times of the CPU"),
+        ([*on_cpu(2.0, 1.0), *on_cpu(2.0, 1.0, m=1, threads=4)], "one run"),
+    ],
+)
+def test_a_cpu_that_cannot_tell_leaves_the_table_alone(tmp_path, monkeypatch, rows, message):
+    monkeypatch.setattr(winners, "FOLDER", tmp_path)
+    write(tmp_path, rows)
+    with pytest.raises(SystemExit, match=message):
+        winners.main([str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["linear.csv"]
+
+
+def test_the_check_writes_the_table_of_its_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(winners, "FOLDER", tmp_path / "plans")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    winners.FOLDER.mkdir()
+    check = gpu_check.Check(tmp_path / "out", 60, dry=False)
+    gpu_check.write_plans(check)
+    assert check.failed
+    assert not list(winners.FOLDER.iterdir())
+    write(check.out, ROWS)
+    write(check.out, [ROWS[1] | GROUP, ROWS[4] | GROUP], "siblings")
+    gpu_check.write_plans(check)
+    (path,) = winners.FOLDER.iterdir()
+    assert path.name == "a-gpu.json"
+    assert "written to plans/a-gpu.json" in check.lines[-1]
+    assert path.read_text() == (check.out / "plans.json").read_text()
+    monkeypatch.setattr(plans, "FOLDER", winners.FOLDER)
+    table = plans._table.__wrapped__("A GPU")
+    assert {op: len(entries) for op, entries in table.items() if op != "threads"} == {
+        "linear": 2, "linear_group": 1, "fold": 0, "sketch": 0,
+    }  # fmt: skip
+    assert table["threads"] == 0
+
+
+def test_the_summary_shows_siblings(tmp_path):
+    shown = row("nsru", "forward", 1.0, **GROUP, plan="", ratio="1.09", base="frozen")
+    write(tmp_path, [shown], "siblings")
+    shown = " ".join(gpu_check.table(tmp_path).split())
+    assert shown == "siblings forward 8192 4096 6144 48 nsru 1.0000 ms 1.090 × frozen"
