@@ -59,7 +59,8 @@ def linear_shapes(session: Session) -> list[Shape]:
     if session.tiny:
         return [TINY, TINY._replace(M=1)]
     if session.device.type == "cpu":
-        return [CPU, CPU._replace(M=1), CPU._replace(M=16)]
+        tokens = [CPU._replace(M=m) for m in (1, 16, 128, 2048)]
+        return [CPU, *tokens, CPU._replace(N=8192), CPU._replace(K=8192)]
     growing = [Shape(m, 4096, 4096) for m in TOKENS if m != 8192]
     layers = [Shape(8192, k, n) for pairs in LAYERS.values() for k, n in pairs]
     ranks = [Shape(8192, 4096, 4096, r) for r in (4, 8, 32, 64, 128)]
@@ -76,6 +77,8 @@ def sibling_shapes(session: Session) -> list[SiblingShape]:
             SiblingShape(512, 2048, (2048, 512, 512)),
             SiblingShape(512, 2048, (8192, 8192)),
             SiblingShape(256, 4096, (4096, 1024, 1024)),
+            SiblingShape(2048, 2048, (2048, 512, 512)),
+            SiblingShape(64, 2048, (2048, 512, 512)),
         ]
     shapes = []
     for model in ("Llama-3.2-1B", "Llama-3-8B"):
