@@ -57,20 +57,28 @@ def plan_table(folder: Path) -> dict[str, Any]:
     if any(row["tiny"] == "True" for row in rows):
         raise ValueError(f"{folder} holds a walk through tiny sizes, no measurement.")
     table: dict[str, Any] = dict(zip(columns, runs.pop(), strict=True))
-    table |= {"linear": linear_entries(linear), "linear_group": group_entries(siblings)}
+    entries = whole_entries if on_cpu else linear_entries
+    table |= {"linear": entries(linear), "linear_group": entries(siblings)}
     if not on_cpu:
         return table | {"fold": fold_entries(fold), "sketch": sketch_entries(sketch)}
     if not any(row["provider"] == f"{PREFIX}cpu" for row in rows):
         raise ValueError(f"{folder} has no times of the CPU kernels: no AMX here, or not bf16?")
-    for op in ("linear", "linear_group"):
-        table[op] = kernel_entries(table[op])
     return table | {"threads": int(table["threads"])}
 
 
-def kernel_entries(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that change what ``auto`` does: a kernel won, or eager did so close to where a kernel
-    won that the kernel's entry would serve some of its calls."""
-    won = [e for e in entries if {e["forward"], e["backward"]} != {"eager"}]
+def whole_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
+    """One entry per shape: the fastest backend of forward and backward together, for on a CPU what
+    one of them leaves in the caches decides about the other.
+
+    Only those that change what ``auto`` does: a kernel won, or eager did so close to where a kernel
+    won that the kernel's entry would serve some of its calls.
+    """
+    entries = []
+    for sizes, passes in sorted(_by_shape(rows).items()):
+        if times := passes.get("forward+backward"):
+            winner = _fastest(times)
+            entries.append({"sizes": list(sizes), "forward": winner, "backward": winner})
+    won = [entry for entry in entries if entry["forward"] != "eager"]
     return [e for e in entries if any(_overlap(e["sizes"], other["sizes"]) for other in won)]
 
 
@@ -80,29 +88,32 @@ def _overlap(sizes: list[int], others: list[int]) -> bool:
 
 
 def linear_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
-    """One entry per shape: the fastest plan forward, the fastest backend backward."""
-    by_shape: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
-    for row in rows:
-        if row["provider"].startswith(PREFIX):
-            sizes = tuple(int(row[size]) for size in "MKNR")
-            passes = by_shape.setdefault(sizes, {})
-            name = row["provider"].removeprefix(PREFIX)
-            # The same sizes at another Q: plans see no basis, so the first row says it all.
-            passes.setdefault(row["pass"], {}).setdefault(name, float(row["p50_ms"]))
+    """One entry per shape: the fastest plan forward, the fastest backend backward. The rows of
+    siblings have ΣN and ΣR as N and R."""
     return [
         {
             "sizes": list(sizes),
             "forward": _fastest(passes["forward"]),
             "backward": _fastest(passes["backward"]).split()[0],
         }
-        for sizes, passes in sorted(by_shape.items())
+        for sizes, passes in sorted(_by_shape(rows).items())
         if {"forward", "backward"} <= passes.keys()  # a run that was cut off has one of them
     ]
 
 
-def group_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
-    """The same for siblings, whose rows have ΣN and ΣR as N and R."""
-    return linear_entries(rows)
+def _by_shape(
+    rows: Iterable[dict[str, str]],
+) -> dict[tuple[int, ...], dict[str, dict[str, float]]]:
+    """Sizes → pass → plan → milliseconds."""
+    by_shape: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row["provider"].startswith(PREFIX):
+            sizes = tuple(int(row[size]) for size in "MKNR")
+            name = row["provider"].removeprefix(PREFIX)
+            # The same sizes at another Q: plans see no basis, so the first row says it all.
+            times = by_shape.setdefault(sizes, {}).setdefault(row["pass"], {})
+            times.setdefault(name, float(row["p50_ms"]))
+    return by_shape
 
 
 def fold_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
