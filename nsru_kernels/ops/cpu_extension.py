@@ -89,11 +89,11 @@ def multiply(*products: Product) -> None:
     """
     read: list[Tensor] = []  # alive until the kernel has run
 
-    def operand(tensor: Tensor) -> _Matrix:
+    def operand(tensor: Tensor, reduction: int) -> _Matrix:
         if 1 not in tensor.stride():
             tensor = tensor.contiguous()
         read.append(tensor)
-        return (tensor.data_ptr(), *_layout(tensor))
+        return (tensor.data_ptr(), *_layout(tensor, reduction))
 
     def bias(tensor: Tensor | None) -> int:
         if tensor is None:
@@ -104,18 +104,18 @@ def multiply(*products: Product) -> None:
     calls = [
         (
             product.lefts[0].shape[0],
-            [(operand(left), left.shape[1]) for left in product.lefts],
+            [(operand(left, 1), left.shape[1]) for left in product.lefts],
             [
                 (
-                    n.left, operand(n.right.T), n.right.shape[1], n.scale,
+                    n.left, operand(n.right, 0), n.right.shape[1], n.scale,
                     n.out.data_ptr(), n.out.stride(0), n.out_scale,
                 )
                 for n in product.narrows
             ],
             [
                 (
-                    o.out.data_ptr(), *_layout(o.out), o.out.shape[1], o.scale, bias(o.bias),
-                    [(left, operand(right.T)) for left, right in o.terms],
+                    o.out.data_ptr(), *_layout(o.out, 1), o.out.shape[1], o.scale, bias(o.bias),
+                    [(left, operand(right, 0)) for left, right in o.terms],
                 )
                 for o in product.outputs
             ],
@@ -125,9 +125,9 @@ def multiply(*products: Product) -> None:
     load().multiply(calls, torch.get_num_threads())
 
 
-def _layout(tensor: Tensor) -> tuple[int, bool]:
-    """Of [i, d]: the stride of the slow index, and whether that is d."""
-    rows, columns = tensor.stride()
-    if columns == 1 or tensor.shape[1] == 1:
-        return rows, False
-    return columns, True
+def _layout(matrix: Tensor, reduction: int) -> tuple[int, bool]:
+    """The stride of the slow index of a matrix, and whether that is the dimension ``reduction``."""
+    strides = matrix.stride()
+    if strides[reduction] == 1 or matrix.shape[reduction] == 1:
+        return strides[1 - reduction], False
+    return strides[reduction], True

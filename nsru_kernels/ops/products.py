@@ -14,7 +14,7 @@ def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
 
 def rank_columns(s_MR: Tensor, bs_NR: list[Tensor]) -> tuple[Tensor, ...]:
     """The columns of S, or of dS, that belong to each sibling's B_i; views."""
-    return s_MR.split([b_NR.shape[1] for b_NR in bs_NR], dim=1)
+    return s_MR.split_with_sizes([b_NR.shape[1] for b_NR in bs_NR], dim=1)
 
 
 def one_read_pays(r: int) -> bool:

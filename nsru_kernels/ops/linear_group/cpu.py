@@ -26,7 +26,7 @@ def forward(
     m = x_MK.shape[0]
     s_MR = x_MK.new_empty(m, a_RK.shape[0])
     ys = [x_MK.new_empty(m, w_NK.shape[0]) for w_NK in ws_NK]
-    as_RK = a_RK.split([b_NR.shape[1] for b_NR in bs_NR])
+    as_RK = a_RK.split_with_sizes([b_NR.shape[1] for b_NR in bs_NR])
     narrows = [
         Narrow(0, a.T, scaling, s, 1.0)
         for a, s, scaling in zip(as_RK, rank_columns(s_MR, bs_NR), scalings, strict=True)
@@ -59,7 +59,7 @@ def backward(
     if need_x:
         grads[0] = x_MK.new_empty(x_MK.shape) if used else x_MK.new_zeros(x_MK.shape)
     if used and (need_x or need_a):
-        as_RK = a_RK.split([b_NR.shape[1] for b_NR in bs_NR])
+        as_RK = a_RK.split_with_sizes([b_NR.shape[1] for b_NR in bs_NR])
         ds = rank_columns(ds_MR, bs_NR)
         narrows = [
             Narrow(left, bs_NR[i], scalings[i], ds[i], scalings[i])
