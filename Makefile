@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-SOURCES := pyproject.toml setup.py
+SOURCES := pyproject.toml setup.py $(wildcard csrc/cpu/*)
 CUTLASS := nvidia-cutlass==4.2.0
 
 .PHONY: demo test lint gpu-check install cuda clean FORCE

@@ -22,6 +22,12 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80;90a"
 CUTLASS = "nvidia-cutlass==4.2.0"
 CUDA, CPU = "nsru_kernels._cuda", "nsru_kernels._cpu"
+BUILDING = {
+    "bdist_wheel",
+    "editable_wheel",
+    "build",
+    "install",
+}  # commands that say what is left out
 REMEDY = "Set NSRU_SKIP_CUDA=1 to install the package without the CUDA backend."
 
 
@@ -59,7 +65,11 @@ class CMakeBuild(build_ext):
 
     def build_cuda(self, ext: Extension) -> None:
         nvcc, archs = find_nvcc(), cuda_archs()
-        options = [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={archs}"]
+        options = [
+            f"-DCMAKE_CUDA_COMPILER={nvcc}",
+            f"-DCMAKE_CUDA_ARCHITECTURES={archs}",
+            f"-DNSRU_VERSION={self.distribution.get_version()}",
+        ]
         try:
             self.run_cmake(ext, ROOT, "cmake", options)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -71,7 +81,7 @@ class CMakeBuild(build_ext):
         # Optional: a compiler too old for AMX costs speed on some CPUs and nothing else.
         try:
             self.run_cmake(ext, ROOT / "csrc" / "cpu", "cmake-cpu", [])
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
             raise CompileError("nsru-kernels: no kernels for CPUs with AMX, see above") from error
         print("nsru-kernels: CPU extension built")
 
@@ -94,7 +104,6 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DNSRU_VERSION={self.distribution.get_version()}",
             *options,
         ]  # fmt: skip
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
@@ -109,7 +118,7 @@ def cuda_extension() -> list[Extension]:
         reason = "nvcc was not found (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)"
     else:
         return [Extension(CUDA, sources=[])]
-    if {"bdist_wheel", "editable_wheel", "build", "install"} & set(sys.argv):
+    if BUILDING & set(sys.argv):
         print(f"nsru-kernels: build without the CUDA backend: {reason}")
     return []
 
@@ -117,11 +126,17 @@ def cuda_extension() -> list[Extension]:
 def cpu_extension() -> list[Extension]:
     """The CPU extension where it could be of use; a build of it that fails is left out."""
     compilers = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    if is_set("NSRU_SKIP_CPU") or not any(name and shutil.which(name) for name in compilers):
-        return []
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        return []
-    return [Extension(CPU, sources=[], optional=True)]
+    if is_set("NSRU_SKIP_CPU"):
+        reason = "NSRU_SKIP_CPU is set"
+    elif (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        reason = "they are for x86-64 Linux"
+    elif not any(name and shutil.which(name) for name in compilers):
+        reason = "no C++ compiler was found (CXX, c++, g++, clang++)"
+    else:
+        return [Extension(CPU, sources=[], optional=True)]
+    if BUILDING & set(sys.argv):
+        print(f"nsru-kernels: build without the CPU kernels: {reason}")
+    return []
 
 
 def cutlass_requirement(extensions: list[Extension]) -> list[str]:

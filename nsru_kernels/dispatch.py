@@ -1,8 +1,9 @@
 """Which backend serves an op on a device, and why the others do not.
 
 A backend of an op is a module in the op's folder: ``reference.py`` is "eager", the others are named
-like their backends; all of them export the same functions. A kernel module is imported only where
-``_UNAVAILABLE`` finds nothing against it.
+like their backends; all of them export the same functions. An op for which "cpu" has no kernels of
+its own (``_LIBRARY_ON_CPU``) is served by ``reference.py`` under that name too. A kernel module is
+imported only where ``_UNAVAILABLE`` finds nothing against it.
 
 ``auto`` takes a kernel only where it has a measured plan; everywhere else library GEMMs serve.
 """
@@ -38,7 +39,7 @@ OPS = {
 NOT_RUN = "compiled for sm_80, sm_90 and sm_100 and interpreted, not run on a GPU"
 WITH_GEMM = "compiled for sm_90a, all but the GEMM emulated, not run on a GPU"
 EMULATED = "compiled for sm_80 and sm_90a and emulated, not run on a GPU"
-ON_CPU = "run on Intel Xeons with AMX, up to two threads"
+ON_CPU = "run on one kind of Intel Xeon with AMX, up to two threads"
 KERNELS = {
     ("linear", "cpu"): ON_CPU,
     ("linear_group", "cpu"): ON_CPU,
@@ -185,7 +186,7 @@ def _choose(
     if choice is None:
         _log_skipped(op, device)
         return _load(op, "eager"), None
-    if not _KERNEL_DTYPES.get(choice.backend, launch.KERNEL_DTYPES).issuperset(dtypes):
+    if not _takes(choice.backend, dtypes):
         return _load(op, "eager"), None
     try:
         return _named(op, choice.backend, device), choice.plan
@@ -207,17 +208,21 @@ def _named(op: str, backend: str, device: torch.device) -> ModuleType:
 def _log_skipped(op: str, device: torch.device) -> None:
     """Say once per op and device why no kernel serves."""
     for kernel in BACKENDS[:0:-1]:
-        reason = _unavailable(op, kernel, device) or _unmeasured(kernel)
+        reason = _unavailable(op, kernel, device) or _unmeasured(op, kernel)
         _logger.info("%s: auto skips %s on %s: %s", op, kernel, device, reason)
 
 
 def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
     folder, chosen, plan = OPS[op], requested_backend("auto"), None
     against_others = f"NSRU_BACKEND={chosen} is set."
+    # The x of a linear; the other ops take adapters and samples of several dtypes.
+    dtypes = {a.dtype for a in args[:1] if isinstance(a, torch.Tensor) and "linear" in folder}
     if chosen == "auto":
         function, sizes = _looked_up_by(op, args)
         choice = plans.choose(folder, function, device, sizes)
-        if choice is None or _unavailable(folder, choice.backend, device) is not None:
+        if choice is None or not (
+            _unavailable(folder, choice.backend, device) is None and _takes(choice.backend, dtypes)
+        ):
             chosen, against_others = "eager", ""
         else:
             chosen, plan = choice
@@ -225,8 +230,10 @@ def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
     verdicts: list[Verdict] = []
     for backend in reversed(BACKENDS):
         reason = _unavailable(folder, backend, device)
+        if reason is None and not _takes(backend, dtypes):
+            reason = f"its kernels do not take {next(iter(dtypes))}. Use backend='eager'."
         if reason is None and backend != chosen:
-            reason = against_others or _unmeasured(backend)
+            reason = against_others or _unmeasured(folder, backend)
         serves = reason is None
         if serves:
             reason = f"measured plan {plan}" if plan else "measured or asked for"
@@ -268,7 +275,21 @@ def _unavailable(op: str, backend: str, device: torch.device) -> str | None:
     return _UNAVAILABLE[backend](op, device)
 
 
-def _unmeasured(backend: str) -> str:
+def _takes(backend: str, dtypes: Iterable[torch.dtype]) -> bool:
+    takes = _KERNEL_DTYPES.get(backend, launch.KERNEL_DTYPES)
+    return backend == "eager" or takes.issuperset(dtypes)
+
+
+def _unmeasured(op: str, backend: str) -> str:
+    """Why ``auto`` leaves a backend that could serve."""
+    if _by_library(op, backend):
+        return "the same library GEMMs as 'eager'."
+    limit, threads = plans.cpu_threads(), torch.get_num_threads()
+    if backend == "cpu" and limit and threads > limit:
+        return (
+            f"measured with at most {limit} threads (now: {threads}); backend='cpu' uses it "
+            f"anyway, torch.set_num_threads({limit}) lets auto use it."
+        )
     return f"no measurement for this device near these sizes; backend={backend!r} uses it anyway."
 
 

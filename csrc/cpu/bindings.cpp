@@ -38,6 +38,8 @@ Product product(const ProductTuple& p) {
         made.narrows.push_back(
             {left, matrix(right), width, scale, pointer(out), stride, out_scale});
     for (const auto& [data, stride, transposed, width, scale, bias, terms] : outputs) {
+        if (transposed && bias)
+            throw std::invalid_argument("multiply: a transposed output takes no bias");
         Output output{pointer(data), stride, transposed, width, scale, pointer(bias), {}};
         for (const auto& [left, right] : terms) output.terms.push_back({left, matrix(right)});
         made.outputs.push_back(std::move(output));
@@ -61,7 +63,6 @@ void multiply_all(const std::vector<ProductTuple>& products, int threads) {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU backend of nsru_kernels; independent of torch.";
-    m.attr("version") = NSRU_VERSION;
     m.def("unavailable", &unavailable, "Why this CPU cannot run the kernels; '' where it can.");
     m.def("multiply", &multiply_all, py::arg("products"), py::arg("threads"),
           "Sums of bf16 products; each (rows, lefts, narrows, outputs) as in csrc/cpu/product.h.");

@@ -141,7 +141,7 @@ class Worker {
   public:
     Worker(const Plan& plan, Workspace& workspace) : plan_(plan), product_(plan.product) {
         const size_t rights = kGroupSteps * kPair;
-        const size_t squares = std::max(kGroupSquares, plan.blocks) * kSquare;
+        const size_t squares = kGroupSquares * kSquare;
         left_ = static_cast<bf16*>(
             workspace.at_least(sizeof(bf16) * (plan.packed + rights) + sizeof(float) * squares));
         right_ = left_ + plan.packed;

@@ -48,7 +48,7 @@ struct Output {
     bool transposed;  // element (row, column) goes to data[column * stride + row]
     int64_t width;
     float scale;
-    const bf16* bias;  // [width], or nullptr
+    const bf16* bias;  // [width], or nullptr; nullptr where transposed
     std::vector<Term> terms;
 };
 

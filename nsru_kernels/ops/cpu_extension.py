@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import platform
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -18,7 +19,7 @@ _Matrix = tuple[int, int, bool]
 
 
 def unavailable(op: str, device: torch.device) -> str | None:
-    """Why the kernels of ``op`` cannot run on ``device`` and what to do; None where they can."""
+    """Why the kernels, of any op, cannot run on ``device`` and what to do; None where they can."""
     if device.type != "cpu":
         return "CPU kernels need tensors on the CPU. Use backend='eager'."
     return _unavailable()
@@ -26,12 +27,14 @@ def unavailable(op: str, device: torch.device) -> str | None:
 
 @functools.cache
 def _unavailable() -> str | None:
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return "CPU kernels are for x86-64 Linux. Use backend='eager'."
     try:
         module = load()
     except ModuleNotFoundError:
         return (
             "the CPU extension is not built: no C++ compiler for AMX at installation, or "
-            "NSRU_SKIP_CPU=1. Reinstall where g++ 11 or clang 12 is, or use 'eager'."
+            "NSRU_SKIP_CPU=1. Reinstall where g++ 11 or newer is, or use 'eager'."
         )
     except ImportError as error:
         return f"the CPU extension does not load: {error}. Reinstall it, or use 'eager'."
@@ -71,7 +74,7 @@ class Output(NamedTuple):
     out: Tensor  # [M, N], rows or columns contiguous
     terms: Sequence[tuple[int, Tensor]]  # right [depth, N]
     scale: float = 1.0
-    bias: Tensor | None = None
+    bias: Tensor | None = None  # [N], where rows of ``out`` are contiguous
 
 
 class Product(NamedTuple):

@@ -45,9 +45,14 @@ def choose(op: str, function: str, device: torch.device, sizes: tuple[int, ...])
         return _choose(op, function, torch.cuda.get_device_name(device), sizes)
     if cpu_extension.unavailable(op, device) is not None:
         return None
-    if torch.get_num_threads() > _table(CPU_WITH_AMX).get("threads", 0):
+    if torch.get_num_threads() > cpu_threads():
         return None
     return _choose(op, function, CPU_WITH_AMX, sizes)
+
+
+def cpu_threads() -> int:
+    """How many threads the CPUs' table was measured with; 0 without one."""
+    return _table(CPU_WITH_AMX).get("threads", 0)
 
 
 def slug(device_name: str) -> str:
@@ -80,7 +85,8 @@ def _table(device_name: str) -> dict[str, Any]:
         table = json.loads(path.read_text())
         measured = {op: [e for e in entries if _valid(e, path)] for op, entries in table.items()
                     if isinstance(entries, list)}  # fmt: skip
-        return measured | {"threads": int(table.get("threads", 0))}
+        threads = table.get("threads")
+        return measured | {"threads": threads if isinstance(threads, int) else 0}
     except (ValueError, AttributeError) as error:
         _logger.warning("%s is no plan table (%s); nothing counts as measured.", path, error)
         return {}
