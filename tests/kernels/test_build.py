@@ -117,7 +117,7 @@ def test_cutlass_is_asked_for_only_where_the_gemm_is_built(build, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext"])
     assert requirement(extension) == [], "would be downloaded by setuptools"
     monkeypatch.setattr(sys, "argv", ["setup.py", "egg_info"])
-    assert requirement([]) == [], "a pure Python install"
+    assert requirement([]) == [], "an install without CUDA"
     assert requirement(extension) == [build.CUTLASS]
     monkeypatch.setenv("NSRU_CUDA_ARCHS", "80,100f")
     assert requirement(extension) == []
@@ -182,3 +182,30 @@ def test_extension_is_independent_of_torch_and_of_a_shared_cuda_runtime():
     assert b"libcuda" in binary  # the static runtime opens the driver by name
     for name in (b"libtorch", b"libc10", b"libcudart.so", b"_ZN2at", b"_ZN3c10"):
         assert name not in binary
+
+
+def test_cpu_extension_is_independent_of_torch_and_brings_no_threads():
+    cpu = pytest.importorskip("nsru_kernels._cpu", reason="the CPU extension is not built")
+    binary = Path(cpu.__file__).read_bytes()
+    for name in (b"libtorch", b"libc10", b"libgomp", b"_ZN2at", b"_ZN3c10"):
+        assert name not in binary
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("pybind11"), OSError("no cmake")])
+def test_a_failed_cpu_build_is_left_out(build, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    def run(*, optional):
+        distribution = setuptools.Distribution({"name": "nsru-kernels", "version": "0"})
+        distribution.ext_modules = [
+            setuptools.Extension("nsru_kernels._cpu", sources=[], optional=optional)
+        ]
+        command = build.CMakeBuild(distribution)
+        command.ensure_finalized()
+        command.run()
+
+    monkeypatch.setattr(build.CMakeBuild, "run_cmake", fail)
+    run(optional=True)
+    with pytest.raises(CompileError, match="no kernels for CPUs with AMX"):
+        run(optional=False)

@@ -1,6 +1,7 @@
 """Choice of the backend: names, the environment variable, refusals and explanations."""
 
 import functools
+import importlib
 import json
 import logging
 import types
@@ -10,6 +11,7 @@ import torch
 
 import nsru_kernels as nk
 from nsru_kernels import dispatch, plans
+from nsru_kernels.ops import cpu_extension
 from nsru_kernels.ops.linear import reference
 
 CPU = torch.device("cpu")
@@ -177,7 +179,8 @@ def test_auto_falls_back_where_a_measured_kernel_cannot_serve(fake_kernel, monke
      '{"fold": [{"sizes": [], "fold_many": "triton"}]}',
      '{"fold": [{"sizes": [1%s], "fold_many": "triton"}]}' % ("0" * 400),
      '{"fold": [{"sizes": [224], "fold_many": null}]}',
-     '{"fold": [{"sizes": [224], "fold_many": "rocm"}]}'],
+     '{"fold": [{"sizes": [224], "fold_many": "rocm"}]}',
+     '{"threads": null, "fold": []}'],
 )  # fmt: skip
 def test_a_damaged_table_counts_as_not_measured(measured, tmp_path, damage):
     (tmp_path / "nvidia-test-1.json").write_text(damage)
@@ -229,3 +232,83 @@ def test_a_kernel_says_why_it_cannot_run(fake_kernel, monkeypatch):
     assert dispatch.implementation("linear", "auto", GPU) is reference
     with pytest.raises(nk.BackendUnavailable, match=r"compute capability 8.0"):
         dispatch.implementation("linear", "triton", GPU)
+
+
+@pytest.fixture
+def cpu_table(monkeypatch, tmp_path):
+    """A table for CPUs, as on one that can run the kernels; the kernels are the reference."""
+    entry = {"sizes": [512, 64, 32, 4], "forward": "cpu", "backward": "cpu"}
+    table = {"threads": 2, "linear": [entry]}
+    (tmp_path / "cpu-with-amx.json").write_text(json.dumps(table))
+    monkeypatch.setattr(plans, "FOLDER", tmp_path)
+    monkeypatch.setattr(cpu_extension, "_unavailable", lambda: None)
+    threads = torch.get_num_threads()
+    for cache in (plans._choose, plans._table):
+        cache.cache_clear()
+    yield torch.set_num_threads
+    torch.set_num_threads(threads)
+    for cache in (plans._choose, plans._table):
+        cache.cache_clear()
+
+
+def test_auto_takes_cpu_kernels_up_to_the_threads_that_were_measured(cpu_table):
+    args = torch.ones(512, 64, dtype=torch.bfloat16), torch.ones(32, 64), torch.ones(4, 64)
+    for threads, backend in ((1, "cpu"), (2, "cpu"), (3, "eager")):
+        cpu_table(threads)
+        explanation = nk.explain("nsru_linear", *args)
+        assert explanation.backend == backend
+    assert "at most 2 threads (now: 3)" in str(explanation)
+    assert nk.explain("project_adapters").backend == "eager"
+    assert "the same library GEMMs" in str(nk.explain("project_adapters"))
+
+
+def test_auto_leaves_other_dtypes_and_dropout_to_eager(cpu_table, monkeypatch):
+    cpu_table(1)
+    module = importlib.import_module("nsru_kernels.ops.linear.cpu")
+    ran = []
+
+    def forward(x, *args):
+        ran.append(x.dtype)
+        cpu_extension.check_operands("nsru_linear", x, args[5])
+        return reference.forward(x, *args)
+
+    monkeypatch.setattr(module, "forward", forward)
+    x, w, a, b = (
+        torch.ones(s, dtype=torch.bfloat16) for s in ((512, 64), (32, 64), (4, 64), (32, 4))
+    )
+    assert nk.nsru_linear(x, w, a, b).dtype == torch.bfloat16
+    assert ran == [torch.bfloat16]
+    nk.nsru_linear(x, w, a, b, dropout_p=0.5)
+    assert len(ran) == 2, "asked, refused, served by eager"
+    nk.nsru_linear(x.float(), w.float(), a, b)
+    assert len(ran) == 2
+    explanation = nk.explain("nsru_linear", x.float(), w, a)
+    assert explanation.backend == "eager"
+    assert "do not take torch.float32" in str(explanation)
+
+
+@pytest.mark.parametrize(
+    ("where", "module", "reason"),
+    [
+        (("Darwin", "arm64"), None, "for x86-64 Linux"),
+        (("Linux", "x86_64"), ModuleNotFoundError("_cpu"), "is not built"),
+        (("Linux", "x86_64"), ImportError("undefined symbol"), "does not load: undefined symbol"),
+        (("Linux", "x86_64"), types.SimpleNamespace(unavailable=lambda: "no AMX"), "no AMX. Use"),
+    ],
+)
+def test_a_cpu_that_cannot_says_why(monkeypatch, where, module, reason):
+    def load():
+        if isinstance(module, Exception):
+            raise module
+        return module
+
+    monkeypatch.setattr(cpu_extension.platform, "system", lambda: where[0])
+    monkeypatch.setattr(cpu_extension.platform, "machine", lambda: where[1])
+    monkeypatch.setattr(cpu_extension, "load", load)
+    cpu_extension._unavailable.cache_clear()
+    try:
+        with pytest.raises(nk.BackendUnavailable, match=reason):
+            call("cpu")
+        assert nk.explain("nsru_linear").backend == "eager"
+    finally:
+        cpu_extension._unavailable.cache_clear()

@@ -163,7 +163,7 @@ def test_what_lies_around_the_operands_is_neither_read_nor_written():
         assert whole.isfinite().sum() == inner.numel()
 
 
-def test_other_dtypes_and_dropout_are_refused_by_name_and_left_to_eager_by_auto(monkeypatch):
+def test_other_dtypes_and_dropout_are_refused_by_name(monkeypatch):
     inputs, basis = linear_cases.make_inputs(dtype=torch.float32)
     with pytest.raises(nk.BackendUnavailable, match=r"take bf16, got torch.float32\. Use 'eager'"):
         by_cpu(**inputs, basis=basis)

@@ -36,7 +36,7 @@ def test_backend_table_says_what_explain_says(op):
         status = dispatch.KERNELS.get((dispatch.OPS[op], backend), "library GEMMs")
         for words in (
             "library GEMMs",
-            "run on Intel Xeons with AMX, up to two threads",
+            "run on one kind of Intel Xeon with AMX, up to two threads",
             "interpreted",
             "emulated",
             "sm_80",

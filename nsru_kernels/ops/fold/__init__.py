@@ -24,7 +24,7 @@ def project_adapter(lora_a: Tensor, basis: Tensor | None, *, backend: str = "aut
             U diag(√w) with 0 ≤ w ≤ 1 for a soft one. In bf16/fp16 the columns are no longer
             orthonormal; the inverse Gram matrix then restores an exact projector. None: no
             projection.
-        backend: "auto", "eager", "triton" or "cuda".
+        backend: "auto", "eager", "cpu", "triton" or "cuda".
     Returns:
         Ā [R, K] in lora_a's dtype; computed in float32 (float64 for float64) and rounded once.
         Differentiable in lora_a.
@@ -49,7 +49,7 @@ def project_adapters(
         lora_as: A_i [R_i, K_i], any mix of sizes and floating dtypes, all on one device.
         bases: U_i [K_i, Q_i] or None, one per adapter. The same tensor may stand for several
             adapters.
-        backend: "auto", "eager", "triton" or "cuda".
+        backend: "auto", "eager", "cpu", "triton" or "cuda".
     Returns:
         Ā_i [R_i, K_i] in the dtype of A_i, in order. Differentiable in every A_i.
     Raises:

@@ -40,7 +40,7 @@ def update_sketch(
         split: keep S of a 16-bit x as the sum of two 16-bit numbers, round(x omega) and the rounded
             rest: as good as 16 bits of mantissa in bf16, for about twice the products. No effect on
             other dtypes.
-        backend: "auto", "eager", "triton" or "cuda".
+        backend: "auto", "eager", "cpu", "triton" or "cuda".
 
     Returns: ‖x‖² over the kept rows, fp64 [] on x's device, to about 1e-7.
 
