@@ -217,6 +217,12 @@ def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
     against_others = f"NSRU_BACKEND={chosen} is set."
     # The x of a linear; the other ops take adapters and samples of several dtypes.
     dtypes = {a.dtype for a in args[:1] if isinstance(a, torch.Tensor) and "linear" in folder}
+    if (
+        dtypes == {torch.float32}
+        and device.type != "meta"
+        and torch.is_autocast_enabled(device.type)
+    ):
+        dtypes = {torch.get_autocast_dtype(device.type)}
     if chosen == "auto":
         function, sizes = _looked_up_by(op, args)
         choice = plans.choose(folder, function, device, sizes)

@@ -63,6 +63,7 @@ void multiply_all(const std::vector<ProductTuple>& products, int threads) {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU backend of nsru_kernels; independent of torch.";
+    m.attr("interface") = 1;  // to be raised with cpu_extension.py's when arguments change
     m.def("unavailable", &unavailable, "Why this CPU cannot run the kernels; '' where it can.");
     m.def("multiply", &multiply_all, py::arg("products"), py::arg("threads"),
           "Sums of bf16 products; each (rows, lefts, narrows, outputs) as in csrc/cpu/product.h.");

@@ -101,7 +101,8 @@ std::vector<Pass> Plan::passes(const std::vector<Term>& terms, int64_t together)
     return made;
 }
 
-// Grows and never shrinks. Mapped for itself, so that its pages are huge ones.
+// Grows, and is given back only when it was unusually large. Mapped for itself, so that its pages
+// are huge ones.
 class Workspace {
   public:
     ~Workspace() { release(); }
@@ -119,8 +120,13 @@ class Workspace {
         return data();
     }
 
+    void shrink() {
+        if (size_ > kKept) release();
+    }
+
   private:
     static constexpr size_t kHugePage = size_t{2} << 20;
+    static constexpr size_t kKept = size_t{32} << 20;
 
     void* data() const {
         const auto address = reinterpret_cast<uintptr_t>(map_);
@@ -287,6 +293,7 @@ void multiply(const std::vector<Product>& products, int threads) {
             const int64_t first = items * thread / threads, last = items * (thread + 1) / threads;
             if (first < last) Worker(plan, workspace).run(first, last);
         }
+        workspace.shrink();
     });
 }
 

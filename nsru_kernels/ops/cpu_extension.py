@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from nsru_kernels.config import BackendUnavailable
 
+_INTERFACE = 1  # of csrc/cpu/bindings.cpp
 KERNEL_DTYPES = frozenset((torch.bfloat16,))
 _Matrix = tuple[int, int, bool]
 
@@ -38,6 +40,8 @@ def _unavailable() -> str | None:
         )
     except ImportError as error:
         return f"the CPU extension does not load: {error}. Reinstall it, or use 'eager'."
+    if getattr(module, "interface", None) != _INTERFACE:
+        return "the CPU extension was built from other sources. Reinstall it, or use 'eager'."
     reason = module.unavailable()
     return f"{reason}. Use backend='eager'." if reason else None
 
@@ -89,20 +93,23 @@ def multiply(*products: Product) -> None:
     """Compute products of bf16 matrices that do not read each other's results.
 
     Operands have any strides; what has neither contiguous rows nor contiguous columns is copied.
+    Raises BackendUnavailable for tensors without memory.
     """
     read: list[Tensor] = []  # alive until the kernel has run
 
     def operand(tensor: Tensor, reduction: int) -> _Matrix:
         if 1 not in tensor.stride():
             tensor = tensor.contiguous()
+        address, tensor = _readable(tensor)
         read.append(tensor)
-        return (tensor.data_ptr(), *_layout(tensor, reduction))
+        return (address, *_layout(tensor, reduction))
 
     def bias(tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
-        read.append(tensor.contiguous())
-        return read[-1].data_ptr()
+        address, tensor = _readable(tensor.contiguous())
+        read.append(tensor)
+        return address
 
     calls = [
         (
@@ -126,6 +133,20 @@ def multiply(*products: Product) -> None:
         for product in products
     ]  # fmt: skip
     load().multiply(calls, torch.get_num_threads())
+
+
+def _readable(tensor: Tensor) -> tuple[int, Tensor]:
+    """The address of a tensor whose memory holds its values, and the tensor."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    plain = type(tensor) in (Tensor, Parameter)
+    address = tensor.data_ptr() if plain else 0
+    if not address and (tensor.numel() or not plain):
+        raise BackendUnavailable(
+            f"CPU kernels read plain tensors, got a {type(tensor).__name__} without memory of its "
+            "own. Use 'eager'."
+        )
+    return address, tensor
 
 
 def _layout(matrix: Tensor, reduction: int) -> tuple[int, bool]:

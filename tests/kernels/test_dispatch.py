@@ -293,7 +293,12 @@ def test_auto_leaves_other_dtypes_and_dropout_to_eager(cpu_table, monkeypatch):
         (("Darwin", "arm64"), None, "for x86-64 Linux"),
         (("Linux", "x86_64"), ModuleNotFoundError("_cpu"), "is not built"),
         (("Linux", "x86_64"), ImportError("undefined symbol"), "does not load: undefined symbol"),
-        (("Linux", "x86_64"), types.SimpleNamespace(unavailable=lambda: "no AMX"), "no AMX. Use"),
+        (("Linux", "x86_64"), types.SimpleNamespace(interface=0), "from other sources"),
+        (
+            ("Linux", "x86_64"),
+            types.SimpleNamespace(interface=1, unavailable=lambda: "no AMX"),
+            "no AMX. Use",
+        ),
     ],
 )
 def test_a_cpu_that_cannot_says_why(monkeypatch, where, module, reason):

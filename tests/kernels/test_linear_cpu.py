@@ -1,12 +1,16 @@
 """The kernels for CPUs with AMX, where there is one: bf16 against float64, no worse than eager."""
 
 import functools
+import os
+from pathlib import Path
 
 import group_cases
 import linear_cases
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import nsru_kernels as nk
 from nsru_kernels.ops import cpu_extension
@@ -217,3 +221,49 @@ def test_a_swapped_model_trains_with_it(monkeypatch):
     leak = model.q_proj.lora_A.grad @ basis
     assert leak.norm() <= 1e-4 * model.q_proj.lora_A.grad.norm() + 1e-4
     assert model.q_proj.lora_B.grad.abs().sum() > 0
+
+
+def test_tensors_without_memory_take_another_way():
+    inputs, _ = linear_cases.make_inputs(33, 64, 48, dtype=BF16)
+    with FakeTensorMode() as mode:
+        fakes = {name: mode.from_tensor(t) for name, t in inputs.items()}
+        y = by_cpu(**fakes)
+    assert isinstance(y, torch._subclasses.FakeTensor)
+    assert y.shape == (33, 48)
+    zeros = torch._efficientzerotensor(33, 64, dtype=BF16)
+    with pytest.raises(nk.BackendUnavailable, match=r"plain tensors.*Use 'eager'"):
+        by_cpu(**{**inputs, "x": zeros})
+
+
+def test_what_make_fx_records_computes():
+    inputs, _ = linear_cases.make_inputs(33, 64, 48, dtype=BF16)
+    x = inputs.pop("x")
+    graph = make_fx(lambda x: by_cpu(x, **inputs))(x)
+    other = torch.randn(33, 64).to(BF16)
+    assert torch.equal(graph(other), by_cpu(other, **inputs))
+
+
+def test_negated_views_are_read_as_negated():
+    inputs, _ = linear_cases.make_inputs(33, 64, 48, dtype=BF16)
+    negated = {
+        **inputs,
+        "x": torch._neg_view(inputs["x"]),
+        "weight": torch._neg_view(inputs["weight"]),
+    }
+    plain = {**inputs, "x": -inputs["x"], "weight": -inputs["weight"]}
+    assert torch.equal(by_cpu(**negated), by_cpu(**plain))
+
+
+def test_a_large_workspace_is_given_back():
+    x = torch.zeros(600_000, 1, dtype=BF16)
+    s = torch.ones(600_000, 33, dtype=BF16)
+    out = torch.empty(33, 1, dtype=BF16)
+    before = resident_bytes()
+    multiply(Product([s.T], [Output(out, [(0, x)])]))
+    assert resident_bytes() - before < 40 * 2**20 * torch.get_num_threads()
+    assert not out.any()
+
+
+def resident_bytes():
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from nsru_kernels.dispatch import run
 from nsru_kernels.ops.fold.autograd import fold_many
 
+_RECORDING = torch._C._TorchDispatchModeKey.PROXY
 _library = torch.library.Library("nsru", "FRAGMENT")
 _library.define(
     "linear_forward(Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? bias, float scaling, "
@@ -134,5 +136,8 @@ def unflatten(y_MN: Tensor, x_shape: torch.Size) -> Tensor:
 
 
 def as_op(tensor: Tensor) -> bool:
-    """Whether the registered op must stand in for the direct call."""
-    return torch.compiler.is_compiling() or tensor.is_meta
+    """Whether the registered op must stand in for the direct call: there is a graph to be recorded,
+    or nothing to compute with."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return True
+    return torch._C._get_dispatch_mode(_RECORDING) is not None  # make_fx
