@@ -1,6 +1,7 @@
 """From measured rows to the plans that ``auto`` follows, and the walk of the GPU check."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from nsru_bench.winners import (
     linear_entries,
     plan_table,
     sketch_entries,
+    whole_entries,
 )
 from nsru_kernels import plans
 
@@ -156,6 +158,16 @@ def test_siblings_are_looked_up_by_sums():
     assert linear_entries(rows) == [
         {"sizes": [8192, 4096, 6144, 48], "forward": "triton", "backward": "eager"}
     ]
+
+
+def test_a_kernel_on_a_cpu_must_win_clearly():
+    assert whole_entries(on_cpu(1.04, 1.0)) == []
+    assert len(whole_entries(on_cpu(1.06, 1.0))) == 1
+
+
+def test_the_shipped_table_is_that_of_the_committed_rows():
+    shipped = json.loads((plans.FOLDER / "cpu-with-amx.json").read_text())
+    assert shipped == plan_table(ROOT / "benchmarks/results/cpu")
 
 
 def test_the_table_of_a_cpu(tmp_path, monkeypatch, capsys):
