@@ -33,6 +33,7 @@ from nsru_bench.session import Session
 from nsru_bench.timing import Call
 from nsru_bench.winners import PREFIX
 from nsru_kernels import dispatch
+from nsru_kernels.config import BACKENDS
 from nsru_kernels.ops import cpu_extension
 from nsru_kernels.ops.linear import projected_linear
 
@@ -114,7 +115,7 @@ def autocast(provider: Provider, case: Case) -> Provider:
 def backends(op: str, session: Session) -> dict[str, ModuleType]:
     """The modules of ``op``, a folder in nsru_kernels/ops, that can run here in this dtype."""
     found = {}
-    for backend in ("eager", "cpu", "triton", "cuda"):
+    for backend in BACKENDS:
         try:
             found[backend] = dispatch.implementation(op, backend, session.device)
         except nk.BackendUnavailable as error:

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nsru_kernels import plans
 from nsru_kernels.config import BACKENDS, BackendUnavailable, requested_backend
@@ -61,6 +62,7 @@ _UNAVAILABLE: dict[str, Callable[[str, torch.device], str | None]] = {
     "cuda": extension.unavailable,
     "triton": lambda op, device: launch.unavailable(device),
 }
+_RECORDING = torch._C._TorchDispatchModeKey.PROXY  # make_fx
 _KERNEL_DTYPES = {"cpu": cpu_extension.KERNEL_DTYPES}
 _logger = logging.getLogger("nsru_kernels")
 
@@ -161,6 +163,14 @@ def run(
             return getattr(_load(op, "eager"), function)(*args)
 
 
+def as_op(tensor: torch.Tensor) -> bool:
+    """Whether a registered op must stand in for the direct call: there is a graph to be recorded,
+    or nothing to compute with."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return True
+    return torch._C._get_dispatch_mode(_RECORDING) is not None
+
+
 def backend_status(device: torch.device | None = None) -> list[Verdict]:
     """The verdict on every backend of every op, for ``nsru env``."""
     return [v for op in OPS for v in _verdicts(op, device or default_device(), ())]
@@ -216,13 +226,8 @@ def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
     folder, chosen, plan = OPS[op], requested_backend("auto"), None
     against_others = f"NSRU_BACKEND={chosen} is set."
     # The x of a linear; the other ops take adapters and samples of several dtypes.
-    dtypes = {a.dtype for a in args[:1] if isinstance(a, torch.Tensor) and "linear" in folder}
-    if (
-        dtypes == {torch.float32}
-        and device.type != "meta"
-        and torch.is_autocast_enabled(device.type)
-    ):
-        dtypes = {torch.get_autocast_dtype(device.type)}
+    x = args[0] if args and "linear" in folder else None
+    dtypes = {_compute_dtype(x)} if isinstance(x, torch.Tensor) else set()
     if chosen == "auto":
         function, sizes = _looked_up_by(op, args)
         choice = plans.choose(folder, function, device, sizes)
@@ -279,6 +284,12 @@ def _unavailable(op: str, backend: str, device: torch.device) -> str | None:
     if importlib.util.find_spec(_module_name(op, backend)) is None:
         return f"this version has no {backend} kernel for this op. Use backend='eager'."
     return _UNAVAILABLE[backend](op, device)
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    from nsru_kernels.ops.linear import compute_dtype  # which imports this module
+
+    return compute_dtype(x)
 
 
 def _takes(backend: str, dtypes: Iterable[torch.dtype]) -> bool:

@@ -20,6 +20,14 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and puts the old one back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def emulated_module(tmp_path_factory):
     return without_nvcc.load_emulated(without_nvcc.build(tmp_path_factory))

@@ -8,6 +8,8 @@ import torch
 from linear_cases import GRADIENTS, make_basis, make_inputs, run
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import nsru_kernels as nk
 from nsru_kernels.ops.fold import core
@@ -169,3 +171,14 @@ def test_inductor():
     torch.testing.assert_close(y, y_eager)
     for name in GRADIENTS:
         torch.testing.assert_close(grads[name], eager[name])
+
+
+def test_the_fold_is_recorded_and_needs_no_memory():
+    a, u = torch.randn(4, 24), make_basis(24, 6).float()
+    graph = make_fx(lambda a: nk.project_adapter(a, u))(a)
+    assert torch.ops.nsru.fold.default in {node.target for node in graph.graph.nodes}
+    other = torch.randn(4, 24)
+    assert torch.equal(graph(other), nk.project_adapter(other, u))
+    with FakeTensorMode() as mode:
+        folded = nk.project_adapter(mode.from_tensor(a), mode.from_tensor(u))
+    assert folded.shape == (4, 24)

@@ -189,7 +189,22 @@ def test_a_damaged_table_counts_as_not_measured(measured, tmp_path, damage):
 
 
 @pytest.fixture
-def measured(monkeypatch, tmp_path):
+def write_table(monkeypatch, tmp_path):
+    """Writes a table into a folder that stands for plans/."""
+
+    def write(name, table):
+        (tmp_path / f"{name}.json").write_text(json.dumps(table))
+
+    monkeypatch.setattr(plans, "FOLDER", tmp_path)
+    for cache in (plans._choose, plans._table):
+        cache.cache_clear()
+    yield write
+    for cache in (plans._choose, plans._table):
+        cache.cache_clear()
+
+
+@pytest.fixture
+def measured(monkeypatch, write_table):
     """A table for the GPU "NVIDIA Test 1"."""
     table = {
         "linear": [
@@ -198,14 +213,9 @@ def measured(monkeypatch, tmp_path):
         ],
         "fold": [{"sizes": [224], "fold_many": "triton"}],
     }
-    (tmp_path / "nvidia-test-1.json").write_text(json.dumps(table))
-    monkeypatch.setattr(plans, "FOLDER", tmp_path)
+    write_table("nvidia-test-1", table)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test 1")
-    for cache in (plans._choose, plans._table):
-        cache.cache_clear()
-    yield functools.partial(plans.choose, device=GPU)
-    for cache in (plans._choose, plans._table):
-        cache.cache_clear()
+    return functools.partial(plans.choose, device=GPU)
 
 
 def test_nearest_measured_sizes_within_a_factor_of_two(measured):
@@ -235,26 +245,17 @@ def test_a_kernel_says_why_it_cannot_run(fake_kernel, monkeypatch):
 
 
 @pytest.fixture
-def cpu_table(monkeypatch, tmp_path):
-    """A table for CPUs, as on one that can run the kernels; the kernels are the reference."""
+def cpu_table(monkeypatch, write_table):
+    """A table for CPUs, as on one that can run the kernels."""
     entry = {"sizes": [512, 64, 32, 4], "forward": "cpu", "backward": "cpu"}
-    table = {"threads": 2, "linear": [entry]}
-    (tmp_path / "cpu-with-amx.json").write_text(json.dumps(table))
-    monkeypatch.setattr(plans, "FOLDER", tmp_path)
+    write_table("cpu-with-amx", {"threads": 2, "linear": [entry]})
     monkeypatch.setattr(cpu_extension, "_unavailable", lambda: None)
-    threads = torch.get_num_threads()
-    for cache in (plans._choose, plans._table):
-        cache.cache_clear()
-    yield torch.set_num_threads
-    torch.set_num_threads(threads)
-    for cache in (plans._choose, plans._table):
-        cache.cache_clear()
 
 
-def test_auto_takes_cpu_kernels_up_to_the_threads_that_were_measured(cpu_table):
+def test_auto_takes_cpu_kernels_up_to_the_threads_that_were_measured(cpu_table, threads):
     args = torch.ones(512, 64, dtype=torch.bfloat16), torch.ones(32, 64), torch.ones(4, 64)
-    for threads, backend in ((1, "cpu"), (2, "cpu"), (3, "eager")):
-        cpu_table(threads)
+    for count, backend in ((1, "cpu"), (2, "cpu"), (3, "eager")):
+        threads(count)
         explanation = nk.explain("nsru_linear", *args)
         assert explanation.backend == backend
     assert "at most 2 threads (now: 3)" in str(explanation)
@@ -262,8 +263,8 @@ def test_auto_takes_cpu_kernels_up_to_the_threads_that_were_measured(cpu_table):
     assert "the same library GEMMs" in str(nk.explain("project_adapters"))
 
 
-def test_auto_leaves_other_dtypes_and_dropout_to_eager(cpu_table, monkeypatch):
-    cpu_table(1)
+def test_auto_leaves_other_dtypes_and_dropout_to_eager(cpu_table, threads, monkeypatch):
+    threads(1)
     module = importlib.import_module("nsru_kernels.ops.linear.cpu")
     ran = []
 
@@ -285,6 +286,8 @@ def test_auto_leaves_other_dtypes_and_dropout_to_eager(cpu_table, monkeypatch):
     explanation = nk.explain("nsru_linear", x.float(), w, a)
     assert explanation.backend == "eager"
     assert "do not take torch.float32" in str(explanation)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nk.explain("nsru_linear", x.float(), w, a).backend == "cpu"
 
 
 @pytest.mark.parametrize(

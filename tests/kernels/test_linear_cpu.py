@@ -25,14 +25,6 @@ BF16 = torch.bfloat16
 by_cpu = functools.partial(nk.nsru_linear, backend="cpu")
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads, and puts the old one back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize(
     ("m", "k", "n", "r"),

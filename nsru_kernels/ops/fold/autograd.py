@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsru_kernels.dispatch import run
+from nsru_kernels.dispatch import as_op, run
 
 _library = torch.library.Library("nsru", "FRAGMENT")
 _library.define("fold(Tensor[] a, Tensor[] basis, Tensor?[] core, str backend) -> Tensor[]")
@@ -16,7 +16,7 @@ def fold_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None], backend: str
 ) -> list[Tensor]:
     """Ā_i, unrounded (float32, or float64 for float64 adapters); no autograd."""
-    if torch.compiler.is_compiling() or as_RK[0].is_meta:
+    if as_op(as_RK[0]):
         return torch.ops.nsru.fold(as_RK, bases_KQ, cores_QQ, backend)
     return _fold_many(as_RK, bases_KQ, cores_QQ, backend)
 

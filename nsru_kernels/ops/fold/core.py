@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from nsru_kernels.dispatch import as_op
 from nsru_kernels.ops.fold.reference import gram_core
 
 _library = torch.library.Library("nsru", "FRAGMENT")
@@ -18,7 +19,7 @@ def core_of(basis: Tensor | None) -> Tensor | None:
     """The [Q, Q] correction of a basis stored in bf16 or fp16; None where none is needed."""
     if basis is None or basis.dtype in (torch.float32, torch.float64):
         return None
-    if torch.compiler.is_compiling() or basis.is_meta:
+    if as_op(basis):
         return torch.ops.nsru.gram_core(basis)
     return _core(basis)
 

@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from nsru_kernels.dispatch import run
+from nsru_kernels.dispatch import as_op, run
 from nsru_kernels.ops.fold.autograd import fold_many
 
-_RECORDING = torch._C._TorchDispatchModeKey.PROXY
 _library = torch.library.Library("nsru", "FRAGMENT")
 _library.define(
     "linear_forward(Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? bias, float scaling, "
@@ -133,11 +131,3 @@ def unflatten(y_MN: Tensor, x_shape: torch.Size) -> Tensor:
     if len(x_shape) == 2:
         return y_MN
     return torch.ops.aten._unsafe_view(y_MN, (*x_shape[:-1], y_MN.shape[1]))
-
-
-def as_op(tensor: Tensor) -> bool:
-    """Whether the registered op must stand in for the direct call: there is a graph to be recorded,
-    or nothing to compute with."""
-    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
-        return True
-    return torch._C._get_dispatch_mode(_RECORDING) is not None  # make_fx

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsru_kernels.dispatch import run
-from nsru_kernels.ops.linear.autograd import as_op, flatten, fold_to, unflatten
+from nsru_kernels.dispatch import as_op, run
+from nsru_kernels.ops.linear.autograd import flatten, fold_to, unflatten
 
 _library = torch.library.Library("nsru", "FRAGMENT")
 _library.define(
