@@ -16,10 +16,10 @@ namespace {
 // Addresses are integers in Python; sizes and strides count elements.
 using MatrixTuple = std::tuple<uintptr_t, int64_t, bool>;
 using LeftTuple = std::tuple<MatrixTuple, int64_t>;
-using NarrowTuple = std::tuple<int, MatrixTuple, int64_t, float, uintptr_t, int64_t, float>;
 using TermTuple = std::tuple<int, MatrixTuple>;
 using OutputTuple =
     std::tuple<uintptr_t, int64_t, bool, int64_t, float, uintptr_t, std::vector<TermTuple>>;
+using NarrowTuple = std::tuple<OutputTuple, float>;
 using ProductTuple =
     std::tuple<int64_t, std::vector<LeftTuple>, std::vector<NarrowTuple>, std::vector<OutputTuple>>;
 
@@ -30,20 +30,21 @@ Matrix matrix(const MatrixTuple& m) {
     return {pointer(data), stride, reduction_first};
 }
 
+Output output(const OutputTuple& o) {
+    const auto& [data, stride, transposed, width, scale, bias, terms] = o;
+    if (transposed && bias)
+        throw std::invalid_argument("multiply: a transposed output takes no bias");
+    Output made{pointer(data), stride, transposed, width, scale, pointer(bias), {}};
+    for (const auto& [left, right] : terms) made.terms.push_back({left, matrix(right)});
+    return made;
+}
+
 Product product(const ProductTuple& p) {
     const auto& [rows, lefts, narrows, outputs] = p;
     Product made{rows, {}, {}, {}};
     for (const auto& [operand, depth] : lefts) made.lefts.push_back({matrix(operand), depth});
-    for (const auto& [left, right, width, scale, out, stride, out_scale] : narrows)
-        made.narrows.push_back(
-            {left, matrix(right), width, scale, pointer(out), stride, out_scale});
-    for (const auto& [data, stride, transposed, width, scale, bias, terms] : outputs) {
-        if (transposed && bias)
-            throw std::invalid_argument("multiply: a transposed output takes no bias");
-        Output output{pointer(data), stride, transposed, width, scale, pointer(bias), {}};
-        for (const auto& [left, right] : terms) output.terms.push_back({left, matrix(right)});
-        made.outputs.push_back(std::move(output));
-    }
+    for (const auto& [out, scale] : narrows) made.narrows.push_back({output(out), scale});
+    for (const OutputTuple& o : outputs) made.outputs.push_back(output(o));
     return made;
 }
 
@@ -63,7 +64,7 @@ void multiply_all(const std::vector<ProductTuple>& products, int threads) {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU backend of nsru_kernels; independent of torch.";
-    m.attr("interface") = 1;  // to be raised with cpu_extension.py's when arguments change
+    m.attr("interface") = 2;  // to be raised with cpu_extension.py's when arguments change
     m.def("unavailable", &unavailable, "Why this CPU cannot run the kernels; '' where it can.");
     m.def("multiply", &multiply_all, py::arg("products"), py::arg("threads"),
           "Sums of bf16 products; each (rows, lefts, narrows, outputs) as in csrc/cpu/product.h.");

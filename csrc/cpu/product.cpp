@@ -1,18 +1,20 @@
 // How a product is cut up.
 //
-//   chunk    up to 256 rows of the left operands, packed once and kept in the second-level cache
-//   group    panels of 32 columns of one output: float32 accumulators of a chunk x group, 256 KiB
-//   pass     up to 20 steps of the reduction: a panel's right operand fits the first-level cache
+//   chunk    up to 256 rows of the left operands, packed once as pair tiles and kept in the
+//            second-level cache
+//   panel    32 columns of one output and so of its right operands, as row tiles
+//   pass     up to 20 steps of the reduction: a panel's part of it fits the first-level cache
+//   square   the accumulator of a panel and 32 rows of the chunk, so transposed
 //
-// For each (chunk, group) and each pass, a panel of the right operand is packed and meets all rows
-// of the chunk; what exceeds a pass is accumulated in memory. A right operand whose rows run along
-// the columns of the output is packed for all panels of a group together, so that long runs of it
-// are read. Threads share out the (chunk, group) pairs.
+// A panel's pass meets all rows of the chunk, then the next pass does; squares wait in memory.
+// A right operand that lies in memory with its columns one behind the other is packed by the first
+// rows of the chunk that meet it; other ones before. Threads share out the (chunk, panel) pairs.
 #include "product.h"
 
 #include <sys/mman.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "parallel.h"
@@ -23,10 +25,8 @@ namespace nsru::cpu {
 namespace {
 
 constexpr int64_t kChunkRows = 256;
-constexpr int64_t kGroupSquares = 64;  // accumulators of 4 KiB
-constexpr int64_t kGroupSteps = 160;   // packed steps of 2 KiB of a group's right operand
-constexpr int64_t kBlockSteps = 16;
 constexpr int64_t kPassSteps = 20;
+constexpr int64_t kPartSteps = 16;
 
 // Steps of one term that go into one pass together.
 struct Part {
@@ -35,28 +35,37 @@ struct Part {
 };
 using Pass = std::vector<Part>;
 
-struct Group {
+// One output or narrow product: what is summed into it, in passes.
+struct Sum {
     const Output* output;
-    int64_t first, panels;
+    std::vector<Pass> passes;
+    int64_t panels;
 };
 
 struct Plan {
     explicit Plan(const Product& product, int threads);
 
     const Product& product;
-    int64_t rows, chunks, blocks;  // rows of a chunk; chunks; squares on top of each other in one
+    int64_t rows, chunks, blocks;  // rows of a chunk; chunks; squares next to each other in one
     std::vector<int64_t> depths, offsets;  // of every left operand; offsets in the packed chunk
     int64_t packed = 0;                    // bf16 elements of a packed chunk
-    std::vector<Group> groups;
+    std::vector<Sum> narrows, outputs;
+    int64_t panels = 0;  // of all outputs
 
     int64_t steps(int left) const { return ceil_div(depths[left], kStep); }
-    // `together` panels of the right operand are packed at a time.
-    std::vector<Pass> passes(const std::vector<Term>& terms, int64_t together) const;
+
+  private:
+    Sum sum(const Output& output) const;
 };
 
 Plan::Plan(const Product& p, int threads) : product(p) {
-    int64_t panels = 0;
-    for (const Output& output : p.outputs) panels += ceil_div(output.width, kEdge);
+    for (const Left& left : p.lefts) depths.push_back(left.depth);
+    for (const Narrow& narrow : p.narrows) depths.push_back(narrow.out.width);
+    for (const Narrow& narrow : p.narrows) narrows.push_back(sum(narrow.out));
+    for (const Output& output : p.outputs) {
+        outputs.push_back(sum(output));
+        panels += outputs.back().panels;
+    }
     chunks = ceil_div(p.rows, kChunkRows);
     if (chunks > threads) chunks = ceil_div(chunks, threads) * threads;
     const int64_t spare = threads / std::max<int64_t>(panels, 1);
@@ -64,40 +73,30 @@ Plan::Plan(const Product& p, int threads) : product(p) {
     rows = ceil_div(ceil_div(p.rows, chunks), kEdge) * kEdge;
     chunks = ceil_div(p.rows, rows);
     blocks = rows / kEdge;
-    const int64_t wanted = ceil_div(panels, ceil_div(threads, chunks));
-    const int64_t size = std::max<int64_t>(1, std::min(kGroupSquares / blocks, wanted));
-    for (const Output& output : p.outputs)
-        for (int64_t at = 0, all = ceil_div(output.width, kEdge); at < all; at += size)
-            groups.push_back({&output, at, std::min(size, all - at)});
-    if (groups.empty()) groups.push_back({nullptr, 0, 0});  // only narrow products
-    for (const Left& left : p.lefts) depths.push_back(left.depth);
-    for (const Narrow& narrow : p.narrows) depths.push_back(narrow.width);
     for (size_t i = 0; i < depths.size(); ++i) {
         offsets.push_back(packed);
         packed += steps(i) * blocks * kPair;
     }
 }
 
-std::vector<Pass> Plan::passes(const std::vector<Term>& terms, int64_t together) const {
-    const int64_t limit = std::min(kPassSteps, kGroupSteps / together);
-    const int64_t block = std::min(kBlockSteps, limit);
-    std::vector<Pass> made;
-    int64_t used = limit;
-    for (const Term& term : terms) {
+Sum Plan::sum(const Output& output) const {
+    Sum made{&output, {}, ceil_div(output.width, kEdge)};
+    int64_t used = kPassSteps;
+    for (const Term& term : output.terms) {
         const int64_t all = steps(term.left);
         if (all == 0) continue;
-        const int64_t size = ceil_div(all, ceil_div(all, block));
+        const int64_t size = ceil_div(all, ceil_div(all, kPartSteps));
         for (int64_t first = 0; first < all; first += size) {
             const int64_t count = std::min(size, all - first);
-            if (used + count > limit) {
-                made.emplace_back();
+            if (used + count > kPassSteps) {
+                made.passes.emplace_back();
                 used = 0;
             }
-            made.back().push_back({&term, first, count});
+            made.passes.back().push_back({&term, first, count});
             used += count;
         }
     }
-    if (made.empty()) made.emplace_back();  // a sum of nothing
+    if (made.passes.empty()) made.passes.emplace_back();  // a sum of nothing
     return made;
 }
 
@@ -146,133 +145,167 @@ class Workspace {
 class Worker {
   public:
     Worker(const Plan& plan, Workspace& workspace) : plan_(plan), product_(plan.product) {
-        const size_t rights = kGroupSteps * kPair;
-        const size_t squares = kGroupSquares * kSquare;
-        left_ = static_cast<bf16*>(
-            workspace.at_least(sizeof(bf16) * (plan.packed + rights) + sizeof(float) * squares));
-        right_ = left_ + plan.packed;
-        squares_ = reinterpret_cast<float*>(right_ + rights);
+        const int64_t panel = kPassSteps * kPair, squares = plan.blocks * kSquare;
+        chunk_ = static_cast<bf16*>(
+            workspace.at_least(sizeof(bf16) * (plan.packed + panel) + sizeof(float) * squares));
+        panel_ = chunk_ + plan.packed;
+        squares_ = reinterpret_cast<float*>(panel_ + panel);
     }
 
+    // Of the panels of all chunks, one chunk after the other; a product without outputs counts as
+    // one panel.
     void run(int64_t first, int64_t last) {
-        const int64_t groups = plan_.groups.size();
-        for (int64_t item = first; item < last; ++item) {
-            if (item == first || item % groups == 0) pack_chunk(item / groups, item % groups == 0);
-            const Group& group = plan_.groups[item % groups];
-            if (!group.output) continue;
-            const Output& out = *group.output;
-            sum(out.terms, out.width, group.first, group.panels,
-                [&](float* square, int64_t row, int64_t column) {
-                    write(square, out, row, column);
-                });
+        const int64_t panels = std::max<int64_t>(plan_.panels, 1);
+        while (first < last) {
+            const int64_t chunk = first / panels, end = std::min(last, (chunk + 1) * panels);
+            pack_chunk(chunk, first == chunk * panels);
+            int64_t at = chunk * panels;
+            for (const Sum& sum : plan_.outputs) {
+                const int64_t from = std::max(first, at), to = std::min(end, at + sum.panels);
+                if (from < to)
+                    add_up(sum, from - at, to - at, [&](float* square, int64_t row, int64_t column) {
+                        write(square, *sum.output, row, column);
+                    });
+                at += sum.panels;
+            }
+            first = end;
         }
     }
 
   private:
-    // Packs the chunk's left operands. Whoever has its first group writes the narrow products out.
-    void pack_chunk(int64_t chunk, bool first_group) {
+    // Whoever has its first panel writes the narrow products out.
+    void pack_chunk(int64_t chunk, bool first_panel) {
         row_ = chunk * plan_.rows;
-        blocks_ = ceil_div(std::min(plan_.rows, product_.rows - row_), kEdge);
-        const int64_t lefts = product_.lefts.size();
+        const int64_t rows = product_.rows - row_, lefts = product_.lefts.size();
+        blocks_ = ceil_div(std::min(plan_.rows, rows), kEdge);
         for (int64_t i = 0; i < lefts; ++i) {
             const auto& [matrix, depth] = product_.lefts[i];
-            for (int64_t block = 0; block < blocks_; ++block) {
-                const int64_t row = row_ + block * kEdge;
-                for (int64_t s = 0; s < plan_.steps(i); ++s)
-                    pack_left(matrix, row, product_.rows - row, s * kStep, depth - s * kStep,
-                              left(i, block, s));
-            }
+            for (int64_t s = 0; s < plan_.steps(i); ++s)
+                pack_pairs(matrix, row_, rows, s * kStep, depth - s * kStep, chunk_tiles(i, 0, s),
+                           blocks_, plan_.steps(i) * kPair);
         }
-        for (size_t i = 0; i < product_.narrows.size(); ++i)
-            multiply_narrow(product_.narrows[i], lefts + i, first_group);
+        for (size_t i = 0; i < product_.narrows.size(); ++i) {
+            const auto& [out, scale] = product_.narrows[i];
+            const Sum& sum = plan_.narrows[i];
+            add_up(sum, 0, sum.panels, [&, &out = out, &scale = scale](float* square, int64_t row,
+                                                                       int64_t column) {
+                keep(square, scale, out.width - column,
+                     chunk_tiles(lefts + i, (row - row_) / kEdge, column / kStep));
+                if (first_panel) write(square, out, row, column);
+            });
+        }
     }
 
-    // Rounds left · right into the packed chunk and, where `write`, into a matrix of its own.
-    void multiply_narrow(const Narrow& narrow, int64_t index, bool write) {
-        const auto round = [&](const float* square, int64_t row, int64_t column) {
-            bf16* tiles = left(index, (row - row_) / kEdge, column / kStep);
-            const __mmask32 lanes = first_lanes(narrow.width - column);
-            // What lies beyond the width is multiplied by zeros, so it must not be infinite.
-            round_rows(square, narrow.scale, nullptr, lanes, [&](int r, __m512i values) {
-                _mm512_storeu_si512(tiles + r * kStep, _mm512_maskz_mov_epi16(lanes, values));
-            });
-            if (!write) return;
-            bf16* out = narrow.out + row * narrow.stride + column;
-            round_rows(square, narrow.out_scale, nullptr, lanes, [&](int r, __m512i values) {
-                if (row + r < product_.rows)
-                    _mm512_mask_storeu_epi16(out + r * narrow.stride, lanes, values);
-            });
-        };
-        const std::vector<Term> term{{narrow.left, narrow.right}};
-        for (int64_t panel = 0; panel < plan_.steps(index); ++panel)
-            sum(term, narrow.width, panel, 1, round);
+    // One step of the packed chunk from a square of a narrow product. What lies beyond its width
+    // is multiplied by zeros, so it must not be infinite.
+    static void keep(const float* square, float scale, int64_t width, bf16* tiles) {
+        alignas(64) static const float no_bias[kEdge] = {};
+        for (int tile = 0; tile < 2; ++tile) {
+            __m512i pairs[16];
+            round_pairs(square, tile, scale, no_bias, pairs);
+            for (int p = 0; p < 16; ++p) {
+                const int64_t rows = width - 2 * p;
+                const __mmask32 lanes = rows > 1 ? ~0u : rows > 0 ? 0x55555555u : 0u;
+                _mm512_storeu_si512(tiles + tile * kTile + p * kStep,
+                                    _mm512_maskz_mov_epi16(lanes, pairs[p]));
+            }
+        }
     }
 
     // A square of an output from (row, column) on.
-    void write(float* square, const Output& out, int64_t row, int64_t column) {
-        int64_t rows = product_.rows - row, columns = out.width - column;
+    void write(const float* square, const Output& out, int64_t row, int64_t column) {
+        const int64_t rows = product_.rows - row, columns = out.width - column;
         if (out.transposed) {
-            transpose_square(square);
-            std::swap(row, column);
-            std::swap(rows, columns);
+            bf16* to = out.data + column * out.stride + row;
+            const __mmask32 lanes = first_lanes(rows);
+            round_rows(square, out.scale, [&](int c, __m512i values) {
+                if (c < columns) _mm512_mask_storeu_epi16(to + c * out.stride, lanes, values);
+            });
+            return;
         }
-        const __mmask32 lanes = first_lanes(columns);
+        float bias[kEdge] = {};
+        for (int64_t c = 0; out.bias && c < std::min<int64_t>(columns, kEdge); ++c) {
+            const uint32_t bits = uint32_t{out.bias[column + c]} << 16;
+            std::memcpy(&bias[c], &bits, sizeof(float));
+        }
         bf16* to = out.data + row * out.stride + column;
-        round_rows(square, out.scale, out.bias ? out.bias + column : nullptr, lanes,
-                   [&](int r, __m512i values) {
-                       if (r < rows) _mm512_mask_storeu_epi16(to + r * out.stride, lanes, values);
-                   });
+        const __mmask32 lanes = first_lanes(columns);
+        round_columns(square, out.scale, bias, [&](int r, __m512i values) {
+            if (r < rows) _mm512_mask_storeu_epi16(to + r * out.stride, lanes, values);
+        });
     }
 
-    // Σ left · right over the terms for the chunk's rows and some panels, in the order of the
-    // reduction; sink(square, row, column).
+    // Σ left · right for the chunk's rows and some panels, in the order of the reduction;
+    // sink(square, row, column).
     template <class SINK>
-    void sum(const std::vector<Term>& terms, int64_t width, int64_t first, int64_t panels,
-             SINK sink) {
-        const int64_t together = terms[0].right.reduction_first ? panels : 1;
-        const std::vector<Pass> passes = plan_.passes(terms, together);
-        for (const Pass& pass : passes) {
-            const bool first_pass = &pass == &passes.front(), last_pass = &pass == &passes.back();
-            int64_t steps = 0;
-            for (const Part& part : pass) steps += part.steps;
-            for (int64_t panel = 0; panel < panels; ++panel) {
-                const int64_t column = (first + panel) * kEdge;
-                if (panel % together == 0) pack_rights(pass, width, column, together, steps);
+    void add_up(const Sum& sum, int64_t first, int64_t last, SINK sink) {
+        struct {
+            float* square;
+            int64_t row, column;
+            bool complete;
+        } open{};  // its accumulators are in the tiles
+        for (int64_t column = first * kEdge; column < last * kEdge; column += kEdge) {
+            for (const Pass& pass : sum.passes) {
+                const bool first_pass = &pass == &sum.passes.front();
+                const int64_t columns = sum.output->width - column;
+                pack_panel(pass, column, columns);
                 for (int64_t block = 0; block < blocks_; ++block) {
-                    float* square = squares_ + (panel * blocks_ + block) * kSquare;
-                    const bf16* right = right_ + panel % together * steps * kPair;
-                    start_square(square, first_pass);
-                    for (const Part& part : pass) {
-                        add_steps(left(part.term->left, block, part.first), right, part.steps);
-                        right += part.steps * kPair;
-                    }
-                    stop_square(square);
-                    if (last_pass) sink(square, row_ + block * kEdge, column);
+                    float* square = squares_ + block * kSquare;
+                    add_pass(pass, column, columns, block, open.square,
+                             first_pass ? nullptr : square);
+                    if (open.complete) sink(open.square, open.row, open.column);
+                    open = {square, row_ + block * kEdge, column, &pass == &sum.passes.back()};
                 }
             }
         }
+        exchange_square(open.square, nullptr);
+        sink(open.square, open.row, open.column);
     }
 
-    // Panels from a column on, one behind the other, each of `steps` steps.
-    void pack_rights(const Pass& pass, int64_t width, int64_t column, int64_t panels,
-                     int64_t steps) {
-        bf16* tiles = right_;
+    // All of a panel that `add_pass` does not pack by the way.
+    void pack_panel(const Pass& pass, int64_t column, int64_t columns) {
+        bf16* tiles = panel_;
         for (const Part& part : pass) {
             const int64_t depth = plan_.depths[part.term->left];
             for (int64_t s = part.first; s < part.first + part.steps; ++s, tiles += kPair)
-                pack_right(part.term->right, column, width - column, s * kStep, depth - s * kStep,
-                           tiles, panels, steps * kPair);
+                if (!lies_in_tiles(part, columns))
+                    pack_rows(part.term->right, column, columns, s * kStep, depth - s * kStep,
+                              tiles);
         }
     }
 
-    bf16* left(int64_t i, int64_t block, int64_t step) {
-        return left_ + plan_.offsets[i] + (block * plan_.steps(i) + step) * kPair;
+    // Whether a panel's part of a pass is made of whole row tiles in memory.
+    bool lies_in_tiles(const Part& part, int64_t columns) const {
+        return !part.term->right.reduction_first && columns >= kEdge &&
+               (part.first + part.steps) * kStep <= plan_.depths[part.term->left];
+    }
+
+    // One pass of the square of a block and a panel.
+    void add_pass(const Pass& pass, int64_t column, int64_t columns, int64_t block, float* done,
+                  const float* next) {
+        if (pass.empty()) exchange_square(done, next);
+        bf16* panel = panel_;
+        for (const Part& part : pass) {
+            const bf16* pairs = chunk_tiles(part.term->left, block, part.first);
+            const auto& [data, stride, reduction_first] = part.term->right;
+            if (block == 0 && lies_in_tiles(part, columns))
+                add_steps<true>(panel, pairs, part.steps,
+                                data + column * stride + part.first * kStep, stride, done, next);
+            else
+                add_steps<false>(panel, pairs, part.steps, nullptr, 0, done, next);
+            panel += part.steps * kPair;
+            next = done = squares_;  // the accumulators stay for the other parts
+        }
+    }
+
+    bf16* chunk_tiles(int64_t left, int64_t block, int64_t step) {
+        return chunk_ + plan_.offsets[left] + (block * plan_.steps(left) + step) * kPair;
     }
 
     const Plan& plan_;
     const Product& product_;
-    bf16* left_;
-    bf16* right_;
+    bf16* chunk_;
+    bf16* panel_;
     float* squares_;
     int64_t row_ = 0, blocks_ = 0;
 };
@@ -289,7 +322,7 @@ void multiply(const std::vector<Product>& products, int threads) {
         static thread_local Workspace workspace;
         const TileConfig config;
         for (const Plan& plan : plans) {
-            const int64_t items = plan.chunks * plan.groups.size();
+            const int64_t items = plan.chunks * std::max<int64_t>(plan.panels, 1);
             const int64_t first = items * thread / threads, last = items * (thread + 1) / threads;
             if (first < last) Worker(plan, workspace).run(first, last);
         }

@@ -27,16 +27,6 @@ struct Left {
     int64_t depth;
 };
 
-struct Narrow {
-    int left;
-    Matrix right;
-    int64_t width;
-    float scale;
-    bf16* out;  // [rows, width]
-    int64_t stride;
-    float out_scale;
-};
-
 struct Term {
     int left;  // counts the left operands, then the narrow products
     Matrix right;
@@ -50,6 +40,11 @@ struct Output {
     float scale;
     const bf16* bias;  // [width], or nullptr; nullptr where transposed
     std::vector<Term> terms;
+};
+
+struct Narrow {
+    Output out;   // of one left operand
+    float scale;  // of the operand that the product becomes
 };
 
 struct Product {

@@ -1,10 +1,13 @@
 // Packing for the tile unit, its inner loop, and what becomes of an accumulator.
 //
-// A tile is 16 rows of 64 bytes. One step is 32 elements of the reduction. Of 32 indices i and one
-// step, a left operand needs two tiles with a row for each i; a right operand needs the transpose
-// of that in units of two elements: a row for each pair of the reduction. So what lies in memory as
-// [i, d] is a left tile as it is, what lies as [d, i] becomes a right tile by interleaving two
+// A tile is 16 rows of 64 bytes. One step is 32 elements of the reduction, and an operand of the tile
+// unit is 32 indices i of one step in two tiles: row tiles with a row for each i, or pair tiles with
+// a row for each pair of the reduction, the two elements of every i side by side. So what lies in
+// memory as [i, d] is row tiles as it is, what lies as [d, i] becomes pair tiles by interleaving two
 // rows, and either is turned into the other by a transpose of 32-bit words.
+//
+// Interleaving goes by lanes of 128 bits. The indices of pair tiles, and so the columns of
+// accumulators, stay in the order in which it leaves them (`index_of`) until results are written.
 #pragma once
 
 #include <immintrin.h>
@@ -21,7 +24,7 @@ namespace nsru::cpu {
 constexpr int kStep = 32;               // elements of the reduction in a tile
 constexpr int kEdge = 32;               // rows and columns of an accumulator: 2 x 2 tiles
 constexpr int kTile = 16 * kStep;       // bf16 elements
-constexpr int kPair = 2 * kTile;        // one step of a left or right operand
+constexpr int kPair = 2 * kTile;        // one step of an operand
 constexpr int kSquare = kEdge * kEdge;  // float32 elements of an accumulator
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -81,134 +84,169 @@ inline void transpose_words(__m512i v[16]) {
     }
 }
 
-inline void transpose_tile(bf16* tile) {
-    __m512i v[16];
-    for (int i = 0; i < 16; ++i) v[i] = _mm512_loadu_si512(tile + i * kStep);
-    transpose_words(v);
-    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + i * kStep, v[i]);
-}
+// Of the 32 indices of pair tiles, the one in a column of a tile.
+constexpr int index_of(int tile, int column) { return column / 4 * 8 + tile * 4 + column % 4; }
 
-// One step from d on, which is reduction-first in memory, of 32 indices from i on as a right
-// operand; then of the 32 that follow, `distance` elements further, and so on: rows are read in
-// long runs. Zeros beyond `count` and `depth`.
+// Pair tiles of one step from d on, reduction-first in memory, for 32 indices from i on; then for
+// the 32 that follow, `distance` elements further, and so on `blocks` times: rows are read in long
+// runs. Zeros beyond `count` and `depth`.
 inline void interleave(const Matrix& m, int64_t i, int64_t count, int64_t d, int64_t depth,
-                       bf16* tiles, int64_t panels, int64_t distance) {
-    // Lanes 2 j and 2 j + 1 are lane j of the even and of the odd row; j < 16, then the others.
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
-                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+                       bf16* tiles, int64_t blocks, int64_t distance) {
     for (int pair = 0; pair < 16; ++pair) {
         const bf16* even = m.data + (d + 2 * pair) * m.stride + i;
         bf16* to = tiles + pair * kStep;
-        for (int64_t p = 0; p < panels; ++p, even += kEdge, to += distance) {
-            const __mmask32 lanes = first_lanes(count - p * kEdge);
+        for (int64_t block = 0; block < blocks; ++block, even += kEdge, to += distance) {
+            const __mmask32 lanes = first_lanes(count - block * kEdge);
             const __m512i a = _mm512_maskz_loadu_epi16(2 * pair < depth ? lanes : 0, even);
             const __m512i b =
                 _mm512_maskz_loadu_epi16(2 * pair + 1 < depth ? lanes : 0, even + m.stride);
-            _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
-            _mm512_storeu_si512(to + kTile, _mm512_permutex2var_epi16(a, high, b));
+            _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
+            _mm512_storeu_si512(to + kTile, _mm512_unpackhi_epi16(a, b));
         }
     }
 }
 
-// 32 indices from i on and one step from d on, which is not reduction-first in memory, as a left
-// or, transposed, as a right operand; zeros beyond `count` and `depth`.
-template <bool RIGHT>
+// Row tiles or, transposed, pair tiles of 32 indices from i on and one step from d on, which is not
+// reduction-first in memory. Zeros beyond `count` and `depth`.
+template <bool PAIRS>
 void copy_rows(const Matrix& m, int64_t i, int64_t count, int64_t d, int64_t depth, bf16* tiles) {
     const __mmask32 lanes = first_lanes(depth);
     for (int tile = 0; tile < 2; ++tile) {
         __m512i v[16];
         for (int r = 0; r < 16; ++r) {
-            const int64_t row = 16 * tile + r;
+            const int64_t row = PAIRS ? index_of(tile, r) : 16 * tile + r;
             v[r] = _mm512_maskz_loadu_epi16(row < count ? lanes : 0,
                                             m.data + (i + row) * m.stride + d);
         }
-        if (RIGHT) transpose_words(v);
+        if (PAIRS) transpose_words(v);
         for (int r = 0; r < 16; ++r) _mm512_storeu_si512(tiles + tile * kTile + r * kStep, v[r]);
     }
 }
 
-inline void pack_left(const Matrix& m, int64_t i, int64_t count, int64_t d, int64_t depth,
+inline void pack_rows(const Matrix& m, int64_t i, int64_t count, int64_t d, int64_t depth,
                       bf16* tiles) {
     if (!m.reduction_first) return copy_rows<false>(m, i, count, d, depth, tiles);
-    interleave(m, i, count, d, depth, tiles, 1, 0);
-    transpose_tile(tiles);
-    transpose_tile(tiles + kTile);
-}
-
-// For `panels` times 32 indices, `distance` elements apart.
-inline void pack_right(const Matrix& m, int64_t i, int64_t count, int64_t d, int64_t depth,
-                       bf16* tiles, int64_t panels, int64_t distance) {
-    if (m.reduction_first) return interleave(m, i, count, d, depth, tiles, panels, distance);
-    for (int64_t p = 0; p < panels; ++p)
-        copy_rows<true>(m, i + p * kEdge, count - p * kEdge, d, depth, tiles + p * distance);
-}
-
-inline void start_square(const float* square, bool zero) {
-    order_memory();
-    if (zero) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, square, 64);
-        _tile_loadd(1, square + 256, 64);
-        _tile_loadd(2, square + 512, 64);
-        _tile_loadd(3, square + 768, 64);
+    alignas(64) bf16 pairs[kPair];
+    interleave(m, i, count, d, depth, pairs, 1, 0);
+    for (int tile = 0; tile < 2; ++tile) {
+        __m512i v[16];
+        for (int r = 0; r < 16; ++r) v[r] = _mm512_load_si512(pairs + tile * kTile + r * kStep);
+        transpose_words(v);
+        for (int r = 0; r < 16; ++r) _mm512_storeu_si512(tiles + index_of(tile, r) * kStep, v[r]);
     }
 }
 
-// The right operand stays in the first-level cache, so the left one streams past it.
-inline void add_steps(const bf16* left, const bf16* right, int64_t steps) {
-    for (int64_t s = 0; s < steps; ++s, left += kPair, right += kPair) {
-        _tile_stream_loadd(4, left, 64);
-        _tile_loadd(6, right, 64);
+// For `blocks` times 32 indices, `distance` elements apart.
+inline void pack_pairs(const Matrix& m, int64_t i, int64_t count, int64_t d, int64_t depth,
+                       bf16* tiles, int64_t blocks, int64_t distance) {
+    if (m.reduction_first) return interleave(m, i, count, d, depth, tiles, blocks, distance);
+    for (int64_t block = 0; block < blocks; ++block)
+        copy_rows<true>(m, i + block * kEdge, count - block * kEdge, d, depth,
+                        tiles + block * distance);
+}
+
+// An accumulator leaves its tile for `done`, another comes from `next`; nullptr stands for none and
+// for zeros. Where both are one square it stays. A macro, for the compiler wants tiles as literals.
+#define NSRU_EXCHANGE(tile, done, next)                               \
+    do {                                                              \
+        if (!(done) || (done) != (next)) {                            \
+            if (done) _tile_stored(tile, (done) + (tile) * 256, 64);  \
+            if (next)                                                 \
+                _tile_loadd(tile, (next) + (tile) * 256, 64);         \
+            else                                                      \
+                _tile_zero(tile);                                     \
+        }                                                             \
+    } while (false)
+
+inline void exchange_square(float* done, const float* next) {
+    order_memory();
+    NSRU_EXCHANGE(0, done, next);
+    NSRU_EXCHANGE(1, done, next);
+    NSRU_EXCHANGE(2, done, next);
+    NSRU_EXCHANGE(3, done, next);
+    order_memory();
+}
+
+// Adds rows · pairs over some steps. The row tiles stay in the first-level cache while the pair
+// tiles stream past it. With `memory`, where the rows lie whole in memory, row tiles are taken from
+// there and packed by the way. Accumulators are exchanged one by one, just before the first step
+// needs them.
+template <bool FROM_MEMORY>
+void add_steps(bf16* rows, const bf16* pairs, int64_t steps, const bf16* memory, int64_t stride,
+               float* done, const float* next) {
+    const int64_t bytes = stride * sizeof(bf16);
+    order_memory();
+    for (int64_t s = 0; s < steps; ++s, rows += kPair, pairs += kPair, memory += kStep) {
+        if (FROM_MEMORY) {
+            _tile_stream_loadd(4, memory, bytes);
+            _tile_stored(4, rows, 64);
+        } else {
+            _tile_loadd(4, rows, 64);
+        }
+        _tile_stream_loadd(6, pairs, 64);
+        if (s == 0) NSRU_EXCHANGE(0, done, next);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, right + kTile, 64);
+        _tile_stream_loadd(7, pairs + kTile, 64);
+        if (s == 0) NSRU_EXCHANGE(1, done, next);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_stream_loadd(5, left + kTile, 64);
+        if (FROM_MEMORY) {
+            _tile_stream_loadd(5, memory + 16 * stride, bytes);
+            _tile_stored(5, rows + kTile, 64);
+        } else {
+            _tile_loadd(5, rows + kTile, 64);
+        }
+        if (s == 0) NSRU_EXCHANGE(2, done, next);
         _tile_dpbf16ps(2, 5, 6);
+        if (s == 0) NSRU_EXCHANGE(3, done, next);
         _tile_dpbf16ps(3, 5, 7);
     }
-}
-
-inline void stop_square(float* square) {
-    _tile_stored(0, square, 64);
-    _tile_stored(1, square + 256, 64);
-    _tile_stored(2, square + 512, 64);
-    _tile_stored(3, square + 768, 64);
     order_memory();
 }
 
-// Turns a square round its diagonal.
-inline void transpose_square(float* square) {
-    __m512i v[4][16];
-    for (int tile = 0; tile < 4; ++tile) {
-        for (int r = 0; r < 16; ++r) v[tile][r] = _mm512_loadu_si512(square + tile * 256 + r * 16);
-        transpose_words(v[tile]);
-    }
-    for (int tile = 0; tile < 4; ++tile)
-        for (int r = 0; r < 16; ++r)
-            _mm512_storeu_si512(square + tile * 256 + r * 16, v[tile % 2 * 2 + tile / 2][r]);
+inline __m512i rounded(__m512 low, __m512 high) {
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
 
-inline __m512 widened(__m256i half) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-// write(row, values) for 32 rows of scale · square + bias, rounded; a bias belongs to a column.
+// write(row, values) for the 32 rows of scale · square, rounded.
 template <class WRITE>
-void round_rows(const float* square, float scale, const bf16* bias, __mmask32 lanes, WRITE write) {
-    const __m512i b = bias ? _mm512_maskz_loadu_epi16(lanes, bias) : _mm512_setzero_si512();
-    const __m512 low = widened(_mm512_castsi512_si256(b));
-    const __m512 high = widened(_mm512_extracti64x4_epi64(b, 1));
+void round_rows(const float* square, float scale, WRITE write) {
+    const __m512i ordered = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);  // by four columns
     const __m512 factor = _mm512_set1_ps(scale);
     for (int r = 0; r < kEdge; ++r) {
         const float* at = square + r / 16 * 512 + r % 16 * 16;
-        const __m512 a = _mm512_fmadd_ps(_mm512_loadu_ps(at), factor, low);
-        const __m512 c = _mm512_fmadd_ps(_mm512_loadu_ps(at + 256), factor, high);
-        write(r, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(c, a)));
+        const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(at), factor);
+        const __m512 high = _mm512_mul_ps(_mm512_loadu_ps(at + 256), factor);
+        write(r, _mm512_permutexvar_epi64(ordered, rounded(low, high)));
+    }
+}
+
+// Pairs of rows of scale · square + bias, rounded, as in pair tiles, for the columns of one tile; a
+// bias belongs to a row.
+inline void round_pairs(const float* square, int tile, float scale, const float* bias,
+                        __m512i pairs[16]) {
+    const __m512i interleaved =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512 factor = _mm512_set1_ps(scale);
+    for (int p = 0; p < 16; ++p) {
+        const float* at = square + p / 8 * 512 + tile * 256 + p % 8 * 32;
+        const __m512 a =
+            _mm512_fmadd_ps(_mm512_loadu_ps(at), factor, _mm512_set1_ps(bias[2 * p]));
+        const __m512 c =
+            _mm512_fmadd_ps(_mm512_loadu_ps(at + 16), factor, _mm512_set1_ps(bias[2 * p + 1]));
+        pairs[p] = _mm512_permutexvar_epi16(interleaved, rounded(a, c));
+    }
+}
+
+// write(column, values) for the 32 columns of scale · square + bias, rounded; a bias belongs to a
+// row.
+template <class WRITE>
+void round_columns(const float* square, float scale, const float* bias, WRITE write) {
+    for (int tile = 0; tile < 2; ++tile) {
+        __m512i v[16];
+        round_pairs(square, tile, scale, bias, v);
+        transpose_words(v);
+        for (int c = 0; c < 16; ++c) write(index_of(tile, c), v[c]);
     }
 }
 

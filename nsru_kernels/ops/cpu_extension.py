@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from nsru_kernels.config import BackendUnavailable
 
-_INTERFACE = 1  # of csrc/cpu/bindings.cpp
+_INTERFACE = 2  # of csrc/cpu/bindings.cpp
 KERNEL_DTYPES = frozenset((torch.bfloat16,))
 _Matrix = tuple[int, int, bool]
 
@@ -61,17 +61,6 @@ def check_operands(op: str, tensor: Tensor, dropout_p: float = 0.0) -> None:
         )
 
 
-class Narrow(NamedTuple):
-    """scale · left · right [M, R], rounded: a left operand that is computed first. ``out`` becomes
-    out_scale · left · right."""
-
-    left: int
-    right: Tensor  # [depth, R]
-    scale: float
-    out: Tensor
-    out_scale: float
-
-
 class Output(NamedTuple):
     """``out`` becomes scale · Σ left · right + bias; ``terms`` are (index of left, right)."""
 
@@ -79,6 +68,14 @@ class Output(NamedTuple):
     terms: Sequence[tuple[int, Tensor]]  # right [depth, N]
     scale: float = 1.0
     bias: Tensor | None = None  # [N], where rows of ``out`` are contiguous
+
+
+class Narrow(NamedTuple):
+    """A product of one left operand that is computed first and written out; times ``scale``,
+    rounded, it is a left operand itself."""
+
+    product: Output
+    scale: float
 
 
 class Product(NamedTuple):
@@ -111,27 +108,20 @@ def multiply(*products: Product) -> None:
         read.append(tensor)
         return address
 
+    def output(o: Output) -> tuple:
+        terms = [(left, operand(right, 0)) for left, right in o.terms]
+        out = (o.out.data_ptr(), *_layout(o.out, 1), o.out.shape[1])
+        return (*out, o.scale, bias(o.bias), terms)
+
     calls = [
         (
             product.lefts[0].shape[0],
             [(operand(left, 1), left.shape[1]) for left in product.lefts],
-            [
-                (
-                    n.left, operand(n.right, 0), n.right.shape[1], n.scale,
-                    n.out.data_ptr(), n.out.stride(0), n.out_scale,
-                )
-                for n in product.narrows
-            ],
-            [
-                (
-                    o.out.data_ptr(), *_layout(o.out, 1), o.out.shape[1], o.scale, bias(o.bias),
-                    [(left, operand(right, 0)) for left, right in o.terms],
-                )
-                for o in product.outputs
-            ],
+            [(output(narrow.product), narrow.scale) for narrow in product.narrows],
+            [output(o) for o in product.outputs],
         )
         for product in products
-    ]  # fmt: skip
+    ]
     load().multiply(calls, torch.get_num_threads())
 
 

@@ -152,7 +152,7 @@ def test_what_lies_around_the_operands_is_neither_read_nor_written():
     x, w, a, b, y, s = (t[1:-1, 1:-1] for t in around)
     for t in (x, w, a, b):
         t.copy_(torch.randn(t.shape))
-    multiply(Product([x], [Output(y, [(0, w.T), (1, b.T)])], [Narrow(0, a.T, 2.0, s, 1.0)]))
+    multiply(Product([x], [Output(y, [(0, w.T), (1, b.T)])], [Narrow(Output(s, [(0, a.T)]), 2.0)]))
     assert y.isfinite().all()
     assert s.isfinite().all()
     for whole, inner in zip(around, (x, w, a, b, y, s), strict=True):

@@ -1,8 +1,10 @@
 """Siblings on a CPU with AMX: the same functions as reference.py, bf16 only.
 
 Forward is one product with K extended, [x ∣ s_i S_i]·[W_i ∣ B_i]ᵀ + b_i for every sibling: x is
-packed once for S and for all y. dX is [dY_1 ∣ dY_2 ∣ … ∣ dS]·[W_1 ; W_2 ; … ; Ā], one sum, rounded
-once; then dĀ = dSᵀ x and dB_i = s_i dY_iᵀ S_i side by side.
+packed once for S and for all y. Backward computes dS_i = s_i dY_i B_i and dB_i = s_i dY_iᵀ S_i side
+by side, then dX and dĀ = dSᵀ x. dX, [dY_1 ∣ dY_2 ∣ … ∣ dS]·[W_1 ; W_2 ; … ; Ā], is one sum, rounded
+once, and is asked for as its transpose: a left operand is packed once, a right one for every 256
+rows, and W, which has to be interleaved, costs more than dY, which lies in tiles.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def forward(
     ys = [x_MK.new_empty(m, w_NK.shape[0]) for w_NK in ws_NK]
     as_RK = a_RK.split_with_sizes([b_NR.shape[1] for b_NR in bs_NR])
     narrows = [
-        Narrow(0, a.T, scaling, s, 1.0)
+        Narrow(Output(s, [(0, a.T)]), scaling)
         for a, s, scaling in zip(as_RK, rank_columns(s_MR, bs_NR), scalings, strict=True)
     ]
     outputs = [
@@ -58,29 +60,26 @@ def backward(
     ds_MR = s_MR.new_zeros(s_MR.shape) if len(used) < count else s_MR.new_empty(s_MR.shape)
     if need_x:
         grads[0] = x_MK.new_empty(x_MK.shape) if used else x_MK.new_zeros(x_MK.shape)
-    if used and (need_x or need_a):
-        as_RK = a_RK.split_with_sizes([b_NR.shape[1] for b_NR in bs_NR])
-        ds = rank_columns(ds_MR, bs_NR)
-        narrows = [
-            Narrow(left, bs_NR[i], scalings[i], ds[i], scalings[i])
-            for left, (i, _) in enumerate(used)
-        ]
-        terms = [(left, ws_NK[i]) for left, (i, _) in enumerate(used)]
-        terms += [(len(used) + left, as_RK[i]) for left, (i, _) in enumerate(used)]
-        outputs = [Output(grads[0], terms)] if need_x else []
-        multiply(Product([dy_MN for _, dy_MN in used], outputs, narrows))
-    narrow = []
-    if need_a:
-        grads[1] = a_RK.new_empty(a_RK.shape)
-        narrow.append(Product([ds_MR.T], [Output(grads[1], [(0, x_MK)])]))
-    ss_MR = rank_columns(s_MR, bs_NR)
+    first, then = [], []
+    ds, ss = rank_columns(ds_MR, bs_NR), rank_columns(s_MR, bs_NR)
     for i, dy_MN in used:
+        if need_x or need_a:
+            first.append(Product([bs_NR[i].T], [Output(ds[i].T, [(0, dy_MN.T)], scalings[i])]))
         if needs[2 + i]:
             grads[2 + i] = dy_MN.T @ x_MK
         if needs[2 + count + i]:
             grads[2 + count + i] = dy_MN.sum(0)
         if needs[2 + 2 * count + i]:
             grads[2 + 2 * count + i] = db_NR = x_MK.new_empty(bs_NR[i].shape)
-            narrow.append(Product([ss_MR[i].T], [Output(db_NR.T, [(0, dy_MN)], scalings[i])]))
-    multiply(*narrow)
+            first.append(Product([dy_MN.T], [Output(db_NR, [(0, ss[i])], scalings[i])]))
+    if need_x and used:
+        as_RK = a_RK.split_with_sizes([b_NR.shape[1] for b_NR in bs_NR])
+        lefts = [w.T for w in (*(ws_NK[i] for i, _ in used), *(as_RK[i] for i, _ in used))]
+        rights = [dy.T for dy in (*(dy_MN for _, dy_MN in used), *(ds[i] for i, _ in used))]
+        then.append(Product(lefts, [Output(grads[0].T, list(enumerate(rights)))]))
+    if need_a:
+        grads[1] = a_RK.new_empty(a_RK.shape)
+        then.append(Product([x_MK.T], [Output(grads[1].T, [(0, ds_MR)])]))
+    multiply(*first)
+    multiply(*then)
     return grads
