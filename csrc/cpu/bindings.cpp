@@ -2,11 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 
 #include "amx.h"
-#include "product.h"
+#include "linear.h"
 
 namespace py = pybind11;
 using namespace nsru::cpu;
@@ -14,50 +15,44 @@ using namespace nsru::cpu;
 namespace {
 
 // Addresses are integers in Python; sizes and strides count elements.
-using MatrixTuple = std::tuple<uintptr_t, int64_t, bool>;
-using LeftTuple = std::tuple<MatrixTuple, int64_t>;
-using TermTuple = std::tuple<int, MatrixTuple>;
-using OutputTuple =
-    std::tuple<uintptr_t, int64_t, bool, int64_t, float, uintptr_t, std::vector<TermTuple>>;
-using NarrowTuple = std::tuple<OutputTuple, float>;
-using ProductTuple =
-    std::tuple<int64_t, std::vector<LeftTuple>, std::vector<NarrowTuple>, std::vector<OutputTuple>>;
+using TensorTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;
+using MaybeTuple = std::optional<TensorTuple>;
+using ForwardTuple = std::tuple<TensorTuple, TensorTuple, float, uintptr_t, TensorTuple>;
+using BackwardTuple = std::tuple<TensorTuple, TensorTuple, float, MaybeTuple, MaybeTuple>;
 
 bf16* pointer(uintptr_t address) { return reinterpret_cast<bf16*>(address); }
 
-Matrix matrix(const MatrixTuple& m) {
-    const auto& [data, stride, reduction_first] = m;
-    return {pointer(data), stride, reduction_first};
+Tensor tensor(const TensorTuple& t) {
+    const auto& [data, rows, columns, row_stride, column_stride] = t;
+    return {pointer(data), rows, columns, row_stride, column_stride};
 }
 
-Output output(const OutputTuple& o) {
-    const auto& [data, stride, transposed, width, scale, bias, terms] = o;
-    if (transposed && bias)
-        throw std::invalid_argument("multiply: a transposed output takes no bias");
-    Output made{pointer(data), stride, transposed, width, scale, pointer(bias), {}};
-    for (const auto& [left, right] : terms) made.terms.push_back({left, matrix(right)});
-    return made;
-}
-
-Product product(const ProductTuple& p) {
-    const auto& [rows, lefts, narrows, outputs] = p;
-    Product made{rows, {}, {}, {}};
-    for (const auto& [operand, depth] : lefts) made.lefts.push_back({matrix(operand), depth});
-    for (const auto& [out, scale] : narrows) made.narrows.push_back({output(out), scale});
-    for (const OutputTuple& o : outputs) made.outputs.push_back(output(o));
-    return made;
-}
+Maybe maybe(const MaybeTuple& t) { return t ? Maybe(tensor(*t)) : std::nullopt; }
 
 void check_available() {
     if (const std::string reason = unavailable(); !reason.empty()) throw std::runtime_error(reason);
 }
 
-void multiply_all(const std::vector<ProductTuple>& products, int threads) {
+void run_forward(const TensorTuple& x, const TensorTuple& a, const TensorTuple& s,
+                 const std::vector<ForwardTuple>& tuples, int threads) {
     check_available();
-    std::vector<Product> made;
-    for (const ProductTuple& p : products) made.push_back(product(p));
+    std::vector<Sibling> siblings;
+    for (const auto& [w, b, scaling, bias, y] : tuples)
+        siblings.push_back({tensor(w), tensor(b), scaling, pointer(bias), tensor(y), std::nullopt});
     py::gil_scoped_release unlocked;
-    multiply(made, threads);
+    forward(tensor(x), tensor(a), tensor(s), siblings, threads);
+}
+
+void run_backward(const TensorTuple& x, const TensorTuple& a, const TensorTuple& s,
+                  const TensorTuple& ds, const MaybeTuple& dx, const MaybeTuple& da,
+                  const std::vector<BackwardTuple>& tuples, int threads) {
+    check_available();
+    std::vector<Sibling> siblings;
+    for (const auto& [w, b, scaling, dy, db] : tuples)
+        siblings.push_back({tensor(w), tensor(b), scaling, nullptr, maybe(dy), maybe(db)});
+    py::gil_scoped_release unlocked;
+    backward(tensor(x), tensor(a), tensor(s), tensor(ds), maybe(dx), maybe(da), siblings,
+             threads);
 }
 
 }  // namespace
@@ -66,6 +61,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU backend of nsru_kernels; independent of torch.";
     m.attr("interface") = 2;  // to be raised with cpu_extension.py's when arguments change
     m.def("unavailable", &unavailable, "Why this CPU cannot run the kernels; '' where it can.");
-    m.def("multiply", &multiply_all, py::arg("products"), py::arg("threads"),
-          "Sums of bf16 products; each (rows, lefts, narrows, outputs) as in csrc/cpu/product.h.");
+    m.def("forward", &run_forward, py::arg("x"), py::arg("a"), py::arg("s"), py::arg("siblings"),
+          py::arg("threads"), "y and S; siblings are (w, b, scaling, bias, y).");
+    m.def("backward", &run_backward, py::arg("x"), py::arg("a"), py::arg("s"), py::arg("ds"),
+          py::arg("dx"), py::arg("da"), py::arg("siblings"), py::arg("threads"),
+          "dX, dA, dB and dS; siblings are (w, b, scaling, dy, db).");
 }

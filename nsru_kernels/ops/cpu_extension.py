@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import platform
-from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from nsru_kernels.config import BackendUnavailable
 
 _INTERFACE = 2  # of csrc/cpu/bindings.cpp
 KERNEL_DTYPES = frozenset((torch.bfloat16,))
-_Matrix = tuple[int, int, bool]
+_Matrix = tuple[int, int, int, int, int]  # address, shape, strides
 
 
 def unavailable(op: str, device: torch.device) -> str | None:
@@ -61,87 +59,39 @@ def check_operands(op: str, tensor: Tensor, dropout_p: float = 0.0) -> None:
         )
 
 
-class Output(NamedTuple):
-    """``out`` becomes scale · Σ left · right + bias; ``terms`` are (index of left, right)."""
+class Arguments:
+    """Tensors as the extension takes them: addresses, sizes and strides.
 
-    out: Tensor  # [M, N], rows or columns contiguous
-    terms: Sequence[tuple[int, Tensor]]  # right [depth, N]
-    scale: float = 1.0
-    bias: Tensor | None = None  # [N], where rows of ``out`` are contiguous
-
-
-class Narrow(NamedTuple):
-    """A product of one left operand that is computed first and written out; times ``scale``,
-    rounded, it is a left operand itself."""
-
-    product: Output
-    scale: float
-
-
-class Product(NamedTuple):
-    """What csrc/cpu/product.h calls a product; indices count ``lefts``, then ``narrows``."""
-
-    lefts: Sequence[Tensor]  # [M, depth]
-    outputs: Sequence[Output]
-    narrows: Sequence[Narrow] = ()
-
-
-def multiply(*products: Product) -> None:
-    """Compute products of bf16 matrices that do not read each other's results.
-
-    Operands have any strides; what has neither contiguous rows nor contiguous columns is copied.
-    Raises BackendUnavailable for tensors without memory.
+    Lives as long as the call, for it may hold copies. Raises BackendUnavailable for tensors without
+    memory.
     """
-    read: list[Tensor] = []  # alive until the kernel has run
 
-    def operand(tensor: Tensor, reduction: int) -> _Matrix:
+    def __init__(self) -> None:
+        self._read: list[Tensor] = []
+
+    def matrix(self, tensor: Tensor) -> _Matrix:
+        """What has neither contiguous rows nor contiguous columns is copied."""
+        if tensor.is_neg():
+            tensor = tensor.resolve_neg()
         if 1 not in tensor.stride():
             tensor = tensor.contiguous()
-        address, tensor = _readable(tensor)
-        read.append(tensor)
-        return (address, *_layout(tensor, reduction))
+        return (self._address(tensor), *tensor.shape, *tensor.stride())
 
-    def bias(tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
-        address, tensor = _readable(tensor.contiguous())
-        read.append(tensor)
+    def wanted(self, tensor: Tensor | None) -> _Matrix | None:
+        """``matrix``; None for None."""
+        return None if tensor is None else self.matrix(tensor)
+
+    def vector(self, tensor: Tensor | None) -> int:
+        """The address of contiguous elements; 0 for None."""
+        return 0 if tensor is None else self._address(tensor.resolve_neg().contiguous())
+
+    def _address(self, tensor: Tensor) -> int:
+        plain = type(tensor) in (Tensor, Parameter)
+        address = tensor.data_ptr() if plain else 0
+        if not address and (tensor.numel() or not plain):
+            raise BackendUnavailable(
+                f"CPU kernels read plain tensors, got a {type(tensor).__name__} without memory of "
+                "its own. Use 'eager'."
+            )
+        self._read.append(tensor)
         return address
-
-    def output(o: Output) -> tuple:
-        terms = [(left, operand(right, 0)) for left, right in o.terms]
-        out = (o.out.data_ptr(), *_layout(o.out, 1), o.out.shape[1])
-        return (*out, o.scale, bias(o.bias), terms)
-
-    calls = [
-        (
-            product.lefts[0].shape[0],
-            [(operand(left, 1), left.shape[1]) for left in product.lefts],
-            [(output(narrow.product), narrow.scale) for narrow in product.narrows],
-            [output(o) for o in product.outputs],
-        )
-        for product in products
-    ]
-    load().multiply(calls, torch.get_num_threads())
-
-
-def _readable(tensor: Tensor) -> tuple[int, Tensor]:
-    """The address of a tensor whose memory holds its values, and the tensor."""
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    plain = type(tensor) in (Tensor, Parameter)
-    address = tensor.data_ptr() if plain else 0
-    if not address and (tensor.numel() or not plain):
-        raise BackendUnavailable(
-            f"CPU kernels read plain tensors, got a {type(tensor).__name__} without memory of its "
-            "own. Use 'eager'."
-        )
-    return address, tensor
-
-
-def _layout(matrix: Tensor, reduction: int) -> tuple[int, bool]:
-    """The stride of the slow index of a matrix, and whether that is the dimension ``reduction``."""
-    strides = matrix.stride()
-    if strides[reduction] == 1 or matrix.shape[reduction] == 1:
-        return strides[1 - reduction], False
-    return strides[reduction], True

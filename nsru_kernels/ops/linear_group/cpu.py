@@ -1,18 +1,13 @@
-"""Siblings on a CPU with AMX: the same functions as reference.py, bf16 only.
-
-Forward is one product with K extended, [x ∣ s_i S_i]·[W_i ∣ B_i]ᵀ + b_i for every sibling: x is
-packed once for S and for all y. Backward computes dS_i = s_i dY_i B_i and dB_i = s_i dY_iᵀ S_i side
-by side, then dX and dĀ = dSᵀ x. dX, [dY_1 ∣ dY_2 ∣ … ∣ dS]·[W_1 ; W_2 ; … ; Ā], is one sum, rounded
-once, and is asked for as its transpose: a left operand is packed once, a right one for every 256
-rows, and W, which has to be interleaved, costs more than dY, which lies in tiles.
-"""
+"""Siblings on a CPU with AMX: the same functions as reference.py, bf16 only. The products are in
+csrc/cpu/linear.h."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from nsru_kernels.ops.cpu_extension import Narrow, Output, Product, check_operands, multiply
-from nsru_kernels.ops.products import rank_columns
+from nsru_kernels.ops import cpu_extension
+from nsru_kernels.ops.cpu_extension import Arguments, check_operands
 
 
 def forward(
@@ -28,16 +23,15 @@ def forward(
     m = x_MK.shape[0]
     s_MR = x_MK.new_empty(m, a_RK.shape[0])
     ys = [x_MK.new_empty(m, w_NK.shape[0]) for w_NK in ws_NK]
-    as_RK = a_RK.split_with_sizes([b_NR.shape[1] for b_NR in bs_NR])
-    narrows = [
-        Narrow(Output(s, [(0, a.T)]), scaling)
-        for a, s, scaling in zip(as_RK, rank_columns(s_MR, bs_NR), scalings, strict=True)
+    take = Arguments()
+    siblings = [
+        (take.matrix(w_NK), take.matrix(b_NR), scaling, take.vector(bias_N), take.matrix(y_MN))
+        for w_NK, b_NR, scaling, bias_N, y_MN in zip(
+            ws_NK, bs_NR, scalings, biases_N, ys, strict=True
+        )
     ]
-    outputs = [
-        Output(y_MN, [(0, w_NK.T), (1 + i, b_NR.T)], bias=bias_N)
-        for i, (y_MN, w_NK, b_NR, bias_N) in enumerate(zip(ys, ws_NK, bs_NR, biases_N, strict=True))
-    ]
-    multiply(Product([x_MK], outputs, narrows))
+    x, a, s = map(take.matrix, (x_MK, a_RK, s_MR))
+    cpu_extension.load().forward(x, a, s, siblings, torch.get_num_threads())
     return ys, s_MR
 
 
@@ -54,32 +48,34 @@ def backward(
     """[dX, dĀ, *dW, *dbias, *dB] in x's dtype; empty where not needed or not used."""
     check_operands("nsru_linear_group", x_MK)
     count = len(ws_NK)
-    grads = [x_MK.new_empty(0) for _ in needs]
     need_x, need_a = needs[:2]
-    used = [(i, dy_MN) for i, dy_MN in enumerate(dys_MN) if dy_MN is not None]
-    ds_MR = s_MR.new_zeros(s_MR.shape) if len(used) < count else s_MR.new_empty(s_MR.shape)
-    if need_x:
-        grads[0] = x_MK.new_empty(x_MK.shape) if used else x_MK.new_zeros(x_MK.shape)
-    first, then = [], []
-    ds, ss = rank_columns(ds_MR, bs_NR), rank_columns(s_MR, bs_NR)
-    for i, dy_MN in used:
-        if need_x or need_a:
-            first.append(Product([bs_NR[i].T], [Output(ds[i].T, [(0, dy_MN.T)], scalings[i])]))
-        if needs[2 + i]:
-            grads[2 + i] = dy_MN.T @ x_MK
-        if needs[2 + count + i]:
-            grads[2 + count + i] = dy_MN.sum(0)
-        if needs[2 + 2 * count + i]:
-            grads[2 + 2 * count + i] = db_NR = x_MK.new_empty(bs_NR[i].shape)
-            first.append(Product([dy_MN.T], [Output(db_NR, [(0, ss[i])], scalings[i])]))
-    if need_x and used:
-        as_RK = a_RK.split_with_sizes([b_NR.shape[1] for b_NR in bs_NR])
-        lefts = [w.T for w in (*(ws_NK[i] for i, _ in used), *(as_RK[i] for i, _ in used))]
-        rights = [dy.T for dy in (*(dy_MN for _, dy_MN in used), *(ds[i] for i, _ in used))]
-        then.append(Product(lefts, [Output(grads[0].T, list(enumerate(rights)))]))
-    if need_a:
-        grads[1] = a_RK.new_empty(a_RK.shape)
-        then.append(Product([x_MK.T], [Output(grads[1].T, [(0, ds_MR)])]))
-    multiply(*first)
-    multiply(*then)
-    return grads
+    need_w, need_bias, need_b = (needs[2 + i * count : 2 + (i + 1) * count] for i in range(3))
+    used = [dy_MN is not None for dy_MN in dys_MN]
+    ds_MR = (torch.empty_like if all(used) else torch.zeros_like)(s_MR)
+    dx_MK = torch.empty_like(x_MK, memory_format=torch.contiguous_format) if need_x else None
+    da_RK = torch.empty_like(a_RK, memory_format=torch.contiguous_format) if need_a else None
+    dbs_NR = [
+        torch.empty_like(b_NR, memory_format=torch.contiguous_format) if need and use else None
+        for b_NR, need, use in zip(bs_NR, need_b, used, strict=True)
+    ]
+    take = Arguments()
+    siblings = [
+        (take.matrix(w_NK), take.matrix(b_NR), scaling, take.wanted(dy_MN), take.wanted(db_NR))
+        for w_NK, b_NR, scaling, dy_MN, db_NR in zip(
+            ws_NK, bs_NR, scalings, dys_MN, dbs_NR, strict=True
+        )
+    ]
+    x, a, s, ds = map(take.matrix, (x_MK, a_RK, s_MR, ds_MR))
+    cpu_extension.load().backward(
+        x, a, s, ds, take.wanted(dx_MK), take.wanted(da_RK), siblings, torch.get_num_threads()
+    )
+    dws_NK = [
+        dy_MN.T @ x_MK if need and dy_MN is not None else None
+        for dy_MN, need in zip(dys_MN, need_w, strict=True)
+    ]
+    dbiases_N = [
+        dy_MN.sum(0) if need and dy_MN is not None else None
+        for dy_MN, need in zip(dys_MN, need_bias, strict=True)
+    ]
+    grads = (dx_MK, da_RK, *dws_NK, *dbiases_N, *dbs_NR)
+    return [x_MK.new_empty(0) if grad is None else grad for grad in grads]
