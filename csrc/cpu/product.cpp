@@ -247,14 +247,19 @@ class Worker {
         for (int64_t column = first * kEdge; column < last * kEdge; column += kEdge) {
             for (const Pass& pass : sum.passes) {
                 const bool first_pass = &pass == &sum.passes.front();
+                const bool last_pass = &pass == &sum.passes.back();
                 const int64_t columns = sum.output->width - column;
                 pack_panel(pass, column, columns);
                 for (int64_t block = 0; block < blocks_; ++block) {
                     float* square = squares_ + block * kSquare;
+                    const Ahead ahead = last_pass
+                                            ? rows_ahead(sum.passes[0], column + kEdge,
+                                                         columns - kEdge, block)
+                                            : rows_ahead((&pass)[1], column, columns, block);
                     add_pass(pass, column, columns, block, open.square,
-                             first_pass ? nullptr : square);
+                             first_pass ? nullptr : square, ahead);
                     if (open.complete) sink(open.square, open.row, open.column);
-                    open = {square, row_ + block * kEdge, column, &pass == &sum.passes.back()};
+                    open = {square, row_ + block * kEdge, column, last_pass};
                 }
             }
         }
@@ -280,9 +285,17 @@ class Worker {
                (part.first + part.steps) * kStep <= plan_.depths[part.term->left];
     }
 
+    // A block's share of a panel's rows in memory.
+    Ahead rows_ahead(const Pass& pass, int64_t column, int64_t columns, int64_t block) const {
+        if (pass.empty() || !lies_in_tiles(pass[0], columns)) return {};
+        const auto& [data, stride, reduction_first] = pass[0].term->right;
+        const int64_t rows = kEdge / blocks_;
+        return {data + (column + block * rows) * stride + pass[0].first * kStep, stride, rows};
+    }
+
     // One pass of the square of a block and a panel.
     void add_pass(const Pass& pass, int64_t column, int64_t columns, int64_t block, float* done,
-                  const float* next) {
+                  const float* next, Ahead ahead) {
         if (pass.empty()) exchange_square(done, next);
         bf16* panel = panel_;
         for (const Part& part : pass) {
@@ -290,11 +303,13 @@ class Worker {
             const auto& [data, stride, reduction_first] = part.term->right;
             if (block == 0 && lies_in_tiles(part, columns))
                 add_steps<true>(panel, pairs, part.steps,
-                                data + column * stride + part.first * kStep, stride, done, next);
+                                data + column * stride + part.first * kStep, stride, done, next,
+                                ahead);
             else
-                add_steps<false>(panel, pairs, part.steps, nullptr, 0, done, next);
+                add_steps<false>(panel, pairs, part.steps, nullptr, 0, done, next, ahead);
             panel += part.steps * kPair;
             next = done = squares_;  // the accumulators stay for the other parts
+            ahead = {};
         }
     }
 

@@ -167,16 +167,30 @@ inline void exchange_square(float* done, const float* next) {
     order_memory();
 }
 
+// Rows in memory that are needed soon: one step of each is fetched during each step.
+struct Ahead {
+    const bf16* data;
+    int64_t stride;
+    int64_t rows;
+
+    void fetch(int64_t step) const {
+        for (int64_t row = 0; row < rows; ++row)
+            _mm_prefetch(reinterpret_cast<const char*>(data + row * stride + step * kStep),
+                         _MM_HINT_T1);
+    }
+};
+
 // Adds rows · pairs over some steps. The row tiles stay in the first-level cache while the pair
 // tiles stream past it. With `memory`, where the rows lie whole in memory, row tiles are taken from
 // there and packed by the way. Accumulators are exchanged one by one, just before the first step
 // needs them.
 template <bool FROM_MEMORY>
 void add_steps(bf16* rows, const bf16* pairs, int64_t steps, const bf16* memory, int64_t stride,
-               float* done, const float* next) {
+               float* done, const float* next, Ahead ahead) {
     const int64_t bytes = stride * sizeof(bf16);
     order_memory();
     for (int64_t s = 0; s < steps; ++s, rows += kPair, pairs += kPair, memory += kStep) {
+        ahead.fetch(s);
         if (FROM_MEMORY) {
             _tile_stream_loadd(4, memory, bytes);
             _tile_stored(4, rows, 64);
