@@ -126,7 +126,7 @@ def implementation(op: str, backend: str, device: torch.device) -> ModuleType:
         ValueError: unknown backend name.
         BackendUnavailable: the named backend cannot serve this op on this device.
     """
-    return _choose(op, "", backend, device, ())[0]
+    return _choose(op, "", requested_backend(backend), device)[0]
 
 
 def run(
@@ -151,14 +151,16 @@ def run(
         dtypes: of the operands; ``auto`` leaves those that kernels do not take to eager.
         chosen_by: another function of the op whose choice this one has to share.
     """
-    module, plan = _choose(op, chosen_by or function, backend, device, sizes, dtypes)
+    requested, threads = requested_backend(backend), torch.get_num_threads()
+    choice = (op, chosen_by or function, requested, device, sizes, frozenset(dtypes), threads)
+    module, plan = _choose(*choice)
     options = {"plan": plan} if plan in getattr(module, "PLANS", ()) and not chosen_by else {}
     off = torch.is_autocast_enabled(device.type)
     with torch.autocast(device.type, enabled=False) if off else contextlib.nullcontext():
         try:
             return getattr(module, function)(*args, **options)
         except BackendUnavailable:  # measured at these sizes, but not for this layout, say
-            if requested_backend(backend) != "auto":
+            if requested != "auto":
                 raise
             return getattr(_load(op, "eager"), function)(*args)
 
@@ -181,18 +183,20 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@functools.lru_cache(maxsize=4096)
 def _choose(
     op: str,
     function: str,
-    backend: str,
+    requested: str,
     device: torch.device,
-    sizes: tuple[int, ...],
-    dtypes: Iterable[torch.dtype] = (),
+    sizes: tuple[int, ...] = (),
+    dtypes: frozenset[torch.dtype] = frozenset(),
+    threads: int = 0,
 ) -> tuple[ModuleType, str | None]:
-    backend = requested_backend(backend)
-    if backend != "auto":
-        return _named(op, backend, device), None
-    choice = plans.choose(op, function, device, sizes)
+    """The module and the plan for calls that are alike in all of this."""
+    if requested != "auto":
+        return _named(op, requested, device), None
+    choice = plans.choose(op, function, device, sizes, threads)
     if choice is None:
         _log_skipped(op, device)
         return _load(op, "eager"), None
@@ -205,7 +209,6 @@ def _choose(
         return _load(op, "eager"), None
 
 
-@functools.cache
 def _named(op: str, backend: str, device: torch.device) -> ModuleType:
     reason = _unavailable(op, backend, device)
     if reason is not None:
@@ -230,7 +233,7 @@ def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
     dtypes = {_compute_dtype(x)} if isinstance(x, torch.Tensor) else set()
     if chosen == "auto":
         function, sizes = _looked_up_by(op, args)
-        choice = plans.choose(folder, function, device, sizes)
+        choice = plans.choose(folder, function, device, sizes, torch.get_num_threads())
         if choice is None or not (
             _unavailable(folder, choice.backend, device) is None and _takes(choice.backend, dtypes)
         ):

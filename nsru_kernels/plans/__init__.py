@@ -39,15 +39,16 @@ class Choice(NamedTuple):
     plan: str | None
 
 
-def choose(op: str, function: str, device: torch.device, sizes: tuple[int, ...]) -> Choice | None:
-    """The winner at the measured sizes nearest to ``sizes``; None without a measurement there."""
+def choose(
+    op: str, function: str, device: torch.device, sizes: tuple[int, ...], threads: int
+) -> Choice | None:
+    """The winner at the measured sizes nearest to ``sizes``; None without a measurement there, or,
+    on a CPU, with as many ``threads``."""
     if device.type == "cuda":
-        return _choose(op, function, torch.cuda.get_device_name(device), sizes)
-    if cpu_extension.unavailable(op, device) is not None:
+        return _nearest(op, function, torch.cuda.get_device_name(device), sizes)
+    if cpu_extension.unavailable(op, device) is not None or threads > cpu_threads():
         return None
-    if torch.get_num_threads() > cpu_threads():
-        return None
-    return _choose(op, function, CPU_WITH_AMX, sizes)
+    return _nearest(op, function, CPU_WITH_AMX, sizes)
 
 
 def cpu_threads() -> int:
@@ -60,8 +61,7 @@ def slug(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
 
 
-@functools.lru_cache(maxsize=4096)
-def _choose(op: str, function: str, device_name: str, sizes: tuple[int, ...]) -> Choice | None:
+def _nearest(op: str, function: str, device_name: str, sizes: tuple[int, ...]) -> Choice | None:
     near = []
     for entry in _table(device_name).get(op, ()):
         if function not in entry or len(entry["sizes"]) != len(sizes) or 0 in sizes:

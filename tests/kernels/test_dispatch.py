@@ -19,7 +19,7 @@ GPU = torch.device("cuda")
 
 
 def clear_caches():
-    dispatch._named.cache_clear()
+    dispatch._choose.cache_clear()
     dispatch._log_skipped.cache_clear()
 
 
@@ -151,7 +151,7 @@ def test_a_measured_plan_reaches_the_function_and_dropout_keeps_one_backend(
     assert dispatch.run("linear", "forward", "auto", GPU, 1) == ("forward", (1,), "kext")
     shared = dispatch.run("linear", "backward", "auto", GPU, 2, chosen_by="forward")
     assert shared == ("backward", (2,))
-    assert dispatch._choose("linear", "backward", "auto", GPU, ())[0] is reference
+    assert dispatch._choose("linear", "backward", "auto", GPU)[0] is reference
     assert dispatch.run("linear", "forward", "triton", GPU, 3) == ("forward", (3,), None)
 
 
@@ -196,11 +196,9 @@ def write_table(monkeypatch, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(table))
 
     monkeypatch.setattr(plans, "FOLDER", tmp_path)
-    for cache in (plans._choose, plans._table):
-        cache.cache_clear()
+    plans._table.cache_clear()
     yield write
-    for cache in (plans._choose, plans._table):
-        cache.cache_clear()
+    plans._table.cache_clear()
 
 
 @pytest.fixture
@@ -215,7 +213,7 @@ def measured(monkeypatch, write_table):
     }
     write_table("nvidia-test-1", table)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test 1")
-    return functools.partial(plans.choose, device=GPU)
+    return functools.partial(plans.choose, device=GPU, threads=1)
 
 
 def test_nearest_measured_sizes_within_a_factor_of_two(measured):
@@ -233,7 +231,7 @@ def test_nearest_measured_sizes_within_a_factor_of_two(measured):
     assert measured(op="fold", function="fold_many", sizes=(1,)) is None
     assert measured(op="sketch", function="update_sketch", sizes=()) is None
     cpu = torch.device("cpu")
-    assert plans.choose("fold", "fold_many", cpu, (224,)) is None
+    assert plans.choose("fold", "fold_many", cpu, (224,), threads=1) is None
 
 
 def test_a_kernel_says_why_it_cannot_run(fake_kernel, monkeypatch):
@@ -299,7 +297,7 @@ def test_auto_leaves_other_dtypes_and_dropout_to_eager(cpu_table, threads, monke
         (("Linux", "x86_64"), types.SimpleNamespace(interface=0), "from other sources"),
         (
             ("Linux", "x86_64"),
-            types.SimpleNamespace(interface=1, unavailable=lambda: "no AMX"),
+            types.SimpleNamespace(interface=cpu_extension._INTERFACE, unavailable=lambda: "no AMX"),
             "no AMX. Use",
         ),
     ],

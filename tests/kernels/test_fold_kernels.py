@@ -40,9 +40,9 @@ def backend(request, monkeypatch):
         monkeypatch.setitem(dispatch._UNAVAILABLE, "cuda", lambda op, device: None)
     elif reason := extension.unavailable("fold", torch.device(DEVICE)):
         pytest.skip(reason)
-    dispatch._named.cache_clear()
+    dispatch._choose.cache_clear()
     yield request.param
-    dispatch._named.cache_clear()
+    dispatch._choose.cache_clear()
 
 
 @pytest.fixture
@@ -283,10 +283,10 @@ def test_refuses_float64(backend):
 def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    dispatch._named.cache_clear()
+    dispatch._choose.cache_clear()
     with pytest.raises(BackendUnavailable, match="CUDA device"):
         nk.project_adapter(torch.ones(2, 8), make_basis(8, 2).float(), backend="triton")
-    dispatch._named.cache_clear()
+    dispatch._choose.cache_clear()
 
 
 @pytest.mark.gpu

@@ -93,14 +93,14 @@ def test_the_public_function_folds_and_multiplies_in_cuda(stand_in, monkeypatch,
     monkeypatch.setattr(
         extension.load(), "launch_fold", lambda **call: launched.append(1) or launch(**call)
     )
-    dispatch._named.cache_clear()
+    dispatch._choose.cache_clear()
     try:
         inputs, basis = make_inputs((3, 7), 40, 24, 5, dtype=dtype)
         check_against_exact(
             inputs, basis, function=functools.partial(nk.nsru_linear, backend="cuda")
         )
     finally:
-        dispatch._named.cache_clear()
+        dispatch._choose.cache_clear()
     assert len(launched) == 2, "A forward, its gradient backward"
 
 

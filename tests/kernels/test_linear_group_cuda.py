@@ -44,7 +44,7 @@ def test_swapped_siblings_go_through_cuda_alone(stand_in, monkeypatch):
     """A model with siblings under NSRU_BACKEND=cuda: no op of it is missing."""
     monkeypatch.setitem(dispatch._UNAVAILABLE, "cuda", lambda op, device: None)
     monkeypatch.setenv("NSRU_BACKEND", "cuda")
-    dispatch._named.cache_clear()
+    dispatch._choose.cache_clear()
 
     class Attention(torch.nn.Module):
         def __init__(self):
@@ -77,7 +77,7 @@ def test_swapped_siblings_go_through_cuda_alone(stand_in, monkeypatch):
         for got, want in zip(grads, (parameter.grad for parameter in adapters), strict=True):
             torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * want.abs().max().item())
     finally:
-        dispatch._named.cache_clear()
+        dispatch._choose.cache_clear()
 
 
 def test_refusals_name_the_reason_and_the_other_backend():

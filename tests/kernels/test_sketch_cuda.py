@@ -280,7 +280,7 @@ def serves_the_cpu(kernel, monkeypatch):
     """As if the emulated extension were a GPU's."""
 
     def forget():
-        dispatch._named.cache_clear()
+        dispatch._choose.cache_clear()
 
     monkeypatch.setitem(dispatch._UNAVAILABLE, "cuda", lambda op, device: None)
     forget()

@@ -123,7 +123,7 @@ def fold_to(
 
 def flatten(x: Tensor) -> Tensor:
     """x [M, K], also where K is 0 and reshape(-1, K) would not know M."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def unflatten(y_MN: Tensor, x_shape: torch.Size) -> Tensor:
