@@ -44,6 +44,7 @@ ON_CPU = "run on one kind of Intel Xeon with AMX, up to two threads"
 KERNELS = {
     ("linear", "cpu"): ON_CPU,
     ("linear_group", "cpu"): ON_CPU,
+    ("fold", "cpu"): ON_CPU,
     ("linear", "cuda"): WITH_GEMM,
     ("linear", "triton"): NOT_RUN,
     ("linear_group", "triton"): NOT_RUN,
@@ -54,8 +55,8 @@ KERNELS = {
     ("sketch", "cuda"): EMULATED,
 }
 
-# Ops of which "cpu" has no kernels of its own, for they were no faster than library GEMMs.
-_LIBRARY_ON_CPU = ("fold", "sketch")
+# Ops of which "cpu" has no kernels of its own.
+_LIBRARY_ON_CPU = ("sketch",)
 # backend → (folder, device) → why it cannot run there and what to do, None where it can
 _UNAVAILABLE: dict[str, Callable[[str, torch.device], str | None]] = {
     "cpu": cpu_extension.unavailable,
@@ -63,7 +64,7 @@ _UNAVAILABLE: dict[str, Callable[[str, torch.device], str | None]] = {
     "triton": lambda op, device: launch.unavailable(device),
 }
 _RECORDING = torch._C._TorchDispatchModeKey.PROXY  # make_fx
-_KERNEL_DTYPES = {"cpu": cpu_extension.KERNEL_DTYPES}
+_CPU_DTYPES = {"fold": frozenset((torch.float32,))}  # elsewhere those of the extension
 _logger = logging.getLogger("nsru_kernels")
 
 
@@ -200,7 +201,7 @@ def _choose(
     if choice is None:
         _log_skipped(op, device)
         return _load(op, "eager"), None
-    if not _takes(choice.backend, dtypes):
+    if not _takes(op, choice.backend, dtypes):
         return _load(op, "eager"), None
     try:
         return _named(op, choice.backend, device), choice.plan
@@ -235,7 +236,7 @@ def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
         function, sizes = _looked_up_by(op, args)
         choice = plans.choose(folder, function, device, sizes, torch.get_num_threads())
         if choice is None or not (
-            _unavailable(folder, choice.backend, device) is None and _takes(choice.backend, dtypes)
+            _unavailable(folder, choice.backend, device) is None and _takes(folder, choice.backend, dtypes)
         ):
             chosen, against_others = "eager", ""
         else:
@@ -244,7 +245,7 @@ def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
     verdicts: list[Verdict] = []
     for backend in reversed(BACKENDS):
         reason = _unavailable(folder, backend, device)
-        if reason is None and not _takes(backend, dtypes):
+        if reason is None and not _takes(folder, backend, dtypes):
             reason = f"its kernels do not take {next(iter(dtypes))}. Use backend='eager'."
         if reason is None and backend != chosen:
             reason = against_others or _unmeasured(folder, backend)
@@ -295,8 +296,10 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return compute_dtype(x)
 
 
-def _takes(backend: str, dtypes: Iterable[torch.dtype]) -> bool:
-    takes = _KERNEL_DTYPES.get(backend, launch.KERNEL_DTYPES)
+def _takes(op: str, backend: str, dtypes: Iterable[torch.dtype]) -> bool:
+    takes = launch.KERNEL_DTYPES
+    if backend == "cpu":
+        takes = _CPU_DTYPES.get(op, cpu_extension.KERNEL_DTYPES)
     return backend == "eager" or takes.issuperset(dtypes)
 
 

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "amx.h"
+#include "fold.h"
 #include "linear.h"
 
 namespace py = pybind11;
@@ -55,6 +56,23 @@ void run_backward(const TensorTuple& x, const TensorTuple& a, const TensorTuple&
              threads);
 }
 
+// (address of A, address of Ā, rank)
+using AdapterTuple = std::tuple<uintptr_t, uintptr_t, int64_t>;
+
+void run_fold(const TensorTuple& basis, const std::vector<AdapterTuple>& tuples, int threads) {
+    check_available();
+    const auto& [data, k, q, stride, column_stride] = basis;
+    if (column_stride != 1 && q > 1)
+        throw std::invalid_argument("fold: rows of the basis must be contiguous");
+    const Basis u{reinterpret_cast<const float*>(data), k, q, stride};
+    std::vector<Adapter> adapters;
+    for (const auto& [a, folded, rank] : tuples)
+        adapters.push_back(
+            {reinterpret_cast<const float*>(a), reinterpret_cast<float*>(folded), rank});
+    py::gil_scoped_release unlocked;
+    fold(u, adapters, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -66,4 +84,6 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("backward", &run_backward, py::arg("x"), py::arg("a"), py::arg("s"), py::arg("ds"),
           py::arg("dx"), py::arg("da"), py::arg("siblings"), py::arg("threads"),
           "dX, dA, dB and dS; siblings are (w, b, scaling, dy, db).");
+    m.def("fold", &run_fold, py::arg("basis"), py::arg("adapters"), py::arg("threads"),
+          "Folded float32 adapters of one basis; adapters are (A, folded, rank), contiguous.");
 }
