@@ -180,9 +180,19 @@ class Worker {
         blocks_ = ceil_div(std::min(plan_.rows, rows), kEdge);
         for (int64_t i = 0; i < lefts; ++i) {
             const auto& [matrix, depth] = product_.lefts[i];
-            for (int64_t s = 0; s < plan_.steps(i); ++s)
-                pack_pairs(matrix, row_, rows, s * kStep, depth - s * kStep, chunk_tiles(i, 0, s),
-                           blocks_, plan_.steps(i) * kPair);
+            const int64_t steps = plan_.steps(i);
+            if (matrix.reduction_first) {
+                for (int64_t s = 0; s < steps; ++s)
+                    interleave(matrix, row_, rows, s * kStep, depth - s * kStep,
+                               chunk_tiles(i, 0, s), blocks_, steps * kPair);
+                continue;
+            }
+            for (int64_t block = 0; block < blocks_; ++block) {
+                const int64_t row = block * kEdge;
+                for (int64_t s = 0; s < steps; ++s)
+                    copy_rows<true>(matrix, row_ + row, rows - row, s * kStep, depth - s * kStep,
+                                    chunk_tiles(i, block, s));
+            }
         }
         for (size_t i = 0; i < product_.narrows.size(); ++i) {
             const auto& [out, scale] = product_.narrows[i];

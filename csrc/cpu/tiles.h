@@ -136,15 +136,6 @@ inline void pack_rows(const Matrix& m, int64_t i, int64_t count, int64_t d, int6
     }
 }
 
-// For `blocks` times 32 indices, `distance` elements apart.
-inline void pack_pairs(const Matrix& m, int64_t i, int64_t count, int64_t d, int64_t depth,
-                       bf16* tiles, int64_t blocks, int64_t distance) {
-    if (m.reduction_first) return interleave(m, i, count, d, depth, tiles, blocks, distance);
-    for (int64_t block = 0; block < blocks; ++block)
-        copy_rows<true>(m, i + block * kEdge, count - block * kEdge, d, depth,
-                        tiles + block * distance);
-}
-
 // An accumulator leaves its tile for `done`, another comes from `next`; nullptr stands for none and
 // for zeros. Where both are one square it stays. A macro, for the compiler wants tiles as literals.
 #define NSRU_EXCHANGE(tile, done, next)                               \
