@@ -10,7 +10,6 @@ imported only where ``_UNAVAILABLE`` finds nothing against it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -137,7 +136,7 @@ def run(
     device: torch.device,
     *args: Any,
     sizes: tuple[int, ...] = (),
-    dtypes: Iterable[torch.dtype] = (),
+    dtypes: tuple[torch.dtype, ...] = (),
     chosen_by: str | None = None,
 ) -> Any:
     """Call ``function`` of the module that serves ``op``, with autocast off: ops choose dtypes.
@@ -153,17 +152,23 @@ def run(
         chosen_by: another function of the op whose choice this one has to share.
     """
     requested, threads = requested_backend(backend), torch.get_num_threads()
-    choice = (op, chosen_by or function, requested, device, sizes, frozenset(dtypes), threads)
-    module, plan = _choose(*choice)
-    options = {"plan": plan} if plan in getattr(module, "PLANS", ()) and not chosen_by else {}
-    off = torch.is_autocast_enabled(device.type)
-    with torch.autocast(device.type, enabled=False) if off else contextlib.nullcontext():
-        try:
-            return getattr(module, function)(*args, **options)
-        except BackendUnavailable:  # measured at these sizes, but not for this layout, say
-            if requested != "auto":
-                raise
-            return getattr(_load(op, "eager"), function)(*args)
+    module, plan = _choose(op, chosen_by or function, requested, device, sizes, dtypes, threads)
+    call = getattr(module, function)
+    if plan in getattr(module, "PLANS", ()) and not chosen_by:
+        call = functools.partial(call, plan=plan)
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return _call(op, function, requested, call, args)
+    return _call(op, function, requested, call, args)
+
+
+def _call(op: str, function: str, requested: str, call: Callable[..., Any], args: tuple) -> Any:
+    try:
+        return call(*args)
+    except BackendUnavailable:  # measured at these sizes, but not for this layout, say
+        if requested != "auto":
+            raise
+        return getattr(_load(op, "eager"), function)(*args)
 
 
 def as_op(tensor: torch.Tensor) -> bool:
@@ -191,7 +196,7 @@ def _choose(
     requested: str,
     device: torch.device,
     sizes: tuple[int, ...] = (),
-    dtypes: frozenset[torch.dtype] = frozenset(),
+    dtypes: tuple[torch.dtype, ...] = (),
     threads: int = 0,
 ) -> tuple[ModuleType, str | None]:
     """The module and the plan for calls that are alike in all of this."""

@@ -21,11 +21,9 @@ using MaybeTuple = std::optional<TensorTuple>;
 using ForwardTuple = std::tuple<TensorTuple, TensorTuple, float, uintptr_t, TensorTuple>;
 using BackwardTuple = std::tuple<TensorTuple, TensorTuple, float, MaybeTuple, MaybeTuple>;
 
-bf16* pointer(uintptr_t address) { return reinterpret_cast<bf16*>(address); }
-
 Tensor tensor(const TensorTuple& t) {
     const auto& [data, rows, columns, row_stride, column_stride] = t;
-    return {pointer(data), rows, columns, row_stride, column_stride};
+    return {reinterpret_cast<void*>(data), rows, columns, row_stride, column_stride};
 }
 
 Maybe maybe(const MaybeTuple& t) { return t ? Maybe(tensor(*t)) : std::nullopt; }
@@ -39,7 +37,8 @@ void run_forward(const TensorTuple& x, const TensorTuple& a, const TensorTuple& 
     check_available();
     std::vector<Sibling> siblings;
     for (const auto& [w, b, scaling, bias, y] : tuples)
-        siblings.push_back({tensor(w), tensor(b), scaling, pointer(bias), tensor(y), std::nullopt});
+        siblings.push_back({tensor(w), tensor(b), scaling, reinterpret_cast<const bf16*>(bias),
+                            tensor(y), std::nullopt});
     py::gil_scoped_release unlocked;
     forward(tensor(x), tensor(a), tensor(s), siblings, threads);
 }
@@ -52,8 +51,7 @@ void run_backward(const TensorTuple& x, const TensorTuple& a, const TensorTuple&
     for (const auto& [w, b, scaling, dy, db] : tuples)
         siblings.push_back({tensor(w), tensor(b), scaling, nullptr, maybe(dy), maybe(db)});
     py::gil_scoped_release unlocked;
-    backward(tensor(x), tensor(a), tensor(s), tensor(ds), maybe(dx), maybe(da), siblings,
-             threads);
+    backward(tensor(x), tensor(a), tensor(s), tensor(ds), maybe(dx), maybe(da), siblings, threads);
 }
 
 // (address of A, address of Ā, rank)
@@ -83,7 +81,7 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("threads"), "y and S; siblings are (w, b, scaling, bias, y).");
     m.def("backward", &run_backward, py::arg("x"), py::arg("a"), py::arg("s"), py::arg("ds"),
           py::arg("dx"), py::arg("da"), py::arg("siblings"), py::arg("threads"),
-          "dX, dA, dB and dS; siblings are (w, b, scaling, dy, db).");
+          "dX, dS and, in float32, dA and dB; siblings are (w, b, scaling, dy, db).");
     m.def("fold", &run_fold, py::arg("basis"), py::arg("adapters"), py::arg("threads"),
           "Folded float32 adapters of one basis; adapters are (A, folded, rank), contiguous.");
 }

@@ -11,7 +11,8 @@ Tensor transposed(const Tensor& t) {
 }
 
 Tensor some_rows(const Tensor& t, int64_t first, int64_t count) {
-    return {t.data + first * t.row_stride, count, t.columns, t.row_stride, t.column_stride};
+    bf16* data = static_cast<bf16*>(t.data) + first * t.row_stride;
+    return {data, count, t.columns, t.row_stride, t.column_stride};
 }
 
 Tensor some_columns(const Tensor& t, int64_t first, int64_t count) {
@@ -22,15 +23,22 @@ bool has_contiguous_rows(const Tensor& t) { return t.column_stride == 1 || t.col
 
 // A row for each index, the reduction along the columns.
 Matrix matrix(const Tensor& t) {
-    if (has_contiguous_rows(t)) return {t.data, t.row_stride, false};
-    return {t.data, t.column_stride, true};
+    const bf16* data = static_cast<const bf16*>(t.data);
+    if (has_contiguous_rows(t)) return {data, t.row_stride, false};
+    return {data, t.column_stride, true};
 }
 
 Left left(const Tensor& t) { return {matrix(t), t.columns}; }
 
 Output output(const Tensor& t, float scale, std::vector<Term> terms, const bf16* bias = nullptr) {
     const bool rows = has_contiguous_rows(t);
-    return {t.data, rows ? t.row_stride : t.column_stride, !rows, t.columns, scale, bias, terms};
+    const int64_t stride = rows ? t.row_stride : t.column_stride;
+    return {t.data, false, stride, !rows, t.columns, scale, bias, std::move(terms)};
+}
+
+Output in_float32(Output made) {
+    made.wide = true;
+    return made;
 }
 
 }  // namespace
@@ -43,20 +51,18 @@ void forward(const Tensor& x, const Tensor& a, const Tensor& s,
     for (const Sibling& sibling : siblings) {
         const int64_t r = sibling.b.columns;
         const int index = product.narrows.size() + 1;
-        product.narrows.push_back({output(some_columns(s, rank, r), 1.0f,
-                                          {{0, matrix(some_rows(a, rank, r))}}),
-                                   sibling.scaling});
-        product.outputs.push_back(output(*sibling.y, 1.0f,
-                                         {{0, matrix(sibling.w)}, {index, matrix(sibling.b)}},
-                                         sibling.bias));
+        product.narrows.push_back(
+            {output(some_columns(s, rank, r), 1.0f, {{0, matrix(some_rows(a, rank, r))}}),
+             sibling.scaling});
+        product.outputs.push_back(output(
+            *sibling.y, 1.0f, {{0, matrix(sibling.w)}, {index, matrix(sibling.b)}}, sibling.bias));
         rank += r;
     }
     multiply({product}, threads);
 }
 
-void backward(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& ds,
-              const Maybe& dx, const Maybe& da, const std::vector<Sibling>& siblings,
-              int threads) {
+void backward(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& ds, const Maybe& dx,
+              const Maybe& da, const std::vector<Sibling>& siblings, int threads) {
     // All but dB are computed as their transposes: a left operand is packed once, a right one for
     // every 256 rows, and W, which has to be interleaved, costs more than dY, which lies in tiles.
     std::vector<Product> first, then;
@@ -75,7 +81,7 @@ void backward(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& d
             first.push_back({dy->columns,
                              {left(transposed(*dy))},
                              {},
-                             {output(*db, scaling, {{0, matrix(transposed(s_i))}})}});
+                             {in_float32(output(*db, scaling, {{0, matrix(transposed(s_i))}}))}});
         wide.push_back({w, *dy});
         narrow.push_back({some_rows(a, column, r), ds_i});
     }
@@ -89,10 +95,11 @@ void backward(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& d
         then.push_back(std::move(sum));
     }
     if (da)
-        then.push_back({x.columns,
-                        {left(transposed(x))},
-                        {},
-                        {output(transposed(*da), 1.0f, {{0, matrix(transposed(ds))}})}});
+        then.push_back(
+            {x.columns,
+             {left(transposed(x))},
+             {},
+             {in_float32(output(transposed(*da), 1.0f, {{0, matrix(transposed(ds))}}))}});
     multiply(first, threads);
     multiply(then, threads);
 }

@@ -13,9 +13,9 @@
 
 namespace nsru::cpu {
 
-// Rows or columns are contiguous, or there is one of them.
+// Rows or columns are contiguous, or there is one of them. dĀ and dB are float32, all else is bf16.
 struct Tensor {
-    bf16* data;
+    void* data;
     int64_t rows, columns, row_stride, column_stride;
 };
 using Maybe = std::optional<Tensor>;
@@ -33,8 +33,7 @@ void forward(const Tensor& x, const Tensor& a, const Tensor& s,
              const std::vector<Sibling>& siblings, int threads);
 
 // dS is written where dX or dĀ is; columns of a missing dY are left as they are.
-void backward(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& ds,
-              const Maybe& dx, const Maybe& da, const std::vector<Sibling>& siblings,
-              int threads);
+void backward(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& ds, const Maybe& dx,
+              const Maybe& da, const std::vector<Sibling>& siblings, int threads);
 
 }  // namespace nsru::cpu

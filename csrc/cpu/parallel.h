@@ -19,7 +19,7 @@ void parallel(int threads, BODY body) {
         int threads;
         std::atomic<int> next{0};
         std::atomic_flag failed = ATOMIC_FLAG_INIT;
-        std::exception_ptr error;
+        std::exception_ptr error = nullptr;
     } call{body, threads};
     const auto work = [](void* argument) {
         auto& call = *static_cast<Call*>(argument);

@@ -163,9 +163,10 @@ class Worker {
             for (const Sum& sum : plan_.outputs) {
                 const int64_t from = std::max(first, at), to = std::min(end, at + sum.panels);
                 if (from < to)
-                    add_up(sum, from - at, to - at, [&](float* square, int64_t row, int64_t column) {
-                        write(square, *sum.output, row, column);
-                    });
+                    add_up(sum, from - at, to - at,
+                           [&](float* square, int64_t row, int64_t column) {
+                               write(square, *sum.output, row, column);
+                           });
                 at += sum.panels;
             }
             first = end;
@@ -197,12 +198,12 @@ class Worker {
         for (size_t i = 0; i < product_.narrows.size(); ++i) {
             const auto& [out, scale] = product_.narrows[i];
             const Sum& sum = plan_.narrows[i];
-            add_up(sum, 0, sum.panels, [&, &out = out, &scale = scale](float* square, int64_t row,
-                                                                       int64_t column) {
-                keep(square, scale, out.width - column,
-                     chunk_tiles(lefts + i, (row - row_) / kEdge, column / kStep));
-                if (first_panel) write(square, out, row, column);
-            });
+            add_up(sum, 0, sum.panels,
+                   [&, &out = out, &scale = scale](float* square, int64_t row, int64_t column) {
+                       keep(square, scale, out.width - column,
+                            chunk_tiles(lefts + i, (row - row_) / kEdge, column / kStep));
+                       if (first_panel) write(square, out, row, column);
+                   });
         }
     }
 
@@ -225,24 +226,33 @@ class Worker {
     // A square of an output from (row, column) on.
     void write(const float* square, const Output& out, int64_t row, int64_t column) {
         const int64_t rows = product_.rows - row, columns = out.width - column;
-        if (out.transposed) {
-            bf16* to = out.data + column * out.stride + row;
-            const __mmask32 lanes = first_lanes(rows);
-            round_rows(square, out.scale, [&](int c, __m512i values) {
-                if (c < columns) _mm512_mask_storeu_epi16(to + c * out.stride, lanes, values);
-            });
+        // What is contiguous in memory is a row of the square where the output is transposed, else
+        // a column.
+        const int64_t runs = out.transposed ? columns : rows;
+        const __mmask32 lanes = first_lanes(out.transposed ? rows : columns);
+        const int64_t at = out.transposed ? column * out.stride + row : row * out.stride + column;
+        if (out.wide) {
+            const auto store = [&](int run, __m512 low, __m512 high) {
+                if (run >= runs) return;
+                float* to = static_cast<float*>(out.data) + at + run * out.stride;
+                _mm512_mask_storeu_ps(to, __mmask16(lanes), low);
+                _mm512_mask_storeu_ps(to + 16, lanes >> 16, high);
+            };
+            out.transposed ? widen_rows(square, out.scale, store)
+                           : widen_columns(square, out.scale, store);
             return;
         }
+        const auto store = [&](int run, __m512i values) {
+            bf16* to = static_cast<bf16*>(out.data) + at + run * out.stride;
+            if (run < runs) _mm512_mask_storeu_epi16(to, lanes, values);
+        };
+        if (out.transposed) return round_rows(square, out.scale, store);
         float bias[kEdge] = {};
         for (int64_t c = 0; out.bias && c < std::min<int64_t>(columns, kEdge); ++c) {
             const uint32_t bits = uint32_t{out.bias[column + c]} << 16;
             std::memcpy(&bias[c], &bits, sizeof(float));
         }
-        bf16* to = out.data + row * out.stride + column;
-        const __mmask32 lanes = first_lanes(columns);
-        round_columns(square, out.scale, bias, [&](int r, __m512i values) {
-            if (r < rows) _mm512_mask_storeu_epi16(to + r * out.stride, lanes, values);
-        });
+        round_columns(square, out.scale, bias, store);
     }
 
     // Σ left · right for the chunk's rows and some panels, in the order of the reduction;
@@ -262,10 +272,9 @@ class Worker {
                 pack_panel(pass, column, columns);
                 for (int64_t block = 0; block < blocks_; ++block) {
                     float* square = squares_ + block * kSquare;
-                    const Ahead ahead = last_pass
-                                            ? rows_ahead(sum.passes[0], column + kEdge,
-                                                         columns - kEdge, block)
-                                            : rows_ahead((&pass)[1], column, columns, block);
+                    const Ahead ahead = last_pass ? rows_ahead(sum.passes[0], column + kEdge,
+                                                               columns - kEdge, block)
+                                                  : rows_ahead((&pass)[1], column, columns, block);
                     add_pass(pass, column, columns, block, open.square,
                              first_pass ? nullptr : square, ahead);
                     if (open.complete) sink(open.square, open.row, open.column);

@@ -33,7 +33,8 @@ struct Term {
 };
 
 struct Output {
-    bf16* data;
+    void* data;  // bf16, or float32 where `wide`
+    bool wide;
     int64_t stride;
     bool transposed;  // element (row, column) goes to data[column * stride + row]
     int64_t width;

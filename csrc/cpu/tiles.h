@@ -1,10 +1,10 @@
 // Packing for the tile unit, its inner loop, and what becomes of an accumulator.
 //
-// A tile is 16 rows of 64 bytes. One step is 32 elements of the reduction, and an operand of the tile
-// unit is 32 indices i of one step in two tiles: row tiles with a row for each i, or pair tiles with
-// a row for each pair of the reduction, the two elements of every i side by side. So what lies in
-// memory as [i, d] is row tiles as it is, what lies as [d, i] becomes pair tiles by interleaving two
-// rows, and either is turned into the other by a transpose of 32-bit words.
+// A tile is 16 rows of 64 bytes. One step is 32 elements of the reduction, and an operand of the
+// tile unit is 32 indices i of one step in two tiles: row tiles with a row for each i, or pair
+// tiles with a row for each pair of the reduction, the two elements of every i side by side. So
+// what lies in memory as [i, d] is row tiles as it is, what lies as [d, i] becomes pair tiles by
+// interleaving two rows, and either is turned into the other by a transpose of 32-bit words.
 //
 // Interleaving goes by lanes of 128 bits. The indices of pair tiles, and so the columns of
 // accumulators, stay in the order in which it leaves them (`index_of`) until results are written.
@@ -138,15 +138,15 @@ inline void pack_rows(const Matrix& m, int64_t i, int64_t count, int64_t d, int6
 
 // An accumulator leaves its tile for `done`, another comes from `next`; nullptr stands for none and
 // for zeros. Where both are one square it stays. A macro, for the compiler wants tiles as literals.
-#define NSRU_EXCHANGE(tile, done, next)                               \
-    do {                                                              \
-        if (!(done) || (done) != (next)) {                            \
-            if (done) _tile_stored(tile, (done) + (tile) * 256, 64);  \
-            if (next)                                                 \
-                _tile_loadd(tile, (next) + (tile) * 256, 64);         \
-            else                                                      \
-                _tile_zero(tile);                                     \
-        }                                                             \
+#define NSRU_EXCHANGE(tile, done, next)                              \
+    do {                                                             \
+        if (!(done) || (done) != (next)) {                           \
+            if (done) _tile_stored(tile, (done) + (tile) * 256, 64); \
+            if (next)                                                \
+                _tile_loadd(tile, (next) + (tile) * 256, 64);        \
+            else                                                     \
+                _tile_zero(tile);                                    \
+        }                                                            \
     } while (false)
 
 inline void exchange_square(float* done, const float* next) {
@@ -225,6 +225,39 @@ void round_rows(const float* square, float scale, WRITE write) {
     }
 }
 
+// write(row, low, high) for the 32 rows of scale · square.
+template <class WRITE>
+void widen_rows(const float* square, float scale, WRITE write) {
+    const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);  // by four columns
+    const __m512i second = _mm512_add_epi64(first, _mm512_set1_epi64(4));
+    const __m512 factor = _mm512_set1_ps(scale);
+    for (int r = 0; r < kEdge; ++r) {
+        const float* at = square + r / 16 * 512 + r % 16 * 16;
+        const __m512d a = _mm512_castps_pd(_mm512_mul_ps(_mm512_loadu_ps(at), factor));
+        const __m512d c = _mm512_castps_pd(_mm512_mul_ps(_mm512_loadu_ps(at + 256), factor));
+        write(r, _mm512_castpd_ps(_mm512_permutex2var_pd(a, first, c)),
+              _mm512_castpd_ps(_mm512_permutex2var_pd(a, second, c)));
+    }
+}
+
+// write(column, low, high) for the 32 columns of scale · square.
+template <class WRITE>
+void widen_columns(const float* square, float scale, WRITE write) {
+    const __m512 factor = _mm512_set1_ps(scale);
+    for (int tile = 0; tile < 2; ++tile) {
+        __m512i low[16], high[16];
+        for (int r = 0; r < 16; ++r) {
+            const float* at = square + tile * 256 + r * 16;
+            low[r] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(at), factor));
+            high[r] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(at + 512), factor));
+        }
+        transpose_words(low);
+        transpose_words(high);
+        for (int c = 0; c < 16; ++c)
+            write(index_of(tile, c), _mm512_castsi512_ps(low[c]), _mm512_castsi512_ps(high[c]));
+    }
+}
+
 // Pairs of rows of scale · square + bias, rounded, as in pair tiles, for the columns of one tile; a
 // bias belongs to a row.
 inline void round_pairs(const float* square, int tile, float scale, const float* bias,
@@ -235,8 +268,7 @@ inline void round_pairs(const float* square, int tile, float scale, const float*
     const __m512 factor = _mm512_set1_ps(scale);
     for (int p = 0; p < 16; ++p) {
         const float* at = square + p / 8 * 512 + tile * 256 + p % 8 * 32;
-        const __m512 a =
-            _mm512_fmadd_ps(_mm512_loadu_ps(at), factor, _mm512_set1_ps(bias[2 * p]));
+        const __m512 a = _mm512_fmadd_ps(_mm512_loadu_ps(at), factor, _mm512_set1_ps(bias[2 * p]));
         const __m512 c =
             _mm512_fmadd_ps(_mm512_loadu_ps(at + 16), factor, _mm512_set1_ps(bias[2 * p + 1]));
         pairs[p] = _mm512_permutexvar_epi16(interleaved, rounded(a, c));

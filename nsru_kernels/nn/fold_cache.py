@@ -76,9 +76,10 @@ class FoldCache:
             return None
         if capturing(a_RK.device):
             return None
-        if not self._fresh(module, dtype):
+        fold = self._fresh(module, dtype)
+        if fold is None:
             self._refresh(module, dtype)
-        fold = self._folds[module]
+            fold = self._folds[module]
         assert fold is not None
         return fold.folded
 
@@ -109,11 +110,11 @@ class FoldCache:
             return False
         return _together(asked, other)
 
-    def _fresh(self, module: NSRULinear, dtype: torch.dtype) -> bool:
+    def _fresh(self, module: NSRULinear, dtype: torch.dtype) -> _Fold | None:
         fold = self._folds.get(module)
         if fold is None or fold.key != _key(module, dtype):
-            return False
-        return fold.values is None or torch.equal(fold.values, module.lora_A)
+            return None
+        return fold if fold.values is None or torch.equal(fold.values, module.lora_A) else None
 
 
 def _values(a_RK: Tensor) -> Tensor | None:

@@ -64,13 +64,15 @@ def check_some_gradients(module, case, dtype, unused, wanted):
     ys, s = reference.forward(x, ws, a, bs, biases, scalings)
     dys = [None if i in unused else dy for i, dy in enumerate(upstream(ys))]
     needs = [i in wanted for i in range(2 + 9)]
-    check_backward(module, (dys, x, ws, a, bs, s, scalings), needs, [str(i) for i in range(11)])
+    names = ["dx", "da", *(f"d{n}{i}" for n in ("w", "bias", "b") for i in range(3))]
+    check_backward(module, (dys, x, ws, a, bs, s, scalings), needs, names)
 
 
 def check_backward(module, back, needs, names):
-    compare(
-        module.backward(*back, needs),
-        reference.backward(*back, needs),
-        reference.backward(*wide(list(back)), needs),
-        names,
-    )
+    got = module.backward(*back, needs)
+    eager = reference.backward(*back, needs)
+    # A backend may hand dĀ and dB out unrounded.
+    narrow = [i for i, name in enumerate(names) if name == "da" or name.startswith("db")]
+    for i in narrow:
+        got[i] = got[i].to(eager[i].dtype)
+    compare(got, eager, reference.backward(*wide(list(back)), needs), names)

@@ -100,10 +100,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    if x.is_meta or not x.is_floating_point() or x.dtype == torch.float64:
+    if x.is_meta or not torch.is_autocast_enabled(device := x.device.type):
         return None
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def autocast_inputs(

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from nsru_kernels.dispatch import as_op, run
 from nsru_kernels.ops.fold.autograd import fold_many
+from nsru_kernels.ops.fold.reference import accumulate_dtype
 
 _library = torch.library.Library("nsru", "FRAGMENT")
 _library.define(
@@ -34,6 +35,12 @@ def _forward(x, weight, a, b, bias, scaling, dropout_p, seed, backend):
 
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
+def _(dy, *args):
+    dx, dw, dbias, da, db = _backward(dy, *args)
+    wide = accumulate_dtype(dy.dtype)  # whatever the backend hands out
+    return [dx, dw, dbias, da.to(wide), db.to(wide)]
+
+
 def _backward(dy, x, weight, a, b, s, scaling, dropout_p, seed, needs, backend):
     args = (dy, x, weight, a, b, s, scaling, dropout_p, seed, needs)
     # Every backend draws masks of its own: with dropout both passes must be by the same one.
@@ -55,9 +62,10 @@ def _(x, weight, a, b, bias, scaling, dropout_p, seed, backend):
 @torch.library.register_fake("nsru::linear_backward")
 def _(dy, x, weight, a, b, s, scaling, dropout_p, seed, needs, backend):
     shapes = (x.shape, weight.shape, (weight.shape[0],), a.shape, b.shape)
+    dtypes = 3 * [x.dtype] + 2 * [accumulate_dtype(x.dtype)]
     return [
-        x.new_empty(shape) if need else x.new_empty(0)
-        for shape, need in zip(shapes, needs, strict=True)
+        x.new_empty(shape if need else 0, dtype=dtype)
+        for shape, need, dtype in zip(shapes, needs, dtypes, strict=True)
     ]
 
 
@@ -102,7 +110,7 @@ class ProjectedLinear(torch.autograd.Function):
         if need_a and basis is not None:
             da = fold_to(a_dtype, da.to(a_dtype), basis, core, ctx.backend)
         return (
-            dx.view(ctx.x_shape) if need_x else None,
+            unflatten(dx, ctx.x_shape) if need_x else None,
             dw if need_w else None,
             dbias.to(bias_dtype) if need_bias else None,
             da.to(a_dtype) if need_a else None,

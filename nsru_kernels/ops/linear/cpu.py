@@ -36,7 +36,7 @@ def backward(
     seed: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
-    """[dX, dW, dbias, dĀ, dB] in x's dtype; an empty tensor where ``needs`` is False."""
+    """[dX, dW, dbias, dĀ, dB], dĀ and dB in float32; an empty tensor where ``needs`` is False."""
     check_operands("nsru_linear", dy_MN, dropout_p)
     need_x, need_w, need_bias, need_a, need_b = needs
     order = [need_x, need_a, need_w, need_bias, need_b]

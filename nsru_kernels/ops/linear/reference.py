@@ -44,7 +44,10 @@ def backward(
     seed: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
-    """[dX, dW, dbias, dĀ, dB] in x's dtype; an empty tensor where ``needs`` is False."""
+    """[dX, dW, dbias, dĀ, dB] in x's dtype; an empty tensor where ``needs`` is False.
+
+    Other backends may hand dĀ and dB out in float32.
+    """
     need_x, need_w, need_bias, need_a, need_b = needs
     dx, dw, dbias, da, db = (dy_MN.new_empty(0) for _ in needs)  # no two outputs of an op may alias
     if need_x or need_a:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsru_kernels.dispatch import as_op, run
+from nsru_kernels.ops.fold.reference import accumulate_dtype
 from nsru_kernels.ops.linear.autograd import flatten, fold_to, unflatten
 
 _library = torch.library.Library("nsru", "FRAGMENT")
@@ -30,6 +31,12 @@ def _forward(x, weights, a, bs, biases, scalings, backend):
 
 
 @torch.library.impl(_library, "linear_group_backward", "CompositeExplicitAutograd")
+def _(dys, x, weights, *args):
+    dx, da, *others = _backward(dys, x, weights, *args)
+    wide, dbs = accumulate_dtype(x.dtype), 2 * len(weights)
+    return [dx, da.to(wide), *others[:dbs], *(db.to(wide) for db in others[dbs:])]
+
+
 def _backward(dys, x, weights, a, bs, s, scalings, needs, backend):
     args = (dys, x, weights, a, bs, s, scalings, needs)
     return run("linear_group", "backward", backend, x.device, *args, **_key(x, weights, a))
@@ -52,9 +59,11 @@ def _(dys, x, weights, a, bs, s, scalings, needs, backend):
     shapes = [x.shape, a.shape]
     shapes += [w.shape for w in weights] + [w.shape[:1] for w in weights] + [b.shape for b in bs]
     used = [True, True, *[dy is not None for dy in dys] * 3]
+    wide = accumulate_dtype(x.dtype)
+    dtypes = [x.dtype, wide, *[x.dtype] * 2 * len(bs), *[wide] * len(bs)]
     return [
-        x.new_empty(shape) if need and use else x.new_empty(0)
-        for shape, need, use in zip(shapes, needs, used, strict=True)
+        x.new_empty(shape if need and use else 0, dtype=dtype)
+        for shape, need, use, dtype in zip(shapes, needs, used, dtypes, strict=True)
     ]
 
 
@@ -118,7 +127,7 @@ class ProjectedLinearGroup(torch.autograd.Function):
         ]
         used = [dy is not None for dy in dys] * 4
         return (
-            dx.view(ctx.x_shape) if need_x else None,
+            unflatten(dx, ctx.x_shape) if need_x else None,
             *(None,) * 5,
             *(
                 grad if need and use else None

@@ -45,18 +45,19 @@ def backward(
     scalings: list[float],
     needs: list[bool],
 ) -> list[Tensor]:
-    """[dX, dĀ, *dW, *dbias, *dB] in x's dtype; empty where not needed or not used."""
+    """[dX, dĀ, *dW, *dbias, *dB], dĀ and dB in float32; empty where not needed or not used."""
     check_operands("nsru_linear_group", x_MK)
     count = len(ws_NK)
     need_x, need_a = needs[:2]
     need_w, need_bias, need_b = (needs[2 + i * count : 2 + (i + 1) * count] for i in range(3))
-    used = [dy_MN is not None for dy_MN in dys_MN]
-    ds_MR = (torch.empty_like if all(used) else torch.zeros_like)(s_MR)
-    dx_MK = torch.empty_like(x_MK, memory_format=torch.contiguous_format) if need_x else None
-    da_RK = torch.empty_like(a_RK, memory_format=torch.contiguous_format) if need_a else None
+    # Columns that belong to an output nobody used stay zero.
+    unused = any(dy_MN is None for dy_MN in dys_MN)
+    ds_MR = torch.zeros_like(s_MR) if unused else torch.empty_like(s_MR)
+    dx_MK = x_MK.new_empty(x_MK.shape) if need_x else None
+    da_RK = a_RK.new_empty(a_RK.shape, dtype=torch.float32) if need_a else None
     dbs_NR = [
-        torch.empty_like(b_NR, memory_format=torch.contiguous_format) if need and use else None
-        for b_NR, need, use in zip(bs_NR, need_b, used, strict=True)
+        b_NR.new_empty(b_NR.shape, dtype=torch.float32) if need and dy_MN is not None else None
+        for b_NR, need, dy_MN in zip(bs_NR, need_b, dys_MN, strict=True)
     ]
     take = Arguments()
     siblings = [
