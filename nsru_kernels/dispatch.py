@@ -240,8 +240,10 @@ def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
     if chosen == "auto":
         function, sizes = _looked_up_by(op, args)
         choice = plans.choose(folder, function, device, sizes, torch.get_num_threads())
-        if choice is None or not (
-            _unavailable(folder, choice.backend, device) is None and _takes(folder, choice.backend, dtypes)
+        if (
+            choice is None
+            or _unavailable(folder, choice.backend, device) is not None
+            or not _takes(folder, choice.backend, dtypes)
         ):
             chosen, against_others = "eager", ""
         else:

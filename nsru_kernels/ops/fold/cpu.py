@@ -19,16 +19,15 @@ def fold_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None]
 ) -> list[Tensor]:
     """Ā_i, unrounded; see reference.py."""
-    if any(t.dtype != torch.float32 for t in (*as_RK, *bases_KQ)) or any(
-        core_QQ is not None for core_QQ in cores_QQ
-    ):
+    wide = {tensor.dtype for tensor in (*as_RK, *bases_KQ)} <= {torch.float32}
+    if not wide or any(core_QQ is not None for core_QQ in cores_QQ):
         return reference.fold_many(as_RK, bases_KQ, cores_QQ)
-    folded = [torch.empty_like(a_RK, memory_format=torch.contiguous_format) for a_RK in as_RK]
-    triples = zip(as_RK, folded, bases_KQ, strict=True)
-    for _, run in itertools.groupby(triples, key=lambda triple: id(triple[2])):
-        take, adapters = Arguments(), []
-        for a_RK, folded_RK, basis_KQ in run:
-            adapters.append((take.vector(a_RK), take.vector(folded_RK), a_RK.shape[0]))
+    folded = [a_RK.new_empty(a_RK.shape) for a_RK in as_RK]
+    triples = zip(bases_KQ, as_RK, folded, strict=True)
+    for _, run in itertools.groupby(triples, key=lambda triple: id(triple[0])):
+        (basis_KQ, *_), *_ = alike = list(run)
+        take = Arguments()
         basis = take.matrix(basis_KQ.contiguous())
+        adapters = [(take.vector(a), take.vector(out), a.shape[0]) for _, a, out in alike]
         cpu_extension.load().fold(basis, adapters, torch.get_num_threads())
     return folded

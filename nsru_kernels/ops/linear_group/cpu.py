@@ -52,7 +52,7 @@ def backward(
     need_w, need_bias, need_b = (needs[2 + i * count : 2 + (i + 1) * count] for i in range(3))
     # Columns that belong to an output nobody used stay zero.
     unused = any(dy_MN is None for dy_MN in dys_MN)
-    ds_MR = torch.zeros_like(s_MR) if unused else torch.empty_like(s_MR)
+    ds_MR = s_MR.new_zeros(s_MR.shape) if unused else s_MR.new_empty(s_MR.shape)
     dx_MK = x_MK.new_empty(x_MK.shape) if need_x else None
     da_RK = a_RK.new_empty(a_RK.shape, dtype=torch.float32) if need_a else None
     dbs_NR = [

@@ -47,8 +47,8 @@ def backward(
 ) -> list[Tensor]:
     """[dX, dĀ, *dW, *dbias, *dB] in x's dtype; an empty tensor where ``needs`` is False.
 
-    Other backends may hand dĀ and dB out in float32. A ``dy`` of None is an output that nobody used:
-    what belongs to it alone stays empty, and its rows of dĀ are zero.
+    Other backends may hand dĀ and dB out in float32. A ``dy`` of None is an output that nobody
+    used: what belongs to it alone stays empty, and its rows of dĀ are zero.
     """
     grads = [x_MK.new_empty(0) for _ in needs]  # no two outputs of an op may alias
     count = len(ws_NK)
