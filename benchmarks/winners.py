@@ -39,7 +39,7 @@ def write_plans(folder: Path) -> Path:
 def plan_table(folder: Path) -> dict[str, Any]:
     """What a file of ``nsru_kernels/plans`` holds, from the rows of linear, siblings, fold, sketch.
 
-    A CPU's table has "threads" and the linears only, for nothing else has CPU kernels.
+    A CPU's table has "threads" and no sketch, for which there is no CPU kernel.
 
     Raises:
         ValueError: the rows are of several devices, dtypes or commits, or of tiny sizes, or of a
@@ -51,7 +51,7 @@ def plan_table(folder: Path) -> dict[str, Any]:
     on_cpu = any(row["timing"] == "clock" for row in linears)  # GPUs are timed by graphs or events
     rows, columns = [*linears, *fold, *sketch], COLUMNS
     if on_cpu:
-        rows, columns = linears, (*COLUMNS, "threads")
+        rows, columns = [*linears, *fold], (*COLUMNS, "threads")
     runs = {tuple(row[column] for column in columns) for row in rows}
     if len(runs) != 1:
         raise ValueError(f"plans need the rows of one run, {folder} has {sorted(runs)}.")
@@ -60,8 +60,9 @@ def plan_table(folder: Path) -> dict[str, Any]:
     table: dict[str, Any] = dict(zip(columns, runs.pop(), strict=True))
     entries = whole_entries if on_cpu else linear_entries
     table |= {"linear": entries(linear), "linear_group": entries(siblings)}
+    table["fold"] = fold_entries(fold)
     if not on_cpu:
-        return table | {"fold": fold_entries(fold), "sketch": sketch_entries(sketch)}
+        return table | {"sketch": sketch_entries(sketch)}
     if not any(row["provider"] == f"{PREFIX}cpu" for row in rows):
         raise ValueError(f"{folder} has no times of the CPU kernels: no AMX here, or not bf16?")
     return table | {"threads": int(table["threads"])}
@@ -120,7 +121,7 @@ def _by_shape(
 
 def fold_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
     """For each number of adapters: the grouped launch that beats the loop for every dtype of the
-    basis, by most in sum; else the loop."""
+    basis, by most in sum; else the loop. CPU kernels are asked about float32 only, see MARGIN."""
     by_count: dict[int, dict[str, dict[str, float]]] = {}
     for row in rows:
         bases = by_count.setdefault(int(row["adapters"]), {})
@@ -132,10 +133,11 @@ def fold_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
         if bases.keys() != every_basis or not whole:
             continue  # a run that was cut off
         total = {"eager": sum(times["eager, a loop"] for times in bases.values())}
-        for backend in ("triton", "cuda"):
-            grouped = f"{backend}, one launch"
-            if all(times.get(grouped, inf) < times["eager, a loop"] for times in bases.values()):
-                total[backend] = sum(times[grouped] for times in bases.values())
+        for backend, margin in (("cpu", MARGIN), ("triton", 1.0), ("cuda", 1.0)):
+            asked = [t for basis, t in bases.items() if backend != "cpu" or basis == "float32"]
+            grouped, loop = f"{backend}, one launch", "eager, a loop"
+            if all(times.get(grouped, inf) < margin * times[loop] for times in asked):
+                total[backend] = sum(times.get(grouped, times[loop]) for times in bases.values())
         entries.append({"sizes": [count], "fold_many": _fastest(total)})
     return entries
 

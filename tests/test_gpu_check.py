@@ -57,7 +57,7 @@ def fold_rows(**ms):
             "p50_ms": str(value),
         }
         for backend, values in ({"eager": (1.0, 1.0)} | ms).items()
-        for basis, value in zip(("float32", "bfloat16"), values, strict=True)
+        for basis, value in zip(("float32", "bfloat16"), values)
         for how in ("a loop" if backend == "eager" else "one launch",)
     ]
 
@@ -68,6 +68,8 @@ def test_the_grouped_fold_must_win_for_every_basis():
         ({"triton": (0.5, 2.0)}, "eager"),
         ({"triton": (0.5, 0.4), "cuda": (0.4, 0.4)}, "cuda"),
         ({"triton": (0.5, 0.4), "cuda": (0.1, 1.1)}, "triton"),
+        ({"cpu": (0.9,)}, "cpu"),
+        ({"cpu": (0.97,)}, "eager"),
         ({}, "eager"),
     ):
         assert fold_entries(fold_rows(**ms)) == [{"sizes": [224], "fold_many": winner}], ms
@@ -176,8 +178,7 @@ def test_the_table_of_a_cpu(tmp_path, monkeypatch, capsys):
     rows = [*on_cpu(1.1, 1.0), *on_cpu(1.0, 1.1, m=128), *on_cpu(1.0, 1.1, m=64)]
     write(tmp_path, rows)
     write(tmp_path, on_cpu(2.0, 1.0, **GROUP), "siblings")
-    other_run = [r | {"commit": "older"} for r in fold_rows(triton=(0.5, 0.4))]
-    write(tmp_path, other_run, "fold")
+    write(tmp_path, [rows[0] | r for r in fold_rows(cpu=(0.5,))], "fold")
     winners.main([str(tmp_path)])
     path = tmp_path / "cpu-with-amx.json"
     assert str(path) in capsys.readouterr().out
@@ -189,8 +190,18 @@ def test_the_table_of_a_cpu(tmp_path, monkeypatch, capsys):
             {"sizes": [512, 4096, 4096, 16], "forward": "cpu", "backward": "cpu"},
         ],
         "linear_group": [{"sizes": [512, 4096, 6144, 48], "forward": "cpu", "backward": "cpu"}],
+        "fold": [{"sizes": [224], "fold_many": "cpu"}],
         "threads": 2,
     }
+
+
+def test_a_fold_of_another_run_makes_no_table(tmp_path):
+    rows = on_cpu(2.0, 1.0)
+    write(tmp_path, rows)
+    other_run = rows[0] | {"commit": "older"}
+    write(tmp_path, [other_run | r for r in fold_rows(cpu=(0.5,))], "fold")
+    with pytest.raises(ValueError, match="one run"):
+        plan_table(tmp_path)
 
 
 def test_siblings_alone_make_a_table(tmp_path):
