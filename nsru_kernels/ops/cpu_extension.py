@@ -83,7 +83,11 @@ class Arguments:
 
     def vector(self, tensor: Tensor | None) -> int:
         """The address of contiguous elements; 0 for None."""
-        return 0 if tensor is None else self._address(tensor.resolve_neg().contiguous())
+        if tensor is None:
+            return 0
+        if tensor.is_neg():
+            tensor = tensor.resolve_neg()
+        return self._address(tensor.contiguous())
 
     def _address(self, tensor: Tensor) -> int:
         plain = type(tensor) in (Tensor, Parameter)

@@ -5,8 +5,6 @@ Adapters in a row with one basis are folded in one pass over it.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -19,15 +17,18 @@ def fold_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None]
 ) -> list[Tensor]:
     """Ā_i, unrounded; see reference.py."""
-    wide = {tensor.dtype for tensor in (*as_RK, *bases_KQ)} <= {torch.float32}
+    wide = all(tensor.dtype == torch.float32 for tensor in (*as_RK, *bases_KQ))
     if not wide or any(core_QQ is not None for core_QQ in cores_QQ):
         return reference.fold_many(as_RK, bases_KQ, cores_QQ)
-    folded = [a_RK.new_empty(a_RK.shape) for a_RK in as_RK]
-    triples = zip(bases_KQ, as_RK, folded, strict=True)
-    for _, run in itertools.groupby(triples, key=lambda triple: id(triple[0])):
-        (basis_KQ, *_), *_ = alike = list(run)
-        take = Arguments()
-        basis = take.matrix(basis_KQ.contiguous())
-        adapters = [(take.vector(a), take.vector(out), a.shape[0]) for _, a, out in alike]
-        cpu_extension.load().fold(basis, adapters, torch.get_num_threads())
+    take, folded = Arguments(), [a_RK.new_empty(a_RK.shape) for a_RK in as_RK]
+    adapters = [
+        (take.vector(a_RK), take.vector(out_RK), a_RK.shape[0])
+        for a_RK, out_RK in zip(as_RK, folded, strict=True)
+    ]
+    first = 0
+    for i, basis_KQ in enumerate(bases_KQ, start=1):
+        if i == len(bases_KQ) or bases_KQ[i] is not basis_KQ:
+            basis = take.matrix(basis_KQ.contiguous())
+            cpu_extension.load().fold(basis, adapters[first:i], torch.get_num_threads())
+            first = i
     return folded

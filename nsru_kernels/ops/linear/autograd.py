@@ -124,9 +124,9 @@ def fold_to(
 ) -> Tensor:
     """Ā rounded once to ``dtype``; A itself where there is no basis. No autograd."""
     a_RK = a_RK.detach()
-    if basis_KQ is not None and a_RK.numel():
-        a_RK = fold_many([a_RK], [basis_KQ], [core_QQ], backend)[0]
-    return a_RK.to(dtype).contiguous()
+    if basis_KQ is None or not a_RK.numel():
+        return a_RK.to(dtype).contiguous()
+    return fold_many([a_RK], [basis_KQ], [core_QQ], backend)[0].to(dtype)
 
 
 def flatten(x: Tensor) -> Tensor:
