@@ -321,11 +321,14 @@ class Worker {
             const bf16* pairs = chunk_tiles(part.term->left, block, part.first);
             const auto& [data, stride, reduction_first] = part.term->right;
             if (block == 0 && lies_in_tiles(part, columns))
-                add_steps<true>(panel, pairs, part.steps,
-                                data + column * stride + part.first * kStep, stride, done, next,
-                                ahead);
+                add_steps<RowTiles::kInMemory>(panel, pairs, part.steps,
+                                               data + column * stride + part.first * kStep, stride,
+                                               done, next, ahead);
+            else if (columns <= kEdge / 2)
+                add_steps<RowTiles::kOne>(panel, pairs, part.steps, nullptr, 0, done, next, ahead);
             else
-                add_steps<false>(panel, pairs, part.steps, nullptr, 0, done, next, ahead);
+                add_steps<RowTiles::kPacked>(panel, pairs, part.steps, nullptr, 0, done, next,
+                                             ahead);
             panel += part.steps * kPair;
             next = done = squares_;  // the accumulators stay for the other parts
             ahead = {};

@@ -111,7 +111,8 @@ inline void interleave(const Matrix& m, int64_t i, int64_t count, int64_t d, int
 template <bool PAIRS>
 void copy_rows(const Matrix& m, int64_t i, int64_t count, int64_t d, int64_t depth, bf16* tiles) {
     const __mmask32 lanes = first_lanes(depth);
-    for (int tile = 0; tile < 2; ++tile) {
+    const int tiles_used = !PAIRS && count <= kEdge / 2 ? 1 : 2;
+    for (int tile = 0; tile < tiles_used; ++tile) {
         __m512i v[16];
         for (int r = 0; r < 16; ++r) {
             const int64_t row = PAIRS ? index_of(tile, r) : 16 * tile + r;
@@ -171,18 +172,21 @@ struct Ahead {
     }
 };
 
+// Where row tiles come from: they are packed; they are, but the second one would be empty; they lie
+// whole in memory and are packed by the way.
+enum class RowTiles { kPacked, kOne, kInMemory };
+
 // Adds rows · pairs over some steps. The row tiles stay in the first-level cache while the pair
-// tiles stream past it. With `memory`, where the rows lie whole in memory, row tiles are taken from
-// there and packed by the way. Accumulators are exchanged one by one, just before the first step
-// needs them.
-template <bool FROM_MEMORY>
+// tiles stream past it. Accumulators are exchanged one by one, just before the first step needs
+// them.
+template <RowTiles ROWS>
 void add_steps(bf16* rows, const bf16* pairs, int64_t steps, const bf16* memory, int64_t stride,
                float* done, const float* next, Ahead ahead) {
     const int64_t bytes = stride * sizeof(bf16);
     order_memory();
     for (int64_t s = 0; s < steps; ++s, rows += kPair, pairs += kPair, memory += kStep) {
         ahead.fetch(s);
-        if (FROM_MEMORY) {
+        if (ROWS == RowTiles::kInMemory) {
             _tile_stream_loadd(4, memory, bytes);
             _tile_stored(4, rows, 64);
         } else {
@@ -194,7 +198,12 @@ void add_steps(bf16* rows, const bf16* pairs, int64_t steps, const bf16* memory,
         _tile_stream_loadd(7, pairs + kTile, 64);
         if (s == 0) NSRU_EXCHANGE(1, done, next);
         _tile_dpbf16ps(1, 4, 7);
-        if (FROM_MEMORY) {
+        if (ROWS == RowTiles::kOne) {
+            if (s == 0) NSRU_EXCHANGE(2, done, next);
+            if (s == 0) NSRU_EXCHANGE(3, done, next);
+            continue;
+        }
+        if (ROWS == RowTiles::kInMemory) {
             _tile_stream_loadd(5, memory + 16 * stride, bytes);
             _tile_stored(5, rows + kTile, 64);
         } else {
