@@ -44,6 +44,7 @@ def _unavailable() -> str | None:
     return f"{reason}. Use backend='eager'." if reason else None
 
 
+@functools.cache
 def load() -> ModuleType:
     """The compiled module. Raises ImportError."""
     return importlib.import_module("nsru_kernels._cpu")
@@ -73,9 +74,11 @@ class Arguments:
         """What has neither contiguous rows nor contiguous columns is copied."""
         if tensor.is_neg():
             tensor = tensor.resolve_neg()
-        if 1 not in tensor.stride():
+        strides = tensor.stride()
+        if 1 not in strides:
             tensor = tensor.contiguous()
-        return (self._address(tensor), *tensor.shape, *tensor.stride())
+            strides = tensor.stride()
+        return (self._address(tensor), *tensor.shape, *strides)
 
     def wanted(self, tensor: Tensor | None) -> _Matrix | None:
         """``matrix``; None for None."""
