@@ -64,7 +64,7 @@ void forward(const Tensor& x, const Tensor& a, const Tensor& s,
 void backward(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& ds, const Maybe& dx,
               const Maybe& da, const std::vector<Sibling>& siblings, int threads) {
     // All but dB are computed as their transposes: a left operand is packed once, a right one for
-    // every 256 rows, and W, which has to be interleaved, costs more than dY, which lies in tiles.
+    // every 128 rows, and W, which has to be interleaved, costs more than dY, which lies in tiles.
     std::vector<Product> first, then;
     std::vector<std::pair<Tensor, Tensor>> wide, narrow;  // what dX is the sum of
     int64_t rank = 0;

@@ -1,6 +1,6 @@
 // How a product is cut up.
 //
-//   chunk    up to 256 rows of the left operands, packed once as pair tiles and kept in the
+//   chunk    up to 128 rows of the left operands, packed once as pair tiles and kept in the
 //            second-level cache
 //   panel    32 columns of one output and so of its right operands, as row tiles
 //   pass     up to 20 steps of the reduction: a panel's part of it fits the first-level cache
@@ -24,7 +24,7 @@ namespace nsru::cpu {
 
 namespace {
 
-constexpr int64_t kChunkRows = 256;
+constexpr int64_t kChunkRows = 128;
 constexpr int64_t kPassSteps = 20;
 constexpr int64_t kPartSteps = 16;
 
