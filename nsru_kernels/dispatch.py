@@ -234,9 +234,7 @@ def _log_skipped(op: str, device: torch.device) -> None:
 def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
     folder, chosen, plan = OPS[op], requested_backend("auto"), None
     against_others = f"NSRU_BACKEND={chosen} is set."
-    # The x of a linear; the other ops take adapters and samples of several dtypes.
-    x = args[0] if args and "linear" in folder else None
-    dtypes = {_compute_dtype(x)} if isinstance(x, torch.Tensor) else set()
+    dtypes = _dtypes(folder, args)
     if chosen == "auto":
         function, sizes = _looked_up_by(op, args)
         choice = plans.choose(folder, function, device, sizes, torch.get_num_threads())
@@ -264,6 +262,18 @@ def _verdicts(op: str, device: torch.device, args: tuple) -> list[Verdict]:
         kernels = KERNELS.get((folder, backend), "")
         verdicts.append(Verdict(op, backend, serves, reason or "", kernels))
     return verdicts
+
+
+def _dtypes(folder: str, args: tuple) -> set[torch.dtype]:
+    """What ``auto`` asks of a backend that it takes: the dtype of a linear's x, those of a fold."""
+    if "linear" in folder:
+        return {_compute_dtype(x) for x in args[:1] if isinstance(x, torch.Tensor)}
+    if folder == "fold":
+        tensors = [
+            t for arg in args[:2] for t in (arg if isinstance(arg, (list, tuple)) else [arg])
+        ]
+        return {t.dtype for t in tensors if isinstance(t, torch.Tensor)}
+    return set()
 
 
 def _looked_up_by(op: str, args: tuple) -> tuple[str, tuple[int, ...]]:

@@ -38,7 +38,7 @@ void run_forward(const TensorTuple& x, const TensorTuple& a, const TensorTuple& 
     std::vector<Sibling> siblings;
     for (const auto& [w, b, scaling, bias, y] : tuples)
         siblings.push_back({tensor(w), tensor(b), scaling, reinterpret_cast<const bf16*>(bias),
-                            tensor(y), std::nullopt});
+                            tensor(y), std::nullopt, std::nullopt});
     py::gil_scoped_release unlocked;
     forward(tensor(x), tensor(a), tensor(s), siblings, threads);
 }
@@ -49,7 +49,8 @@ void run_backward(const TensorTuple& x, const TensorTuple& a, const TensorTuple&
     check_available();
     std::vector<Sibling> siblings;
     for (const auto& [w, b, scaling, dy, db] : tuples)
-        siblings.push_back({tensor(w), tensor(b), scaling, nullptr, maybe(dy), maybe(db)});
+        siblings.push_back(
+            {tensor(w), tensor(b), scaling, nullptr, std::nullopt, maybe(dy), maybe(db)});
     py::gil_scoped_release unlocked;
     backward(tensor(x), tensor(a), tensor(s), tensor(ds), maybe(dx), maybe(da), siblings, threads);
 }

@@ -121,7 +121,7 @@ void fold(const Basis& u, const std::vector<Adapter>& adapters, int threads) {
     each_block([&](int64_t block) {
         for (size_t i = 0; i < adapters.size(); ++i)
             add_along(u, adapters[i], block * kSumRows, std::min((block + 1) * kSumRows, u.k),
-                      &along[block * size + offsets[i]], width);
+                      along.data() + block * size + offsets[i], width);
     });
     for (int64_t block = 1; block < blocks; ++block)
         for (int64_t i = 0; i < size; ++i) along[i] += along[block * size + i];
@@ -131,7 +131,7 @@ void fold(const Basis& u, const std::vector<Adapter>& adapters, int threads) {
         for (int64_t k = block * kSumRows; k < last; k += kLanes) {
             transpose_rows(u, k, width, columns.data());
             for (size_t i = 0; i < adapters.size(); ++i)
-                subtract(adapters[i], &along[offsets[i]], columns.data(), width, k, u.k);
+                subtract(adapters[i], along.data() + offsets[i], columns.data(), width, k, u.k);
         }
     });
 }

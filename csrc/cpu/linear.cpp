@@ -68,7 +68,7 @@ void backward(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& d
     std::vector<Product> first, then;
     std::vector<std::pair<Tensor, Tensor>> wide, narrow;  // what dX is the sum of
     int64_t rank = 0;
-    for (const auto& [w, b, scaling, bias, dy, db] : siblings) {
+    for (const auto& [w, b, scaling, bias, y, dy, db] : siblings) {
         const int64_t r = b.columns, column = std::exchange(rank, rank + r);
         if (!dy) continue;
         const Tensor s_i = some_columns(s, column, r), ds_i = some_columns(ds, column, r);

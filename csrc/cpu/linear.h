@@ -24,8 +24,8 @@ struct Sibling {
     Tensor w, b;  // [N, K], [N, R]
     float scaling;
     const bf16* bias;  // [N], or nullptr
-    Maybe y;           // [M, N]; dY in backward, where nobody may have used y
-    Maybe db;          // where it is wanted; backward only
+    Maybe y;           // [M, N]; forward only
+    Maybe dy, db;      // backward only: where y was used; where dB is wanted
 };
 
 // x [M, K], Ā [ΣR, K], S and dS [M, ΣR].

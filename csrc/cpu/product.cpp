@@ -1,7 +1,7 @@
 // How a product is cut up.
 //
-//   chunk    up to 128 rows of the left operands, packed once as pair tiles and kept in the
-//            second-level cache
+//   chunk    up to 128 rows of the left operands, packed once as pair tiles; where the sums have
+//            up to some 4000 elements, it stays in the second-level cache
 //   panel    32 columns of one output and so of its right operands, as row tiles
 //   pass     up to 20 steps of the reduction: a panel's part of it fits the first-level cache
 //   square   the accumulator of a panel and 32 rows of the chunk, so transposed
@@ -13,7 +13,6 @@
 
 #include <sys/mman.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -259,6 +258,7 @@ class Worker {
     // sink(square, row, column).
     template <class SINK>
     void add_up(const Sum& sum, int64_t first, int64_t last, SINK sink) {
+        if (first == last) return;
         struct {
             float* square;
             int64_t row, column;

@@ -4,8 +4,8 @@
 //     out_i = scale_i · Σ_j left_j · right_ij + bias_i       [rows, width_i]
 //
 // where a left operand is a matrix or a narrow product scale · left_j · right, which is computed
-// first and rounded to bf16, and which is also written out, with a scale of its own. Sums are
-// float32, in the order of the reduction, whatever the number of threads.
+// first and rounded to bf16, and which is also written out. Sums are float32, in the order of the
+// reduction, whatever the number of threads.
 #pragma once
 
 #include <cstdint>

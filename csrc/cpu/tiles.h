@@ -184,10 +184,10 @@ void add_steps(bf16* rows, const bf16* pairs, int64_t steps, const bf16* memory,
                float* done, const float* next, Ahead ahead) {
     const int64_t bytes = stride * sizeof(bf16);
     order_memory();
-    for (int64_t s = 0; s < steps; ++s, rows += kPair, pairs += kPair, memory += kStep) {
+    for (int64_t s = 0; s < steps; ++s, rows += kPair, pairs += kPair) {
         ahead.fetch(s);
         if (ROWS == RowTiles::kInMemory) {
-            _tile_stream_loadd(4, memory, bytes);
+            _tile_stream_loadd(4, memory + s * kStep, bytes);
             _tile_stored(4, rows, 64);
         } else {
             _tile_loadd(4, rows, 64);
@@ -204,7 +204,7 @@ void add_steps(bf16* rows, const bf16* pairs, int64_t steps, const bf16* memory,
             continue;
         }
         if (ROWS == RowTiles::kInMemory) {
-            _tile_stream_loadd(5, memory + 16 * stride, bytes);
+            _tile_stream_loadd(5, memory + 16 * stride + s * kStep, bytes);
             _tile_stored(5, rows + kTile, 64);
         } else {
             _tile_loadd(5, rows + kTile, 64);

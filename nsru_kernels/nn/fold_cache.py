@@ -76,7 +76,7 @@ class FoldCache:
             return None
         if capturing(a_RK.device):
             return None
-        fold = self._fresh(module, dtype)
+        fold = self._fresh_fold(module, dtype)
         if fold is None:
             self._refresh(module, dtype)
             fold = self._folds[module]
@@ -106,11 +106,11 @@ class FoldCache:
     def _stale_alike(self, asked: NSRULinear, other: NSRULinear, dtype: torch.dtype) -> bool:
         """Whether ``other`` needs a fold too, in a dtype it is used with, in the same launch."""
         fold = self._folds[other]
-        if fold is not None and (fold.key[0] != dtype or self._fresh(other, dtype)):
+        if fold is not None and (fold.key[0] != dtype or self._fresh_fold(other, dtype)):
             return False
         return _together(asked, other)
 
-    def _fresh(self, module: NSRULinear, dtype: torch.dtype) -> _Fold | None:
+    def _fresh_fold(self, module: NSRULinear, dtype: torch.dtype) -> _Fold | None:
         fold = self._folds.get(module)
         if fold is None or fold.key != _key(module, dtype):
             return None

@@ -71,7 +71,7 @@ class Arguments:
         self._read: list[Tensor] = []
 
     def matrix(self, tensor: Tensor) -> _Matrix:
-        """What has neither contiguous rows nor contiguous columns is copied."""
+        """What has neither contiguous rows nor contiguous columns is copied, so no output may."""
         if tensor.is_neg():
             tensor = tensor.resolve_neg()
         strides = tensor.stride()
@@ -80,7 +80,7 @@ class Arguments:
             strides = tensor.stride()
         return (self._address(tensor), *tensor.shape, *strides)
 
-    def wanted(self, tensor: Tensor | None) -> _Matrix | None:
+    def maybe(self, tensor: Tensor | None) -> _Matrix | None:
         """``matrix``; None for None."""
         return None if tensor is None else self.matrix(tensor)
 

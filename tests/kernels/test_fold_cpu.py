@@ -78,7 +78,7 @@ def test_other_dtypes_are_left_to_library_gemms(monkeypatch):
     a, basis = torch.randn(4, 64), make_basis(64, 8)
     for lora_a, u in ((a, basis.bfloat16()), (a.double(), basis), (a.bfloat16(), basis.float())):
         check([lora_a], [u])
-    assert len(ran) >= 3
+    assert len(ran) == 9, "eager, float64 and this backend, three times"
     ran.clear()
     by_cpu([a], [basis.float()])
     assert not ran

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import types
 from pathlib import Path
 
 import group_cases
@@ -83,6 +84,19 @@ def test_siblings_agree_with_float64(poisoned_memory, case):
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2, 5, 8), (0, 1, 8, 9, 10)])
 def test_unused_outputs_and_unwanted_gradients(poisoned_memory, unused, wanted):
     group_cases.check_some_gradients(group, GROUPS[0], BF16, unused, wanted)
+
+
+def test_the_gradients_of_adapters_are_not_rounded():
+    x, ws, a, bs, _, scalings = group_cases.operands(70, 90, (40,), (5,), BF16)
+    dy, s = torch.randn(70, 40).to(BF16), torch.randn(70, 5).to(BF16)
+    needs = [False, True, False, False, True]
+    _, da, _, _, db = group.backward([dy], x, ws, a, bs, s, scalings, needs)
+    assert da.dtype == db.dtype == torch.float32
+    exact = scalings[0] * dy.double().T @ s.double()
+    torch.testing.assert_close(db.double(), exact, rtol=1e-5, atol=1e-5)
+    ds = (scalings[0] * dy.float() @ bs[0].float()).to(BF16)
+    torch.testing.assert_close(da.double(), ds.double().T @ x.double(), rtol=1e-2, atol=1e-2)
+    assert not torch.equal(da, da.to(BF16).float())
 
 
 def strided(rows, columns):
@@ -197,10 +211,13 @@ def test_a_swapped_model_trains_with_it(monkeypatch):
         def forward(self, x):
             return self.o_proj(self.q_proj(x) + self.k_proj(x))
 
-    calls = []
-    monkeypatch.setattr(
-        cpu_extension, "load", lambda load=cpu_extension.load: calls.append(1) or load()
+    module, calls = cpu_extension.load(), []
+    counting = types.SimpleNamespace(
+        forward=lambda *args: calls.append(1) or module.forward(*args),
+        backward=module.backward,
+        fold=module.fold,
     )
+    monkeypatch.setattr(cpu_extension, "load", lambda: counting)
     model = Block()
     basis = linear_cases.make_basis(64, 8).float()
     names = ["q_proj", "k_proj", "o_proj"]
@@ -210,7 +227,7 @@ def test_a_swapped_model_trains_with_it(monkeypatch):
     x = torch.randn(40, 64, dtype=BF16)
     for _ in range(3):
         model(x).float().square().sum().backward()
-    assert calls
+    assert len(calls) >= 6, "q and k together or apart, and o, three times"
     leak = model.q_proj.lora_A.grad @ basis
     assert leak.norm() <= 1e-4 * model.q_proj.lora_A.grad.norm() + 1e-4
     assert model.q_proj.lora_B.grad.abs().sum() > 0
@@ -254,7 +271,7 @@ def test_a_large_workspace_is_given_back():
     needs = [False, True, False, False, False]
     before = resident_bytes()
     _, da, *_ = group.backward([x], x, [w], a, [b], s, [1.0], needs)
-    assert resident_bytes() - before < 80 * 2**20 * torch.get_num_threads()
+    assert resident_bytes() - before < 20 * 2**20 * torch.get_num_threads()
     assert not da.any()
 
 

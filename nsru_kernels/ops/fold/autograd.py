@@ -25,7 +25,7 @@ def fold_many(
 def _fold_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None], backend: str
 ) -> list[Tensor]:
-    dtypes = tuple({t.dtype for t in (*as_RK, *bases_KQ)})
+    dtypes = tuple(sorted({t.dtype for t in (*as_RK, *bases_KQ)}, key=str))
     args = (as_RK, bases_KQ, cores_QQ)
     sizes = (len(as_RK),)
     return run("fold", "fold_many", backend, as_RK[0].device, *args, sizes=sizes, dtypes=dtypes)

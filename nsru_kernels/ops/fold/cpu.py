@@ -28,7 +28,8 @@ def fold_many(
     first = 0
     for i, basis_KQ in enumerate(bases_KQ, start=1):
         if i == len(bases_KQ) or bases_KQ[i] is not basis_KQ:
-            basis = take.matrix(basis_KQ.contiguous())
+            rows = basis_KQ.stride(1) == 1
+            basis = take.matrix(basis_KQ if rows else basis_KQ.contiguous())
             cpu_extension.load().fold(basis, adapters[first:i], torch.get_num_threads())
             first = i
     return folded

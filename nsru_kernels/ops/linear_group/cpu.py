@@ -61,14 +61,14 @@ def backward(
     ]
     take = Arguments()
     siblings = [
-        (take.matrix(w_NK), take.matrix(b_NR), scaling, take.wanted(dy_MN), take.wanted(db_NR))
+        (take.matrix(w_NK), take.matrix(b_NR), scaling, take.maybe(dy_MN), take.maybe(db_NR))
         for w_NK, b_NR, scaling, dy_MN, db_NR in zip(
             ws_NK, bs_NR, scalings, dys_MN, dbs_NR, strict=True
         )
     ]
     x, a, s, ds = map(take.matrix, (x_MK, a_RK, s_MR, ds_MR))
     cpu_extension.load().backward(
-        x, a, s, ds, take.wanted(dx_MK), take.wanted(da_RK), siblings, torch.get_num_threads()
+        x, a, s, ds, take.maybe(dx_MK), take.maybe(da_RK), siblings, torch.get_num_threads()
     )
     dws_NK = [
         dy_MN.T @ x_MK if need and dy_MN is not None else None
