@@ -22,7 +22,7 @@ def run(session: Session) -> None:
     layer, one = (((64, 3), (96, 1)), ((64, 1),)) if session.tiny else (LAYER, ONE)
     models = [layer * count for count in LAYERS]
     if session.device.type == "cpu":
-        models = models[1:]  # to draw the bases of the whole model takes a CPU minutes
+        models = models[1:]  # a CPU takes long to draw the bases of the whole model
     if session.tiny:
         models = [layer * 2]
     for inputs in (*models, one * 4, one):

@@ -75,5 +75,6 @@ def check_backward(module, back, needs, names):
     # A backend may hand dĀ and dB out unrounded.
     unrounded = [i for i, name in enumerate(names) if re.fullmatch(r"da|db\d", name)]
     for i in unrounded:
+        assert got[i].dtype in (torch.float32, eager[i].dtype), names[i]
         got[i] = got[i].to(eager[i].dtype)
     compare(got, eager, reference.backward(*wide(list(back)), needs), names)

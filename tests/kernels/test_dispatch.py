@@ -246,7 +246,8 @@ def test_a_kernel_says_why_it_cannot_run(fake_kernel, monkeypatch):
 def cpu_table(monkeypatch, write_table):
     """A table for CPUs, as on one that can run the kernels."""
     entry = {"sizes": [512, 64, 32, 4], "forward": "cpu", "backward": "cpu"}
-    write_table("cpu-with-amx", {"threads": 2, "linear": [entry]})
+    fold = {"sizes": [1], "fold_many": "cpu"}
+    write_table("cpu-with-amx", {"threads": 2, "linear": [entry], "fold": [fold]})
     monkeypatch.setattr(cpu_extension, "_unavailable", lambda: None)
 
 
@@ -257,7 +258,12 @@ def test_auto_takes_cpu_kernels_up_to_the_threads_that_were_measured(cpu_table, 
         explanation = nk.explain("nsru_linear", *args)
         assert explanation.backend == backend
     assert "at most 2 threads (now: 3)" in str(explanation)
-    assert nk.explain("project_adapters").backend == "eager", "was not measured"
+    threads(2)
+    a, basis = torch.ones(4, 64), torch.ones(64, 2)
+    for u, backend in ((basis, "cpu"), (basis.bfloat16(), "eager")):
+        assert nk.explain("project_adapter", a, u).backend == backend
+        assert nk.explain("project_adapters", [a], [u]).backend == backend
+    assert nk.explain("project_adapters", [a] * 3, [basis] * 3).backend == "eager", "not measured"
     sketch = nk.explain("RetainSketch.update")
     assert sketch.backend == "eager"
     assert "the same library GEMMs" in str(sketch)
