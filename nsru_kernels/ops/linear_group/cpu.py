@@ -3,6 +3,8 @@ csrc/cpu/linear.h."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,10 +57,15 @@ def backward(
     ds_MR = s_MR.new_zeros(s_MR.shape) if unused else s_MR.new_empty(s_MR.shape)
     dx_MK = x_MK.new_empty(x_MK.shape) if need_x else None
     da_RK = a_RK.new_empty(a_RK.shape, dtype=torch.float32) if need_a else None
-    dbs_NR = [
-        b_NR.new_empty(b_NR.shape, dtype=torch.float32) if need and dy_MN is not None else None
-        for b_NR, need, dy_MN in zip(bs_NR, need_b, dys_MN, strict=True)
-    ]
+
+    def each(
+        needs: list[bool], gradient: Callable[[Tensor, Tensor], Tensor]
+    ) -> list[Tensor | None]:
+        """``gradient(dy, b)`` of every sibling whose output was used, where it is needed."""
+        siblings = zip(needs, dys_MN, bs_NR, strict=True)
+        return [gradient(dy, b) if need and dy is not None else None for need, dy, b in siblings]
+
+    dbs_NR = each(need_b, lambda dy, b: b.new_empty(b.shape, dtype=torch.float32))
     take = Arguments()
     siblings = [
         (take.matrix(w_NK), take.matrix(b_NR), scaling, take.maybe(dy_MN), take.maybe(db_NR))
@@ -70,13 +77,7 @@ def backward(
     cpu_extension.load().backward(
         x, a, s, ds, take.maybe(dx_MK), take.maybe(da_RK), siblings, torch.get_num_threads()
     )
-    dws_NK = [
-        dy_MN.T @ x_MK if need and dy_MN is not None else None
-        for dy_MN, need in zip(dys_MN, need_w, strict=True)
-    ]
-    dbiases_N = [
-        dy_MN.sum(0) if need and dy_MN is not None else None
-        for dy_MN, need in zip(dys_MN, need_bias, strict=True)
-    ]
+    dws_NK = each(need_w, lambda dy, b: dy.T @ x_MK)
+    dbiases_N = each(need_bias, lambda dy, b: dy.sum(0))
     grads = (dx_MK, da_RK, *dws_NK, *dbiases_N, *dbs_NR)
     return [x_MK.new_empty(0) if grad is None else grad for grad in grads]
