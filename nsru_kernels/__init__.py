@@ -1,6 +1,7 @@
 """Projected low-rank updates, streaming retain subspaces, drop-in modules: unlearning with LoRA."""
 
-from nsru_kernels.dispatch import BackendUnavailable, explain
+from nsru_kernels.dispatch import BackendUnavailable
+from nsru_kernels.dispatch.explain import explain
 from nsru_kernels.hf.peft_format import save_lora_adapter
 from nsru_kernels.nn import (
     NSRULinear,
@@ -10,8 +11,7 @@ from nsru_kernels.nn import (
     swap_linears,
 )
 from nsru_kernels.ops.fold import project_adapter, project_adapters
-from nsru_kernels.ops.linear import nsru_linear
-from nsru_kernels.ops.linear_group import nsru_linear_group
+from nsru_kernels.ops.linear import nsru_linear, nsru_linear_group
 from nsru_kernels.subspaces import RetainSketch, RetainSubspace, estimate_retain_subspaces
 
 __version__ = "0.1.0"

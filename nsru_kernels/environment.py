@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nsru_kernels import dispatch
+from nsru_kernels.dispatch.explain import backend_status
 from nsru_kernels.ops import cpu_extension
 
 PACKAGES = (
@@ -48,7 +48,7 @@ def describe_environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": _describe_cpu(),
         "cuda": _describe_cuda(),
-        "backends": [verdict._asdict() for verdict in dispatch.backend_status()],
+        "backends": [verdict._asdict() for verdict in backend_status()],
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -127,7 +127,7 @@ def _describe_cpu() -> dict[str, Any]:
 
 
 def _cpu_extension() -> str:
-    return cpu_extension.unavailable("linear", torch.device("cpu")) or "built, and runs here"
+    return cpu_extension.unavailable(torch.device("cpu")) or "built, and runs here"
 
 
 def _describe_extension() -> tuple[ModuleType | None, dict[str, Any]]:

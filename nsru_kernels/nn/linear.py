@@ -10,34 +10,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsru_kernels.config import requested_backend
-from nsru_kernels.nn.basis import RetainBasis
-from nsru_kernels.nn.fold_cache import FoldCache
-from nsru_kernels.nn.siblings import Siblings
+from nsru_kernels.dispatch.config import requested_backend
+from nsru_kernels.nn.group import LinearGroup
+from nsru_kernels.nn.projections import Projections
+from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.ops.fold import project_adapter
-from nsru_kernels.ops.linear import compute_dtype, projected_linear
 
 
 class NSRULinear(nn.Module):
     """y = x Wᵀ + b + (alpha/rank) · dropout(x) Āᵀ Bᵀ with Ā = A (I - U Uᵀ); W and b frozen.
 
     ``lora_A`` [R, K] starts as in PEFT (Kaiming uniform) and ``lora_B`` [N, R] at zero, both
-    float32, so the module starts as its frozen linear. Nothing is kept between calls but the fold
-    of A, which is recomputed whenever A or the basis changed.
+    float32, so the module starts as its frozen linear. Nothing is kept between calls but Ā, which
+    is computed again whenever A or the basis changed.
 
     Args:
         in_features: K.
         out_features: N.
         rank: R ≥ 1.
         alpha: the update is scaled by alpha / rank.
-        basis: U [K, Q] or a ``RetainBasis`` shared with sibling linears. None: plain LoRA.
+        basis: U [K, Q], or a ``RetainSubspace`` that linears with the same input share. None: plain
+            LoRA.
         bias: whether there is a bias.
         dropout: LoRA dropout on x. With p > 0 the null-space property holds in expectation only.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
     Raises:
         ValueError: rank < 1, dropout outside [0, 1], unknown backend, a basis of another size, or
             one with NaN or infinite values.
-        TypeError: basis is neither of the two, e.g. a ``RetainSubspace``.
+        TypeError: basis is neither of the two.
 
     >>> layer = NSRULinear.from_linear(nn.Linear(32, 16), rank=4, alpha=8)
     >>> layer(torch.randn(2, 32)).shape
@@ -45,8 +45,6 @@ class NSRULinear(nn.Module):
     """
 
     _unmerged_weight: Tensor | None
-    _siblings: Siblings | None = None
-    _sibling_name = ""
 
     def __init__(
         self,
@@ -55,7 +53,7 @@ class NSRULinear(nn.Module):
         rank: int,
         *,
         alpha: float,
-        basis: Tensor | RetainBasis | None = None,
+        basis: Tensor | RetainSubspace | None = None,
         bias: bool = True,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -71,13 +69,14 @@ class NSRULinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.alpha, self.dropout, self.backend = rank, alpha, dropout, backend
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
         self._freeze()
         self._make_adapter(device)
         self.enabled = True
         self.register_buffer("_unmerged_weight", None, persistent=False)
         self._set_basis(basis)
-        self._share_folds(FoldCache())
+        self.join(LinearGroup(Projections()))
 
     @classmethod
     def from_linear(
@@ -86,7 +85,7 @@ class NSRULinear(nn.Module):
         rank: int,
         *,
         alpha: float,
-        basis: Tensor | RetainBasis | None = None,
+        basis: Tensor | RetainSubspace | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> NSRULinear:
@@ -116,13 +115,21 @@ class NSRULinear(nn.Module):
     @property
     def basis(self) -> Tensor | None:
         """U [K, Q], or None for plain LoRA."""
-        holder = self.retain
-        return None if holder is None else holder.basis
+        return self._subspace[0]._buffers["basis"] if self._subspace else None
 
     @property
-    def retain(self) -> RetainBasis | None:
-        """The holder of the basis: this module's own, or the sibling's that saves it."""
-        return self._retain[0] if self._retain else None
+    def subspace(self) -> RetainSubspace | None:
+        """The holder of the basis: this module's own child, or that of the one that saves it."""
+        return self._subspace[0] if self._subspace else None
+
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+        """W, b, A, B and s as they are at this moment."""
+        held = self._parameters  # without nn.Module's search for attributes
+        try:
+            tensors = held["weight"], held["bias"], held["lora_A"], held["lora_B"]
+        except KeyError:  # FSDP puts plain tensors in their places
+            tensors = self.weight, self.bias, self.lora_A, self.lora_B
+        return *tensors, self.alpha / self.rank  # type: ignore[return-value]
 
     def _freeze(self) -> None:
         self.weight.requires_grad_(False)
@@ -137,32 +144,32 @@ class NSRULinear(nn.Module):
         self.lora_A, self.lora_B = nn.Parameter(a_RK), nn.Parameter(b_NR)
         self.reset_adapter()
 
-    def _set_basis(self, basis: Tensor | RetainBasis | None) -> None:
+    def _set_basis(self, basis: Tensor | RetainSubspace | None) -> None:
         if isinstance(basis, Tensor):
-            basis = RetainBasis(basis).to(self.lora_A.device)
-        if basis is not None and not isinstance(basis, RetainBasis):
+            basis = RetainSubspace(basis).to(self.lora_A.device)
+        if basis is not None and not isinstance(basis, RetainSubspace):
             raise TypeError(
-                f"NSRULinear: basis must be a tensor [K={self.in_features}, Q], got "
-                f"{type(basis).__name__}. Pass .basis of a RetainSubspace."
+                f"NSRULinear: basis must be a tensor [K={self.in_features}, Q] or a "
+                f"RetainSubspace, got {type(basis).__name__}."
             )
-        if basis is not None and basis.basis.shape[0] != self.in_features:
+        if basis is not None and basis.in_features != self.in_features:
             raise ValueError(
                 f"NSRULinear: basis must be [K={self.in_features}, Q] like in_features, "
                 f"got {tuple(basis.basis.shape)}. Was it estimated for another layer?"
             )
-        # In a tuple the holder is no child: only its first user registers (and saves) it.
-        self._retain = () if basis is None else (basis,)
+        # In a tuple it is no child: only its first user registers (and saves) it.
+        self._subspace = () if basis is None else (basis,)
         if basis is not None and not basis.owned:
             basis.owned = True
             self.subspace = basis
 
-    def _share_folds(self, folds: FoldCache) -> None:
-        self._folds = folds
-        folds.add(self)
+    def join(self, group: LinearGroup) -> None:
+        """Be computed with the members of ``group``, which read the same input."""
+        self.group, self._position = group, group.add(self)
 
-    def _join(self, siblings: Siblings, name: str) -> None:
-        self._siblings, self._sibling_name = siblings, name
-        siblings.add(self, name)
+    def invalidate(self) -> None:
+        """Project again at the next forward, after an edit of A or the basis through ``.data``."""
+        self.group.projections.clear()
 
     def reset_adapter(self) -> None:
         """A Kaiming uniform, B zero: the module equals its frozen linear again."""
@@ -173,25 +180,8 @@ class NSRULinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K], in x's dtype."""
-        if self._siblings is None or torch.compiler.is_compiling():
-            return self.forward_alone(x)
-        return self._siblings.call(self, x)
-
-    def forward_alone(self, x: Tensor) -> Tensor:
-        """``forward`` without a look at the siblings."""
-        if self.enabled and not self.merged:
-            return projected_linear(
-                x,
-                self.weight,
-                self.lora_A,
-                self.lora_B,
-                self.basis,
-                self.bias,
-                self._folds.folded(self, compute_dtype(x)),
-                self.scaling,
-                self.dropout if self.training else 0.0,
-                self.backend,
-            )
+        if self.enabled and self._buffers["_unmerged_weight"] is None:
+            return self.group.call(self, x)
         weight = self.weight
         if not self.enabled and self._unmerged_weight is not None:
             weight = self._unmerged_weight
@@ -259,9 +249,7 @@ class NSRULinear(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._folds.add(self)
-        if self._siblings is not None:
-            self._siblings.add(self, self._sibling_name)
+        self._position = self.group.add(self)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nsru_kernels.nn.basis import RetainBasis
-from nsru_kernels.nn.fold_cache import FoldCache
+from nsru_kernels.nn.group import LinearGroup
+from nsru_kernels.nn.inputs import ActivationStream, evaluating
 from nsru_kernels.nn.linear import NSRULinear
-from nsru_kernels.nn.siblings import Siblings
+from nsru_kernels.nn.projections import Projections
+from nsru_kernels.nn.subspace import RetainSubspace
 
 ALL_LINEAR = "all-linear"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -29,8 +30,8 @@ class SwapReport:
         retain_ranks: name → Q of its basis, 0 for plain LoRA.
         trainable: number of adapter parameters.
         frozen: number of all other parameters.
-        siblings: the handles of linears that may read the same input. Their ``status()``, and so
-            this report's text, is live: print it again after a forward.
+        groups: names of linears that read the same input and are computed together.
+        observed: whether it is known which linears read the same input.
     """
 
     swapped: list[str] = field(default_factory=list)
@@ -38,7 +39,8 @@ class SwapReport:
     retain_ranks: dict[str, int] = field(default_factory=dict)
     trainable: int = 0
     frozen: int = 0
-    siblings: list[Siblings] = field(default_factory=list, repr=False, compare=False)
+    groups: list[list[str]] = field(default_factory=list)
+    observed: bool = True
 
     def __str__(self) -> str:
         lines = [
@@ -52,8 +54,13 @@ class SwapReport:
             lines.append(
                 f"  {plain} of them without a retain basis: plain LoRA, nothing is projected"
             )
-        together = Counter(state for handle in self.siblings for state in handle.status())
-        lines += [f"  {names} × {count} {state}" for (names, state), count in together.items()]
+        ends = ["+".join(name.rpartition(".")[2] for name in group) for group in self.groups]
+        lines += [f"  {group} × {n} computed together" for group, n in Counter(ends).items()]
+        if not self.observed:
+            lines.append(
+                "  each computed alone: pass subspaces of estimate_retain_subspaces, or batch=, so "
+                "that linears with the same input are known"
+            )
         left = Counter((name.rpartition(".")[2], reason) for name, reason in self.skipped.items())
         lines += [f"  not swapped: {kind} × {n} ({reason})" for (kind, reason), n in left.items()]
         return "\n".join(lines)
@@ -68,6 +75,7 @@ def swap_linears(
     subspaces: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     siblings: bool = True,
+    batch: Mapping[str, Any] | None = None,
     backend: str = "auto",
 ) -> SwapReport:
     """Replace linear layers in place by ``NSRULinear`` and freeze every other parameter.
@@ -86,9 +94,12 @@ def swap_linears(
         subspaces: from ``estimate_retain_subspaces``: module name → ``RetainSubspace`` (or a basis
             tensor [K, Q]), one for every target. None: plain LoRA.
         dropout: LoRA dropout.
-        siblings: whether linears that read the same tensor (q/k/v, gate/up) may be served together
-            from the second forward on. They then share one backward: going back from one output
-            at a time needs retain_graph=True, or siblings=False.
+        siblings: whether linears that read the same tensor (q/k/v, gate/up) are computed together.
+            They then share one backward: going back from one output at a time needs
+            retain_graph=True, or siblings=False.
+        batch: arguments of one forward of the model, such as input_ids, that shows which linears
+            read the same tensor. Not needed with subspaces of ``estimate_retain_subspaces``, which
+            know it.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
     Returns:
         the report; print it.
@@ -108,8 +119,8 @@ def swap_linears(
             )
         if hasattr(subspaces, "check_model"):
             subspaces.check_model(model)
-    holders: dict[int, RetainBasis] = {}
-    folds = FoldCache()
+    families = _families(model, dict(linears), subspaces, batch) if siblings else []
+    holders: dict[int, RetainSubspace] = {}
     modules: dict[str, NSRULinear] = {}
     for name, linear in linears:
         trainable_before = [p for p in linear.parameters() if p.requires_grad]
@@ -123,11 +134,11 @@ def swap_linears(
         finally:
             for parameter in trainable_before:
                 parameter.requires_grad_(True)
-        module._share_folds(folds)
         modules[name] = module
     model.requires_grad_(False)
     for name, module in modules.items():
         replace_module(model, name, module)
+    groups = _join(modules, families or [])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return SwapReport(
         swapped=list(modules),
@@ -135,7 +146,8 @@ def swap_linears(
         retain_ranks={n: 0 if m.basis is None else m.basis.shape[1] for n, m in modules.items()},
         trainable=trainable,
         frozen=sum(p.numel() for p in model.parameters()) - trainable,
-        siblings=_introduce_siblings(modules) if siblings else [],
+        groups=groups,
+        observed=families is not None,
     )
 
 
@@ -154,31 +166,53 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _introduce_siblings(modules: Mapping[str, NSRULinear]) -> list[Siblings]:
-    """One handle for all that may read the same input: one parent, in_features and basis."""
-    candidates: dict[tuple, list[tuple[str, NSRULinear]]] = {}
-    for name, module in modules.items():
-        parent, _, child = name.rpartition(".")
-        key = (parent, module.in_features, id(module.retain))
-        candidates.setdefault(key, []).append((child, module))
-    handles = []
-    for family in candidates.values():
-        if len(family) > 1:
-            handles.append(Siblings())
-            for child, module in family:
-                module._join(handles[-1], child)
-    return handles
+def _families(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    subspaces: Mapping[str, Any] | None,
+    batch: Mapping[str, Any] | None,
+) -> list[list[str]] | None:
+    """Names of the linears that read the same tensor; None where nobody has looked."""
+    if batch is not None:
+        with evaluating(model):
+            return ActivationStream(model, linears).group_by_input(batch)
+    if hasattr(subspaces, "inputs"):
+        return [entry.modules for entry in subspaces.inputs]
+    return None
 
 
-def _holder(subspace: Any, linear: nn.Linear, holders: dict[int, RetainBasis]) -> RetainBasis:
+def _join(modules: Mapping[str, NSRULinear], families: list[list[str]]) -> list[list[str]]:
+    """Put every module into its group, all under one cache; the groups of several, by name."""
+    projections, groups = Projections(), []
+    single = dict(modules)
+    for family in families:
+        parts: dict[tuple, list[str]] = {}
+        for name in family:
+            if name in single:
+                module = single[name]
+                parts.setdefault((id(module.subspace), module.weight.dtype), []).append(name)
+        groups += [names for names in parts.values() if len(names) > 1]
+    for names in groups:
+        group = LinearGroup(projections)
+        for name in names:
+            single.pop(name).join(group)
+    for module in single.values():
+        module.join(LinearGroup(projections))
+    return groups
+
+
+def _holder(subspace: Any, linear: nn.Linear, holders: dict[int, RetainSubspace]) -> RetainSubspace:
     """The one holder of this subspace's basis, on the device of the first linear that asks."""
     if id(subspace) not in holders:
-        basis = getattr(subspace, "basis", subspace)
-        if not isinstance(basis, Tensor):
+        if isinstance(subspace, Tensor):
+            subspace_of_model = RetainSubspace(subspace)
+        elif isinstance(subspace, RetainSubspace):
+            subspace_of_model = subspace.share()
+        else:
             raise TypeError(
                 f"expected a RetainSubspace or a tensor [K, Q], got {type(subspace).__name__}."
             )
-        holders[id(subspace)] = RetainBasis(basis).to(linear.weight.device)
+        holders[id(subspace)] = subspace_of_model.to(linear.weight.device)
     return holders[id(subspace)]
 
 

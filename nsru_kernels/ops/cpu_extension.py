@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from nsru_kernels.config import BackendUnavailable
+from nsru_kernels.dispatch.config import BackendUnavailable
 
 _INTERFACE = 2  # of csrc/cpu/bindings.cpp
 KERNEL_DTYPES = frozenset((torch.bfloat16,))
 _Matrix = tuple[int, int, int, int, int]  # address, shape, strides
 
 
-def unavailable(op: str, device: torch.device) -> str | None:
+def unavailable(device: torch.device) -> str | None:
     """Why the kernels, of any op, cannot run on ``device`` and what to do; None where they can."""
     if device.type != "cpu":
         return "CPU kernels need tensors on the CPU. Use backend='eager'."
@@ -50,14 +50,12 @@ def load() -> ModuleType:
     return importlib.import_module("nsru_kernels._cpu")
 
 
-def check_operands(op: str, tensor: Tensor, dropout_p: float = 0.0) -> None:
+def check_operands(tensor: Tensor, dropout_p: float) -> None:
     """Raises BackendUnavailable for what the CPU kernels do not take."""
     if tensor.dtype not in KERNEL_DTYPES:
-        raise BackendUnavailable(f"{op}: CPU kernels take bf16, got {tensor.dtype}. Use 'eager'.")
+        raise BackendUnavailable(f"CPU kernels take bf16, got {tensor.dtype}. Use 'eager'.")
     if dropout_p:
-        raise BackendUnavailable(
-            f"{op}: CPU kernels know no dropout, got {dropout_p}. Use 'eager'."
-        )
+        raise BackendUnavailable(f"CPU kernels know no dropout, got {dropout_p}. Use 'eager'.")
 
 
 class Arguments:

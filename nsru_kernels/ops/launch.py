@@ -15,10 +15,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from nsru_kernels.config import BackendUnavailable, autotune, interpreting
+from nsru_kernels.dispatch.config import BackendUnavailable, autotune, interpreting
 
 Result = TypeVar("Result")
 
+NOT_RUN = "compiled for sm_80, sm_90 and sm_100 and interpreted, not run on a GPU"
 KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 # What the config tables were compiled and checked for: (major, minor) → row. Other GPUs have other
 # shared memory (99 KiB on 8.6, 8.9 and 12.x).

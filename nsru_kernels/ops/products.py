@@ -1,4 +1,4 @@
-"""What backends of several ops share about their narrow products."""
+"""What several backends share about the small products."""
 
 from __future__ import annotations
 
@@ -13,8 +13,26 @@ def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
 
 
 def rank_columns(s_MR: Tensor, bs_NR: list[Tensor]) -> tuple[Tensor, ...]:
-    """The columns of S, or of dS, that belong to each sibling's B_i; views."""
+    """The columns of S, or of dS, that belong to each B_i; views."""
     return s_MR.split_with_sizes([b_NR.shape[1] for b_NR in bs_NR], dim=1)
+
+
+def frozen_gradients(
+    dys_MN: list[Tensor | None], x_MK: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
+    """[*dW, *dbias] of weights and biases that are not frozen after all, by library GEMMs.
+
+    ``needs`` is that of ``backward``; what is not needed, or not used, is None.
+    """
+    count = len(dys_MN)
+    grads: list[Tensor | None] = [None] * (2 * count)
+    if any(needs[2 : 2 + 2 * count]):
+        for i, dy_MN in enumerate(dys_MN):
+            if dy_MN is not None and needs[2 + i]:
+                grads[i] = dy_MN.T @ x_MK
+            if dy_MN is not None and needs[2 + count + i]:
+                grads[count + i] = dy_MN.sum(0)
+    return grads
 
 
 def one_read_pays(r: int) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nsru_kernels.files import whole_folder
-from nsru_kernels.subspaces.subspace import RetainSubspace
+from nsru_kernels.nn.subspace import RetainSubspace
 
 _SCHEMA = 1
 _INDEX = "index.json"

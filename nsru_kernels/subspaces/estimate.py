@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nsru_kernels.nn.swap import match_linears
-from nsru_kernels.subspaces.activations import (
+from nsru_kernels.nn.inputs import (
     ActivationStream,
     Batches,
     Consumer,
@@ -19,10 +17,11 @@ from nsru_kernels.subspaces.activations import (
     is_distributed,
     with_first,
 )
+from nsru_kernels.nn.subspace import RetainSubspace, check_share
+from nsru_kernels.nn.swap import match_linears
 from nsru_kernels.subspaces.collection import InputDiagnostics, SubspaceSet, fingerprint_weights
 from nsru_kernels.subspaces.distributed import communication_device
 from nsru_kernels.subspaces.sketch import RetainSketch
-from nsru_kernels.subspaces.subspace import RetainSubspace, check_share
 
 
 def estimate_retain_subspaces(
@@ -166,7 +165,9 @@ def _truncate(
     largest = sum(share >= min_editability for share in shares) - 1
     # All directions leave enough open: a wider sketch would have offered more of them.
     ran_out = largest == whole.rank < whole.in_features
-    return dataclasses.replace(whole.truncate(largest), rank_limited=ran_out)
+    subspace = whole.truncate(largest)
+    subspace.rank_limited = ran_out
+    return subspace
 
 
 def _agree_on_groups(groups: list[list[str]] | None) -> list[list[str]]:

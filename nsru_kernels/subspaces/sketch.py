@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.ops.sketch import energy_limit, update_sketch
 from nsru_kernels.ops.sketch.reference import token_energy
 from nsru_kernels.subspaces.distributed import all_reduce_sketch
 from nsru_kernels.subspaces.factors import eigen_moment, left_singular, nystrom_factor, rotate
-from nsru_kernels.subspaces.subspace import RetainSubspace
 
 _logger = logging.getLogger("nsru_kernels")
 

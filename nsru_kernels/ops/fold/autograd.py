@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsru_kernels.dispatch import as_op, run
+from nsru_kernels.dispatch.choose import as_op, choose
+from nsru_kernels.dispatch.config import BackendUnavailable, requested_backend
+from nsru_kernels.ops.fold import reference
+from nsru_kernels.ops.fold.backends import PROJECT, query
 
 _library = torch.library.Library("nsru", "FRAGMENT")
 _library.define("fold(Tensor[] a, Tensor[] basis, Tensor?[] core, str backend) -> Tensor[]")
@@ -25,10 +28,18 @@ def fold_many(
 def _fold_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None], backend: str
 ) -> list[Tensor]:
-    dtypes = tuple(sorted({t.dtype for t in (*as_RK, *bases_KQ)}, key=str))
-    args = (as_RK, bases_KQ, cores_QQ)
-    sizes = (len(as_RK),)
-    return run("fold", "fold_many", backend, as_RK[0].device, *args, sizes=sizes, dtypes=dtypes)
+    requested, threads = requested_backend(backend), torch.get_num_threads()
+    chosen = choose(PROJECT, requested, as_RK[0].device, *query(as_RK, bases_KQ), threads)
+    device = as_RK[0].device.type
+    try:
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return chosen.module.fold_many(as_RK, bases_KQ, cores_QQ)
+        return chosen.module.fold_many(as_RK, bases_KQ, cores_QQ)
+    except BackendUnavailable:  # tensors without memory of their own, say
+        if chosen.named:
+            raise
+        return reference.fold_many(as_RK, bases_KQ, cores_QQ)
 
 
 @torch.library.register_fake("nsru::fold")

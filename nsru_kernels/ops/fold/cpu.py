@@ -1,4 +1,4 @@
-"""Ā = A - (A U) Uᵀ on a CPU with AVX-512: float32 adapters and bases, the rest by reference.py.
+"""Ā = A - (A U) Uᵀ on a CPU with AVX-512: float32 adapters and bases.
 
 Adapters in a row with one basis are folded in one pass over it.
 """
@@ -10,16 +10,12 @@ from torch import Tensor
 
 from nsru_kernels.ops import cpu_extension
 from nsru_kernels.ops.cpu_extension import Arguments
-from nsru_kernels.ops.fold import reference
 
 
 def fold_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None]
 ) -> list[Tensor]:
     """Ā_i, unrounded; see reference.py."""
-    wide = all(tensor.dtype == torch.float32 for tensor in (*as_RK, *bases_KQ))
-    if not wide or any(core_QQ is not None for core_QQ in cores_QQ):
-        return reference.fold_many(as_RK, bases_KQ, cores_QQ)
     take, folded = Arguments(), [a_RK.new_empty(a_RK.shape) for a_RK in as_RK]
     adapters = [
         (take.vector(a_RK), take.vector(out_RK), a_RK.shape[0])

@@ -31,6 +31,8 @@ def fold_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None]
 ) -> list[Tensor]:
     """``fold`` of every adapter; those in a row with one basis are folded in one pass over it."""
+    if len(as_RK) == 1:
+        return [fold(as_RK[0], bases_KQ[0], cores_QQ[0])]
     folded: list[Tensor] = []
     pairs = zip(as_RK, bases_KQ, strict=True)
     for _, run in itertools.groupby(pairs, key=lambda pair: (id(pair[1]), pair[0].dtype)):

@@ -1,9 +1,10 @@
-"""y = x Wᵀ + b + s S Bᵀ and its gradients with the CUDA extension: the functions of reference.py.
+"""The functions of reference.py with the CUDA extension.
 
-Forward: S from one read of x, then one GEMM [x ∣ S]·[W ∣ sB]ᵀ + b for sm_90a.
-Backward: dS and dB from one read of dY; dX by the same GEMM, [dY ∣ dS]·[W ; sĀ]; dĀ from one read
-of x. Sums are in a fixed order. Nothing of size M is copied, unless x or dY is not row-major;
-R-sized operands whose rows would not start at 16 bytes are copied into padded rows.
+Forward: S of all linears from one read of x, then for each one GEMM [x ∣ S]·[W ∣ sB]ᵀ + b, sm_90a.
+Backward: dS_i and dB_i from one read of dY_i; dX starts as the GEMM [dY_1 ∣ dS]·[W_1 ; Ā] and
+library GEMMs accumulate the other dY_i W_i onto it (beta 1); dĀ from one read of x. Sums are in a
+fixed order. Nothing of size M is copied, unless x or dY is not row-major; R-sized operands whose
+rows would not start at 16 bytes are copied into padded rows.
 """
 
 from __future__ import annotations
@@ -18,63 +19,102 @@ from nsru_kernels.ops.linear.cuda_products import (
     padded,
     rows_product,
 )
-from nsru_kernels.ops.products import one_read_pays
+from nsru_kernels.ops.products import frozen_gradients, one_read_pays, rank_columns
 
 
 def forward(
     x_MK: Tensor,
-    w_NK: Tensor,
+    ws_NK: list[Tensor],
     a_RK: Tensor,
-    b_NR: Tensor,
-    bias_N: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(y [M, N], S [M, R]); see reference.py."""
-    check_operands("nsru_linear", x_MK, w_NK, dropout_p)
-    x_MK, v_RN = row_major(x_MK), padded(b_NR, scaling).T
+    bs_NR: list[Tensor],
+    biases_N: list[Tensor | None],
+    scalings: list[float],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """([y_i [M, N_i]], S [M, ΣR]); see reference.py."""
+    _check(x_MK, ws_NK, dropout_p)
+    x_MK = row_major(x_MK)
+    vs_RN = [padded(b_NR, scaling).T for b_NR, scaling in zip(bs_NR, scalings, strict=True)]
     s_MR = rows_product(x_MK, row_major(a_RK))
-    p_MR = padded(s_MR)
-    y_MN = kext_gemm(x_MK, w_NK.T, p_MR, v_RN, bias_N, after_narrow=p_MR is s_MR)
-    return y_MN, s_MR
+    ss_MR = rank_columns(s_MR, bs_NR)
+    ps_MR = [padded(s) for s in ss_MR]
+    as_they_lie = all(p is s for p, s in zip(ps_MR, ss_MR, strict=True))
+    ys: list[Tensor] = []
+    for w_NK, p_MR, v_RN, bias_N in zip(ws_NK, ps_MR, vs_RN, biases_N, strict=True):
+        after_narrow = as_they_lie and not ys
+        ys.append(kext_gemm(x_MK, w_NK.T, p_MR, v_RN, bias_N, after_narrow=after_narrow))
+    return ys, s_MR
 
 
 def backward(
-    dy_MN: Tensor,
+    dys_MN: list[Tensor | None],
     x_MK: Tensor,
-    w_NK: Tensor,
+    ws_NK: list[Tensor],
     a_RK: Tensor,
-    b_NR: Tensor,
+    bs_NR: list[Tensor],
     s_MR: Tensor,
-    scaling: float,
+    scalings: list[float],
     dropout_p: float,
     seed: Tensor | None,
     needs: list[bool],
-) -> list[Tensor]:
-    """[dX, dW, dbias, dĀ, dB] in x's dtype; an empty tensor where ``needs`` is False."""
-    check_operands("nsru_linear", dy_MN, w_NK, dropout_p)
-    need_x, need_w, need_bias, need_a, need_b = needs
-    dx, dw, dbias, da, db = (dy_MN.new_empty(0) for _ in needs)
-    dy_MN, b_NR = row_major(dy_MN), b_NR.contiguous()
-    v_RK, s_MR = padded(a_RK, scaling), padded(s_MR)
-    need_ds = need_x or need_a
-    together = need_b and need_ds and one_read_pays(b_NR.shape[1])
-    if need_b and not together:
-        db = columns_product(dy_MN, s_MR, scaling, rank_first=False)
-    if together:
-        ds_MR = s_MR.new_empty(s_MR.shape)
-        db = columns_product(dy_MN, s_MR, scaling, rank_first=False, v_CR=b_NR, rows_out=ds_MR)
-    elif need_ds:
-        ds_MR = rows_product(dy_MN, row_major(b_NR.T))
+) -> list[Tensor | None]:
+    """[dX, dĀ, *dW, *dbias, *dB] in x's dtype; None where not needed or not used."""
+    _check(x_MK, ws_NK, dropout_p)
+    need_x, need_a = needs[:2]
+    need_ds, need_b = need_x or need_a, needs[2 + 2 * len(ws_NK) :]
+    dx: Tensor | None = None
+    da: Tensor | None = None
+    dbs: list[Tensor | None] = [None] * len(bs_NR)
+    dys_MN = [None if dy_MN is None else row_major(dy_MN) for dy_MN in dys_MN]
+    a_RK = padded(row_major(a_RK))
+    ds_MR = s_MR.new_empty(s_MR.shape)
+    columns = zip(rank_columns(s_MR, bs_NR), rank_columns(ds_MR, bs_NR), strict=True)
+    for i, (s, ds) in enumerate(columns):
+        dy_MN, b_NR, scaling = dys_MN[i], bs_NR[i].contiguous(), scalings[i]
+        if dy_MN is None:
+            ds.zero_()
+            continue
+        together = need_b[i] and need_ds and one_read_pays(b_NR.shape[1])
+        s = padded(s) if need_b[i] else s
+        if need_b[i]:
+            dbs[i] = columns_product(
+                dy_MN, s, scaling, rank_first=False, v_CR=b_NR if together else None,
+                rows_out=ds if together else None, rows_scaling=scaling,
+            )  # fmt: skip
+        if need_ds and not together:
+            rows_product(dy_MN, row_major(b_NR.T), scaling=scaling, out=ds)
     if need_ds:
         p_MR = padded(ds_MR)
     if need_x:
-        dx = kext_gemm(dy_MN, w_NK, p_MR, v_RK, None, after_narrow=p_MR is ds_MR)
+        # With one linear the product that makes dS was enqueued last.
+        alone = p_MR is ds_MR and len(ws_NK) == 1
+        dx = _input_gradient(dys_MN, ws_NK, p_MR, a_RK, after_narrow=alone)
     if need_a:
-        da = columns_product(row_major(x_MK), p_MR, scaling, rank_first=True)
-    if need_w:
-        dw = dy_MN.T @ x_MK
-    if need_bias:
-        dbias = dy_MN.sum(0)
-    return [dx, dw, dbias, da, db]
+        da = columns_product(row_major(x_MK), p_MR, 1.0, rank_first=True)
+    return [dx, da, *frozen_gradients(dys_MN, x_MK, needs), *dbs]
+
+
+def _input_gradient(
+    dys_MN: list[Tensor | None],
+    ws_NK: list[Tensor],
+    ds_MR: Tensor,
+    a_RK: Tensor,
+    *,
+    after_narrow: bool,
+) -> Tensor:
+    """Σ dY_i W_i + dS Ā."""
+    used = [(dy, w) for dy, w in zip(dys_MN, ws_NK, strict=True) if dy is not None]
+    if not used:
+        return ds_MR.new_zeros(ds_MR.shape[0], a_RK.shape[1])
+    dy_MN, w_NK = used[0]
+    dx_MK = kext_gemm(dy_MN, w_NK, ds_MR, a_RK, None, after_narrow=after_narrow)
+    for dy_MN, w_NK in used[1:]:
+        dx_MK.addmm_(dy_MN, w_NK)
+    return dx_MK
+
+
+def _check(x_MK: Tensor, ws_NK: list[Tensor], dropout_p: float) -> None:
+    """Raises BackendUnavailable."""
+    for w_NK in ws_NK:
+        check_operands("nsru_linear", x_MK, w_NK, dropout_p)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsru_kernels.config import BackendUnavailable
+from nsru_kernels.dispatch.config import BackendUnavailable
 from nsru_kernels.ops import extension
 from nsru_kernels.ops.extension import ALIGNED, DTYPES, SHORT, has_wide_rows
 

@@ -1,9 +1,9 @@
-"""y = x Wᵀ + b + s S Bᵀ with S = dropout(x) Āᵀ in eager PyTorch: the definition, up to float64.
+"""y_i = x W_iᵀ + b_i + s_i S_i B_iᵀ, S = dropout(x) Āᵀ, in eager PyTorch: the definition, up to
+float64.
 
-Library GEMMs in the plan that measured fastest on CPUs and that ``auto`` falls back to elsewhere:
-the update is accumulated into y (and into dX) by ``addmm_``, and the scaling rides on its alpha.
-Nothing of size M is cast or copied; the dropout mask is drawn again in backward instead of being
-stored.
+Library GEMMs only. The small product goes first and the large GEMMs are accumulated onto it (beta
+1), so that reading y, or dX, hides in them. Nothing of size M is cast or copied; the dropout mask
+is drawn again in backward instead of being stored.
 """
 
 from __future__ import annotations
@@ -12,61 +12,78 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsru_kernels.ops.products import scaled_product
+from nsru_kernels.ops.products import frozen_gradients, rank_columns, scaled_product
 
 
 def forward(
     x_MK: Tensor,
-    w_NK: Tensor,
+    ws_NK: list[Tensor],
     a_RK: Tensor,
-    b_NR: Tensor,
-    bias_N: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(y [M, N], S [M, R]). ``a`` is the folded adapter, like ``b`` in x's dtype."""
-    s_MR = F.linear(drop(x_MK, dropout_p, seed), a_RK)
-    y_MN = F.linear(x_MK, w_NK, bias_N)
-    y_MN.addmm_(s_MR, b_NR.T, alpha=scaling)
-    return y_MN, s_MR
+    bs_NR: list[Tensor],
+    biases_N: list[Tensor | None],
+    scalings: list[float],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """([y_i [M, N_i]], S [M, ΣR]). ``a`` is the projected adapters on top of each other."""
+    s_MR = F.linear(drop(x_MK, dropout_p, seed) if dropout_p else x_MK, a_RK)
+    ss_MR = (s_MR,) if len(bs_NR) == 1 else rank_columns(s_MR, bs_NR)
+    ys = []
+    for w_NK, b_NR, bias_N, scaling, s in zip(ws_NK, bs_NR, biases_N, scalings, ss_MR, strict=True):
+        if bias_N is None:
+            y_MN = scaled_product(s, b_NR.T, scaling)
+        else:
+            y_MN = torch.addmm(bias_N, s, b_NR.T, alpha=scaling)
+        ys.append(y_MN.addmm_(x_MK, w_NK.T))
+    return ys, s_MR
 
 
 def backward(
-    dy_MN: Tensor,
+    dys_MN: list[Tensor | None],
     x_MK: Tensor,
-    w_NK: Tensor,
+    ws_NK: list[Tensor],
     a_RK: Tensor,
-    b_NR: Tensor,
+    bs_NR: list[Tensor],
     s_MR: Tensor,
-    scaling: float,
+    scalings: list[float],
     dropout_p: float,
     seed: Tensor | None,
     needs: list[bool],
-) -> list[Tensor]:
-    """[dX, dW, dbias, dĀ, dB] in x's dtype; an empty tensor where ``needs`` is False.
+) -> list[Tensor | None]:
+    """[dX, dĀ, *dW, *dbias, *dB] in x's dtype; None where ``needs`` is False.
 
-    Other backends may hand dĀ and dB out in float32.
+    Other backends may hand dĀ and dB out in float32. A ``dy`` of None is an output that nobody
+    used: what belongs to it alone is None, and its rows of dĀ are zero.
     """
-    need_x, need_w, need_bias, need_a, need_b = needs
-    dx, dw, dbias, da, db = (dy_MN.new_empty(0) for _ in needs)  # no two outputs of an op may alias
+    count = len(ws_NK)
+    need_x, need_a = needs[:2]
+    need_b = needs[2 + 2 * count :]
+    ss_MR = (s_MR,) if count == 1 else rank_columns(s_MR, bs_NR)
+    dx = da = None
     if need_x or need_a:
-        ds_MR = dy_MN @ b_NR
+        # With beta 0 addmm reads nothing of its first argument but the shape.
+        parts = [
+            torch.zeros_like(s) if dy is None else torch.addmm(s, dy, b, beta=0, alpha=scaling)
+            for dy, b, s, scaling in zip(dys_MN, bs_NR, ss_MR, scalings, strict=True)
+        ]
+        ds_MR = parts[0] if count == 1 else torch.cat(parts, 1)
     if need_x:
-        dx = dy_MN @ w_NK
+        dx = ds_MR @ a_RK
         if dropout_p:
-            dx.add_(drop(ds_MR @ a_RK, dropout_p, seed), alpha=scaling)
-        else:
-            dx.addmm_(ds_MR, a_RK, alpha=scaling)
-    if need_w:
-        dw = dy_MN.T @ x_MK
-    if need_bias:
-        dbias = dy_MN.sum(0)
+            dx = drop(dx, dropout_p, seed)
+        for dy_MN, w_NK in zip(dys_MN, ws_NK, strict=True):
+            if dy_MN is not None:
+                dx.addmm_(dy_MN, w_NK)
     if need_a:
-        da = scaled_product(ds_MR.T, drop(x_MK, dropout_p, seed), scaling)
-    if need_b:
-        db = scaled_product(dy_MN.T, s_MR, scaling)
-    return [dx, dw, dbias, da, db]
+        da = ds_MR.T @ (drop(x_MK, dropout_p, seed) if dropout_p else x_MK)
+    # With dY on the right: a tenth faster on a CPU, and only [R, N] to turn round.
+    dbs = [
+        torch.addmm(b.T, s.T, dy, beta=0, alpha=scaling).T.contiguous()
+        if need and dy is not None
+        else None
+        for need, dy, b, s, scaling in zip(need_b, dys_MN, bs_NR, ss_MR, scalings, strict=True)
+    ]
+    return [dx, da, *frozen_gradients(dys_MN, x_MK, needs), *dbs]
 
 
 def drop(x_MK: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:

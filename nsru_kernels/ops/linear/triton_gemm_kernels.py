@@ -1,8 +1,7 @@
-"""Device code of the K-extended GEMMs: [X ∣ P]·[W ; s V] with two operand sources and no copy.
+"""Device code of the K-extended GEMMs: [X ∣ P]·[W ; s V] with several operand sources and no copy.
 
-    kext_kernel         y = x Wᵀ + s S Bᵀ + b and dX = dY W + s dS Ā
+    kext_kernel         y = x Wᵀ + s S Bᵀ + b, and dX = Σ dY_i W_i + dS Ā of up to three linears
     kext_tma_kernel     the same for sm_90 and newer
-    kext_group_kernel   dX of up to three siblings: Σ dY_i W_i + dS Ā; kext_group_tma_kernel
     decode_kernel       y and S of at most 16 tokens
 
 The accumulator starts from the low-rank product, then the frozen GEMM runs as it always does.
@@ -106,76 +105,25 @@ def store_tile(acc, out_ptr, rows, columns, M, N):
 
 @triton.jit(do_not_specialize=BY_TOKENS)
 def kext_kernel(
-    x_ptr, w_ptr, p_ptr, v_ptr, bias_ptr, out_ptr,
-    M, N, K, R,
-    stride_xm, stride_xk, stride_wk, stride_wn, stride_pm, stride_vr, stride_vn,
+    x1_ptr, w1_ptr, x2_ptr, w2_ptr, x3_ptr, w3_ptr, out_ptr, p_ptr, v_ptr, bias_ptr,
+    M, N, K1, K2, K3, R,
+    stride_x1m, stride_x1k, stride_x2m, stride_x2k, stride_x3m, stride_x3k,
+    stride_w1k, stride_w1n, stride_w2k, stride_w2n, stride_w3k, stride_w3n,
+    stride_pm, stride_vr, stride_vn,
     scaling, seed, dropout_p,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    COUNT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = [X ∣ P] · [W ; s V] + bias: the R extra columns come first, then K as usual."""
+    """out = [X1 ∣ X2 ∣ X3 ∣ P] · [W1 ; W2 ; W3 ; s V] + bias of the first COUNT sources.
+
+    The R extra columns come first, then each K as usual, and out is stored once."""
     row_block, column_block = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = low_rank_tile(
         p_ptr, v_ptr, bias_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn,
         scaling, seed, dropout_p, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
-    )  # fmt: skip
-    acc = add_product(
-        acc, x_ptr, w_ptr, rows, columns, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn,
-        PRECISION, BLOCK_K,
-    )  # fmt: skip
-    store_tile(acc, out_ptr, rows, columns, M, N)
-
-
-@triton.jit(do_not_specialize=BY_TOKENS)
-def kext_tma_kernel(
-    x_desc, w_desc, out_desc, p_ptr, v_ptr, bias_ptr,
-    M, N, K, R, stride_pm, stride_vr, stride_vn,
-    scaling, seed, dropout_p,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, W_IS_NK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):  # fmt: skip
-    """``kext_kernel`` for sm_90 and newer: TMA descriptors, and programs that stay for many tiles.
-
-    W_IS_NK: the summed dimension is W's last, as in the forward pass.
-    """
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        row_block, column_block = tile_of(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
-        acc = low_rank_tile(
-            p_ptr, v_ptr, bias_ptr,
-            first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N),
-            M, N, R, stride_pm, stride_vr, stride_vn,
-            scaling, seed, dropout_p, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
-        )  # fmt: skip
-        acc = add_product_tma(
-            acc, x_desc, w_desc, first_row, first_column, K, W_IS_NK, PRECISION, BLOCK_K
-        )
-        out_desc.store([first_row, first_column], acc.to(out_desc.dtype))
-
-
-@triton.jit(do_not_specialize=BY_TOKENS)
-def kext_group_kernel(
-    x1_ptr, w1_ptr, x2_ptr, w2_ptr, x3_ptr, w3_ptr, p_ptr, v_ptr, out_ptr,
-    M, N, K1, K2, K3, R,
-    stride_x1m, stride_x1k, stride_x2m, stride_x2k, stride_x3m, stride_x3k,
-    stride_w1k, stride_w1n, stride_w2k, stride_w2n, stride_w3k, stride_w3n,
-    stride_pm, stride_vr, stride_vn,
-    COUNT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):  # fmt: skip
-    """out = [X1 ∣ X2 ∣ X3 ∣ P] · [W1 ; W2 ; W3 ; V] of the first COUNT sources, stored once."""
-    row_block, column_block = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = low_rank_tile(
-        p_ptr, v_ptr, None, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn,
-        1.0, 0, 0.0, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     acc = add_product(
         acc, x1_ptr, w1_ptr, rows, columns, M, N, K1, stride_x1m, stride_x1k,
@@ -195,34 +143,38 @@ def kext_group_kernel(
 
 
 @triton.jit(do_not_specialize=BY_TOKENS)
-def kext_group_tma_kernel(
-    x1_desc, w1_desc, x2_desc, w2_desc, x3_desc, w3_desc, out_desc, p_ptr, v_ptr,
+def kext_tma_kernel(
+    x1_desc, w1_desc, x2_desc, w2_desc, x3_desc, w3_desc, out_desc, p_ptr, v_ptr, bias_ptr,
     M, N, K1, K2, K3, R, stride_pm, stride_vr, stride_vn,
-    COUNT: tl.constexpr, PRECISION: tl.constexpr,
+    scaling, seed, dropout_p,
+    COUNT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, W_IS_NK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """``kext_group_kernel`` for sm_90 and newer; see ``kext_tma_kernel``."""
+    """``kext_kernel`` for sm_90 and newer: TMA descriptors, and programs that stay for many tiles.
+
+    W_IS_NK: the summed dimension is W's last, as in the forward pass.
+    """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         row_block, column_block = tile_of(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
         acc = low_rank_tile(
-            p_ptr, v_ptr, None,
+            p_ptr, v_ptr, bias_ptr,
             first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N),
             M, N, R, stride_pm, stride_vr, stride_vn,
-            1.0, 0, 0.0, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+            scaling, seed, dropout_p, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         acc = add_product_tma(
-            acc, x1_desc, w1_desc, first_row, first_column, K1, False, PRECISION, BLOCK_K
+            acc, x1_desc, w1_desc, first_row, first_column, K1, W_IS_NK, PRECISION, BLOCK_K
         )
         if COUNT > 1:
             acc = add_product_tma(
-                acc, x2_desc, w2_desc, first_row, first_column, K2, False, PRECISION, BLOCK_K
+                acc, x2_desc, w2_desc, first_row, first_column, K2, W_IS_NK, PRECISION, BLOCK_K
             )
         if COUNT > 2:
             acc = add_product_tma(
-                acc, x3_desc, w3_desc, first_row, first_column, K3, False, PRECISION, BLOCK_K
+                acc, x3_desc, w3_desc, first_row, first_column, K3, W_IS_NK, PRECISION, BLOCK_K
             )
         out_desc.store([first_row, first_column], acc.to(out_desc.dtype))
 
@@ -231,7 +183,7 @@ def kext_group_tma_kernel(
 def decode_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, y_ptr, s_ptr,
     M, N, K, R,
-    stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_sm,
     scaling,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -265,7 +217,7 @@ def decode_kernel(
     in_s = (rows[:, None] < M) & (ranks[None, :] < R)
     rounded = s.to(s_ptr.dtype.element_ty)
     if tl.program_id(0) == 0:
-        tl.store(s_ptr + rows[:, None] * R + ranks[None, :], rounded, mask=in_s)
+        tl.store(s_ptr + rows[:, None] * stride_sm + ranks[None, :], rounded, mask=in_s)
     b = tl.load(
         b_ptr + columns.to(tl.int64)[None, :] * R + ranks[:, None],
         mask=(columns[None, :] < N) & (ranks[:, None] < R),

@@ -1,4 +1,4 @@
-"""Launchers of the products that the projected linear, alone or with its siblings, is made of."""
+"""Launchers of the products that the projected linears are made of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nsru_kernels.ops.linear import triton_gemm_kernels as gemm_kernels
 from nsru_kernels.ops.linear import triton_narrow_kernels as narrow_kernels
 
 MAX_BLOCK_R = 64  # a rank block of the narrow products; larger ranks take several
-GROUP = 3  # siblings whose dX one launch can sum
+SOURCES = 3  # linears whose dX one launch can sum
 ARCHITECTURES = (80, 90, 100)
 
 
@@ -146,8 +146,8 @@ def columns_product(
 
 
 def kext_gemm(
-    x_MK: Tensor,
-    w_KN: Tensor,
+    xs_MK: Sequence[Tensor],
+    ws_KN: Sequence[Tensor],
     p_MR: Tensor,
     v_RN: Tensor,
     bias_N: Tensor | None,
@@ -157,77 +157,51 @@ def kext_gemm(
     *,
     tma: bool,
 ) -> Tensor:
-    """X W + s drop(P V) + bias [M, N] in X's dtype: one launch, nothing of size M read twice."""
-    (m, k), n, r = x_MK.shape, w_KN.shape[1], p_MR.shape[1]
+    """Σ X_i W_i + s drop(P V) + bias [M, N] in X's dtype, for at most SOURCES sources.
+
+    One launch, nothing of size M is read twice.
+    """
+    x_MK, count, n, r = xs_MK[0], len(xs_MK), ws_KN[0].shape[1], p_MR.shape[1]
+    m = x_MK.shape[0]
     out_MN, bias_N = x_MK.new_empty(m, n), packed(bias_N)
     if not m or not n:
         return out_MN
-    sizes = (m, n, k, r)
-    small = (p_MR.stride(0), *v_RN.stride())
-    rest = (scaling, seed_of(seed), dropout_p, dropout_p > 0, launch.dot_precision(x_MK.dtype))
-    block_r = _kext_block_r(x_MK, r)
-
-    def run(config: Config) -> Tensor:
-        if tma:
-            w_is_nk = w_KN.stride(0) == 1
-            gemm_kernels.kext_tma_kernel[_persistent(out_MN, config)](
-                _descriptor(x_MK, config, "MK"),
-                _descriptor(w_KN.T, config, "NK") if w_is_nk else _descriptor(w_KN, config, "KN"),
-                _descriptor(out_MN, config, "MN"),
-                p_MR, v_RN, bias_N, *sizes, *small, *rest, w_is_nk,
-                BLOCK_R=block_r, **config.options,
-            )  # fmt: skip
-        else:
-            gemm_kernels.kext_kernel[(_tile_count(out_MN, config),)](
-                x_MK, w_KN, p_MR, v_RN, bias_N, out_MN, *sizes, *x_MK.stride(), *w_KN.stride(),
-                *small, *rest, BLOCK_R=block_r, **config.options,
-            )  # fmt: skip
-        return out_MN
-
-    configs = _configs("kext", x_MK, w_KN, tma=tma)
-    if dropout_p:  # the mask of a larger tile spills
-        configs = tuple(c for c in configs if c.blocks["BLOCK_N"] <= 128)
-    key = ("kext", x_MK.dtype, k, n, r, tma, dropout_p > 0, w_KN.stride(0) == 1)
-    return launch.tuned(configs, key, x_MK, run)
-
-
-def kext_group_gemm(
-    xs_MK: Sequence[Tensor], ws_KN: Sequence[Tensor], p_MR: Tensor, v_RN: Tensor, *, tma: bool
-) -> Tensor:
-    """Σ X_i W_i + P V [M, N] in X's dtype for at most GROUP sources: each operand is read once."""
-    m, n, r = xs_MK[0].shape[0], ws_KN[0].shape[1], p_MR.shape[1]
-    out_MN = xs_MK[0].new_empty(m, n)
-    if not m or not n:
-        return out_MN
-    count = len(xs_MK)
-    xs = [*xs_MK, *[xs_MK[0]] * (GROUP - count)]  # sources beyond the count are never touched
-    ws = [*ws_KN, *[ws_KN[0]] * (GROUP - count)]
+    xs = [*xs_MK, *[x_MK] * (SOURCES - count)]  # sources beyond the count are never touched
+    ws = [*ws_KN, *[ws_KN[0]] * (SOURCES - count)]
     sizes = (m, n, *(x.shape[1] for x in xs), r)
-    small = (p_MR.stride(0), *v_RN.stride(), count, launch.dot_precision(xs_MK[0].dtype))
-    block_r = _kext_block_r(xs_MK[0], r)
+    small = (p_MR.stride(0), *v_RN.stride(), scaling, seed_of(seed), dropout_p)
+    switches = (count, dropout_p > 0, launch.dot_precision(x_MK.dtype))
+    block_r = _kext_block_r(x_MK, r)
+    w_is_nk = ws[0].stride(0) == 1
 
     def run(config: Config) -> Tensor:
         if tma:
             operands = [
                 descriptor
                 for x, w in zip(xs, ws, strict=True)
-                for descriptor in (_descriptor(x, config, "MK"), _descriptor(w, config, "KN"))
+                for descriptor in (
+                    _descriptor(x, config, "MK"),
+                    _descriptor(w.T, config, "NK") if w_is_nk else _descriptor(w, config, "KN"),
+                )
             ]
-            gemm_kernels.kext_group_tma_kernel[_persistent(out_MN, config)](
-                *operands, _descriptor(out_MN, config, "MN"), p_MR, v_RN, *sizes, *small,
-                BLOCK_R=block_r, **config.options,
+            gemm_kernels.kext_tma_kernel[_persistent(out_MN, config)](
+                *operands, _descriptor(out_MN, config, "MN"), p_MR, v_RN, bias_N, *sizes, *small,
+                *switches, w_is_nk, BLOCK_R=block_r, **config.options,
             )  # fmt: skip
         else:
             operands = [t for pair in zip(xs, ws, strict=True) for t in pair]
             strides = [stride for t in (*xs, *ws) for stride in t.stride()]
-            gemm_kernels.kext_group_kernel[(_tile_count(out_MN, config),)](
-                *operands, p_MR, v_RN, out_MN, *sizes, *strides, *small,
+            gemm_kernels.kext_kernel[(_tile_count(out_MN, config),)](
+                *operands, out_MN, p_MR, v_RN, bias_N, *sizes, *strides, *small, *switches,
                 BLOCK_R=block_r, **config.options,
             )  # fmt: skip
         return out_MN
 
-    key = ("kext_group", xs_MK[0].dtype, *sizes[1:], count, tma)
-    return launch.tuned(_configs("kext", *xs_MK, *ws_KN, tma=tma), key, xs_MK[0], run)
+    configs = _configs("kext", *xs_MK, *ws_KN, tma=tma)
+    if dropout_p:  # the mask of a larger tile spills
+        configs = tuple(c for c in configs if c.blocks["BLOCK_N"] <= 128)
+    key = ("kext", x_MK.dtype, *sizes[1:], count, tma, dropout_p > 0, w_is_nk)
+    return launch.tuned(configs, key, x_MK, run)
 
 
 def fits_tma(x_MK: Tensor, w: Tensor) -> bool:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsru_kernels.dispatch import run
+from nsru_kernels.dispatch.choose import choose
+from nsru_kernels.dispatch.config import BackendUnavailable, requested_backend
+from nsru_kernels.ops.sketch import reference
+from nsru_kernels.ops.sketch.backends import SKETCH, query
 
 __all__ = ["energy_limit", "update_sketch"]
 
@@ -29,7 +32,8 @@ def update_sketch(
     P_S: positive semi-definite, and never above xᵀ x, whatever the rounding.
 
     Where ‖x‖² is not below ``energy_limit`` of the accumulators (NaN and infinite included), y and
-    h stay exactly as they were. Kernels decide that on the device: the host never waits.
+    h stay exactly as they were. Kernels decide that on the device without the host; the eager
+    reference waits for the device once.
 
     Args:
         x: activations [M, K], any floating dtype.
@@ -62,11 +66,16 @@ def update_sketch(
     """
     _check(x, omega, y, h, mask)
     split = split and x.dtype.itemsize == 2
-    return run(
-        "sketch", "update_sketch", backend, x.device,
-        x, omega, y, h, mask, split, energy_limit(y.dtype),
-        sizes=(*x.shape, omega.shape[1]), dtypes=(x.dtype, y.dtype),
-    )  # fmt: skip
+    args = (x, omega, y, h, mask, split, energy_limit(y.dtype))
+    requested, threads = requested_backend(backend), torch.get_num_threads()
+    chosen = choose(SKETCH, requested, x.device, *query(x, omega.shape[1], y.dtype), threads)
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            return chosen.module.update_sketch(*args, **chosen.options)
+    except BackendUnavailable:  # measured at these sizes, but not for this layout, say
+        if chosen.named:
+            raise
+        return reference.update_sketch(*args)
 
 
 def energy_limit(accumulator: torch.dtype) -> float:

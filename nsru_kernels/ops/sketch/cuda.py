@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsru_kernels.config import BackendUnavailable
+from nsru_kernels.dispatch.config import BackendUnavailable
 from nsru_kernels.ops import extension
 from nsru_kernels.ops.extension import ALIGNED, DTYPES, SHORT, row_major
 

@@ -1,25 +1,27 @@
-"""RetainSubspace: an orthonormal basis with its certificate, and its file."""
+"""RetainSubspace: an orthonormal basis with its certificate, as state of a model and as a file."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsru_kernels.files import atomic_write
 
 _FORMAT = "nsru-retain-subspace-1"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RetainSubspace:
+class RetainSubspace(nn.Module):
     """Top eigenvectors U of the uncentred second moment XᵀX of retain activations.
 
-    Attributes:
-        basis: U [K, Q] fp32, orthonormal columns by falling eigenvalue; Q may be 0.
-        eigenvalues: [Q] fp64, lower bounds of the eigenvalues of XᵀX, falling.
+    A module, so that its basis moves and is saved with the model whose linears share it; the rest
+    describes where it came from and stays as it is.
+
+    Args:
+        basis: U [K, Q], orthonormal columns by falling eigenvalue; Q may be 0. A buffer.
+        eigenvalues: [Q] fp64, lower bounds of the eigenvalues of XᵀX, falling; None where only the
+            basis is known.
         trace: ‖X‖²_F over all tokens.
         tokens: rows of X.
         rank_limited: the rank or energy asked for could not be reached with the directions that the
@@ -29,29 +31,44 @@ class RetainSubspace:
     """
 
     basis: Tensor
-    eigenvalues: Tensor
-    trace: float
-    tokens: int
-    rank_limited: bool = False
 
-    def __post_init__(self) -> None:
-        if self.basis.ndim != 2 or self.basis.shape[1] > self.basis.shape[0]:
-            raise ValueError(
-                f"RetainSubspace: basis must be [K, Q] with Q <= K, got {tuple(self.basis.shape)}."
-            )
-        if self.eigenvalues.shape != self.basis.shape[1:]:
+    def __init__(
+        self,
+        basis: Tensor,
+        eigenvalues: Tensor | None = None,
+        trace: float = 0.0,
+        tokens: int = 0,
+        rank_limited: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_basis(basis)
+        with torch.inference_mode(False):  # autograd cannot save a tensor made in inference mode
+            basis = basis.clone() if basis.is_inference() else basis.detach()
+            self.register_buffer("basis", basis.contiguous())
+        if eigenvalues is not None and eigenvalues.shape != basis.shape[1:]:
             raise ValueError(
                 f"RetainSubspace: eigenvalues must be [Q={self.rank}] like basis's columns, got "
-                f"{tuple(self.eigenvalues.shape)}."
+                f"{tuple(eigenvalues.shape)}."
             )
-        for name in ("basis", "eigenvalues"):
-            if not getattr(self, name).isfinite().all():
-                raise ValueError(f"RetainSubspace: {name} has NaN or infinite entries.")
+        if eigenvalues is not None and not eigenvalues.isfinite().all():
+            raise ValueError("RetainSubspace: eigenvalues has NaN or infinite entries.")
+        self.eigenvalues = eigenvalues
+        self.trace, self.tokens, self.rank_limited = trace, tokens, rank_limited
+        self.owned = False  # set by the linear that registers it as its child
 
-    def __repr__(self) -> str:
+    def extra_repr(self) -> str:
+        certificate = ""
+        if self.eigenvalues is not None:
+            certificate = f", captured_energy={self.captured_energy:.4f}"
         return (
-            f"RetainSubspace(in_features={self.in_features}, rank={self.rank}, captured_energy="
-            f"{self.captured_energy:.4f}, rank_limited={self.rank_limited}, tokens={self.tokens})"
+            f"in_features={self.in_features}, rank={self.rank}{certificate}, "
+            f"rank_limited={self.rank_limited}, tokens={self.tokens}"
+        )
+
+    def share(self) -> RetainSubspace:
+        """The same subspace for a model to hold: its basis may move and be cast, this one's not."""
+        return RetainSubspace(
+            self.basis, self.eigenvalues, self.trace, self.tokens, self.rank_limited
         )
 
     @property
@@ -65,7 +82,8 @@ class RetainSubspace:
     @property
     def captured_energy(self) -> float:
         """Σ λ̂_i / trace: a lower bound of the share ‖X U‖²_F / ‖X‖²_F (to 1e-6); 1 when X is 0."""
-        return min(1.0, self.eigenvalues.sum().item() / self.trace) if self.trace else 1.0
+        eigenvalues = self._known_eigenvalues("captured_energy")
+        return min(1.0, eigenvalues.sum().item() / self.trace) if self.trace else 1.0
 
     def truncate(self, rank: int | None = None, energy: float | None = None) -> RetainSubspace:
         """The leading directions only.
@@ -77,28 +95,31 @@ class RetainSubspace:
         Returns: a new RetainSubspace with its own memory; `rank_limited` when there were too few.
         Raises: ValueError: not exactly one argument, or one outside its range.
         """
+        eigenvalues = self._known_eigenvalues("truncate")
         if rank is not None and energy is None:
             if rank < 0:
                 raise ValueError(f"truncate: rank must be 0 or more, got {rank}.")
             wanted = rank
         elif energy is not None and rank is None:
             check_share("truncate", "energy", energy)
-            shares = self.eigenvalues.cumsum(0) / (self.trace or 1.0)
+            shares = eigenvalues.cumsum(0) / (self.trace or 1.0)
             # With no energy at all, no direction is needed for any share of it.
             wanted = int((shares < energy).sum()) + 1 if self.trace else 0
         else:
             raise ValueError(f"truncate: give rank or energy, got {rank=}, {energy=}.")
         kept = min(wanted, self.rank)
-        return dataclasses.replace(
-            self,
-            basis=self.basis[:, :kept].clone(memory_format=torch.contiguous_format),
-            eigenvalues=self.eigenvalues[:kept].clone(),
-            rank_limited=self.rank_limited or wanted > self.rank,
+        return RetainSubspace(
+            self.basis[:, :kept].clone(memory_format=torch.contiguous_format),
+            eigenvalues[:kept].clone(),
+            self.trace,
+            self.tokens,
+            self.rank_limited or wanted > self.rank,
         )
 
-    def to(self, device: torch.device | str) -> RetainSubspace:
-        """The same subspace with its basis on `device`."""
-        return dataclasses.replace(self, basis=self.basis.to(device))
+    def _known_eigenvalues(self, what: str) -> Tensor:
+        if self.eigenvalues is None:
+            raise ValueError(f"{what}: the eigenvalues of this subspace are not known.")
+        return self.eigenvalues
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: a temporary file first, renamed once it is complete."""
@@ -110,7 +131,7 @@ class RetainSubspace:
             "tokens": str(self.tokens),
             "rank_limited": str(self.rank_limited),
         }
-        tensors = {"basis": self.basis, "eigenvalues": self.eigenvalues}
+        tensors = {"basis": self.basis, "eigenvalues": self._known_eigenvalues("save")}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         atomic_write(path, save(tensors, metadata))
 
@@ -146,6 +167,23 @@ class RetainSubspace:
                 f"RetainSubspace.load: {path} ({os.path.getsize(path)} bytes) is truncated or not "
                 f"a safetensors file ({error}); estimate the subspaces again."
             ) from error
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if (loaded := state_dict.get(prefix + "basis")) is not None:
+            _check_basis(loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_basis(basis: Tensor) -> None:
+    if basis.dim() != 2 or not basis.is_floating_point() or basis.shape[1] > basis.shape[0]:
+        raise ValueError(
+            f"basis must be a floating [K, Q] matrix with Q ≤ K, got {tuple(basis.shape)} "
+            f"{basis.dtype}."
+        )
+    if not basis.is_meta and not torch.isfinite(basis).all():
+        raise ValueError(
+            f"basis {tuple(basis.shape)} holds NaN or infinite values; estimate the subspace again."
+        )
 
 
 def check_share(function: str, name: str, value: float) -> None:

@@ -24,15 +24,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nsru_kernels.config import BACKENDS
+from nsru_kernels.dispatch.config import BACKENDS
 from nsru_kernels.ops import cpu_extension
 
 _logger = logging.getLogger("nsru_kernels")
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / "plans"
 CPU_WITH_AMX = "CPU with AMX"
 
 
-class Choice(NamedTuple):
+class Winner(NamedTuple):
     """The winner of a measurement."""
 
     backend: str
@@ -41,12 +41,12 @@ class Choice(NamedTuple):
 
 def choose(
     op: str, function: str, device: torch.device, sizes: tuple[int, ...], threads: int
-) -> Choice | None:
+) -> Winner | None:
     """The winner at the measured sizes nearest to ``sizes``; None without a measurement there, or,
     on a CPU, with as many ``threads``."""
     if device.type == "cuda":
         return _nearest(op, function, torch.cuda.get_device_name(device), sizes)
-    if cpu_extension.unavailable(op, device) is not None or threads > cpu_threads():
+    if cpu_extension.unavailable(device) is not None or threads > cpu_threads():
         return None
     return _nearest(op, function, CPU_WITH_AMX, sizes)
 
@@ -61,7 +61,7 @@ def slug(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
 
 
-def _nearest(op: str, function: str, device_name: str, sizes: tuple[int, ...]) -> Choice | None:
+def _nearest(op: str, function: str, device_name: str, sizes: tuple[int, ...]) -> Winner | None:
     near = []
     for entry in _table(device_name).get(op, ()):
         if function not in entry or len(entry["sizes"]) != len(sizes) or 0 in sizes:
@@ -72,7 +72,7 @@ def _nearest(op: str, function: str, device_name: str, sizes: tuple[int, ...]) -
     if not near:
         return None
     backend, _, plan = min(near)[1].partition(" ")
-    return Choice(backend, plan or None)
+    return Winner(backend, plan or None)
 
 
 @functools.cache

@@ -1,0 +1,228 @@
+"""Linears that read the same input, computed together; a linear by itself is a group of one.
+
+Who belongs together is decided when the linears are swapped. The first member that is called with
+some x computes the outputs of all; the others take theirs when they are called with the same
+tensor, unchanged, in the same grad mode, autocast and stream. A member called with anything else
+works alone. What PyTorch does not count, it does not see: writes through ``.data`` or NumPy between
+the calls of one group. For those there is ``swap_linears(..., siblings=False)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from nsru_kernels.nn.projections import Projections, projection_key, steps
+from nsru_kernels.ops.linear import compute_dtype, projected_linears
+
+if TYPE_CHECKING:
+    from nsru_kernels.nn.linear import NSRULinear
+    from nsru_kernels.nn.projections import Projected
+
+    Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, float]  # of one linear
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class LinearGroup:
+    """The handle that its members share.
+
+    Attributes:
+        projected: (key, its sources, Ā [ΣR, K]), the members' projected adapters; see Projections.
+        obstacle: why the members last worked alone; None where they did not.
+    """
+
+    def __init__(self, projections: Projections) -> None:
+        self.projections = projections
+        self.projected: Projected | None = None
+        self.obstacle: str | None = None
+        self._members: list[weakref.ref[NSRULinear]] = []
+        projections.add(self)
+
+    def __reduce__(self):
+        # A copied or unpickled model makes new groups; modules add themselves.
+        return LinearGroup, (self.projections,)
+
+    def add(self, module: NSRULinear) -> int:
+        """Make ``module`` the next member; returns its position."""
+        self._members.append(weakref.ref(module))
+        self.projected = None
+        return len(self._members) - 1
+
+    def modules(self) -> list[NSRULinear]:
+        """The members that are still there."""
+        return [module for ref in self._members if (module := ref()) is not None]
+
+    @property
+    def backend(self) -> str:
+        return self.modules()[0].backend
+
+    def call(self, module: NSRULinear, x: Tensor) -> Tensor:
+        """The output of ``module`` for x [..., K]: taken, computed with all others, or alone."""
+        if len(self._members) == 1:
+            return self._compute((module,), (module.operands(),), x)[0]
+        waiting, position = _slot.waiting, module._position
+        if waiting is not None and waiting.group is self and position in waiting.outputs:
+            y = waiting.take(position, module, x)
+            return self._compute((module,), (module.operands(),), x)[0] if y is None else y
+        modules = self.modules()
+        operands = [m.operands() for m in modules]
+        self.obstacle = self._obstacle_to(modules, operands, module, x)
+        if self.obstacle is not None:
+            return self._compute((module,), (module.operands(),), x)[0]
+        _slot.waiting = None
+        ys = self._compute(modules, operands, x)
+        _slot.waiting = _Waiting(self, x, modules, operands, ys, position)
+        return ys[position]
+
+    def _compute(
+        self, modules: Sequence[NSRULinear], operands: Sequence[Operands], x: Tensor
+    ) -> tuple[Tensor, ...]:
+        first = modules[0]
+        basis = first._subspace[0]._buffers["basis"] if first._subspace else None
+        weights, biases, lora_as, lora_bs, scalings = zip(*operands, strict=True)
+        projected = None
+        # Where the graph is recorded it has to project by itself. So does a member out of its
+        # group, for once: that is not worth a second cache.
+        if len(modules) == len(self._members) and not (
+            torch.compiler.is_compiling()
+            or lora_as[0].is_meta
+            or lora_as[0].is_inference()
+            or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
+            dtype = compute_dtype(x) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            known = self.projected
+            if known is None or known[0] != projection_key(dtype, lora_as, basis):
+                known = self.projections.refresh(self, dtype)
+            projected = known[2]
+        dropout_p = first.dropout if first.training else 0.0
+        return projected_linears(
+            x, weights, lora_as, lora_bs, basis, biases, projected, scalings, dropout_p,
+            first.backend,
+        )  # fmt: skip
+
+    def _obstacle_to(
+        self,
+        modules: list[NSRULinear],
+        operands: list[Operands],
+        asked: NSRULinear,
+        x: Tensor,
+    ) -> str | None:
+        """Why these cannot be computed together now; None if they can."""
+        if len(modules) < len(self._members) or modules[asked._position] is not asked:
+            return "a member is gone"
+        # Writes to an inference tensor are not counted, and a subclass may mean anything.
+        if type(x) not in _PLAIN or x.is_inference() or torch.compiler.is_compiling():
+            return "x cannot be watched"
+        subspace, dtype = asked._subspace, operands[0][0].dtype
+        for module, own in zip(modules, operands, strict=True):
+            if not module.enabled or module._buffers["_unmerged_weight"] is not None:
+                return "adapters are off or merged"
+            if module.dropout > 0 and module.training:
+                return "dropout draws a mask for each"
+            if module._subspace != subspace or module.backend != asked.backend:
+                return "different bases or backends"
+            n, k, r = module.out_features, module.in_features, module.rank
+            for tensor, shape in zip(own, ((n, k), (n,), (r, k), (n, r)), strict=False):
+                if tensor is None:
+                    continue
+                # FSDP and ZeRO hold shards, or nothing, until the module itself is called.
+                if type(tensor) not in _PLAIN or tensor.shape != shape:
+                    return "weights are sharded"
+                if tensor.device != x.device:
+                    return "on different devices"
+            if own[0].dtype != dtype:
+                return "weights of different dtypes"
+        return None
+
+
+class _Waiting:
+    """Outputs of a group that its members have yet to take."""
+
+    def __init__(
+        self,
+        group: LinearGroup,
+        x: Tensor,
+        modules: list[NSRULinear],
+        operands: list[Operands],
+        ys: tuple[Tensor, ...],
+        taken: int,
+    ) -> None:
+        self.group, self.context = group, _context(x)
+        # With the tensors that the state names, so that nothing else gets their identities.
+        self.outputs = {
+            i: (ys[i], _state(modules[i], operands[i]), operands[i])
+            for i in range(len(ys))
+            if i != taken
+        }
+        # By a weak reference, so that no cycle delays the release of the outputs.
+        self.x = weakref.ref(x, functools.partial(_release, weakref.ref(self)))
+
+    def take(self, position: int, module: NSRULinear, x: Tensor) -> Tensor | None:
+        """The output of ``module``, if it is still what would come out; None otherwise."""
+        y, state, _ = self.outputs.pop(position)
+        if self.x() is not x or self.context != _context(x):
+            return None
+        if state != _state(module, module.operands()):
+            return None
+        # A backward that ran has freed what this one needs.
+        return None if getattr(y.grad_fn, "spent", False) else y
+
+
+class _Slot(threading.local):
+    """The one group this thread is in the middle of, over all models: bounds what may stay."""
+
+    waiting: _Waiting | None = None
+
+
+_slot = _Slot()
+
+
+def _release(waiting: weakref.ref[_Waiting], _: object) -> None:
+    if (alive := waiting()) is not None:
+        alive.outputs.clear()
+
+
+def _context(x: Tensor) -> tuple:
+    """What an output depends on besides the values of x and its module."""
+    stream = None
+    if x.is_cuda:
+        stream = torch.cuda.current_stream(x.device), torch.cuda.is_current_stream_capturing()
+    return (
+        x._version,
+        x.data_ptr(),
+        x.shape,
+        x.stride(),
+        x.requires_grad,
+        x.grad_fn,  # itself, not its identity, which another could get
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type),
+        steps.count,
+        stream,
+    )
+
+
+def _state(module: NSRULinear, operands: Operands) -> tuple:
+    """What an output depends on in its module."""
+    basis = module._subspace[0]._buffers["basis"] if module._subspace else None
+    state: list = [
+        module.enabled,
+        module._buffers["_unmerged_weight"] is None,
+        module.training,
+        module.dropout,
+        module.alpha,
+        module.rank,
+        module.backend,
+    ]
+    for tensor in (*operands[:4], basis):
+        if tensor is not None:
+            version = 0 if tensor.is_inference() else tensor._version
+            state += (id(tensor), tensor.data_ptr(), version, tensor.requires_grad)
+    return tuple(state)

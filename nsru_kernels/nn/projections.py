@@ -1,0 +1,125 @@
+"""Projected adapters, computed once per optimizer step for all adapters of a model, never stale.
+
+A projection is kept with what it came from: identity, storage and version counter of every A and of
+the basis, and the number of optimizer steps taken since (some optimizers write through ``.data``,
+which bumps no version counter). A hand edit through ``.data`` is seen by neither; after one,
+``NSRULinear.invalidate`` is needed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from nsru_kernels.ops.fold import project_adapters
+
+if TYPE_CHECKING:
+    from nsru_kernels.nn.group import LinearGroup
+
+    Projected = tuple[tuple, tuple, Tensor]  # key, what it names, Ā [ΣR, K]
+
+
+class _Steps:
+    """The optimizer steps of this process, counted while there is a cache that needs them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._watchers = 0
+        self._hook = None
+
+    def watch(self, cache: Projections) -> None:
+        if self._hook is None:
+            self._hook = register_optimizer_step_post_hook(self._add)
+        self._watchers += 1
+        weakref.finalize(cache, self._leave).atexit = False
+
+    def _add(self, *_) -> None:
+        self.count += 1
+
+    def _leave(self) -> None:
+        self._watchers -= 1
+        if not self._watchers and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+steps = _Steps()
+
+
+class Projections:
+    """The projected adapters of a set of groups; one stale group refreshes all stale ones together.
+
+    Each group holds its own, Ā of its members on top of each other in one dtype.
+    """
+
+    def __init__(self) -> None:
+        self._groups: weakref.WeakSet[LinearGroup] = weakref.WeakSet()
+        steps.watch(self)
+
+    def __reduce__(self):
+        # A copied or unpickled model shares one empty cache; its groups add themselves.
+        return Projections, ()
+
+    def add(self, group: LinearGroup) -> None:
+        """Project the adapters of ``group`` together with those of the others."""
+        self._groups.add(group)
+
+    def clear(self) -> None:
+        """Forget every projection; the next forward projects again."""
+        for group in self._groups:
+            group.projected = None
+
+    def refresh(self, asked: LinearGroup, dtype: torch.dtype) -> Projected:
+        """Project ``asked`` in ``dtype``, and with it every other group that needs it too."""
+        stale = [asked]
+        stale += [g for g in self._groups if g is not asked and _stale_alike(asked, g, dtype)]
+        modules = [module for group in stale for module in group.modules()]
+        # Not in inference mode, even when asked there: a later training step saves the projection
+        # for backward.
+        with torch.inference_mode(False), torch.no_grad():
+            parts = project_adapters(
+                [m.lora_A for m in modules], [m.basis for m in modules], backend=asked.backend
+            )
+            for group in stale:
+                members = group.modules()
+                own, parts = parts[: len(members)], parts[len(members) :]
+                stacked = own[0] if len(own) == 1 else torch.cat([a.to(dtype) for a in own])
+                copy = stacked is members[0].lora_A  # plain LoRA: not the parameter itself
+                lora_as, basis = tuple(m.lora_A for m in members), members[0].basis
+                group.projected = (
+                    projection_key(dtype, lora_as, basis),
+                    (*lora_as, basis),  # kept alive, so that nothing new gets their identities
+                    stacked.detach().to(dtype, copy=copy),
+                )
+        assert asked.projected is not None
+        return asked.projected
+
+
+def projection_key(dtype: torch.dtype, lora_as: tuple[Tensor, ...], basis: Tensor | None) -> tuple:
+    """What a projection depends on, as far as PyTorch counts it."""
+    key: list = [dtype, steps.count]
+    for tensor in lora_as if basis is None else (*lora_as, basis):
+        version = 0 if tensor.is_inference() else tensor._version
+        key += (id(tensor), tensor.data_ptr(), version)
+    return tuple(key)
+
+
+def _stale_alike(asked: LinearGroup, other: LinearGroup, dtype: torch.dtype) -> bool:
+    """Whether ``other`` needs projecting too, in a dtype it is used with, in the same launch."""
+    members = other.modules()
+    if not members or other.backend != asked.backend:
+        return False
+    device = asked.modules()[0].lora_A.device
+    lora_as, basis = tuple(m.lora_A for m in members), members[0].basis
+    if any(a.device != device or a.is_inference() for a in lora_as):
+        return False
+    if basis is not None and basis.device != device:
+        return False
+    if other.projected is None:
+        return True
+    key = other.projected[0]
+    return key[0] == dtype and key != projection_key(dtype, lora_as, basis)
