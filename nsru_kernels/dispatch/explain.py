@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from nsru_kernels.dispatch.choose import (
+from nsru_kernels.dispatch.choice import (
     Op,
     Query,
     by_library,

@@ -65,7 +65,7 @@ class LinearGroup:
 
     def call(self, module: NSRULinear, x: Tensor) -> Tensor:
         """The output of ``module`` for x [..., K]: taken, computed with all others, or alone."""
-        if len(self._members) == 1:
+        if len(self._members) == 1 or torch.compiler.is_compiling():
             return self._compute((module,), (module.operands(),), x)[0]
         waiting, position = _slot.waiting, module._position
         if waiting is not None and waiting.group is self and position in waiting.outputs:
@@ -118,7 +118,7 @@ class LinearGroup:
         if len(modules) < len(self._members) or modules[asked._position] is not asked:
             return "a member is gone"
         # Writes to an inference tensor are not counted, and a subclass may mean anything.
-        if type(x) not in _PLAIN or x.is_inference() or torch.compiler.is_compiling():
+        if type(x) not in _PLAIN or x.is_inference():
             return "x cannot be watched"
         subspace, dtype = asked._subspace, operands[0][0].dtype
         for module, own in zip(modules, operands, strict=True):

@@ -57,7 +57,8 @@ class Projections:
     """
 
     def __init__(self) -> None:
-        self._groups: weakref.WeakSet[LinearGroup] = weakref.WeakSet()
+        # In the order of the model, so that a copy of it rounds alike.
+        self._groups: weakref.WeakKeyDictionary[LinearGroup, None] = weakref.WeakKeyDictionary()
         steps.watch(self)
 
     def __reduce__(self):
@@ -66,17 +67,16 @@ class Projections:
 
     def add(self, group: LinearGroup) -> None:
         """Project the adapters of ``group`` together with those of the others."""
-        self._groups.add(group)
+        self._groups[group] = None
 
     def clear(self) -> None:
         """Forget every projection; the next forward projects again."""
-        for group in self._groups:
+        for group in list(self._groups):
             group.projected = None
 
     def refresh(self, asked: LinearGroup, dtype: torch.dtype) -> Projected:
         """Project ``asked`` in ``dtype``, and with it every other group that needs it too."""
-        stale = [asked]
-        stale += [g for g in self._groups if g is not asked and _stale_alike(asked, g, dtype)]
+        stale = [g for g in self._groups if g is asked or _stale_alike(asked, g, dtype)]
         modules = [module for group in stale for module in group.modules()]
         # Not in inference mode, even when asked there: a later training step saves the projection
         # for backward.

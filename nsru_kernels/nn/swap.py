@@ -204,15 +204,13 @@ def _join(modules: Mapping[str, NSRULinear], families: list[list[str]]) -> list[
 def _holder(subspace: Any, linear: nn.Linear, holders: dict[int, RetainSubspace]) -> RetainSubspace:
     """The one holder of this subspace's basis, on the device of the first linear that asks."""
     if id(subspace) not in holders:
-        if isinstance(subspace, Tensor):
-            subspace_of_model = RetainSubspace(subspace)
-        elif isinstance(subspace, RetainSubspace):
-            subspace_of_model = subspace.share()
-        else:
+        basis = getattr(subspace, "basis", subspace)
+        if not isinstance(basis, Tensor):
             raise TypeError(
                 f"expected a RetainSubspace or a tensor [K, Q], got {type(subspace).__name__}."
             )
-        holders[id(subspace)] = subspace_of_model.to(linear.weight.device)
+        own = subspace.share() if isinstance(subspace, RetainSubspace) else RetainSubspace(basis)
+        holders[id(subspace)] = own.to(linear.weight.device)
     return holders[id(subspace)]
 
 

@@ -1,5 +1,6 @@
 """Choice of the backend: names, the environment variable, refusals and explanations."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -10,16 +11,19 @@ import pytest
 import torch
 
 import nsru_kernels as nk
-from nsru_kernels import dispatch, plans
-from nsru_kernels.ops import cpu_extension
-from nsru_kernels.ops.linear import reference
+from nsru_kernels.dispatch import choice as dispatch
+from nsru_kernels.dispatch import plans
+from nsru_kernels.dispatch.explain import OPS
+from nsru_kernels.ops import cpu_extension, launch
+from nsru_kernels.ops.linear import autograd, reference
+from nsru_kernels.ops.linear.backends import LINEAR
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
 
 
 def clear_caches():
-    dispatch._choose.cache_clear()
+    dispatch.choose.cache_clear()
     dispatch._log_skipped.cache_clear()
 
 
@@ -38,28 +42,29 @@ def call(backend="auto"):
     )
 
 
+def chosen(requested, device, function="forward", dtypes=(), op=LINEAR):
+    return dispatch.choose(op, requested, device, "linear", function, (), dtypes, threads=1)
+
+
 @pytest.fixture
 def fake_kernel(monkeypatch):
     """A triton module for the linear op; its attributes decide what it says of itself."""
     kernel = types.SimpleNamespace()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU without a table")
-    monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", lambda op, device: None)
-    find, load = dispatch.importlib.util.find_spec, dispatch._load
-    path = "nsru_kernels.ops.linear.triton"
-    monkeypatch.setattr(
-        dispatch.importlib.util, "find_spec", lambda name: kernel if name == path else find(name)
-    )
-    monkeypatch.setattr(
-        dispatch,
-        "_load",
-        lambda op, backend: kernel if (op, backend) == ("linear", "triton") else load(op, backend),
-    )
+    monkeypatch.setattr(launch, "unavailable", lambda device: None)
+
+    def load(backend):
+        return kernel if backend == "triton" else LINEAR.load(backend)
+
+    kernel.op = dataclasses.replace(LINEAR, load=load)
+    monkeypatch.setattr(autograd, "LINEAR", kernel.op)
+    monkeypatch.setitem(OPS, "nsru_linear", (kernel.op, OPS["nsru_linear"][1]))
     return kernel
 
 
 def test_auto_and_eager_take_the_reference_on_a_cpu():
-    assert dispatch.implementation("linear", "auto", CPU) is reference
-    assert dispatch.implementation("linear", "eager", CPU) is reference
+    assert chosen("auto", CPU).module is reference
+    assert chosen("eager", CPU).module is reference
     assert torch.equal(call("auto"), call("eager"))
 
 
@@ -92,7 +97,7 @@ def test_environment_variable_decides_what_auto_means(monkeypatch):
 
 
 def test_explain_names_one_backend_and_a_reason_for_each():
-    for op in dispatch.OPS:
+    for op in OPS:
         explanation = nk.explain(op, torch.ones(1, 4))
         assert explanation.backend == "eager"
         assert [v.backend for v in explanation.verdicts] == ["cuda", "triton", "cpu", "eager"]
@@ -123,53 +128,67 @@ def test_explain_refuses_unknown_ops():
 
 def test_auto_takes_no_kernel_without_a_measurement(fake_kernel, caplog):
     with caplog.at_level(logging.INFO, "nsru_kernels"):
-        assert dispatch.implementation("linear", "auto", GPU) is reference
-        assert dispatch.implementation("linear", "auto", GPU) is reference
+        assert chosen("auto", GPU, op=fake_kernel.op).module is reference
+        assert chosen("auto", GPU, op=fake_kernel.op).module is reference
     skipped = [r.getMessage() for r in caplog.records if "auto skips triton" in r.getMessage()]
     assert len(skipped) == 1, "each skipped backend is logged once"
     assert "no measurement for this device" in skipped[0]
-    assert dispatch.implementation("linear", "triton", GPU) is fake_kernel
+    assert chosen("triton", GPU, op=fake_kernel.op).module is fake_kernel
 
 
 def test_auto_takes_a_measured_kernel(fake_kernel, monkeypatch):
-    monkeypatch.setattr(plans, "choose", lambda *args: plans.Choice("triton", "kext"))
-    assert dispatch.implementation("linear", "auto", GPU) is fake_kernel
-    verdicts = dispatch._verdicts("nsru_linear", GPU, ())
+    monkeypatch.setattr(plans, "choose", lambda *args: plans.Winner("triton", "kext"))
+    assert chosen("auto", GPU, op=fake_kernel.op).module is fake_kernel
+    verdicts = nk.explain("nsru_linear").verdicts
     assert [(v.backend, v.reason) for v in verdicts if v.serves] == [
         ("triton", "measured plan kext")
     ]
 
 
+def forward(backend="auto", dtype=torch.float32):
+    x, w, a, b = (torch.ones(s, dtype=dtype) for s in ((1, 4), (3, 4), (2, 4), (3, 2)))
+    return autograd._forward(x, [w], a, [b], [None], [1.0], 0.0, None, backend)
+
+
+def backward(dropout_p, backend="auto"):
+    dy, x, w, a, b, s = (
+        torch.ones(shape) for shape in ((1, 3), (1, 4), (3, 4), (2, 4), (3, 2), (1, 2))
+    )
+    needs, seed = [True] * 5, torch.tensor(0)
+    return autograd._backward(
+        [dy], x, [w], a, [b], s, [1.0], dropout_p, seed, needs, backend
+    )  # fmt: skip
+
+
 def test_a_measured_plan_reaches_the_function_and_dropout_keeps_one_backend(
     fake_kernel, monkeypatch
 ):
-    winners = {"forward": plans.Choice("triton", "kext"), "backward": plans.Choice("eager", None)}
+    winners = {"forward": plans.Winner("triton", "kext"), "backward": plans.Winner("eager", None)}
     monkeypatch.setattr(plans, "choose", lambda op, function, *args: winners[function])
-    fake_kernel.forward = lambda *args, plan=None: ("forward", args, plan)
-    fake_kernel.backward = lambda *args: ("backward", args)
+    fake_kernel.forward = lambda *args, plan=None: ("forward", plan)
+    fake_kernel.backward = lambda *args: "backward"
     fake_kernel.PLANS = ("kext",)
-    assert dispatch.run("linear", "forward", "auto", GPU, 1) == ("forward", (1,), "kext")
-    shared = dispatch.run("linear", "backward", "auto", GPU, 2, chosen_by="forward")
-    assert shared == ("backward", (2,))
-    assert dispatch._choose("linear", "backward", "auto", GPU)[0] is reference
-    assert dispatch.run("linear", "forward", "triton", GPU, 3) == ("forward", (3,), None)
+    assert forward() == ("forward", "kext")
+    assert forward("triton") == ("forward", None)
+    assert backward(dropout_p=0.5) == "backward"
+    assert isinstance(backward(dropout_p=0.0), list), "by the reference"
+    assert chosen("auto", GPU, "backward", op=fake_kernel.op).module is reference
 
 
 def test_auto_falls_back_where_a_measured_kernel_cannot_serve(fake_kernel, monkeypatch):
-    monkeypatch.setattr(plans, "choose", lambda *args: plans.Choice("triton", "kext"))
+    monkeypatch.setattr(plans, "choose", lambda *args: plans.Winner("triton", "kext"))
 
-    def forward(*args, plan=None):
+    def refuse(*args, plan=None):
         raise nk.BackendUnavailable("not this layout")
 
-    fake_kernel.forward = forward
-    monkeypatch.setattr(reference, "forward", lambda *args: ("eager", args))
-    assert dispatch.run("linear", "forward", "auto", GPU, 1) == ("eager", (1,))
+    fake_kernel.forward = refuse
+    monkeypatch.setattr(reference, "forward", lambda *args: "eager")
+    assert forward() == "eager"
     with pytest.raises(nk.BackendUnavailable, match="not this layout"):
-        dispatch.run("linear", "forward", "triton", GPU, 1)
+        forward("triton")
     fake_kernel.forward = lambda *args: "kernel"
-    float64 = {"dtypes": (torch.float64,)}
-    assert dispatch.run("linear", "forward", "auto", GPU, 1, **float64) == ("eager", (1,))
-    assert dispatch.run("linear", "forward", "auto", GPU, 1) == "kernel"
+    assert forward(dtype=torch.float64) == "eager"
+    assert forward() == "kernel"
 
 
 @pytest.mark.parametrize(
@@ -236,10 +255,18 @@ def test_nearest_measured_sizes_within_a_factor_of_two(measured):
 
 def test_a_kernel_says_why_it_cannot_run(fake_kernel, monkeypatch):
     reason = "needs compute capability 8.0 (this GPU: 7.5)."
-    monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", lambda op, device: reason)
-    assert dispatch.implementation("linear", "auto", GPU) is reference
+    monkeypatch.setattr(launch, "unavailable", lambda device: reason)
+    assert chosen("auto", GPU, op=fake_kernel.op).module is reference
     with pytest.raises(nk.BackendUnavailable, match=r"compute capability 8.0"):
-        dispatch.implementation("linear", "triton", GPU)
+        chosen("triton", GPU, op=fake_kernel.op)
+
+
+def test_a_named_backend_refuses_dtypes_and_explain_names_the_one_it_does_not_take(cpu_table):
+    a, basis = torch.ones(4, 64, dtype=torch.bfloat16), torch.ones(64, 2)
+    with pytest.raises(nk.BackendUnavailable, match=r"kernels take float32, got torch\.bfloat16"):
+        nk.project_adapter(a, basis, backend="cpu")
+    assert "take float32, got torch.bfloat16" in str(nk.explain("project_adapter", a, basis))
+    assert nk.project_adapter(a, basis).dtype == torch.bfloat16, "auto takes eager"
 
 
 @pytest.fixture
@@ -274,12 +301,12 @@ def test_auto_leaves_other_dtypes_and_dropout_to_eager(cpu_table, threads, monke
     module = importlib.import_module("nsru_kernels.ops.linear.cpu")
     ran = []
 
-    def forward(x, *args):
+    def watched(x, *args):
         ran.append(x.dtype)
-        cpu_extension.check_operands("nsru_linear", x, args[5])
+        cpu_extension.check_operands(x, args[5])
         return reference.forward(x, *args)
 
-    monkeypatch.setattr(module, "forward", forward)
+    monkeypatch.setattr(module, "forward", watched)
     x, w, a, b = (
         torch.ones(s, dtype=torch.bfloat16) for s in ((512, 64), (32, 64), (4, 64), (32, 4))
     )
@@ -291,7 +318,7 @@ def test_auto_leaves_other_dtypes_and_dropout_to_eager(cpu_table, threads, monke
     assert len(ran) == 2
     explanation = nk.explain("nsru_linear", x.float(), w, a)
     assert explanation.backend == "eager"
-    assert "do not take torch.float32" in str(explanation)
+    assert "take bfloat16, got torch.float32" in str(explanation)
     with torch.autocast("cpu", torch.bfloat16):
         assert nk.explain("nsru_linear", x.float(), w, a).backend == "cpu"
 

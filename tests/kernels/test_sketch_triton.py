@@ -8,7 +8,7 @@ import pytest
 import sketch_cases
 import torch
 
-from nsru_kernels import dispatch
+from nsru_kernels.dispatch import default_device
 from nsru_kernels.dispatch import BackendUnavailable
 from nsru_kernels.ops import launch
 from nsru_kernels.ops.sketch import update_sketch
@@ -17,7 +17,7 @@ from nsru_kernels.subspaces import RetainSketch
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 from nsru_kernels.ops.sketch import triton as sketch_triton
 
-DEVICE = dispatch.default_device()
+DEVICE = default_device()
 # Widths above ONE_READ = 184 take the route with two reads.
 SHAPES = [
     (0, 17, 20),

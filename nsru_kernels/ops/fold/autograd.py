@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsru_kernels.dispatch.choose import as_op, choose
+from nsru_kernels.dispatch.choice import as_op, choose
 from nsru_kernels.dispatch.config import BackendUnavailable, requested_backend
 from nsru_kernels.ops.fold import reference
 from nsru_kernels.ops.fold.backends import PROJECT, query

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nsru_kernels.dispatch.choose import Op, Query
+from nsru_kernels.dispatch.choice import Op, Query
 from nsru_kernels.ops import launch
 
 
@@ -59,7 +59,7 @@ def query_of_call(args: tuple) -> Query:
     """For ``explain``: the arguments of ``project_adapter`` or ``project_adapters``."""
     lists = [arg if isinstance(arg, (list, tuple)) else [arg] for arg in args[:2]]
     tensors = [[t for t in part if isinstance(t, Tensor)] for part in lists]
-    if len(tensors) == 2:
+    if len(tensors) == 2 and all(tensors):
         return query(*tensors)._replace(sizes=(len(tensors[1]),))
     dtypes = tuple({t.dtype for part in tensors for t in part})
     return Query("fold", "fold_many", (), dtypes)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nsru_kernels.dispatch.choose import as_op
+from nsru_kernels.dispatch.choice import as_op
 from nsru_kernels.ops.fold.reference import gram_core
 
 _library = torch.library.Library("nsru", "FRAGMENT")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsru_kernels.dispatch.choose import as_op, choose
+from nsru_kernels.dispatch.choice import as_op, choose
 from nsru_kernels.dispatch.config import BackendUnavailable, requested_backend
 from nsru_kernels.ops.fold.autograd import fold_many
 from nsru_kernels.ops.fold.reference import accumulate_dtype
@@ -149,6 +149,8 @@ def _gradients(ctx, *dys):
     try:
         x_MK, projected, s_MR, basis, core, seed, *rest = ctx.saved_tensors
     except RuntimeError as error:
+        if n == 1 or not ctx.spent:
+            raise
         raise RuntimeError(
             "nsru_linear_group: the outputs of a group (q/k/v, gate/up) share one backward, which "
             "has run. Sum the losses, pass retain_graph=True, or swap_linears(..., siblings=False)."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsru_kernels.dispatch.choose import choose
+from nsru_kernels.dispatch.choice import choose
 from nsru_kernels.dispatch.config import BackendUnavailable, requested_backend
 from nsru_kernels.ops.sketch import reference
 from nsru_kernels.ops.sketch.backends import SKETCH, query

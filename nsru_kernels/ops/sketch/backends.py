@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nsru_kernels.dispatch.choose import Op, Query
+from nsru_kernels.dispatch.choice import Op, Query
 from nsru_kernels.ops import launch
 
 

@@ -1,27 +1,28 @@
-"""Fixtures of the tests of siblings."""
+"""Fixtures of the tests of groups."""
 
 import pytest
 
-from nsru_kernels.nn import siblings as module_under_test
+from nsru_kernels.nn import group as module_under_test
 
 
 @pytest.fixture
 def groups(monkeypatch):
-    """How many linears each call of the group op took."""
+    """How many linears each call of the op took, where it took several."""
     sizes = []
-    run = module_under_test.projected_linear_group
+    run = module_under_test.projected_linears
 
     def counted(x, weights, *args):
-        sizes.append(len(weights))
+        if len(weights) > 1:
+            sizes.append(len(weights))
         return run(x, weights, *args)
 
-    monkeypatch.setattr(module_under_test, "projected_linear_group", counted)
+    monkeypatch.setattr(module_under_test, "projected_linears", counted)
     return sizes
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-    module_under_test._slot.pending = None
+    module_under_test._slot.waiting = None
     yield
-    pending = module_under_test._slot.pending
-    assert pending is None or not pending.outputs or pending.x() is not None
+    waiting = module_under_test._slot.waiting
+    assert waiting is None or not waiting.outputs or waiting.x() is not None

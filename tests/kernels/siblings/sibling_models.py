@@ -1,4 +1,4 @@
-"""A model with siblings, and what its tests compare."""
+"""A model with linears that share x, and what its tests compare."""
 
 import copy
 
@@ -7,6 +7,8 @@ from linear_cases import make_basis
 from torch import nn
 
 import nsru_kernels as nk
+from nsru_kernels.nn.group import LinearGroup
+from nsru_kernels.nn.projections import Projections
 
 K, R = 16, 3
 WIDTHS = {"q": 12, "k": 8, "v": 8}
@@ -39,6 +41,7 @@ def make_model(seed=0, dtype=torch.float32, layers=1, **options):
     model = nn.Sequential(*[Attention(dtype) for _ in range(layers)])
     shared = [make_basis(K, 5, i).float() for i in range(layers)]
     subspaces = {f"{i}.{name}": shared[i] for i in range(layers) for name in WIDTHS}
+    options = {"batch": {"input": batch().to(dtype)}, **options}
     report = nk.swap_linears(model, list(WIDTHS), rank=R, alpha=6, subspaces=subspaces, **options)
     for module in adapted(model):
         nn.init.normal_(module.lora_B)
@@ -50,10 +53,10 @@ def adapted(model):
 
 
 def alone(model):
-    """A copy of which no module knows another."""
+    """A copy in which every module works by itself."""
     other = copy.deepcopy(model)
     for module in adapted(other):
-        module._siblings = None
+        module.join(LinearGroup(Projections()))
     return other
 
 
@@ -76,15 +79,6 @@ def assert_same(got, want, **tolerance):
     for name in want:
         torch.testing.assert_close(got[name], want[name], msg=lambda m, n=name: f"{n}: {m}",
                                    **tolerance)  # fmt: skip
-
-
-def taught(**options):
-    """A model that has seen two forwards, and its report."""
-    model, report = make_model(**options)
-    for _ in range(2):
-        model(batch().to(model[0].q.weight.dtype))
-    assert "q+k+v × 1 served together\n" in str(report) + "\n"
-    return model, report
 
 
 def step(model, x):

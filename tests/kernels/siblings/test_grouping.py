@@ -1,4 +1,4 @@
-"""Who is served together, when each works alone, and what changes between the calls do."""
+"""Who is computed together, when each works alone, and what changes between the calls do."""
 
 import pytest
 import torch
@@ -8,57 +8,37 @@ from sibling_models import (
     Attention,
     K,
     R,
-    adapted,
     alone,
     assert_same,
     batch,
     gradients,
     make_model,
     step,
-    taught,
 )
 from torch import nn
 
 import nsru_kernels as nk
-from nsru_kernels.nn import siblings as module_under_test
+from nsru_kernels.nn import group as module_under_test
 
 
-def test_a_first_forward_is_watched_and_the_next_is_served_together(groups):
-    model, report = make_model()
+def test_those_that_read_one_tensor_are_computed_together(groups):
+    model, report = make_model(layers=2)
     reference = alone(model)
-    assert "  q+k+v × 1 candidates to be served together" in str(report)
-    want = gradients(reference, batch())
-    assert_same(gradients(model, batch()), want, rtol=0, atol=0)
-    assert not groups
-    assert "q+k+v × 1 read the same tensor, served together from the next forward" in str(report)
+    assert report.groups == [[f"{i}.{name}" for name in WIDTHS] for i in range(2)]
+    assert "  q+k+v × 2 computed together" in str(report)
     for _ in range(3):
-        assert_same(gradients(model, batch()), want)
-    assert groups == [3, 3, 3]
-    assert "  q+k+v × 1 served together" in str(report)
-    assert not module_under_test._slot.pending.outputs, "all were picked up"
+        assert_same(gradients(model, batch()), gradients(reference, batch()))
+    assert groups == [3] * 6
+    assert not module_under_test._slot.waiting.outputs, "all were taken"
 
 
-@pytest.mark.parametrize("order", ["kqv", "vkq", "qvk"])
-def test_the_order_of_calls_may_change_later(order, groups):
-    model, _ = taught()
+@pytest.mark.parametrize("order", ["qkv", "kqv", "vkq", "qvk"])
+def test_any_member_may_come_first(order, groups):
+    model, _ = make_model()
     reference = alone(model)
     model[0].order = reference[0].order = order
-    groups.clear()
     assert_same(gradients(model, batch()), gradients(reference, batch()))
     assert groups == [3]
-
-
-def test_only_those_called_with_one_tensor_are_grouped(groups):
-    model, report = make_model()
-    reference = alone(model)
-    other = batch(seed=7)
-    for i in range(3):
-        got = gradients(model, batch(seed=i), lambda x: model[0](x, q=other))
-        want = gradients(reference, batch(seed=i), lambda x: reference[0](x, q=other))
-        assert_same(got, want)
-    assert groups == [2, 2]
-    assert "k+v × 1 served together" in str(report)
-    assert "q × 1 worked alone: called with different tensors" in str(report)
 
 
 def test_one_tensor_may_come_again(groups):
@@ -66,11 +46,11 @@ def test_one_tensor_may_come_again(groups):
     x = batch()
     for _ in range(3):
         model(x)
-    assert groups == [3, 3]
+    assert groups == [3, 3, 3]
 
 
 def test_a_tensor_edited_between_the_calls_is_not_the_same(groups):
-    model, report = make_model()
+    model, _ = make_model()
     reference = alone(model)
     for _ in range(3):
         ys = []
@@ -80,62 +60,65 @@ def test_a_tensor_edited_between_the_calls_is_not_the_same(groups):
             with torch.no_grad():
                 ys.append(m(x))
         torch.testing.assert_close(*ys)
-    assert groups == [2, 2]
-    assert "k+v × 1 served together" in str(report)
+    assert groups == [3, 3, 3]
 
 
-def test_members_that_stay_away_end_the_group(groups):
-    model, report = taught()
+def test_a_member_called_with_another_tensor_works_alone(groups):
+    model, _ = make_model()
     reference = alone(model)
-    other = batch(seed=7)
-    groups.clear()
-    for _ in range(6):
-        y = model[0](batch(), v=other)
-        torch.testing.assert_close(y, reference[0](batch(), v=other))
-    assert groups[0] == 3, "expected as before"
-    assert groups[1:] == [2] * (len(groups) - 1), "then q and k alone"
-    assert len(groups) >= 4
-    assert "q+k × 1 served together" in str(report)
-    assert "v × 1 worked alone: called with different tensors" in str(report)
+    for i in range(6):
+        others = {"v": batch(seed=7)} if i % 2 else {}
+        got = gradients(model, batch(), lambda x, o=others: model[0](x, **o))
+        want = gradients(reference, batch(), lambda x, o=others: reference[0](x, **o))
+        assert_same(got, want)
+    assert groups == [3] * 6
 
 
-def test_a_member_that_comes_and_goes_is_given_up(groups):
-    model, report = taught()
-    groups.clear()
-    for i in range(20):
-        model[0](batch(), **({"v": batch(seed=7)} if i % 2 else {}))
-    assert groups.count(3) <= 6
-    assert groups[-4:] == [2] * 4
-    assert "v × 1 worked alone: called with different tensors" in str(report)
-
-
-def test_members_that_are_no_longer_called_end_the_group(groups):
-    model, report = taught()
-    groups.clear()
+def test_members_that_are_no_longer_called(groups):
+    model, _ = make_model()
+    reference = alone(model)
     for seed in range(5):
-        model[0].q(batch(seed=seed))
-    assert groups == [3]
-    assert "q+k+v × 1 worked alone: called with different tensors" in str(report)
+        torch.testing.assert_close(model[0].q(batch(seed=seed)), reference[0].q(batch(seed=seed)))
+    assert groups == [3] * 5
 
 
 def test_linears_in_a_chain_are_never_grouped(groups):
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(K, K) for _ in range(3)])
-    report = nk.swap_linears(model, "all-linear", rank=R, alpha=6)
+    report = nk.swap_linears(model, "all-linear", rank=R, alpha=6, batch={"input": batch()})
     for _ in range(3):
         model(batch())
     assert not groups
-    assert "0+1+2 × 1 worked alone: called with different tensors" in str(report)
+    assert report.groups == []
 
 
-def test_candidates_share_parent_width_and_basis():
-    model, report = make_model(layers=2)
-    assert [list(h._names.values()) for h in report.siblings] == [["q", "k", "v"]] * 2
-    assert len({id(m._siblings) for m in adapted(model)}) == 2
+def test_without_a_look_each_works_alone_and_the_report_says_so(groups):
+    model, report = make_model(batch=None)
+    model(batch())
+    assert not groups
+    assert "each computed alone: pass subspaces of estimate_retain_subspaces" in str(report)
+    assert "computed alone" not in str(make_model(siblings=False)[1])
+
+
+def test_subspaces_carry_the_groups(groups):
     torch.manual_seed(0)
-    other = nn.Sequential(Attention())
+    model = nn.Sequential(Attention(), Attention())
+    batches = [{"input": batch(64, seed=i)} for i in range(2)]
+    subspaces = nk.estimate_retain_subspaces(
+        model, batches, list(WIDTHS), width=8, rank=3, progress=False
+    )
+    report = nk.swap_linears(model, list(WIDTHS), rank=R, alpha=6, subspaces=subspaces)
+    assert report.groups == [[f"{i}.{name}" for name in WIDTHS] for i in range(2)]
+    model(batch())
+    assert groups == [3, 3]
+
+
+def test_a_group_shares_its_basis():
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention())
     subspaces = {f"0.{n}": make_basis(K, 5).float() for n in WIDTHS}
-    assert nk.swap_linears(other, list(WIDTHS), rank=R, alpha=6, subspaces=subspaces).siblings == []
+    swap = {"rank": R, "alpha": 6, "batch": {"input": batch()}}
+    assert nk.swap_linears(model, list(WIDTHS), subspaces=subspaces, **swap).groups == []
 
 
 def edit(name):
@@ -168,7 +151,7 @@ def rebind_b(model, x):
 
 @torch.no_grad()
 def edit_basis(model, x):
-    model[0].q.retain.basis.copy_(make_basis(K, 5, seed=5))
+    model[0].q.subspace.basis.copy_(make_basis(K, 5, seed=5))
 
 
 def edit_x(model, x):
@@ -204,7 +187,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_between_the_calls_is_seen(name, groups):
-    model, _ = taught()
+    model, _ = make_model()
     reference = alone(model)
     results = []
     with torch.no_grad():
@@ -224,7 +207,7 @@ def test_a_change_between_the_calls_is_seen(name, groups):
 
 
 def test_modes_between_the_calls_are_seen():
-    model, _ = taught()
+    model, _ = make_model()
     x = batch()
     with torch.no_grad():
         model[0].q(x)
@@ -235,7 +218,7 @@ def test_modes_between_the_calls_are_seen():
     model[0].q(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model[0].k(x).dtype == torch.bfloat16
-    model, _ = taught()
+    model, _ = make_model()
     model[0].q(x)
     x.requires_grad_()
     model[0].k(x).sum().backward()
