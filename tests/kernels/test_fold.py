@@ -88,7 +88,8 @@ def test_project_adapters_equals_one_by_one_in_any_mix():
     folded = nk.project_adapters(adapters, bases)
     for got, a, basis in zip(folded, adapters, bases, strict=True):
         assert got.dtype == a.dtype
-        assert torch.equal(got, nk.project_adapter(a, basis))
+        # Not bit by bit: a GEMM of more rows rounds differently on some CPUs.
+        torch.testing.assert_close(got, nk.project_adapter(a, basis))
     assert nk.project_adapters([], []) == []
 
 

@@ -155,7 +155,7 @@ def projected_linears(
     """
     k, dtype = weights[0].shape[-1], x.dtype
     if (
-        torch.is_autocast_enabled(x.device.type)
+        (not x.is_meta and torch.is_autocast_enabled(x.device.type))
         or weights[0].dtype != dtype
         or x.shape[-1:] != (k,)
     ):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from nsru_kernels.ops.fold.reference import accumulate_dtype
 from nsru_kernels.ops.linear import reference
 from nsru_kernels.ops.linear.backends import LINEAR
 
-_dtype_of = operator.attrgetter("dtype")
 _library = torch.library.Library("nsru", "FRAGMENT")
 _library.define(
     "linear_forward(Tensor x, Tensor[] weights, Tensor a, Tensor[] bs, Tensor?[] biases, "
@@ -116,13 +114,16 @@ class ProjectedLinear(torch.autograd.Function):
         if projected is None:
             projected = _project(x.dtype, _stack(lora_as), basis, core, backend)
         dtype = x.dtype
-        bs_NR = []
-        for b_NR in lora_bs:
+        bs_NR, a_dtypes, b_dtypes = [], [], []
+        for a_RK, b_NR in zip(lora_as, lora_bs, strict=True):
             bs_NR.append(b_NR.detach() if b_NR.dtype == dtype else b_NR.detach().to(dtype))
+            a_dtypes.append(a_RK.dtype)
+            b_dtypes.append(b_NR.dtype)
         x_MK = x if x.dim() == 2 else _flatten(x)
         call = torch.ops.nsru.linear_forward if as_op(x) else _forward
         args = (x_MK, weights, projected, bs_NR, biases, scalings, dropout_p, seed, backend)
-        if torch.is_autocast_enabled(x.device.type):  # the dtypes are chosen already
+        # The dtypes are chosen already.
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 ys, s_MR = call(*args)
         else:
@@ -130,7 +131,7 @@ class ProjectedLinear(torch.autograd.Function):
         ctx.save_for_backward(x_MK, projected, s_MR, basis, core, seed, *weights, *bs_NR)
         ctx.set_materialize_grads(False)
         ctx.settings = x.shape, scalings, dropout_p, backend
-        ctx.dtypes = tuple(map(_dtype_of, tensors[2 * n :]))  # of all A_i, all B_i
+        ctx.dtypes = a_dtypes + b_dtypes
         ctx.spent = False
         if x.dim() == 2:
             return tuple(ys)
@@ -163,7 +164,7 @@ def _gradients(ctx, *dys):
     dys_MN = [dy if dy is None or dy.dim() == 2 else _flatten(dy) for dy in dys]
     call = torch.ops.nsru.linear_backward if as_op(x_MK) else _backward
     args = (dys_MN, x_MK, rest[:n], projected, rest[n:], s_MR, scalings, dropout_p, seed, needs)
-    if torch.is_autocast_enabled(x_MK.device.type):
+    if not x_MK.is_meta and torch.is_autocast_enabled(x_MK.device.type):
         with torch.autocast(x_MK.device.type, enabled=False):
             dx, da, *others = call(*args, backend)
     else:
