@@ -35,6 +35,11 @@ def frozen_gradients(
     return grads
 
 
+def public_name(ws_NK: list[Tensor]) -> str:
+    """The function that the user called, for messages."""
+    return "nsru_linear" if len(ws_NK) == 1 else "nsru_linear_group"
+
+
 def one_read_pays(r: int) -> bool:
     """Whether dB and dS should share one read of dY: beyond this rank the partial sums of dS,
     4 R bytes a row and block of 256 columns, move more than a second read."""

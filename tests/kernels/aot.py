@@ -23,8 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OPS = ("linear", "linear_group", "fold", "sketch")
-TOKEN_OPS = ("linear", "linear_group", "sketch")
+OPS = ("linear", "fold", "sketch")
+TOKEN_OPS = ("linear", "sketch")
 # Around multiples of 16, for which sizes are otherwise specialised; 2^31 elements and more.
 TOKENS = (17, 32, 1000, 1008, 8192, 8191, 2**20)
 # Dynamic shared memory that one block may ask for (CUDA C++ programming guide, table of compute

@@ -7,50 +7,35 @@ Tests marked ``gpu`` run all kernels, small sizes first:
 """
 
 import contextlib
-import functools
 import types
 
 import pytest
 import torch
-from linear_cases import check_against_exact, make_inputs
+from linear_cases import check_against_exact, check_backward, check_forward, make_inputs, operands
 from tolerance import assert_close_to_exact
 
 import nsru_kernels as nk
-from nsru_kernels import dispatch
+from nsru_kernels.dispatch import choose
 from nsru_kernels.ops import extension
 from nsru_kernels.ops.linear import cuda, reference
 from nsru_kernels.ops.linear import cuda_products as products
 
 DTYPES = [torch.bfloat16, torch.float16]
 GPU = torch.device("cuda")
-ALL = [True, False, True, True, True]
+ALL = [True, True, False, True, True]
 # (M, K, N, R): R below, at and beyond a tile, with rows that need padding and rows that do not.
 SMALL = [(1, 8, 8, 1), (130, 72, 264, 3), (64, 136, 40, 16), (70, 64, 128, 64), (33, 200, 72, 100)]
 REAL = [(8192, 4096, 4096, 16), (8192, 4096, 14336, 16), (16384, 2048, 8192, 16)]
 
 
-def operands(m, k, n, r, dtype, device="cpu", seed=0):
-    """(x, W, Ā, B, bias)."""
-    g = torch.Generator().manual_seed(seed)
-    draw = functools.partial(torch.randn, generator=g)
-    tensors = draw(m, k), draw(n, k) / k**0.5, draw(r, k) / k**0.5, draw(n, r) / 4, draw(n)
-    return [t.to(device, dtype) for t in tensors]
+def one_linear(m, k, n, r, dtype, device="cpu", seed=0):
+    """Arguments of ``forward`` for a group of one."""
+    return operands(m, k, (n,), (r,), dtype, device=device, seed=seed)
 
 
-def check_both_passes(args, *, scaling=1.7, needs=ALL):
-    """Forward and backward by cuda.py against float64, no worse than eager."""
-    x, w = args[:2]
-    dy = torch.randn(x.shape[0], w.shape[0], device=x.device).to(x.dtype)
-
-    def both(module, x, w, a, b, bias, dy):
-        y, s = module.forward(x, w, a, b, bias, scaling, 0.0, None)
-        return y, s, *module.backward(dy, x, w, a, b, s, scaling, 0.0, None, needs)
-
-    got, eager = both(cuda, *args, dy), both(reference, *args, dy)
-    exact = both(reference, *(None if t is None else t.double() for t in (*args, dy)))
-    names = ("y", "S", "dx", "dw", "dbias", "da", "db")
-    for name, *values in zip(names, got, eager, exact, strict=True):
-        assert_close_to_exact(*values, name)
+def check_both_passes(args):
+    check_forward(cuda, args)
+    check_backward(cuda, args, needs=ALL)
 
 
 # ---------------------------------------------------------------- without a GPU
@@ -59,13 +44,13 @@ def check_both_passes(args, *, scaling=1.7, needs=ALL):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_operands_are_handed_over_as_they_lie(stand_in, shape, dtype):
-    check_both_passes(operands(*shape, dtype))
-    x, w, a, b, _ = operands(*shape, dtype)
-    check_both_passes((x, w, a, b, None), scaling=1.0)
+    args = one_linear(*shape, dtype)
+    check_both_passes(args)
+    check_both_passes((*args[:4], [None], [1.0]))
 
 
 def test_unusual_strides(stand_in):
-    x, w, a, b, bias = operands(20, 64, 40, 5, torch.float16)
+    x, (w,), a, (b,), (bias,), scalings = one_linear(20, 64, 40, 5, torch.float16)
     sliced = torch.randn(20, 80).half()[:, 8:72]
     cases = (
         (x.T.contiguous().T, w, a, b, bias),
@@ -76,66 +61,64 @@ def test_unusual_strides(stand_in):
         (x, w, a, b, torch.randn(80).half()[::2]),
         (x, w, a, b, torch.randn(41).half()[1:]),
     )
-    for case in cases:
-        check_both_passes(case)
-    y, s = cuda.forward(x, w, a, b, bias, 2.0, 0.0, None)
+    for x_, w_, a_, b_, bias_ in cases:
+        check_both_passes((x_, [w_], a_, [b_], [bias_], scalings))
+    (y,), s = cuda.forward(x, [w], a, [b], [bias], scalings)
     dy = torch.ones((), dtype=x.dtype).expand(y.shape)
-    got = cuda.backward(dy, x, w, a, b, s, 2.0, 0.0, None, ALL)
-    expected = cuda.backward(dy.contiguous(), x, w, a, b, s, 2.0, 0.0, None, ALL)
-    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    rest = x, [w], a, [b], s, scalings, 0.0, None, ALL
+    got, expected = (cuda.backward([each], *rest) for each in (dy, dy.contiguous()))
+    assert all(one is two or torch.equal(one, two) for one, two in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_public_function_folds_and_multiplies_in_cuda(stand_in, monkeypatch, dtype):
-    monkeypatch.setitem(dispatch._UNAVAILABLE, "cuda", lambda op, device: None)
+    monkeypatch.setattr(extension, "unavailable", lambda op, device: None)
     launched = []
     launch = extension.load().launch_fold
     monkeypatch.setattr(
         extension.load(), "launch_fold", lambda **call: launched.append(1) or launch(**call)
     )
-    dispatch._choose.cache_clear()
+    choose.cache_clear()
     try:
         inputs, basis = make_inputs((3, 7), 40, 24, 5, dtype=dtype)
-        check_against_exact(
-            inputs, basis, function=functools.partial(nk.nsru_linear, backend="cuda")
-        )
+        check_against_exact(inputs, basis, backend="cuda")
     finally:
-        dispatch._choose.cache_clear()
+        choose.cache_clear()
     assert len(launched) == 2, "A forward, its gradient backward"
 
 
 def test_rank_one_with_a_frozen_b(stand_in):
-    x, w, a, b, _ = operands(4, 16, 24, 1, torch.bfloat16)
-    y, s = cuda.forward(x, w, a, b, None, 2.0, 0.0, None)
-    needs = [True, False, False, True, False]
-    got = cuda.backward(y, x, w, a, b, s, 2.0, 0.0, None, needs)
-    expected = reference.backward(y, x, w, a, b, s, 2.0, 0.0, None, needs)
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+    x, ws, a, bs, _, scalings = one_linear(4, 16, 24, 1, torch.bfloat16)
+    ys, s = cuda.forward(x, ws, a, bs, [None], scalings)
+    needs = [True, True, False, False, False]
+    back = ys, x, ws, a, bs, s, scalings, 0.0, None, needs
+    got, expected = cuda.backward(*back), reference.backward(*back)
+    assert got[2:] == expected[2:] == [None] * 3
+    torch.testing.assert_close(got[:2], expected[:2], rtol=0.02, atol=0.02)
 
 
 def test_no_tokens_launch_nothing(stand_in):
-    check_both_passes(operands(0, 64, 40, 4, torch.bfloat16))
+    check_both_passes(one_linear(0, 64, 40, 4, torch.bfloat16))
 
 
 def test_only_asked_for_gradients(stand_in):
-    x, w, a, b, _ = operands(9, 64, 40, 4, torch.bfloat16)
+    x, (w,), a, bs, _, scalings = one_linear(9, 64, 40, 4, torch.bfloat16)
     for wanted in range(5):
         needs = [index == wanted for index in range(5)]
-        grads = cuda.backward(x @ w.T, x, w, a, b, x @ a.T, 2.0, 0.0, None, needs)
-        assert [grad.numel() > 0 for grad in grads] == needs
+        back = [x @ w.T], x, [w], a, bs, x @ a.T, scalings, 0.0, None, needs
+        assert [grad is not None for grad in cuda.backward(*back)] == needs
 
 
 def test_refusals_name_the_reason_and_the_other_backend():
-    x, w, a, b, _ = operands(8, 64, 40, 4, torch.bfloat16)
-    for call, reason in (
-        ((x.float(), w.float(), a, b, None, 1.0, 0.0, None), "bf16 and fp16, got torch.float32"),
-        ((x, w, a, b, None, 1.0, 0.1, None), "dropout_p=0.1"),
-        ((x, w[:39], a, b[:39], None, 1.0, 0.0, None), r"multiples of 8, got \(39, 64\)"),
-        ((x, w.T.contiguous().T, a, b, None, 1.0, 0.0, None), r"got strides \(1, 40\)"),
+    x, (w,), a, (b,), *_ = one_linear(8, 64, 40, 4, torch.bfloat16)
+    for x_, w_, b_, dropout_p, reason in (
+        (x.float(), w.float(), b, 0.0, "bf16 and fp16, got torch.float32"),
+        (x, w, b, 0.1, "dropout_p=0.1"),
+        (x, w[:39], b[:39], 0.0, r"multiples of 8, got \(39, 64\)"),
+        (x, w.T.contiguous().T, b, 0.0, r"got strides \(1, 40\)"),
     ):
         with pytest.raises(nk.BackendUnavailable, match=f"{reason}.*Use 'triton'"):
-            cuda.forward(*call)
+            cuda.forward(x_, [w_], a, [b_], [None], [1.0], dropout_p)
 
 
 @pytest.fixture
@@ -225,39 +208,39 @@ def test_gemm_every_config(module, layout, dtype):
 @pytest.mark.parametrize("r", [1, 8, 16, 64, 100])
 def test_both_passes_at_an_odd_number_of_tokens(module, r):
     for dtype in DTYPES:
-        check_both_passes(operands(8191, 1024, 2048, r, dtype, GPU))
+        check_both_passes(one_linear(8191, 1024, 2048, r, dtype, GPU))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", REAL, ids=str)
 def test_real_sizes(module, shape, dtype):
-    check_both_passes(operands(*shape, dtype, GPU))
+    check_both_passes(one_linear(*shape, dtype, GPU))
 
 
 @pytest.mark.gpu
 def test_through_the_public_function(module):
     inputs, _ = make_inputs(515, 256, 384, 16, dtype=torch.bfloat16)
     inputs = {name: tensor.to(GPU) for name, tensor in inputs.items()}
-    check_against_exact(inputs, None, function=functools.partial(nk.nsru_linear, backend="cuda"))
+    check_against_exact(inputs, None, backend="cuda")
 
 
 @pytest.mark.gpu
 def test_two_runs_agree_bit_by_bit(module):
-    args = operands(8192, 4096, 4096, 16, torch.bfloat16, GPU)
-    first, second = (cuda.forward(*args, 2.0, 0.0, None)[0] for _ in range(2))
+    args = one_linear(8192, 4096, 4096, 16, torch.bfloat16, GPU)
+    first, second = (cuda.forward(*args)[0][0] for _ in range(2))
     assert torch.equal(first, second)
 
 
 @pytest.mark.gpu
 def test_streams_do_not_meet(module):
-    args = [operands(2048, 1024, 1024, 16, torch.bfloat16, GPU, seed) for seed in range(4)]
-    expected = [cuda.forward(*each, 2.0, 0.0, None)[0] for each in args]
+    args = [one_linear(2048, 1024, 1024, 16, torch.bfloat16, GPU, seed) for seed in range(4)]
+    expected = [cuda.forward(*each)[0][0] for each in args]
     torch.cuda.synchronize()
     streams, got = [torch.cuda.Stream() for _ in args], []
     for stream, each in zip(streams, args, strict=True):
         with torch.cuda.stream(stream):
-            got.append([cuda.forward(*each, 2.0, 0.0, None)[0] for _ in range(8)])
+            got.append([cuda.forward(*each)[0][0] for _ in range(8)])
     torch.cuda.synchronize()
     for runs, value in zip(got, expected, strict=True):
         assert all(torch.equal(run, value) for run in runs)
@@ -265,11 +248,13 @@ def test_streams_do_not_meet(module):
 
 @pytest.mark.gpu
 def test_cuda_graph_replays_with_new_values(module):
-    x, w, a, b, bias = operands(512, 1024, 1024, 16, torch.bfloat16, GPU)
+    args = one_linear(512, 1024, 1024, 16, torch.bfloat16, GPU)
+    x, ws, a, bs, _, scalings = args
 
     def step():
-        y, s = cuda.forward(x, w, a, b, bias, 2.0, 0.0, None)
-        return y, *cuda.backward(y, x, w, a, b, s, 2.0, 0.0, None, ALL)
+        ys, s = cuda.forward(*args)
+        grads = cuda.backward(ys, x, ws, a, bs, s, scalings, 0.0, None, ALL)
+        return *ys, *(grad for grad in grads if grad is not None)
 
     step()
     torch.cuda.synchronize()
@@ -284,7 +269,7 @@ def test_cuda_graph_replays_with_new_values(module):
 
 @pytest.mark.gpu
 def test_wrong_arguments_are_named(module):
-    x, w, a, b, _ = operands(64, 64, 64, 3, torch.bfloat16, GPU)
+    x, (w,), a, (b,), *_ = one_linear(64, 64, 64, 3, torch.bfloat16, GPU)
     with pytest.raises(ValueError, match="ldp=3: rows of p must start at multiples of 16 bytes"):
         products.kext_gemm(x, w.T, x @ a.T, products.padded(b).T, None)
     with pytest.raises(ValueError, match="config=77"):
@@ -295,6 +280,6 @@ def test_wrong_arguments_are_named(module):
 def test_the_current_device_stays(module):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    args = operands(256, 256, 256, 16, torch.bfloat16, "cuda:1")
+    args = one_linear(256, 256, 256, 16, torch.bfloat16, "cuda:1")
     check_both_passes(args)
     assert torch.cuda.current_device() == 0

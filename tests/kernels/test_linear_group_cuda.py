@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from group_cases import DEVICE, check_both_passes, check_some_gradients, operands, upstream
+from linear_cases import (
+    DEVICE,
+    adapters_and_x,
+    check_both_passes,
+    check_some_gradients,
+    operands,
+    upstream,
+)
 
 import nsru_kernels as nk
-from nsru_kernels import dispatch
+from nsru_kernels.dispatch import choose
 from nsru_kernels.ops import extension
-from nsru_kernels.ops.linear_group import cuda
+from nsru_kernels.ops.linear import cuda
 
 DTYPES = [torch.bfloat16, torch.float16]
 # Ranks that need padded copies and ranks that do not; one above those that share a read of dY.
@@ -23,7 +30,7 @@ def kernels(request):
     """Kernels that take the tensors of these tests."""
     if DEVICE == "cpu":
         request.getfixturevalue("stand_in")
-    elif reason := extension.unavailable("linear_group", torch.device(DEVICE)):
+    elif reason := extension.unavailable("linear", torch.device(DEVICE)):
         pytest.skip(reason)
 
 
@@ -42,9 +49,9 @@ def test_unused_outputs_and_single_gradients(kernels, unused, wanted):
 
 def test_swapped_siblings_go_through_cuda_alone(stand_in, monkeypatch):
     """A model with siblings under NSRU_BACKEND=cuda: no op of it is missing."""
-    monkeypatch.setitem(dispatch._UNAVAILABLE, "cuda", lambda op, device: None)
+    monkeypatch.setattr(extension, "unavailable", lambda op, device: None)
     monkeypatch.setenv("NSRU_BACKEND", "cuda")
-    dispatch._choose.cache_clear()
+    choose.cache_clear()
 
     class Attention(torch.nn.Module):
         def __init__(self):
@@ -77,7 +84,7 @@ def test_swapped_siblings_go_through_cuda_alone(stand_in, monkeypatch):
         for got, want in zip(grads, (parameter.grad for parameter in adapters), strict=True):
             torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * want.abs().max().item())
     finally:
-        dispatch._choose.cache_clear()
+        choose.cache_clear()
 
 
 def test_refusals_name_the_reason_and_the_other_backend():
@@ -99,6 +106,6 @@ def test_two_runs_agree_bit_by_bit(kernels):
     runs = []
     for _ in range(2):
         ys, s = cuda.forward(*args)
-        needs = [True, True, *[False] * 6, *[True] * 3]
-        runs.append([*ys, s, *cuda.backward(upstream(ys), x, ws, a, bs, s, scalings, needs)])
+        back = upstream(ys), x, ws, a, bs, s, scalings, 0.0, None, adapters_and_x(3)
+        runs.append([*ys, s, *(grad for grad in cuda.backward(*back) if grad is not None)])
     assert all(map(torch.equal, *runs))

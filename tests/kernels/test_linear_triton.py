@@ -1,4 +1,4 @@
-"""The Triton kernels of the projected linear: interpreted on a CPU, run on a GPU if there is one.
+"""The Triton kernels of projected linears: interpreted on a CPU, run on a GPU if there is one.
 
 bf16 is left to GPUs: the interpreter multiplies it wrongly without a word.
 """
@@ -7,23 +7,46 @@ import functools
 
 import pytest
 import torch
-from linear_cases import activation_projection, check_against_exact, make_inputs, run
+from linear_cases import (
+    DEVICE,
+    GROUP,
+    ONE,
+    activation_projection,
+    adapters_and_x,
+    check_against_exact,
+    check_backward,
+    check_both_passes,
+    check_forward,
+    check_some_gradients,
+    make_inputs,
+    operands,
+    run,
+    upstream,
+)
 from tolerance import assert_close_to_exact
 from torch.utils.checkpoint import checkpoint
 
 import nsru_kernels as nk
 from nsru_kernels.ops import launch
-from nsru_kernels.ops.linear import reference
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from nsru_kernels.ops.linear import triton, triton_products
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
-# (M, K, N, R): tokens for one and several row blocks, sizes below, at and beyond a tile.
-SHAPES = [(1, 24, 20, 4), (16, 64, 32, 16), (63, 130, 70, 17), (130, 72, 264, 3), (70, 33, 29, 70)]
+# (M, K, N_i, R_i): tokens for one and several row blocks, sizes below, at and beyond a tile.
+CASES = [
+    (1, 24, (20,), (4,)),
+    (16, 64, (32,), (16,)),
+    (63, 130, (70,), (17,)),
+    (130, 72, (264,), (3,)),
+    (70, 33, (29,), (70,)),
+    (1, 24, (20, 7), (4, 3)),
+    (70, 72, (136, 40, 40), (8, 8, 8)),
+    (33, 33, (29, 65, 17, 12), (2, 17, 1, 5)),
+]
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 linear = functools.partial(nk.nsru_linear, backend="triton")
 
 
@@ -32,76 +55,115 @@ def inputs_on_device(*args, **kwargs):
     return {n: t.to(DEVICE) for n, t in inputs.items()}, None if basis is None else basis.to(DEVICE)
 
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-def operands(m, k, n, r, dtype, seed=0):
-    """(x, W, Ā, B, bias) on the device."""
-    g = torch.Generator().manual_seed(seed)
-    draw = functools.partial(torch.randn, generator=g)
-    tensors = draw(m, k), draw(n, k) / k**0.5, draw(r, k) / k**0.5, draw(n, r), draw(n)
-    return [t.to(DEVICE, dtype) for t in tensors]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_value_and_every_gradient(shape, dtype):
-    m, k, n, r = shape
-    check_against_exact(*inputs_on_device(m, k, n, r, 6, dtype=dtype), function=linear)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_every_gradient(case, dtype):
+    check_both_passes(triton, case, dtype)
+    m, k, ns, ranks = case
+    sizes = (ns[0], ranks[0]) if len(ns) == 1 else (ns, ranks)
+    check_against_exact(*inputs_on_device(m, k, *sizes, 6, dtype=dtype), backend="triton")
+
+
+@pytest.mark.parametrize("unused", [(0,), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1, 8, 9, 10), (8,)], ids=str)
+def test_unused_outputs_and_single_gradients(unused, wanted):
+    case = (20, 40, (24, 9, 16), (3, 2, 4))
+    check_some_gradients(triton, case, torch.float32, unused, wanted)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_a_group_gives_what_its_linears_give(dropout_p):
+    """Also with dropout: one mask of x for all."""
+    x, ws, a, bs, biases, scalings = operands(37, 40, (24, 9, 16), (3, 2, 4), torch.float32)
+    seed = torch.tensor(2**40 + 5)
+    ys, s = triton.forward(x, ws, a, bs, biases, scalings, dropout_p, seed)
+    dys = upstream(ys)
+    needs = [True] * 11
+    dx, da, *rest = triton.backward(dys, x, ws, a, bs, s, scalings, dropout_p, seed, needs)
+    alone = []
+    for i, part in enumerate(a.split([3, 2, 4])):
+        own = [ws[i]], part, [bs[i]]
+        (y,), s = triton.forward(x, *own, [biases[i]], [scalings[i]], dropout_p, seed)
+        torch.testing.assert_close(ys[i], y)
+        last = s, [scalings[i]], dropout_p, seed, [True] * 5
+        alone.append(triton.backward([dys[i]], x, *own, *last))
+    dxs, das, *others = zip(*alone, strict=True)
+    torch.testing.assert_close(dx, sum(dxs), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(da, torch.cat(das), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rest, [grad for grads in others for grad in grads])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", triton.PLANS)
-@pytest.mark.parametrize("shape", [(5, 40, 24, 3), (16, 136, 72, 8), (140, 136, 264, 8)], ids=str)
-def test_every_plan_gives_the_same_forward(monkeypatch, shape, plan, dtype):
-    if plan == "decode" and shape[0] > triton.DECODE_TOKENS:
+@pytest.mark.parametrize(
+    "case",
+    [
+        (5, 40, (24,), (3,)),
+        (16, 136, (72,), (8,)),
+        (140, 136, (264,), (8,)),
+        (9, 40, (24, 9, 16), (3, 2, 4)),
+        (40, 136, (72, 40), (8, 16)),
+    ],
+    ids=str,
+)
+def test_every_plan_gives_the_same_forward(case, plan, dtype):
+    if plan == "decode" and case[0] > triton.DECODE_TOKENS:
         pytest.skip("decode is for few tokens")
     if plan == "kext_tma" and dtype == torch.float32:
         pytest.skip("TMA serves 16-bit operands")
-    args = operands(*shape, dtype)
-    exact = reference.forward(*(t.double() for t in args), 1.7, 0.0, None)
-    eager = reference.forward(*args, 1.7, 0.0, None)
-    got = triton.forward(*args, 1.7, 0.0, None, plan)
-    for name, values in zip(("y", "S"), zip(got, eager, exact, strict=True), strict=True):
-        assert_close_to_exact(*values, name)
+    check_forward(triton, operands(*case, dtype), plan=plan)
 
 
-def test_a_measured_plan_that_cannot_serve_is_not_followed():
+@pytest.mark.parametrize("ns", [(36,), (36, 20)], ids=str)
+def test_a_measured_plan_that_cannot_serve_is_not_followed(ns):
     """Measured at 16 tokens, asked for 24; measured without dropout; with another layout."""
-    x, w, a, b, bias = operands(24, 40, 36, 5, torch.float16)
-    seed = torch.tensor(2**40 + 3)
-    for args in (
-        (x, w, a, b, bias, 1.7, 0.0, None),
-        (x[:9], w, a, b, bias, 1.7, 0.5, seed),
-        (x.T.contiguous().T, w, a, b, bias, 1.7, 0.0, None),
+    whole, *others = operands(24, 40, ns, (5, 3)[: len(ns)], torch.float16)
+    for x, *dropout in (
+        (whole, 0.0, None),
+        (whole[:9], 0.5, torch.tensor(2**40 + 3)),
+        (whole.T.contiguous().T, 0.0, None),
     ):
-        expected = triton.forward(*args, "kext")
+        expected = triton.forward(x, *others, *dropout, "kext")
         for plan in ("decode", "kext_tma", "of a later version"):
-            for got, known in zip(triton.forward(*args, plan), expected, strict=True):
-                torch.testing.assert_close(got, known, rtol=1e-2, atol=1e-2)
+            got = triton.forward(x, *others, *dropout, plan)
+            torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("needs_bias_columns", [False, True])
-def test_tma_gemm_in_both_directions(monkeypatch, needs_bias_columns):
-    """W is read in its stored layout: along K in forward, along N in backward."""
-    x, w, a, b, bias = operands(140, 136, 264, 8, torch.float16)
-    s, dy = (x @ a.T), torch.randn(140, 264, device=DEVICE).half()
-    for source, matrix, p, v in ((x, w.T, s, b.T), (dy, w, dy @ b, a)):
-        extra = bias if needs_bias_columns and matrix.shape[1] == 264 else None
-        args = source, matrix, p, v, extra, 0.7
-        exact = source.double() @ matrix.double() + 0.7 * p.double() @ v.double()
-        exact = exact if extra is None else exact + extra.double()
+@pytest.mark.parametrize(("biased", "dropout_p"), [(False, 0.0), (True, 0.0), (True, 0.5)])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_one_gemm_of_several_sources(count, biased, dropout_p):
+    """By pointers and by TMA. W is read in its stored layout: along K in forward, along N in
+    backward."""
+    x, ws, a, bs, _, _ = operands(140, 72, (264, 136, 8)[:count], (8,) * count, torch.float16)
+    dys = upstream([x @ w.T for w in ws])
+    ds = torch.cat([dy @ b for dy, b in zip(dys, bs, strict=True)], dim=1)
+    products = [(dys, ws, ds, a)]
+    if count == 1:
+        products.append(([x], [ws[0].T], x @ a.T, bs[0].T))
+    for xs, matrices, p, v in products:
+        dropout = dropout_p, torch.tensor(2**40 + 7)
+        ones = torch.ones_like(p[:, :1]), torch.ones_like(v[:1]), None, 1.0
+        nothing = [torch.zeros_like(xs[0])], matrices[:1]
+        mask = triton_products.kext_gemm(*nothing, *ones, *dropout, tma=False).double()
+        torch.testing.assert_close(mask, (mask > 0).double() / (1 - dropout_p))
+        assert dropout_p == 0 or 0 < (mask > 0).double().mean() < 1
+        bias = torch.randn(v.shape[1], device=DEVICE).half() if biased else None
+        exact = 0.7 * mask * (p.double() @ v.double())
+        exact += sum(x.double() @ w.double() for x, w in zip(xs, matrices, strict=True))
+        exact += bias.double() if biased else 0.0
+        args = xs, matrices, p, v, bias, 0.7, *dropout
         pointers = triton_products.kext_gemm(*args, tma=False)
         assert_close_to_exact(triton_products.kext_gemm(*args, tma=True), pointers, exact)
         assert_close_to_exact(pointers, exact.half(), exact)
 
 
 def test_tma_is_chosen_only_where_descriptors_can_describe(monkeypatch):
-    x, w, *_ = operands(20, 64, 32, 4, torch.float16)
+    x, (w, other), _, bs, *_ = operands(20, 64, (32, 16), (4, 4), torch.float16)
     assert not triton_products.fits_tma(x, w) or launch.architecture(x.device) >= 90
     monkeypatch.setattr(launch, "architecture", lambda device: 90)
     assert triton_products.fits_tma(x, w)
-    assert triton.serves("kext_tma", x, w, w[:4])
+    assert triton.serves("kext_tma", x, [w, other], bs)
+    assert not triton.serves("kext_tma", x, [w, other[:15]], bs), "one of them does not fit"
     assert not triton_products.fits_tma(x.float(), w.float()), "float32"
     assert not triton_products.fits_tma(x, w[:31]), "rows of y that do not start at 16 bytes"
     assert not triton_products.fits_tma(x[:, :63], w[:, :63])
@@ -117,16 +179,17 @@ def test_strides_do_not_matter(dtype):
     inputs["lora_a"] = inputs["lora_a"].repeat_interleave(2, 1)[:, ::2]
     inputs["lora_b"] = inputs["lora_b"].T.contiguous().T
     inputs["bias"] = inputs["bias"].repeat_interleave(3)[::3]
-    check_against_exact(inputs, basis, function=linear)
+    check_against_exact(inputs, basis, backend="triton")
     inputs["bias"] = inputs["bias"][:1].expand(20)
-    check_against_exact(inputs, basis, function=linear)
+    check_against_exact(inputs, basis, backend="triton")
     constant = torch.ones((), device=DEVICE).expand(3, 7, 20)
-    check_against_exact(inputs, basis, function=linear, dy=constant)
+    check_against_exact(inputs, basis, backend="triton", dys=[constant])
 
 
+@pytest.mark.parametrize("sizes", [ONE, GROUP], ids=["one", "group"])
 @pytest.mark.parametrize("m", [0, (2, 0, 3), (), (2, 3)], ids=str)
-def test_empty_and_leading_dimensions(m):
-    check_against_exact(*inputs_on_device(m), function=linear)
+def test_empty_and_leading_dimensions(m, sizes):
+    check_against_exact(*inputs_on_device(m, **sizes), backend="triton")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
@@ -198,41 +261,36 @@ def test_dropout_mask_is_random_in_every_direction():
 
 
 def test_dropout_of_everything_and_of_nothing():
-    x, w, a, b, bias = operands(21, 40, 24, 4, torch.float32)
-    seed = torch.tensor(11)
-    y, s = triton.forward(x, w, a, b, bias, 2.0, 1.0, seed)
+    x, (w,), a, bs, (bias,), scalings = operands(21, 40, (24,), (4,), torch.float32)
+    seed, args = torch.tensor(11), ([w], a, bs, [bias], scalings)
+    (y,), s = triton.forward(x, *args, 1.0, seed)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, w, bias))
     assert not s.any()
-    assert torch.equal(
-        triton.forward(x, w, a, b, bias, 2.0, 0.0, None, "kext")[0],
-        triton.forward(x, w, a, b, bias, 2.0, 0.0, seed, "kext")[0],
-    )
+    (one,), (other,) = (triton.forward(x, *args, 0.0, s, "kext")[0] for s in (None, seed))
+    assert torch.equal(one, other)
 
 
 def test_splits_of_long_sums_change_nothing_but_roundings(monkeypatch):
-    x, w, a, b, _ = operands(150, 700, 520, 5, torch.float32)
-    dy, s = torch.randn(150, 520, device=DEVICE), x @ a.T
-    needs = [True, False, False, True, True]
-    exact = reference.backward(*(t.double() for t in (dy, x, w, a, b, s)), 1.5, 0.0, None, needs)
-    eager = reference.backward(dy, x, w, a, b, s, 1.5, 0.0, None, needs)
+    args = operands(150, 700, (520,), (5,), torch.float32)
+    (b,), (dy,) = args[3], upstream([torch.empty(150, 520, device=DEVICE)])
     for processors in (1, 500):
         monkeypatch.setattr(launch, "multiprocessors", lambda device, n=processors: n)
-        got = triton.backward(dy, x, w, a, b, s, 1.5, 0.0, None, needs)
-        for index, name in ((0, "dx"), (3, "da"), (4, "db")):
-            assert_close_to_exact(got[index], eager[index], exact[index], name)
+        check_backward(triton, args, needs=adapters_and_x(1), dys=[dy])
         ds = triton_products.rows_product(dy, b)
         assert_close_to_exact(ds, dy @ b, dy.double() @ b.double(), "dS")
 
 
-def test_two_runs_agree_bit_by_bit():
-    x, w, a, b, bias = operands(150, 136, 264, 8, torch.float16)
-    seed, needs = torch.tensor(3), [True, False, True, True, True]
+@pytest.mark.parametrize("ns", [(264,), (264, 40)], ids=str)
+def test_two_runs_agree_bit_by_bit(ns):
+    x, ws, a, bs, biases, scalings = operands(150, 136, ns, (8,) * len(ns), torch.float16)
+    dropout = 0.2, torch.tensor(3)
 
     def both():
-        y, s = triton.forward(x, w, a, b, bias, 1.7, 0.2, seed)
-        return y, s, *triton.backward(y, x, w, a, b, s, 1.7, 0.2, seed, needs)
+        ys, s = triton.forward(x, ws, a, bs, biases, scalings, *dropout)
+        needs = [True] * (2 + 3 * len(ns))
+        return *ys, s, *triton.backward(ys, x, ws, a, bs, s, scalings, *dropout, needs)
 
-    assert all(torch.equal(*pair) for pair in zip(both(), both(), strict=True))
+    assert all(map(torch.equal, both(), both()))
 
 
 def test_autotuning_times_the_row_of_the_table_once(monkeypatch):
@@ -255,8 +313,13 @@ def test_autotuning_times_the_row_of_the_table_once(monkeypatch):
 
 def test_float64_is_refused_by_name():
     inputs, _ = inputs_on_device(dtype=torch.float64)
-    with pytest.raises(nk.BackendUnavailable, match=r"float32, bf16 and fp16, got torch.float64"):
+    with pytest.raises(nk.BackendUnavailable, match=r"bfloat16, float16, float32, got .*float64"):
         linear(**inputs, basis=None)
+    for ns, name in (((4,), "nsru_linear"), ((4, 6), "nsru_linear_group")):
+        args = operands(3, 5, ns, (2, 2)[: len(ns)], torch.float64)
+        reason = rf"serve {name}: kernels take float32, bf16 and fp16, got torch.float64"
+        with pytest.raises(nk.BackendUnavailable, match=reason):
+            triton.forward(*args)
 
 
 def test_gradient_checkpointing_and_autocast():
@@ -286,61 +349,74 @@ def test_in_one_compiled_graph():
         torch.testing.assert_close(grads[name], expected_grads[name])
 
 
-# Real sizes: (M, K, N, R), the shapes of peers.md, decode, and rows beyond 2^31 elements.
+# Real sizes: the shapes of peers.md, decode, q/k/v and gate/up of a Llama layer.
 REAL = [
-    (8192, 4096, 4096, 16),
-    (4096, 4096, 14336, 16),
-    (16384, 2048, 8192, 16),
-    (1, 4096, 4096, 16),
+    (8192, 4096, (4096,), (16,)),
+    (4096, 4096, (14336,), (16,)),
+    (16384, 2048, (8192,), (16,)),
+    (1, 4096, (4096,), (16,)),
+    (1, 4096, (4096, 1024, 1024), (16, 16, 16)),
+    (8192, 4096, (4096, 1024, 1024), (16, 16, 16)),
+    (8192, 4096, (14336, 14336), (16, 16)),
 ]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", REAL, ids=str)
-def test_real_sizes(shape, dtype):
-    m, k, n, r = shape
-    check_against_exact(*inputs_on_device(m, k, n, r, 256, dtype=dtype), function=linear)
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_real_sizes(case, dtype):
+    m, k, ns, ranks = case
+    sizes = (ns[0], ranks[0]) if len(ns) == 1 else (ns, ranks)
+    check_against_exact(*inputs_on_device(m, k, *sizes, 256, dtype=dtype), backend="triton")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("plan", triton.PLANS[1:])
-def test_real_plans_repeat_bit_by_bit(plan):
-    args = operands(8192, 4096, 4096, 16, torch.bfloat16)
-    first, second = (triton.forward(*args, 2.0, 0.0, None, plan) for _ in range(2))
-    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
-    exact = reference.forward(*(t.double() for t in args), 2.0, 0.0, None)
-    eager = reference.forward(*args, 2.0, 0.0, None)
-    assert_close_to_exact(first[0], eager[0], exact[0], plan)
+@pytest.mark.parametrize("case", [REAL[0], *REAL[-2:]], ids=str)
+def test_real_passes_repeat_bit_by_bit(case):
+    args = operands(*case, torch.bfloat16)
+    x, ws, a, bs, _, scalings = args
+    for plan in triton.PLANS[1:]:
+        check_forward(triton, args, plan=plan)
+        (ys, s), (again, s_again) = (triton.forward(*args, plan=plan) for _ in range(2))
+        assert all(map(torch.equal, (*ys, s), (*again, s_again)))
+    check_backward(triton, args, needs=adapters_and_x(len(ws)))
+    back = upstream(ys), x, ws, a, bs, s, scalings, 0.0, None, adapters_and_x(len(ws))
+    first, second = (triton.backward(*back) for _ in range(2))
+    assert all(
+        one is other or torch.equal(one, other) for one, other in zip(first, second, strict=True)
+    )
 
 
 @pytest.mark.gpu
 def test_offsets_beyond_32_bits():
     m, k = 2**31 // 4096 + 256, 4096
-    x, w, a, b, bias = operands(1, k, 64, 16, torch.bfloat16)
+    x, (w,), a, (b,), (bias,), _ = operands(1, k, (64,), (16,), torch.bfloat16)
     x = x.expand(m, k).contiguous()
     x[-1] *= 2
     dy = torch.ones(m, 64, device=DEVICE, dtype=torch.bfloat16)
-    y, s = triton.forward(x, w, a, b, bias, 1.0, 0.0, None)
-    head, head_s = triton.forward(x[-200:].clone(), w, a, b, bias, 1.0, 0.0, None)
+    args = [w], a, [b], [bias], [1.0]
+    (y,), s = triton.forward(x, *args)
+    (head,), head_s = triton.forward(x[-200:].clone(), *args)
     assert torch.equal(y[-200:], head)
     assert torch.equal(s[-200:], head_s)
-    needs = [True, False, False, True, True]
-    dx, _, _, da, _ = triton.backward(dy, x, w, a, b, s, 1.0, 0.0, None, needs)
+    back = [dy], x, [w], a, [b], s, [1.0], 0.0, None, adapters_and_x(1)
+    dx, da, *_ = triton.backward(*back)
     assert dx.isfinite().all()
     exact = (dy[0].double() @ b.double())[:, None] * x.double().sum(0, keepdim=True)
     assert_close_to_exact(da, exact.to(da.dtype), exact)
 
 
 @pytest.mark.gpu
-def test_cuda_graph_replays_the_same_step():
-    x, w, a, b, bias = operands(512, 1024, 1024, 16, torch.bfloat16)
+@pytest.mark.parametrize("ns", [(1024,), (1024, 256, 256)], ids=str)
+def test_cuda_graph_replays_the_same_step(ns):
+    args = operands(512, 1024, ns, (16,) * len(ns), torch.bfloat16)
+    x, ws, a, bs, _, scalings = args
 
     def step():
-        y, s = triton.forward(x, w, a, b, bias, 2.0, 0.0, None)
-        return y, *triton.backward(
-            y, x, w, a, b, s, 2.0, 0.0, None, [True, False, False, True, True]
-        )
+        ys, s = triton.forward(*args)
+        needs = adapters_and_x(len(ns))
+        grads = triton.backward(ys, x, ws, a, bs, s, scalings, 0.0, None, needs)
+        return *ys, *(grad for grad in grads if grad is not None)
 
     expected = [t.clone() for t in step()]
     graph = torch.cuda.CUDAGraph()
@@ -349,4 +425,4 @@ def test_cuda_graph_replays_the_same_step():
     for output in outputs:
         output.zero_()
     graph.replay()
-    assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
+    assert all(map(torch.equal, outputs, expected))

@@ -19,7 +19,12 @@ from nsru_kernels.ops.linear.cuda_products import (
     padded,
     rows_product,
 )
-from nsru_kernels.ops.products import frozen_gradients, one_read_pays, rank_columns
+from nsru_kernels.ops.products import (
+    frozen_gradients,
+    one_read_pays,
+    public_name,
+    rank_columns,
+)
 
 
 def forward(
@@ -117,4 +122,4 @@ def _input_gradient(
 def _check(x_MK: Tensor, ws_NK: list[Tensor], dropout_p: float) -> None:
     """Raises BackendUnavailable."""
     for w_NK in ws_NK:
-        check_operands("nsru_linear", x_MK, w_NK, dropout_p)
+        check_operands(public_name(ws_NK), x_MK, w_NK, dropout_p)

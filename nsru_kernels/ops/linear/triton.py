@@ -30,7 +30,12 @@ from nsru_kernels.ops.linear.triton_products import (
     packed,
     rows_product,
 )
-from nsru_kernels.ops.products import frozen_gradients, one_read_pays, rank_columns
+from nsru_kernels.ops.products import (
+    frozen_gradients,
+    one_read_pays,
+    public_name,
+    rank_columns,
+)
 
 PLANS = ("decode", "kext_tma", "kext", "expand_first")
 DECODE_TOKENS = launch.LEAST_TILE
@@ -60,7 +65,7 @@ def forward(
     ``plan`` is one of PLANS, measured at sizes near these. Where it cannot serve, or without one,
     the first of PLANS does that can.
     """
-    launch.check_dtypes("nsru_linear", x_MK)
+    launch.check_dtypes(public_name(ws_NK), x_MK)
     a_RK, bs_NR = a_RK.contiguous(), [b_NR.contiguous() for b_NR in bs_NR]
     if plan is None or not serves(plan, x_MK, ws_NK, bs_NR, dropout_p):
         plan = next(fit for fit in PLANS if serves(fit, x_MK, ws_NK, bs_NR, dropout_p))
@@ -98,7 +103,7 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor | None]:
     """[dX, dĀ, *dW, *dbias, *dB] in x's dtype; None where not needed or not used."""
-    launch.check_dtypes("nsru_linear", x_MK)
+    launch.check_dtypes(public_name(ws_NK), x_MK)
     need_x, need_a = needs[:2]
     need_ds, need_b = need_x or need_a, needs[2 + 2 * len(ws_NK) :]
     dx: Tensor | None = None
