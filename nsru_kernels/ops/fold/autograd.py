@@ -24,6 +24,18 @@ def fold_many(
     return _fold_many(as_RK, bases_KQ, cores_QQ, backend)
 
 
+def fold_one(a_RK: Tensor, basis_KQ: Tensor, core_QQ: Tensor | None, backend: str) -> Tensor:
+    """``fold_many`` of one adapter, in few steps."""
+    if as_op(a_RK) or torch.is_autocast_enabled(a_RK.device.type):
+        return fold_many([a_RK], [basis_KQ], [core_QQ], backend)[0]
+    requested, threads = requested_backend(backend), torch.get_num_threads()
+    dtypes = a_RK.dtype, basis_KQ.dtype
+    chosen = choose(PROJECT, requested, a_RK.device, "fold", "fold_many", (1,), dtypes, threads)
+    if chosen.backend == "eager":
+        return reference.fold(a_RK, basis_KQ, core_QQ)
+    return _fold_many([a_RK], [basis_KQ], [core_QQ], backend)[0]
+
+
 @torch.library.impl(_library, "fold", "CompositeExplicitAutograd")
 def _fold_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None], backend: str

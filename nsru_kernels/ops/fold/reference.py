@@ -19,11 +19,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def fold(a_RK: Tensor, basis_KQ: Tensor, core_QQ: Tensor | None) -> Tensor:
     """The adapter with its component along the basis removed, unrounded [R, K]."""
-    dtype = accumulate_dtype(a_RK.dtype)
-    a_RK, basis_KQ = a_RK.to(dtype), basis_KQ.to(dtype)
+    if not a_RK.dtype == basis_KQ.dtype == torch.float32:
+        dtype = accumulate_dtype(a_RK.dtype)
+        a_RK, basis_KQ = a_RK.to(dtype), basis_KQ.to(dtype)
     along_RQ = a_RK @ basis_KQ
     if core_QQ is not None:
-        along_RQ = along_RQ @ core_QQ.to(dtype)
+        along_RQ = along_RQ @ core_QQ.to(a_RK.dtype)
     return torch.addmm(a_RK, along_RQ, basis_KQ.T, alpha=-1)
 
 

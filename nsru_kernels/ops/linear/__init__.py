@@ -10,7 +10,7 @@ from torch import Tensor
 from nsru_kernels.ops.fold import check_fold
 from nsru_kernels.ops.fold.core import core_of
 from nsru_kernels.ops.launch import capturing
-from nsru_kernels.ops.linear.autograd import ProjectedLinear
+from nsru_kernels.ops.linear.autograd import Call, ProjectedLinear
 from nsru_kernels.ops.linear.backends import compute_dtype
 
 __all__ = ["compute_dtype", "nsru_linear", "nsru_linear_group", "projected_linears"]
@@ -172,11 +172,14 @@ def projected_linears(
                 "replay. Train without LoRA dropout, or call model.eval() before capturing."
             )
         seed = torch.randint(2**62, (), device="cpu")
-    core = core_of(basis) if basis is not None and basis.element_size() < 4 else None
-    return ProjectedLinear.apply(
-        x, basis, core, projected, scalings, float(dropout_p), seed, backend,
-        *weights, *biases, *lora_as, *lora_bs,
+    gram_inverse = core_of(basis) if basis is not None and basis.element_size() < 4 else None
+    call = Call(
+        weights, biases, basis, gram_inverse, projected, scalings, dropout_p, seed, backend
     )  # fmt: skip
+    for tensor in (*weights, *biases):
+        if tensor is not None and tensor.requires_grad:
+            return ProjectedLinear.apply(call, x, *lora_as, *lora_bs, *weights, *biases)
+    return ProjectedLinear.apply(call, x, *lora_as, *lora_bs)
 
 
 def _autocast(

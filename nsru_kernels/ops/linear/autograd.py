@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from nsru_kernels.dispatch.choice import as_op, choose
 from nsru_kernels.dispatch.config import BackendUnavailable, requested_backend
-from nsru_kernels.ops.fold.autograd import fold_many
+from nsru_kernels.ops.fold.autograd import fold_one
 from nsru_kernels.ops.fold.reference import accumulate_dtype
 from nsru_kernels.ops.linear import reference
 from nsru_kernels.ops.linear.backends import LINEAR
@@ -99,39 +101,53 @@ def _(dys, x, weights, a, bs, s, scalings, dropout_p, seed, needs, backend):
     ]
 
 
+class Call(NamedTuple):
+    """What a call hands over besides the variables of the graph.
+
+    ``projected`` is Ā in x's dtype where the caller has it cached, else None. It is a value, not a
+    variable: the gradients go to the A_i.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    basis: Tensor | None
+    gram_inverse: Tensor | None
+    projected: Tensor | None
+    scalings: Sequence[float]
+    dropout_p: float
+    seed: Tensor | None
+    backend: str
+
+
 class ProjectedLinear(torch.autograd.Function):
     """y_i = x W_iᵀ + b_i + s_i S_i B_iᵀ, S = dropout(x) Āᵀ, Ā the stacked A_i P.
 
-    ``projected`` is Ā in x's dtype where the caller has it cached, else None. It is a value, not a
-    variable: the gradients go to the A_i. ``tensors`` are all W_i, all b_i, all A_i, all B_i.
+    ``variables`` are all A_i and all B_i, and, where one of them is not frozen, all W_i and b_i.
+    Few of them, for PyTorch walks through the arguments of each call.
     """
 
     @staticmethod
-    def forward(ctx, x, basis, core, projected, scalings, dropout_p, seed, backend, *tensors):
-        n = len(scalings)
-        weights, biases = list(tensors[:n]), list(tensors[n : 2 * n])
-        lora_as, lora_bs = tensors[2 * n : 3 * n], tensors[3 * n :]
+    def forward(ctx, call, x, *variables):
+        weights, biases, basis, gram_inverse, projected, scalings, dropout_p, seed, backend = call
+        n, dtype = len(weights), x.dtype
+        lora_as, lora_bs = variables[:n], variables[n : 2 * n]
         if projected is None:
-            projected = _project(x.dtype, _stack(lora_as), basis, core, backend)
-        dtype = x.dtype
-        bs_NR, a_dtypes, b_dtypes = [], [], []
-        for a_RK, b_NR in zip(lora_as, lora_bs, strict=True):
+            projected = _project(dtype, _stack(lora_as), basis, gram_inverse, backend)
+        bs_NR = []
+        for b_NR in lora_bs:
             bs_NR.append(b_NR.detach() if b_NR.dtype == dtype else b_NR.detach().to(dtype))
-            a_dtypes.append(a_RK.dtype)
-            b_dtypes.append(b_NR.dtype)
         x_MK = x if x.dim() == 2 else _flatten(x)
-        call = torch.ops.nsru.linear_forward if as_op(x) else _forward
+        run = torch.ops.nsru.linear_forward if as_op(x) else _forward
         args = (x_MK, weights, projected, bs_NR, biases, scalings, dropout_p, seed, backend)
-        # The dtypes are chosen already.
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # dtypes are chosen already
             with torch.autocast(x.device.type, enabled=False):
-                ys, s_MR = call(*args)
+                ys, s_MR = run(*args)
         else:
-            ys, s_MR = call(*args)
-        ctx.save_for_backward(x_MK, projected, s_MR, basis, core, seed, *weights, *bs_NR)
+            ys, s_MR = run(*args)
+        ctx.save_for_backward(x_MK, projected, s_MR, basis, gram_inverse, seed, *weights, *bs_NR)
         ctx.set_materialize_grads(False)
         ctx.settings = x.shape, scalings, dropout_p, backend
-        ctx.dtypes = a_dtypes + b_dtypes
+        ctx.adapters = lora_as, lora_bs  # whose dtypes the gradients take
         ctx.spent = False
         if x.dim() == 2:
             return tuple(ys)
@@ -148,7 +164,7 @@ class ProjectedLinear(torch.autograd.Function):
 def _gradients(ctx, *dys):
     n = len(dys)
     try:
-        x_MK, projected, s_MR, basis, core, seed, *rest = ctx.saved_tensors
+        x_MK, projected, s_MR, basis, gram_inverse, seed, *rest = ctx.saved_tensors
     except RuntimeError as error:
         if n == 1 or not ctx.spent:
             raise
@@ -158,31 +174,33 @@ def _gradients(ctx, *dys):
         ) from error
     ctx.spent = True
     x_shape, scalings, dropout_p, backend = ctx.settings
-    need_x, need_tensors = ctx.needs_input_grad[0], ctx.needs_input_grad[8:]
-    need_a = any(need_tensors[2 * n : 3 * n])
-    needs = [need_x, need_a, *need_tensors[: 2 * n], *need_tensors[3 * n :]]
+    _, need_x, *wanted = ctx.needs_input_grad
+    need_frozen = wanted[2 * n :] or [False] * (2 * n)
+    need_a = any(wanted[:n])
+    needs = [need_x, need_a, *need_frozen, *wanted[n : 2 * n]]
     dys_MN = [dy if dy is None or dy.dim() == 2 else _flatten(dy) for dy in dys]
-    call = torch.ops.nsru.linear_backward if as_op(x_MK) else _backward
+    run = torch.ops.nsru.linear_backward if as_op(x_MK) else _backward
     args = (dys_MN, x_MK, rest[:n], projected, rest[n:], s_MR, scalings, dropout_p, seed, needs)
     if not x_MK.is_meta and torch.is_autocast_enabled(x_MK.device.type):
         with torch.autocast(x_MK.device.type, enabled=False):
-            dx, da, *others = call(*args, backend)
+            dx, da, *others = run(*args, backend)
     else:
-        dx, da, *others = call(*args, backend)
-    das = [None] * n
+        dx, da, *others = run(*args, backend)
+    lora_as, lora_bs = ctx.adapters
+    das: Sequence[Tensor | None] = [None] * n
     if need_a:
         if basis is not None:
-            wide = functools.reduce(torch.promote_types, ctx.dtypes[:n])
-            da = _project(wide, da.to(wide), basis, core, backend)
+            da = _project(_widest(lora_as), da, basis, gram_inverse, backend)
         das = (da,) if n == 1 else da.split_with_sizes([b_NR.shape[1] for b_NR in rest[n:]])
     if need_x and len(x_shape) != 2:
         dx = torch.ops.aten._unsafe_view(dx, x_shape)
-    grads = [dx if need_x else None, *(None,) * 7, *others[: 2 * n]]
-    for grad, dtype in zip((*das, *others[2 * n :]), ctx.dtypes, strict=True):
-        grads.append(grad if grad is None or grad.dtype == dtype else grad.to(dtype))
-    for i, need in enumerate(need_tensors):
-        if not need or dys[i % n] is None:
-            grads[8 + i] = None
+    grads = [None, dx if need_x else None]
+    adapters = zip((*lora_as, *lora_bs), (*das, *others[2 * n :]), strict=True)
+    for i, (parameter, grad) in enumerate(adapters):
+        used = wanted[i] and dys[i % n] is not None
+        grads.append(_to(grad, parameter.dtype) if used else None)
+    for i, need in enumerate(wanted[2 * n :]):
+        grads.append(others[i] if need and dys[i % n] is not None else None)
     return tuple(grads)
 
 
@@ -190,22 +208,36 @@ _gradients_once = once_differentiable(_gradients)
 
 
 def _project(
-    dtype: torch.dtype, a_RK: Tensor, basis_KQ: Tensor | None, core_QQ: Tensor | None, backend: str
+    dtype: torch.dtype,
+    a_RK: Tensor,
+    basis_KQ: Tensor | None,
+    gram_inverse_QQ: Tensor | None,
+    backend: str,
 ) -> Tensor:
     """Ā rounded once to ``dtype``; A itself where there is no basis. No autograd."""
     if basis_KQ is None or not a_RK.numel():
-        return a_RK.to(dtype).contiguous()
-    return fold_many([a_RK], [basis_KQ], [core_QQ], backend)[0].to(dtype)
+        return _to(a_RK, dtype).contiguous()
+    return _to(fold_one(a_RK, basis_KQ, gram_inverse_QQ, backend), dtype)
 
 
-def _stack(lora_as: tuple[Tensor, ...]) -> Tensor:
+def _stack(lora_as: Sequence[Tensor]) -> Tensor:
     """[ΣR, K] in the widest of their dtypes."""
     if len(lora_as) == 1:
         return lora_as[0].detach()
-    dtype = functools.reduce(torch.promote_types, [a.dtype for a in lora_as])
+    dtype = _widest(lora_as)
     return torch.cat([a.detach().to(dtype) for a in lora_as])
+
+
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    if len(tensors) == 1:
+        return tensors[0].dtype
+    return functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
 
 
 def _flatten(x: Tensor) -> Tensor:
     """x [M, K], also where K is 0 and reshape(-1, K) would not know M."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

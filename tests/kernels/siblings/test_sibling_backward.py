@@ -133,7 +133,7 @@ def test_checkpoints_of_single_members():
 
 
 def test_a_recomputation_that_stops_early_is_no_miss():
-    model, _ = make_model()
+    model, _ = make_model(dtype=torch.float64)
     reference = alone(model)
 
     def call(model):
@@ -144,17 +144,17 @@ def test_a_recomputation_that_stops_early_is_no_miss():
         return lambda x: checkpoint(forward, x, use_reentrant=False)
 
     for _ in range(4):
-        got = gradients(model, batch(), call(model))
-        assert_same(got, gradients(reference, batch(), call(reference)))
+        got = gradients(model, batch().double(), call(model))
+        assert_same(got, gradients(reference, batch().double(), call(reference)))
 
 
 def test_outputs_that_the_loss_does_not_use():
-    model, _ = make_model()
+    model, _ = make_model(dtype=torch.float64)
     reference = alone(model)
     for m in (model, reference):
-        m[0].q(batch())
+        m[0].q(batch().double())
     for m in (model, reference):
-        x = batch()
+        x = batch().double()
         q, _, v = m[0].q(x), m[0].k(x), m[0].v(x)
         (q.sum() + v.square().sum()).backward()
         assert m[0].k.lora_B.grad is None or not m[0].k.lora_B.grad.any()
