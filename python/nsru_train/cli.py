@@ -52,7 +52,7 @@ def demo(
         examples: forget questions whose answers before and after are kept in the report.
         max_seconds: for the model to memorise the questions.
     """
-    from nsru_train.demo import run_demo
+    from nsru_train.demo.run import run_demo
 
     run_demo(
         out,

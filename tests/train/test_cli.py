@@ -9,9 +9,9 @@ import yaml
 
 from nsru_train.cli import main
 from nsru_train.config import DataConfig, ModelConfig, SubspaceConfig
-from nsru_train.data.authors import author_splits
-from nsru_train.data.records import save_records
-from nsru_train.tiny_model import make_llama, train_tokenizer
+from nsru_train.demo.authors import author_splits
+from nsru_train.demo.tiny_model import make_llama, train_tokenizer
+from nsru_train.sources import save_records
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from nsru_kernels import dispatch
 from nsru_train.cli import COMMANDS
-from nsru_train.tiny_model import make_llama, train_tokenizer
+from nsru_train.demo.tiny_model import make_llama, train_tokenizer
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 

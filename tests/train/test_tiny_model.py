@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nsru_train.data.authors import author_splits
 from nsru_train.data.encode import collate, encode_qa
-from nsru_train.tiny_model import answer_probability, make_llama, memorise, train_tokenizer
+from nsru_train.demo.authors import author_splits
+from nsru_train.demo.tiny_model import answer_probability, make_llama, memorise, train_tokenizer
 
 RECORDS = author_splits(authors=3).retain
 SMALL = {"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 128}

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from nsru_train.data.records import QA
-from nsru_train.tiny_model import make_llama, train_tokenizer
+from nsru_train.demo.tiny_model import make_llama, train_tokenizer
 from nsru_train.verify import verify
 
 FORGET = [

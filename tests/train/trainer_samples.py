@@ -13,8 +13,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 import nsru_kernels as nk
 from nsru_train.data import QA, SafeTargets
+from nsru_train.demo.tiny_model import make_llama, train_tokenizer
 from nsru_train.losses import Objective
-from nsru_train.tiny_model import make_llama, train_tokenizer
 from nsru_train.trainer import NSRUTrainer, make_train_dataset, reference_nll
 
 TOWNS = (
