@@ -139,6 +139,12 @@ class RunFolder:
                 rows.append(row)
         return rows
 
+    def drop_metrics_after(self, step: int) -> None:
+        """Remove the rows of later steps from metrics.jsonl; all rows when step is 0."""
+        rows = self.read_metrics() if step else []
+        kept = (to_json(row) + "\n" for row in rows if row.get("step", math.inf) <= step)
+        atomic_write(self.metrics_path, "".join(kept))
+
     def write_results(self, results: Mapping[str, Any]) -> Path:
         """Write results.json in one piece; ``schema`` is filled in when absent."""
         return atomic_write(

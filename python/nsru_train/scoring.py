@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nsru_kernels.subspaces.activations import evaluating
 from nsru_train.data.encode import Encoded, collate, encode_prompt, length_batches
 from nsru_train.losses.head import CHUNK_ELEMENTS
-from nsru_train.losses.nll import AnswerHidden, AnswerLogits, answer_states, evaluating
+from nsru_train.losses.nll import AnswerHidden, AnswerLogits, answer_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,9 +41,6 @@ class Score:
         return float(np.exp(-self.nll.mean()))
 
 
-# Not inference_mode: an inference tensor that a module caches here (a rotary table, a folded
-# adapter) could not be used by the training step that follows.
-@torch.no_grad()
 def score_sequences(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -158,7 +156,6 @@ def quick_probabilities(model, tokenizer, encoded, *, max_tokens=4096):
     return means if isinstance(encoded, Mapping) else means["encoded"]
 
 
-@torch.no_grad()
 def greedy_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

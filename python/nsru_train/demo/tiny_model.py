@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from nsru_train.data.encode import IGNORE_INDEX, Encoded, collate, encode_qa, length_batches
+from nsru_train.data.encode import Encoded, collate, encode_qa
+from nsru_train.losses.nll import answer_states
+from nsru_train.scoring import quick_probabilities
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -112,7 +114,7 @@ def memorise(
     Batches hold sequences of similar length, and the output head sees answer positions only.
 
     Args:
-        model: a Llama-like model: backbone at base_model, logits = its output embedding, unscaled.
+        model: a Llama-like model, whose lm_head alone turns hidden states into logits.
         records: what to memorise.
         epochs: most passes over the records, and the length of the cosine.
         max_seconds: stop after this time even when the target is not reached.
@@ -148,7 +150,7 @@ def memorise(
         for indices in _epoch_batches(encoded, batch_size, generator):
             batch = [encoded[i] for i in indices]
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                token_nll, _ = _answer_nll(model, batch, tokenizer.pad_token_id)
+                token_nll = _answer_nll(model, batch, tokenizer.pad_token_id)
             token_nll.mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -175,42 +177,27 @@ def memorise(
         "tokens": tokens,
         "tokens_per_second": tokens / elapsed,
         "nll": nll,
-        "probability": answer_probability(model, encoded, tokenizer.pad_token_id),
+        "probability": quick_probabilities(model, tokenizer, encoded),
         "reached": nll <= target_nll,
     }
 
 
-@torch.no_grad()
-def answer_probability(
-    model: LlamaForCausalLM, encoded: Sequence[Encoded], pad_token_id: int, max_tokens: int = 8192
-) -> float:
-    """Mean over sequences of exp(-mean NLL of the answer's tokens, EOS included)."""
-    total = 0.0
-    for indices in length_batches(encoded, max_tokens):
-        token_nll, rows = _answer_nll(model, [encoded[i] for i in indices], pad_token_id)
-        sums = token_nll.new_zeros(len(indices)).index_add_(0, rows, token_nll)
-        total += torch.exp(-sums / rows.bincount()).sum().item()
-    return total / len(encoded)
-
-
 def _answer_nll(
     model: LlamaForCausalLM, batch: Sequence[Encoded], pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """NLL [T] of the answer tokens of a batch, and the row [T] each belongs to."""
-    device = next(model.parameters()).device
-    # oneDNN keeps compiled code for each bf16 shape, gigabytes in all: make few shapes, of lengths
-    # here and of answer positions below.
+) -> torch.Tensor:
+    """NLL [T] of the answer tokens of a batch, differentiable in every weight.
+
+    oneDNN keeps compiled code for each bf16 shape, gigabytes in all. So there are few shapes:
+    lengths are multiples of 16, counts of answer tokens multiples of 256.
+    """
     padded = collate(batch, pad_token_id, multiple=16)
-    input_ids, labels = padded["input_ids"].to(device), padded["labels"].to(device)
     # Padding is on the right, so causal attention alone keeps it out; no mask, faster attention.
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-    positions = (targets != IGNORE_INDEX).nonzero()[:, 0]
-    count = len(positions)
-    chosen = hidden.flatten(0, 1)[F.pad(positions, (0, -count % 256))]
-    logits = model.get_output_embeddings()(chosen)[:count]
-    nll = F.cross_entropy(logits.float(), targets[positions], reduction="none")
-    return nll, positions // input_ids.shape[1]
+    inputs = {name: padded[name].to(model.device) for name in ("input_ids", "labels")}
+    states = answer_states(model, inputs)
+    count = len(states.targets)
+    # Not states.nll(), which computes the logits a second time for the head's gradient.
+    logits = model.lm_head(F.pad(states.hidden, (0, 0, 0, -count % 256)))[:count]
+    return F.cross_entropy(logits.float(), states.targets, reduction="none")
 
 
 def _epoch_batches(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import nsru_kernels as nk
+from nsru_kernels.subspaces.activations import evaluating
 from nsru_train.losses.head import Head, token_kl, token_nll
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "AnswerLogits",
     "answer_nll",
     "answer_states",
-    "evaluating",
     "token_kl",
     "token_nll",
 ]
@@ -119,18 +118,6 @@ def answer_states(model: nn.Module, batch: Mapping[str, Tensor]) -> AnswerHidden
     return AnswerHidden(hidden, targets, rows, head)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """model.eval() for a while; afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _own_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     # The class's forward: a trainer may have put its loss in place of the instance's.
     return type(model).forward(model, **inputs, use_cache=False).logits
@@ -165,7 +152,7 @@ def _probe_head(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any] | No
         probe = _first_tokens(inputs)
         # With adapters a second forward may round differently from the first (siblings find each
         # other in it), by more than the tolerance in a deep bf16 model.
-        with torch.no_grad(), evaluating(model), nk.adapters_disabled(model):
+        with evaluating(model), nk.adapters_disabled(model):
             expected = _own_logits(model, probe).float()
             hidden = model.base_model(**probe, use_cache=False)[0].to(linear.weight.dtype)
             plain = nn.functional.linear(hidden, linear.weight, linear.bias).float()
