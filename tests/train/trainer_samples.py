@@ -68,7 +68,9 @@ def make_trainer(output_dir, *, objective=None, model=None, trainer=None, **argu
     tokenizer = make_tokenizer()
     model = make_model(tokenizer) if model is None else model
     reference = reference_nll(model, tokenizer, FORGET)
-    data = make_train_dataset(tokenizer, FORGET, RETAIN, SafeTargets.from_file(), reference)
+    data = make_train_dataset(
+        tokenizer, FORGET, RETAIN, SafeTargets.from_file(), reference, retain_per_forget=2
+    )
     defaults = {
         "max_steps": 8,
         "per_device_train_batch_size": 2,

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 import nsru_kernels as nk
 from nsru_kernels.subspaces.activations import evaluating
+from nsru_train.data.encode import IGNORE_INDEX
 from nsru_train.losses.head import Head, token_kl, token_nll
 
 __all__ = [
     "AnswerHidden",
     "AnswerLogits",
+    "answer_logits",
     "answer_nll",
     "answer_states",
     "token_kl",
@@ -25,8 +27,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -101,21 +101,33 @@ def answer_states(model: nn.Module, batch: Mapping[str, Tensor]) -> AnswerHidden
 
     The first call for a model compares its logits on a few tokens with those of the head alone.
     """
+    causal, inputs, rows, positions, targets = _take_apart(model, batch)
+    head = _head_of(causal, inputs)
+    if head is None:
+        return answer_logits(model, batch)
+    hidden = causal.base_model(**inputs, use_cache=False)[0][rows, positions]
+    return AnswerHidden(hidden, targets, rows, head)
+
+
+def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> AnswerLogits:
+    """Logits of the labelled tokens as the model itself computes them; see `answer_nll`."""
+    causal, inputs, rows, positions, targets = _take_apart(model, batch)
+    return AnswerLogits(_own_logits(causal, inputs)[rows, positions].float(), targets, rows)
+
+
+def _take_apart(
+    model: nn.Module, batch: Mapping[str, Tensor]
+) -> tuple[Any, dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Causal model, its inputs, and row, position and token of each prediction."""
     for name in ("input_ids", "labels"):
         if name not in batch:
             raise ValueError(f"answer_nll: batch must hold {name!r}, got {sorted(batch)}.")
     # PEFT changes its base model in place.
-    causal: Any = getattr(model, "get_base_model", lambda: model)()
+    causal = getattr(model, "get_base_model", lambda: model)()
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     next_token = batch["labels"][:, 1:]
-    rows, positions = (next_token != IGNORE).nonzero(as_tuple=True)
-    targets = next_token[rows, positions]
-    head = _head_of(causal, inputs)
-    if head is None:
-        logits = _own_logits(causal, inputs)[rows, positions].float()
-        return AnswerLogits(logits, targets, rows)
-    hidden = causal.base_model(**inputs, use_cache=False)[0][rows, positions]
-    return AnswerHidden(hidden, targets, rows, head)
+    rows, positions = (next_token != IGNORE_INDEX).nonzero(as_tuple=True)
+    return causal, inputs, rows, positions, next_token[rows, positions]
 
 
 def _own_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
