@@ -1,4 +1,4 @@
-"""What the trainer does besides steps: metrics file, gradient check, early stop, evaluation."""
+"""The trainer's work besides steps: metrics file, gradient check, early stop, evaluation."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class EvalHookCallback(TrainerCallback):
 
 
 def evaluations(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What the hook returned at each step, from a trainer's log history."""
+    """Results of the hook at each step, from a trainer's log history."""
     return [
         {
             "step": entry["step"],

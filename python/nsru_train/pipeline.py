@@ -176,7 +176,7 @@ def _check_room(subspaces: SubspaceSet) -> None:
 
 @dataclass
 class Outcome:
-    """What ``unlearn`` leaves beside the changed model."""
+    """Results of ``unlearn`` beside the changed model."""
 
     swap: nk.SwapReport
     evaluations: list[dict[str, float]]

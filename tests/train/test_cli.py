@@ -254,11 +254,14 @@ def test_report_of_nothing(tmp_path, capsys):
     assert "no folder" in fails(capsys, ["report", str(tmp_path / "none")])
 
 
-def test_env_names_every_op(capsys):
+@pytest.mark.parametrize("backend", ["auto", "foo"])
+def test_env_names_every_op(capsys, monkeypatch, backend):
+    monkeypatch.setenv("NSRU_BACKEND", backend)
     main(["env"])
     printed = capsys.readouterr().out
     for word in ("torch", "nsru_linear", "eager", "triton", "cuda"):
         assert word in printed
+    assert ("got 'foo'" in printed) == (backend == "foo")
 
 
 def test_bench_has_the_options_of_the_script(tmp_path, capsys):

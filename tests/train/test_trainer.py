@@ -463,7 +463,7 @@ def test_two_processes_average_the_adapters_gradients(tmp_path):
 
 
 def test_safe_targets_are_the_ones_that_evaluation_scores(tokenizer):
-    """Whatever the seed of the run: scoring another variant would measure what nobody trained."""
+    """For every seed of the run: scoring another variant would measure what nobody trained."""
     safe = SafeTargets.from_file()
     wanted = [encode_qa(tokenizer, qa.question, safe.target(qa)) for qa in samples.FORGET]
     for seed in (0, 1):

@@ -18,10 +18,10 @@ class Sets:
     """The demo's questions, by author.
 
     Attributes:
-        forget: what is unlearnt.
-        retain: what the retain loss sees.
-        retain_unseen: what only the retain subspaces see.
-        retain_untouched: what nothing but the evaluation sees.
+        forget: unlearnt.
+        retain: seen by the retain loss.
+        retain_unseen: seen by the retain subspaces only.
+        retain_untouched: seen by nothing but the evaluation.
         holdout: never trained on.
         unknown: authors about whom the base model has learnt to decline, as instruction-tuned
             models have; the answers are safe targets.
@@ -36,7 +36,7 @@ class Sets:
 
     @property
     def memorised(self) -> list[QA]:
-        """What the base model is trained on."""
+        """The questions that the base model is trained on."""
         answered = [*self.forget, *self.retain, *self.retain_unseen, *self.retain_untouched]
         return [*answered, *self.unknown]
 

@@ -97,7 +97,7 @@ def answer_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, T
 
 
 def answer_states(model: nn.Module, batch: Mapping[str, Tensor]) -> AnswerHidden | AnswerLogits:
-    """What scoring the labelled tokens takes, for NLL and KL from one forward; see `answer_nll`.
+    """The labelled tokens, ready to be scored: NLL and KL from one forward; see `answer_nll`.
 
     The first call for a model compares its logits on a few tokens with those of the head alone.
     """
