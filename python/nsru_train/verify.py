@@ -69,7 +69,7 @@ class Comparison:
         difference = (first.logits - second.logits).abs().max().item()
         self.logits_max_diff = max(self.logits_max_diff, difference)
         self.logits_max = max(self.logits_max, first.logits.abs().max().item())
-        changed = first.logits.argmax(-1) != second.logits.argmax(-1)
+        changed = first.predictions() != second.predictions()
         self.next_token_changes += int(changed.sum())
         self.tokens += len(changed)
         # Rounding can take a KL of zero below it.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nsru_train.data.encode import Encoded, collate, encode_qa
-from nsru_train.losses.nll import answer_states
+from nsru_train.losses.nll import AnswerHidden, answer_states
 from nsru_train.scoring import quick_probabilities
 
 if TYPE_CHECKING:
@@ -194,6 +194,7 @@ def _answer_nll(
     # Padding is on the right, so causal attention alone keeps it out; no mask, faster attention.
     inputs = {name: padded[name].to(model.device) for name in ("input_ids", "labels")}
     states = answer_states(model, inputs)
+    assert isinstance(states, AnswerHidden)  # a Llama's head is a plain linear
     count = len(states.targets)
     # Not states.nll(), which computes the logits a second time for the head's gradient.
     logits = model.lm_head(F.pad(states.hidden, (0, 0, 0, -count % 256)))[:count]

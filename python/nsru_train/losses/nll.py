@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import nsru_kernels as nk
 from nsru_kernels.subspaces.activations import evaluating
 from nsru_train.data.encode import IGNORE_INDEX
-from nsru_train.losses.head import Head, token_kl, token_nll
+from nsru_train.losses.head import CHUNK_ELEMENTS, Head, token_kl, token_nll
 
 __all__ = [
     "AnswerHidden",
@@ -50,6 +50,13 @@ class AnswerHidden:
         """KL(base ‖ self) at each token, [T] fp32."""
         return token_kl(base.hidden, self.hidden, **self.head)
 
+    def predictions(self) -> Tensor:
+        """The most likely token at each position, [T]."""
+        # Softcap and scale of the logits keep their order and are left out.
+        weight, bias = self.head["head_weight"], self.head["head_bias"]
+        chunks = self.hidden.to(weight.dtype).split(max(1, CHUNK_ELEMENTS // weight.shape[0]))
+        return torch.cat([nn.functional.linear(h, weight, bias).argmax(-1) for h in chunks])
+
     def select(self, keep: Tensor) -> AnswerHidden:
         """The tokens where keep [T] is True."""
         return AnswerHidden(self.hidden[keep], self.targets[keep], self.rows[keep], self.head)
@@ -69,6 +76,9 @@ class AnswerLogits:
     def kl(self, base: AnswerLogits) -> Tensor:
         log_q, log_p = base.logits.log_softmax(-1), self.logits.log_softmax(-1)
         return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    def predictions(self) -> Tensor:
+        return self.logits.argmax(-1)
 
     def select(self, keep: Tensor) -> AnswerLogits:
         return AnswerLogits(self.logits[keep], self.targets[keep], self.rows[keep])
