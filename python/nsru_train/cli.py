@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -388,7 +388,8 @@ def main(args: list[str] | None = None) -> None:
         else:
             auto_cli(COMMANDS, args=_underscored(given), prog="nsru", description=__doc__)
     except (ValueError, OSError) as error:
-        _fail(error)
+        print(f"nsru: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def _underscored(args: list[str]) -> list[str]:
@@ -400,11 +401,6 @@ def _underscored(args: list[str]) -> list[str]:
         else name + equals + value
         for name, equals, value in names
     ]
-
-
-def _fail(error: Exception) -> NoReturn:
-    print(f"nsru: {error}", file=sys.stderr)
-    raise SystemExit(2) from error
 
 
 def _finish(written: list[str], *following: str) -> None:

@@ -63,39 +63,19 @@ class RunFolder:
                 f"RunFolder: {self.path} is a file; give the path of a folder, new or existing."
             )
         self.path.mkdir(parents=True, exist_ok=True)
+        self.config_path = self.path / "config.yaml"
+        self.environment_path = self.path / "environment.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.results_path = self.path / "results.json"
+        self.report_path = self.path / "report.html"
+        self.adapter_dir = self.path / "adapter"
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
 
     @property
-    def config_path(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def environment_path(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def results_path(self) -> Path:
-        return self.path / "results.json"
-
-    @property
-    def report_path(self) -> Path:
-        return self.path / "report.html"
-
-    @property
     def figures_dir(self) -> Path:
         folder = self.path / "figures"
-        folder.mkdir(exist_ok=True)
-        return folder
-
-    @property
-    def adapter_dir(self) -> Path:
-        folder = self.path / "adapter"
         folder.mkdir(exist_ok=True)
         return folder
 

@@ -12,7 +12,13 @@ import torch
 from torch import nn
 
 from nsru_kernels.subspaces.activations import evaluating
-from nsru_train.data.encode import Encoded, collate, encode_prompt, length_batches
+from nsru_train.data.encode import (
+    Encoded,
+    collate,
+    encode_prompt,
+    length_batches,
+    pad_token_id,
+)
 from nsru_train.losses.nll import answer_states
 
 if TYPE_CHECKING:
@@ -199,12 +205,6 @@ def _greedy_config(
         yield
     finally:
         model.generation_config = own
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's pad token, else its EOS: what stands there is masked anyway."""
-    pad = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if pad is None else pad
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -34,12 +34,12 @@ from nsru_train.callbacks import (
     evaluations,
 )
 from nsru_train.config import TrainConfig
-from nsru_train.data.encode import encode_qa
+from nsru_train.data.encode import encode_qa, pad_token_id
 from nsru_train.data.records import QA
 from nsru_train.losses.nll import answer_states
 from nsru_train.losses.objective import RETAIN, Objective, nsru_loss
 from nsru_train.run_folder import RunFolder
-from nsru_train.scoring import pad_token_id, score_sequences
+from nsru_train.scoring import score_sequences
 from nsru_train.unlearn_dataset import RowCollator, UnlearnDataset, make_train_dataset
 
 __all__ = [

@@ -17,10 +17,10 @@ from torch import Tensor
 from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, _check_fingerprint, read_adapter
 from nsru_kernels.subspaces.activations import evaluating
 from nsru_kernels.text_table import align_columns
-from nsru_train.data.encode import collate, encode_qa
+from nsru_train.data.encode import collate, encode_qa, pad_token_id
 from nsru_train.data.records import QA
 from nsru_train.losses.nll import AnswerLogits, answer_logits
-from nsru_train.scoring import greedy_answers, pad_token_id
+from nsru_train.scoring import greedy_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -2,15 +2,16 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from samples import save_tiny
 
 from nsru_train.cli import main
 from nsru_train.config import DataConfig, ModelConfig, SubspaceConfig
 from nsru_train.demo.authors import author_splits
-from nsru_train.demo.tiny_model import make_llama, train_tokenizer
 from nsru_train.sources import save_records
 
 
@@ -19,13 +20,7 @@ def setting(tmp_path_factory):
     """Flags for a tiny random model and small sets of fictitious authors."""
     folder = tmp_path_factory.mktemp("setting")
     splits = author_splits(authors=4, forget=1)
-    texts = [f"{qa.question} {qa.answer}" for qa in (*splits.forget, *splits.retain)]
-    tokenizer = train_tokenizer(texts, 400)
-    model = make_llama(
-        tokenizer, hidden_size=32, layers=2, heads=2, kv_heads=1, intermediate_size=48
-    )
-    for part in (model, tokenizer):
-        part.save_pretrained(folder / "model")
+    save_tiny(folder / "model", (*splits.forget, *splits.retain), heads=2, kv_heads=1)
     for name in ("forget", "retain", "holdout"):
         save_records(folder / f"{name}.jsonl", getattr(splits, name)[:6])
     return folder
@@ -135,7 +130,7 @@ def test_resume_after_the_first_checkpoint_gives_the_same_adapter(setting, run, 
     command = ["train", *flags(setting), f"--data.more={more}", *TRAIN, f"--out={out}"]
     main(command)
     for late in ("checkpoint-6", "adapter"):
-        _remove(out / late)
+        shutil.rmtree(out / late)
     assert "--resume true" in fails(capsys, command)
     main([*command, "--resume=true"])
     weights = "adapter/adapter_model.safetensors"
@@ -201,10 +196,7 @@ def test_subspaces_of_another_model(setting, run, tmp_path, capsys):
 
 
 def test_truncated_adapter(run, tmp_path, capsys):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in (run / "adapter").iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
+    broken = shutil.copytree(run / "adapter", tmp_path / "broken")
     weights = broken / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     for command in ("eval", "merge", "verify"):
@@ -269,12 +261,6 @@ def test_bench_has_the_options_of_the_script(tmp_path, capsys):
     assert (tmp_path / "fold.csv").is_file()
     assert "eager, a loop" in capsys.readouterr().out
     assert "choose from" in fails(capsys, ["bench", "fould"])
-
-
-def _remove(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    folder.rmdir()
 
 
 def test_paths_of_a_run_hold_in_every_working_directory(setting, monkeypatch):
