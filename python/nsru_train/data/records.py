@@ -48,6 +48,9 @@ class QA:
         object.__setattr__(self, "perturbed_answers", tuple(wrong))
         if isinstance(self.safe_target, Mapping):
             check_parts("safe_target", self.safe_target)
+            for part, text in self.safe_target.items():
+                if not isinstance(text, str):
+                    raise ValueError(f"safe_target part {part!r} must be text, got {text!r}")
         elif self.safe_target is not None:
             _check_text("safe_target", self.safe_target)
 
@@ -64,15 +67,10 @@ def _check_text(name: str, value: Any) -> None:
 
 
 def check_parts(name: str, parts: Mapping[str, Any]) -> None:
-    """Raise ValueError unless every key is one of SAFE_PARTS and every value is text."""
+    """Raise ValueError unless every key is one of SAFE_PARTS."""
     unknown = sorted(set(parts) - set(SAFE_PARTS))
     if unknown:
-        raise ValueError(
-            f"{name} has unknown parts {unknown}; known parts: {', '.join(SAFE_PARTS)}"
-        )
-    for part, value in parts.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{name} part {part!r} must be text, got {value!r}")
+        raise ValueError(f"{name}: unknown parts {unknown}; known parts: {', '.join(SAFE_PARTS)}")
 
 
 def normalise(text: str) -> str:

@@ -51,6 +51,8 @@ class Scale:
     eval_steps: int
 
 
+# On a CPU with bf16 instructions bf16 was 1.9-2.1x as fast at hidden size 256, 0.94x at 128, where
+# casts and launches outweigh the products.
 FICTITIOUS = Scale(30, 1024, 128, 4, 352, epochs=60, lr=2e-3, bf16=False, eval_steps=10)
 TOFU = Scale(40, 4096, 256, 5, 704, epochs=40, lr=1e-3, bf16=True, eval_steps=10)
 

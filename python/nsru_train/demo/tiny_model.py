@@ -105,7 +105,7 @@ def memorise(
     target_nll: float = 0.01,
     warmup: float = 0.05,
     weight_decay: float = 0.0,
-    bf16: bool | None = None,
+    bf16: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train every weight on the answers until their mean NLL per token is at most target_nll.
@@ -118,7 +118,7 @@ def memorise(
         records: what to memorise.
         epochs: most passes over the records, and the length of the cosine.
         max_seconds: stop after this time even when the target is not reached.
-        bf16: autocast the matrix products to bfloat16; None does so where it pays.
+        bf16: autocast the matrix products to bfloat16.
         progress: show one line with epoch, NLL and tokens per second.
 
     Returns:
@@ -138,7 +138,6 @@ def memorise(
     )
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    bf16 = _bf16_pays(model) if bf16 is None else bf16
     model.train()
     bar = _progress_bar(total, progress)
     start = time.perf_counter()
@@ -212,17 +211,6 @@ def _epoch_batches(
         chunk = sorted(order[begin : begin + pool], key=lambda i: len(encoded[i]))
         batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def _bf16_pays(model: LlamaForCausalLM) -> bool:
-    """True where autocast to bfloat16 is faster than fp32 for this model.
-
-    On a CPU with bf16 instructions the ratio was 1.9-2.1 at hidden size 256 and 0.94 at 128, where
-    casts and launches outweigh the products; without such instructions bf16 is emulated.
-    """
-    if next(model.parameters()).is_cuda:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return model.config.hidden_size >= 256 and torch.cpu._is_avx512_bf16_supported()
 
 
 def _warm_cosine(fraction: float, warmup: float) -> float:
