@@ -20,7 +20,8 @@ from typing import Any
 from nsru_bench.measure import run_columns, write_rows
 from nsru_train.config import LoraConfig, Objective, SubspaceConfig, TrainConfig
 from nsru_train.data.safe_targets import SafeTargets
-from nsru_train.demo import FICTITIOUS, TOFU, Probe, base_model, fictitious_sets, tofu_sets
+from nsru_train.demo.run import FICTITIOUS, TOFU, Probe, base_model
+from nsru_train.demo.sets import fictitious_sets, tofu_sets
 from nsru_train.pipeline import Data, find_subspaces, unlearn
 
 FLOORS = (0.02, 0.05, 0.1, 0.2, 0.4)

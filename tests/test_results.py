@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 
-from nsru_train.demo import goals
+from nsru_train.demo.run import goals
 from nsru_train.report.summary import matched_damage
 
 ROOT = Path(__file__).parents[1]

@@ -119,6 +119,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
+        # Not inference_mode: a later training step could not use a tensor that a module caches.
         with torch.no_grad():
             yield
     finally:

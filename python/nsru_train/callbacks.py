@@ -1,21 +1,19 @@
-"""What the trainer does besides steps: metrics file, gradient check, early stop, evaluation."""
+"""The trainer's work besides steps: metrics file, gradient check, early stop, evaluation."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
 
-from nsru_kernels.files import atomic_write
-from nsru_train.losses.nll import evaluating
+from nsru_kernels.subspaces.activations import evaluating
+from nsru_train.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -29,23 +27,21 @@ class GradientError(RuntimeError, ValueError):
 
 
 class MetricsCallback(TrainerCallback):
-    """Append one JSON line to a file for every log: loss parts, grad_norm, lr and seconds a step.
+    """A row of metrics.jsonl for every log: loss parts, grad_norm, lr and seconds a step.
 
-    Parts are means over the steps since the last line; seconds is wall time in the step itself,
-    without evaluation, logging and checkpoints. Lines of steps that a resumed run does again are
+    Parts are means over the steps since the last row; seconds is wall time in the step itself,
+    without evaluation, logging and checkpoints. Rows of steps that a resumed run does again are
     dropped first.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
         self._seconds: list[float] = []
         self._started = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        kept = _lines_until(self.path, state.global_step) if self.path.exists() else []
-        atomic_write(self.path, "".join(kept))
+        if state.is_world_process_zero:
+            self.run.drop_metrics_after(state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = time.perf_counter()
@@ -54,32 +50,16 @@ class MetricsCallback(TrainerCallback):
         self._seconds.append(time.perf_counter() - self._started)
 
     def on_log(self, args, state, control, logs: Mapping[str, Any], **kwargs):
-        line: dict[str, Any] = {"step": state.global_step}
+        row: dict[str, Any] = {"step": state.global_step}
         if "total" in logs:
-            line |= {name: logs[name] for name in PARTS}
-            line |= {"grad_norm": logs.get("grad_norm"), "lr": logs["learning_rate"]}
+            row |= {name: logs[name] for name in PARTS}
+            row |= {"grad_norm": logs.get("grad_norm"), "lr": logs["learning_rate"]}
             if self._seconds:
-                line["seconds"] = sum(self._seconds) / len(self._seconds)
+                row["seconds"] = sum(self._seconds) / len(self._seconds)
                 self._seconds.clear()
-        line |= {name: value for name, value in logs.items() if name.startswith("eval_")}
-        if state.is_world_process_zero and len(line) > 1:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
-
-
-def _lines_until(path: Path, step: int) -> list[str]:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if step else ():
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):  # cut off by a kill
-            continue
-    return kept
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        row |= {name: value for name, value in logs.items() if name.startswith("eval_")}
+        if state.is_world_process_zero and len(row) > 1:
+            self.run.log_metrics(row)
 
 
 class LossProgressCallback(ProgressCallback):
@@ -157,7 +137,7 @@ class SiblingsCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model: Any, **kwargs):
         device = next(model.parameters()).device
-        with torch.no_grad(), evaluating(model):
+        with evaluating(model):
             model.base_model(torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
 
 
@@ -223,13 +203,13 @@ class EvalHookCallback(TrainerCallback):
             self._evaluate(state, model)
 
     def _evaluate(self, state, model: nn.Module) -> None:
-        with torch.no_grad(), evaluating(model):
+        with evaluating(model):
             results = self.hook(state.global_step, model)
         self.log({f"eval_{name}": value for name, value in results.items()})
 
 
 def evaluations(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What the hook returned at each step, from a trainer's log history."""
+    """Results of the hook at each step, from a trainer's log history."""
     return [
         {
             "step": entry["step"],

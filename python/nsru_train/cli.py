@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -25,7 +26,16 @@ def env() -> None:
     """Versions, devices, and which backend serves which op and why: paste it into bug reports."""
     from nsru_kernels.environment import describe_environment, format_environment
 
-    print(format_environment(describe_environment()))
+    try:
+        environment = describe_environment()
+    except ValueError as error:
+        chosen = os.environ.pop("NSRU_BACKEND", "")
+        try:
+            environment = describe_environment()
+        finally:
+            os.environ["NSRU_BACKEND"] = chosen
+        environment["variables"]["NSRU_BACKEND"] = f"{chosen}: {error}"
+    print(format_environment(environment))
 
 
 def demo(
@@ -52,7 +62,7 @@ def demo(
         examples: forget questions whose answers before and after are kept in the report.
         max_seconds: for the model to memorise the questions.
     """
-    from nsru_train.demo import run_demo
+    from nsru_train.demo.run import run_demo
 
     run_demo(
         out,
@@ -378,7 +388,8 @@ def main(args: list[str] | None = None) -> None:
         else:
             auto_cli(COMMANDS, args=_underscored(given), prog="nsru", description=__doc__)
     except (ValueError, OSError) as error:
-        _fail(error)
+        print(f"nsru: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def _underscored(args: list[str]) -> list[str]:
@@ -390,11 +401,6 @@ def _underscored(args: list[str]) -> list[str]:
         else name + equals + value
         for name, equals, value in names
     ]
-
-
-def _fail(error: Exception) -> NoReturn:
-    print(f"nsru: {error}", file=sys.stderr)
-    raise SystemExit(2) from error
 
 
 def _finish(written: list[str], *following: str) -> None:

@@ -1,4 +1,4 @@
-"""What configures a run: each field is a flag of the command line and a key in config.yaml."""
+"""Settings of a run: each field is a flag of the command line and a key in config.yaml."""
 
 from __future__ import annotations
 

@@ -17,12 +17,13 @@ import nsru_kernels as nk
 from nsru_kernels.subspaces.estimate import SubspaceSet
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import collate, encode_qa, length_batches
-from nsru_train.data.records import QA, check_disjoint, load_records
+from nsru_train.data.records import QA, check_disjoint
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluate import SPLITS
 from nsru_train.losses.objective import Objective
 from nsru_train.measure import PeakMemory
 from nsru_train.run_folder import RunFolder
+from nsru_train.sources import load_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -175,7 +176,7 @@ def _check_room(subspaces: SubspaceSet) -> None:
 
 @dataclass
 class Outcome:
-    """What ``unlearn`` leaves beside the changed model."""
+    """Results of ``unlearn`` beside the changed model."""
 
     swap: nk.SwapReport
     evaluations: list[dict[str, float]]

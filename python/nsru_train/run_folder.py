@@ -63,39 +63,19 @@ class RunFolder:
                 f"RunFolder: {self.path} is a file; give the path of a folder, new or existing."
             )
         self.path.mkdir(parents=True, exist_ok=True)
+        self.config_path = self.path / "config.yaml"
+        self.environment_path = self.path / "environment.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.results_path = self.path / "results.json"
+        self.report_path = self.path / "report.html"
+        self.adapter_dir = self.path / "adapter"
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
 
     @property
-    def config_path(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def environment_path(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def results_path(self) -> Path:
-        return self.path / "results.json"
-
-    @property
-    def report_path(self) -> Path:
-        return self.path / "report.html"
-
-    @property
     def figures_dir(self) -> Path:
         folder = self.path / "figures"
-        folder.mkdir(exist_ok=True)
-        return folder
-
-    @property
-    def adapter_dir(self) -> Path:
-        folder = self.path / "adapter"
         folder.mkdir(exist_ok=True)
         return folder
 
@@ -138,6 +118,12 @@ class RunFolder:
             if isinstance(row, dict):
                 rows.append(row)
         return rows
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Remove the rows of later steps from metrics.jsonl; all rows when step is 0."""
+        rows = self.read_metrics() if step else []
+        kept = (to_json(row) + "\n" for row in rows if row.get("step", math.inf) <= step)
+        atomic_write(self.metrics_path, "".join(kept))
 
     def write_results(self, results: Mapping[str, Any]) -> Path:
         """Write results.json in one piece; ``schema`` is filled in when absent."""

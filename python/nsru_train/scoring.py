@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nsru_train.data.encode import Encoded, collate, encode_prompt, length_batches
-from nsru_train.losses.head import CHUNK_ELEMENTS
-from nsru_train.losses.nll import AnswerHidden, AnswerLogits, answer_states, evaluating
+from nsru_kernels.subspaces.activations import evaluating
+from nsru_train.data.encode import (
+    Encoded,
+    collate,
+    encode_prompt,
+    length_batches,
+    pad_token_id,
+)
+from nsru_train.losses.nll import answer_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,9 +46,6 @@ class Score:
         return float(np.exp(-self.nll.mean()))
 
 
-# Not inference_mode: an inference tensor that a module caches here (a rotary table, a folded
-# adapter) could not be used by the training step that follows.
-@torch.no_grad()
 def score_sequences(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -67,50 +70,25 @@ def score_sequences(
     predict = [False] * len(encoded) if predict is None else predict
     scores: list[Score | None] = [None] * len(encoded)
     device = _device(model)
-    batches = length_batches(encoded, max_tokens)
     with evaluating(model), _bar(len(encoded), "scoring", progress) as bar:
-        for indices in batches:
+        for indices in length_batches(encoded, max_tokens):
             items = [encoded[i] for i in indices]
             batch = collate(items, pad_token_id(tokenizer))
             states = answer_states(model, {k: v.to(device) for k, v in batch.items()})
             ends = np.cumsum([len(item) - item.answer_start for item in items])[:-1]
             nll = np.split(states.nll().double().cpu().numpy(), ends)
-            wanted = torch.tensor([predict[i] for i in indices], device=device)
-            chosen = iter(_predictions(states, wanted, indices, predict, items))
-            for i, values in zip(indices, nll, strict=True):
+            tokens = [_NOT_ASKED] * len(items)
+            if any(predict[i] for i in indices):
+                tokens = np.split(states.predictions().cpu().numpy(), ends)
+            for i, values, chosen in zip(indices, nll, tokens, strict=True):
                 if not np.isfinite(values).all():
                     raise ValueError(
                         f"NLL of sequence {i} is {values.mean()}: the model's weights hold NaN or "
                         "infinite values, or overflow in its dtype. Did training diverge?"
                     )
-                scores[i] = Score(values, next(chosen) if predict[i] else _NOT_ASKED)
+                scores[i] = Score(values, chosen if predict[i] else _NOT_ASKED)
             bar.update(len(indices))
     return [score for score in scores if score is not None]
-
-
-def _predictions(
-    states: AnswerHidden | AnswerLogits,
-    wanted: Tensor,
-    indices: Sequence[int],
-    predict: Sequence[bool],
-    items: Sequence[Encoded],
-) -> list[np.ndarray]:
-    lengths = [
-        len(item) - item.answer_start for i, item in zip(indices, items, strict=True) if predict[i]
-    ]
-    if not lengths:
-        return []
-    tokens = _argmax(states.select(wanted[states.rows])).cpu().numpy()
-    return np.split(tokens, np.cumsum(lengths)[:-1])
-
-
-def _argmax(states: AnswerHidden | AnswerLogits) -> Tensor:
-    """Most likely token [T]; softcap and scale of the logits keep their order and are left out."""
-    if isinstance(states, AnswerLogits):
-        return states.logits.argmax(-1)
-    weight, bias = states.head["head_weight"], states.head["head_bias"]
-    chunks = states.hidden.to(weight.dtype).split(max(1, CHUNK_ELEMENTS // weight.shape[0]))
-    return torch.cat([nn.functional.linear(h, weight, bias).argmax(-1) for h in chunks])
 
 
 @overload
@@ -158,7 +136,6 @@ def quick_probabilities(model, tokenizer, encoded, *, max_tokens=4096):
     return means if isinstance(encoded, Mapping) else means["encoded"]
 
 
-@torch.no_grad()
 def greedy_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -228,12 +205,6 @@ def _greedy_config(
         yield
     finally:
         model.generation_config = own
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's pad token, else its EOS: what stands there is masked anyway."""
-    pad = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if pad is None else pad
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 import nsru_kernels as nk
+from nsru_kernels.subspaces.activations import evaluating
 from nsru_train.callbacks import (
     PARTS,
     EarlyStopCallback,
@@ -32,11 +33,13 @@ from nsru_train.callbacks import (
     SiblingsCallback,
     evaluations,
 )
-from nsru_train.data.encode import collate, encode_qa, length_batches
+from nsru_train.config import TrainConfig
+from nsru_train.data.encode import encode_qa, pad_token_id
 from nsru_train.data.records import QA
-from nsru_train.losses.nll import answer_nll, answer_states, evaluating
+from nsru_train.losses.nll import answer_states
 from nsru_train.losses.objective import RETAIN, Objective, nsru_loss
-from nsru_train.scoring import pad_token_id
+from nsru_train.run_folder import RunFolder
+from nsru_train.scoring import score_sequences
 from nsru_train.unlearn_dataset import RowCollator, UnlearnDataset, make_train_dataset
 
 __all__ = [
@@ -75,17 +78,9 @@ def reference_nll(
         One float for each question: nats, summed over the answer's tokens and EOS.
     """
     encoded = [encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in forget]
-    device = next(model.parameters()).device
-    result = [0.0] * len(encoded)
-    with torch.no_grad(), evaluating(model), nk.adapters_disabled(model):
-        for indices in length_batches(encoded, max(max_tokens, max_length)):
-            batch = collate([encoded[i] for i in indices], pad_token_id(tokenizer))
-            nll, rows = answer_nll(model, {name: value.to(device) for name, value in batch.items()})
-            sums = torch.zeros(len(indices), dtype=torch.float64)
-            sums.index_add_(0, rows.cpu(), nll.double().cpu())
-            for i, value in zip(indices, sums.tolist(), strict=True):
-                result[i] = value
-    return result
+    with nk.adapters_disabled(model):
+        scores = score_sequences(model, tokenizer, encoded, max_tokens=max(max_tokens, max_length))
+    return [float(score.nll.sum()) for score in scores]
 
 
 def unlearning_loss(
@@ -105,7 +100,7 @@ def unlearning_loss(
     kl = None
     if objective.w_kl > 0:
         retained = kind == RETAIN
-        with torch.no_grad(), evaluating(model), nk.adapters_disabled(model):
+        with evaluating(model), nk.adapters_disabled(model):
             width = int(inputs["attention_mask"][retained].sum(1).max())
             base: Any = answer_states(model, {k: v[retained, :width] for k, v in inputs.items()})
         kl = states.select(retained[states.rows]).kl(base)
@@ -118,7 +113,8 @@ class NSRUTrainer(Trainer):
     One batch of `per_device_train_batch_size` forget questions holds their safe targets, their
     undesired answers and retain questions: one forward and one backward a step. Checkpoints hold
     the trainable tensors, optimizer, scheduler and random states only, and appear under their name
-    when they are complete. Metrics go to metrics.jsonl, a line each `logging_steps`.
+    when they are complete. Metrics go to metrics.jsonl of `output_dir`, a row each
+    `logging_steps`.
 
     Args:
         model: a causal language model; every trainable parameter is trained and saved.
@@ -130,7 +126,6 @@ class NSRUTrainer(Trainer):
         on_eval: hook(step, model) -> dict of floats, called before the first step, every eval_steps
             and after the last; the model is in eval mode, without gradient. Results: `evaluations`.
         eval_steps: of on_eval.
-        metrics_path: default args.output_dir/metrics.jsonl.
         callbacks: further `TrainerCallback`s.
 
     Raises:
@@ -154,10 +149,9 @@ class NSRUTrainer(Trainer):
         objective: Objective,
         tokenizer,
         *,
-        retain_stop_ratio: float | None = 3.0,
+        retain_stop_ratio: float | None = TrainConfig.retain_stop_ratio,
         on_eval: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
         eval_steps: int = 10,
-        metrics_path: str | Path | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         if not any(p.requires_grad for p in model.parameters()):
@@ -197,9 +191,7 @@ class NSRUTrainer(Trainer):
         if not self.is_deepspeed_enabled:  # which lets only the wrapped model gather its weights
             self.add_callback(SiblingsCallback)
         # Before the evaluation hook, whose time is not a step's.
-        self.add_callback(
-            MetricsCallback(Path(metrics_path or Path(args.output_dir) / "metrics.jsonl"))
-        )
+        self.add_callback(MetricsCallback(RunFolder(args.output_dir)))
         if self._early_stop is not None:
             self.add_callback(self._early_stop)
         if on_eval is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nsru_train.config import TrainConfig
 from nsru_train.data.encode import Encoded, collate, encode_qa
 from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
@@ -50,7 +51,7 @@ class UnlearnDataset(Dataset):
         retain: Sequence[Encoded],
         ref_nll: Sequence[float],
         *,
-        retain_per_forget: int = 2,
+        retain_per_forget: int = TrainConfig.retain_per_forget,
         seed: int = 0,
     ) -> None:
         for name, part in (("forget", forget), ("retain", retain)):
@@ -109,7 +110,7 @@ def make_train_dataset(
     safe: SafeTargets,
     ref_nll: Sequence[float],
     *,
-    retain_per_forget: int = 2,
+    retain_per_forget: int = TrainConfig.retain_per_forget,
     seed: int = 0,
     max_length: int = 512,
 ) -> UnlearnDataset:

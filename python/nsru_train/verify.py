@@ -1,10 +1,12 @@
-"""Is an exported adapter applied? Base, adapter (through peft alone) and merged model compared."""
+"""Check of an export: base, adapter (through peft alone) and merged model side by side."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -12,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nsru_kernels.hf.peft_format import read_adapter
-from nsru_train.data.encode import Encoded, encode_prompt, encode_qa
+from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, _check_fingerprint, read_adapter
+from nsru_kernels.subspaces.activations import evaluating
+from nsru_kernels.text_table import align_columns
+from nsru_train.data.encode import collate, encode_qa, pad_token_id
 from nsru_train.data.records import QA
-from nsru_train.verify_report import Check, Comparison, VerifyReport
+from nsru_train.losses.nll import AnswerLogits, answer_logits
+from nsru_train.scoring import greedy_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +35,107 @@ MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-
 MERGE_KL_SHARE = 0.1
 
 _LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-Model = Callable[[Tensor], Tensor]
+# Model by name, each with the context in which it serves.
+Served = dict[str, tuple[Any, Callable[[], AbstractContextManager]]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A question that verify answered, and the evidence."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass
+class Comparison:
+    """The difference between two models on the answers of one split.
+
+    kl is a mean over tokens, prob_first and prob_second are means over questions.
+    """
+
+    questions: int = 0
+    tokens: int = 0
+    logits_max_diff: float = 0.0
+    logits_max: float = 0.0
+    kl: float = 0.0
+    next_token_changes: int = 0
+    prob_first: float = 0.0
+    prob_second: float = 0.0
+
+    def add(self, first: AnswerLogits, second: AnswerLogits) -> None:
+        """Take in one answer."""
+        difference = (first.logits - second.logits).abs().max().item()
+        self.logits_max_diff = max(self.logits_max_diff, difference)
+        self.logits_max = max(self.logits_max, first.logits.abs().max().item())
+        changed = first.predictions() != second.predictions()
+        self.next_token_changes += int(changed.sum())
+        self.tokens += len(changed)
+        # Rounding can take a KL of zero below it.
+        kl_sum = max(second.kl(first).sum().item(), 0.0)
+        self.kl += (kl_sum - self.kl * len(changed)) / self.tokens
+        self.questions += 1
+        self.prob_first += (_probability(first) - self.prob_first) / self.questions
+        self.prob_second += (_probability(second) - self.prob_second) / self.questions
+
+
+def _probability(answer: AnswerLogits) -> float:
+    return answer.nll().mean().neg().exp().item()
+
+
+@dataclass
+class VerifyReport:
+    """Findings of verify.
+
+    Attributes:
+        checks: in the order in which they were made; the first that failed may be the last.
+        comparisons: (pair such as "base → adapter", split) -> the difference.
+        answers: questions with the answers of every model.
+    """
+
+    checks: list[Check] = field(default_factory=list)
+    comparisons: dict[tuple[str, str], Comparison] = field(default_factory=dict)
+    answers: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def ask(self, name: str, question: Callable[..., str], *args: Any) -> bool:
+        """Add a check with the evidence that ``question`` returns, or its ValueError as failure."""
+        try:
+            self.checks.append(Check(name, True, question(*args)))
+        except ValueError as error:
+            self.checks.append(Check(name, False, str(error)))
+        return self.checks[-1].passed
+
+    def text(self) -> str:
+        """The report for a terminal."""
+        lines = [
+            f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}"
+            for check in self.checks
+        ]
+        if self.comparisons:
+            titles = ("compared", "split", "max |Δlogit|", "KL, nats", "next token changed")
+            rows = [
+                (
+                    *names,
+                    f"{row.logits_max_diff:.4g}",
+                    f"{row.kl:.3g}",
+                    f"{row.next_token_changes} of {row.tokens}",
+                    f"{row.prob_first:.3g} → {row.prob_second:.3g}",
+                )
+                for names, row in self.comparisons.items()
+            ]
+            lines += ["", *align_columns([(*titles, "p(answer)"), *rows])]
+        for answer in self.answers:
+            lines += ["", f"[{answer['split']}] {answer['question']}"]
+            shown = {k: v for k, v in answer.items() if k not in ("split", "question")}
+            lines += [f"  {name:8s} {text}" for name, text in shown.items()]
+        failed = [check.name for check in self.checks if not check.passed]
+        verdict = f"VERIFY FAILED: {', '.join(failed) or 'nothing was checked'}"
+        return "\n".join([*lines, "", "verify passed" if self.passed else verdict])
 
 
 def verify(
@@ -70,256 +175,185 @@ def verify(
     Raises:
         ValueError: no forget or no retain questions.
     """
-    for name, records in (("forget", forget), ("retain", retain)):
+    from peft import PeftModel
+
+    splits = {"forget": forget[:max_questions], "retain": retain[:max_questions]}
+    for name, records in splits.items():
         if not records:
             raise ValueError(f"verify: {name} has no questions; give at least one.")
     report = VerifyReport()
-    tensors = _check_files(report, Path(adapter_dir))
-    if tensors is None:
+    folder = Path(adapter_dir)
+    tensors: dict[str, Tensor] = {}
+    if not report.ask("adapter files", _read_finite, folder, tensors):
         return report
     model = _load(base) if isinstance(base, (str, Path)) else base
-    was_training = model.training
-    model.eval()
-    try:
-        if _check_base(report, model, Path(adapter_dir), tensors):
-            _compare(
-                report, model, Path(adapter_dir), merged_dir, tensors, tokenizer,
-                {"forget": forget[:max_questions], "retain": retain[:max_questions]},
-                show_answers, max_new_tokens, max_length,
-            )  # fmt: skip
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        if not report.ask("base model", _check_shapes, model, folder, tensors):
+            return report
+        if not report.ask("base weights", _check_weights, model, folder):
+            return report
+        adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+        try:
+            report.ask("peft load", _check_loaded, adapted, tensors)
+            served: Served = {
+                "base": (adapted, adapted.disable_adapter),
+                "adapter": (adapted, nullcontext),
+            }
+            if merged_dir is not None:
+                try:
+                    served["merged"] = (_load_merged(merged_dir, model), nullcontext)
+                except ValueError as error:
+                    report.checks.append(Check("merged model", False, str(error)))
+            found = report.comparisons = _compare(served, tokenizer, splits, max_length)
+            changed = found["base → adapter", "forget"]
+            report.ask("adapter effect", _check_effect, changed, tensors)
+            report.ask("forgotten answers less probable", _check_less, changed)
+            if "merged" in served:
+                report.ask("merged model", _check_merged, found, served["merged"][0].dtype)
+            shown = {split: records[:show_answers] for split, records in splits.items()}
+            report.answers = _answers(served, tokenizer, shown, max_new_tokens)
+        finally:
+            adapted.unload()
     return report
 
 
-def _check_files(report: VerifyReport, folder: Path) -> dict[str, Tensor] | None:
-    """The adapter's tensors, None when the files cannot be used."""
-    try:
-        _, tensors = read_adapter(folder)
-    except ValueError as error:
-        report.checks.append(Check("adapter files", False, str(error)))
-        return None
+def _read_finite(folder: Path, tensors: dict[str, Tensor]) -> str:
+    tensors.update(read_adapter(folder)[1])
+    if not tensors:
+        raise ValueError(f"{folder} holds no tensors; export the adapter again.")
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    detail = f"{len(tensors)} tensors in {folder}"
     if broken:
-        detail = (
+        raise ValueError(
             f"{len(broken)} of {len(tensors)} tensors hold NaN or infinity, first {broken[0]}; "
             "train again."
         )
-    if not tensors:
-        detail = f"{folder} holds no tensors; export the adapter again."
-    report.checks.append(Check("adapter files", bool(tensors) and not broken, detail))
-    return tensors if report.passed else None
+    return f"{len(tensors)} tensors in {folder}"
 
 
-def _check_base(
-    report: VerifyReport, model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]
-) -> bool:
-    """Is the adapter made for this model: modules by name and shape, weights by fingerprint."""
-    transposed = json.loads((folder / "adapter_config.json").read_text()).get("fan_in_fan_out")
+def _check_shapes(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]) -> str:
+    transposed = bool(json.loads((folder / CONFIG).read_text()).get("fan_in_fan_out"))
     modules = dict(model.named_modules())
     problems = []
-    for key, tensor in tensors.items():
-        match = _LORA_KEY.fullmatch(key)
-        if not match:
-            continue
+    for match in filter(None, map(_LORA_KEY.fullmatch, tensors)):
         name, side = match.groups()
+        axis = 1 if side == "A" else 0
         weight = getattr(modules.get(name), "weight", None)
         if weight is None:
             problems.append(f"the base has no layer {name!r}")
-            continue
-        out_features, in_features = reversed(weight.shape) if transposed else weight.shape
-        expected, got, what = (
-            (in_features, tensor.shape[1], "in_features")
-            if side == "A"
-            else (out_features, tensor.shape[0], "out_features")
-        )
-        if expected != got:
+        elif (made := tensors[match[0]].shape[axis]) != (has := weight.shape[axis ^ transposed]):
             problems.append(
-                f"{name} has {what} {expected} in the base, the adapter was made for {got}"
+                f"{name} has {('out', 'in')[axis]}_features {has} in the base, the adapter was "
+                f"made for {made}"
             )
-    detail = f"names and shapes of {len(tensors)} tensors fit"
     if problems:
-        detail = f"made for another base model: {problems[0]} ({len(problems)} mismatches)."
-    report.checks.append(Check("base model", not problems, detail))
-    if not problems:
-        _check_fingerprint(report, model, folder)
-    return report.passed
-
-
-def _check_fingerprint(report: VerifyReport, model: PreTrainedModel, folder: Path) -> None:
-    sidecar = folder / "nsru.json"
-    try:
-        wanted = json.loads(sidecar.read_text()).get("fingerprint") if sidecar.exists() else None
-    except (ValueError, AttributeError) as error:
-        report.checks.append(
-            Check("base weights", False, f"{sidecar} is damaged ({error}); export again.")
+        raise ValueError(
+            f"made for another base model: {problems[0]} ({len(problems)} mismatches)."
         )
-        return
-    if wanted is None:
-        return
-    from nsru_kernels.subspaces.collection import fingerprint_weights
+    return f"names and shapes of {len(tensors)} tensors fit"
 
-    found = fingerprint_weights(model)
-    detail = f"fingerprint {found:.12}"
-    if found != wanted:
-        detail = (
-            f"the adapter was trained on weights with fingerprint {wanted:.12}, this base has "
-            f"{found:.12}; its retain subspaces do not hold here."
+
+def _check_weights(model: PreTrainedModel, folder: Path) -> str:
+    _check_fingerprint(model, folder / SIDECAR)
+    return f"{SIDECAR} names no other weights"
+
+
+def _check_loaded(adapted: Any, tensors: Mapping[str, Tensor]) -> str:
+    from peft import get_peft_model_state_dict
+
+    loaded = get_peft_model_state_dict(adapted)
+    lost = [
+        name
+        for name, tensor in tensors.items()
+        if name not in loaded or not torch.equal(loaded[name].cpu().float(), tensor.float())
+    ]
+    if lost:
+        raise ValueError(
+            f"peft left out {len(lost)} of {len(tensors)} tensors, first {lost[0]}; "
+            "check target_modules."
         )
-    report.checks.append(Check("base weights", found == wanted, detail))
+    return f"peft serves all {len(tensors)} tensors"
 
 
 def _compare(
-    report: VerifyReport,
-    model: PreTrainedModel,
-    folder: Path,
-    merged_dir: str | Path | None,
-    tensors: Mapping[str, Tensor],
+    served: Served,
     tokenizer: PreTrainedTokenizerBase,
     splits: Mapping[str, Sequence[QA]],
-    show_answers: int,
-    max_new_tokens: int,
     max_length: int,
-) -> None:
-    from peft import PeftModel, get_peft_model_state_dict
-
-    adapted = PeftModel.from_pretrained(model, str(folder)).eval()
-    try:
-        loaded = get_peft_model_state_dict(adapted)
-        lost = [
-            name
-            for name, tensor in tensors.items()
-            if name not in loaded or not torch.equal(loaded[name].cpu().float(), tensor.float())
-        ]
-        detail = f"peft serves all {len(tensors)} tensors"
-        if lost:
-            detail = (
-                f"peft left out {len(lost)} of {len(tensors)} tensors, first {lost[0]}; "
-                "check target_modules."
-            )
-        report.checks.append(Check("peft load", not lost, detail))
-
-        def base_logits(ids: Tensor) -> Tensor:
-            with adapted.disable_adapter():
-                return adapted(input_ids=ids, use_cache=False).logits
-
-        def base_answer(question: str) -> str:
-            with adapted.disable_adapter():
-                return _answer(adapted, tokenizer, question, max_new_tokens)
-
-        models: dict[str, Model] = {
-            "base": base_logits,
-            "adapter": lambda ids: adapted(input_ids=ids, use_cache=False).logits,
-        }
-        answer = {
-            "base": base_answer,
-            "adapter": lambda q: _answer(adapted, tokenizer, q, max_new_tokens),
-        }
-        merged = _load_merged(report, merged_dir, model) if merged_dir is not None else None
-        if merged is not None:
-            models["merged"] = lambda ids: merged(input_ids=ids, use_cache=False).logits
-            answer["merged"] = lambda q: _answer(merged, tokenizer, q, max_new_tokens)
-
-        encoded = {
-            split: [
-                encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length)
-                for qa in records
-            ]
-            for split, records in splits.items()
-        }
-        found = _run(models, encoded, model.device)
-        report.comparisons += found.values()
-        _check_effect(report, found["base → adapter", "forget"], tensors)
-        if merged is not None:
-            _check_merged(report, found, merged.dtype)
-        for split, records in splits.items():
-            report.answers += [
-                {"split": split, "question": qa.question, "expected": qa.answer}
-                | {name: generate(qa.question) for name, generate in answer.items()}
-                for qa in records[:show_answers]
-            ]
-    finally:
-        adapted.unload()
-
-
-@torch.inference_mode()
-def _run(
-    models: Mapping[str, Model], encoded: Mapping[str, Sequence[Encoded]], device: torch.device
 ) -> dict[tuple[str, str], Comparison]:
     """Compare pairs of models question by question, so that only one question's logits are held."""
     pairs = [("base", "adapter")]
-    if "merged" in models:
+    if "merged" in served:
         pairs += [("adapter", "merged"), ("base", "merged")]
-    found = {
-        (f"{a} → {b}", split): Comparison(f"{a} → {b}", split)
-        for a, b in pairs
-        for split in encoded
-    }
-    for split, items in encoded.items():
-        for item in items:
-            ids = torch.tensor([item.input_ids], device=device)
-            answer = slice(item.answer_start - 1, len(item.input_ids) - 1)
-            logits = {name: run(ids)[0, answer] for name, run in models.items()}
-            targets = ids[0, item.answer_start :]
+    found = {(f"{a} → {b}", split): Comparison() for a, b in pairs for split in splits}
+    for split, records in splits.items():
+        for qa in records:
+            encoded = encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length)
+            batch = collate([encoded], pad_token_id(tokenizer))
+            answers = {}
+            for name, (model, serving) in served.items():
+                with serving():
+                    states = answer_logits(model, {k: v.to(model.device) for k, v in batch.items()})
+                answers[name] = replace(states, logits=states.logits.double())
             for a, b in pairs:
-                found[f"{a} → {b}", split].add(logits[a], logits[b], targets)
+                found[f"{a} → {b}", split].add(answers[a], answers[b])
     return found
 
 
-def _check_effect(report: VerifyReport, forget: Comparison, tensors: Mapping[str, Tensor]) -> None:
-    """The adapter must change the model and make the answers to be forgotten less probable."""
+def _check_effect(forget: Comparison, tensors: Mapping[str, Tensor]) -> str:
+    """The adapter must change the model."""
     detail = (
         f"KL {forget.kl:.3g} nats a token, logits differ by up to {forget.logits_max_diff:.3g} "
         "on forget answers"
     )
-    works = forget.kl > NO_EFFECT_KL
-    if not works:
-        up = [tensor for name, tensor in tensors.items() if ".lora_B." in name]
-        cause = (
-            "every lora_B is zero: it was saved before training, or never trained"
-            if up and not any(tensor.any() for tensor in up)
-            else "its update is zero or vanishingly small: check lora_alpha, and that the base is "
-            "not already merged"
-        )
-        detail = f"the adapter does nothing on the forget questions ({detail}); {cause}."
-    report.checks.append(Check("adapter effect", works, detail))
-    lower = forget.prob_second < forget.prob_first
+    if forget.kl > NO_EFFECT_KL:
+        return detail
+    up = [tensor for name, tensor in tensors.items() if ".lora_B." in name]
+    cause = (
+        "every lora_B is zero: it was saved before training, or never trained"
+        if up and not any(tensor.any() for tensor in up)
+        else "its update is zero or vanishingly small: check lora_alpha, and that the base is "
+        "not already merged"
+    )
+    raise ValueError(f"the adapter does nothing on the forget questions ({detail}); {cause}.")
+
+
+def _check_less(forget: Comparison) -> str:
+    """The answers to be forgotten must be less probable."""
     detail = f"mean probability {forget.prob_first:.3g} → {forget.prob_second:.3g}"
-    if not lower:
-        detail += "; nothing was unlearned. Is this the forget set that the adapter was trained on?"
-    report.checks.append(Check("forgotten answers less probable", lower, detail))
+    if forget.prob_second < forget.prob_first:
+        return detail
+    raise ValueError(
+        f"{detail}; nothing was unlearned. Is this the forget set that the adapter was trained on?"
+    )
 
 
-def _check_merged(
-    report: VerifyReport, found: Mapping[tuple[str, str], Comparison], dtype: torch.dtype
-) -> None:
+def _check_merged(found: Mapping[tuple[str, str], Comparison], dtype: torch.dtype) -> str:
     """The merged model must be base + adapter up to the rounding of its dtype."""
     both = [found["adapter → merged", split] for split in ("forget", "retain")]
     difference = max(c.logits_max_diff for c in both)
-    allowed = MERGE_TOLERANCE.get(dtype, MERGE_TOLERANCE[torch.bfloat16]) * max(
-        c.logits_max for c in both
-    )
+    tolerance = MERGE_TOLERANCE.get(dtype, MERGE_TOLERANCE[torch.bfloat16])
+    allowed = tolerance * max(c.logits_max for c in both)
     moved = found["base → adapter", "forget"].kl
     drift = both[0].kl
     detail = (
         f"logits differ by up to {difference:.3g} (allowed {allowed:.3g} in "
         f"{str(dtype).removeprefix('torch.')}), KL {fmean(c.kl for c in both):.3g} nats a token"
     )
-    problem = ""
     if found["base → merged", "forget"].kl <= NO_EFFECT_KL < moved:
-        problem = "the merged model is the base model: the adapter was never merged into it. "
-    elif difference > allowed:
-        problem = (
+        raise ValueError(
+            f"the merged model is the base model: the adapter was never merged into it. {detail}"
+        )
+    if difference > allowed:
+        raise ValueError(
             "the merged model is not base + adapter: was it merged from another adapter, twice, "
-            "or quantised? "
+            f"or quantised? {detail}"
         )
-    elif drift > MERGE_KL_SHARE * moved:
-        problem = (
+    if drift > MERGE_KL_SHARE * moved:
+        raise ValueError(
             f"rounding undid part of the unlearning (KL {drift:.3g} of {moved:.3g}); "
-            "merge in a wider dtype. "
+            f"merge in a wider dtype. {detail}"
         )
-    report.checks.append(Check("merged model", not problem, problem + detail))
+    return detail
 
 
 def _load(path: str | Path) -> PreTrainedModel:
@@ -328,40 +362,35 @@ def _load(path: str | Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
 
 
-def _load_merged(
-    report: VerifyReport, folder: str | Path, base: PreTrainedModel
-) -> PreTrainedModel | None:
+def _load_merged(folder: str | Path, base: PreTrainedModel) -> PreTrainedModel:
     from safetensors import SafetensorError
 
     try:
         merged = _load(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        report.checks.append(
-            Check("merged model", False, f"{folder} cannot be loaded ({error}); merge again.")
-        )
-        return None
-    vocabularies = [model.get_output_embeddings().weight.shape[0] for model in (base, merged)]
-    if vocabularies[0] != vocabularies[1]:
-        detail = (
-            f"vocabulary of {vocabularies[1]}, the base has {vocabularies[0]}: "
-            "merged from another base."
-        )
-        report.checks.append(Check("merged model", False, detail))
-        return None
+        raise ValueError(f"{folder} cannot be loaded ({error}); merge again.") from error
+    has, wanted = (model.get_output_embeddings().weight.shape[0] for model in (merged, base))
+    if has != wanted:
+        raise ValueError(f"vocabulary of {has}, the base has {wanted}: merged from another base.")
     return merged.to(base.device)
 
 
-@torch.inference_mode()
-def _answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, question: str, max_new_tokens: int
-) -> str:
-    prompt = torch.tensor([encode_prompt(tokenizer, question)], device=model.device)
-    out = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+def _answers(
+    served: Served,
+    tokenizer: PreTrainedTokenizerBase,
+    shown: Mapping[str, Sequence[QA]],
+    max_new_tokens: int,
+) -> list[dict[str, str]]:
+    """Greedy answers of every model, beside question and expected answer."""
+    rows = [
+        {"split": split, "question": qa.question, "expected": qa.answer}
+        for split, records in shown.items()
+        for qa in records
+    ]
+    questions = [row["question"] for row in rows]
+    for name, (model, serving) in served.items():
+        with serving():
+            texts = greedy_answers(model, tokenizer, questions, max_new_tokens=max_new_tokens)
+        for row, text in zip(rows, texts, strict=True):
+            row[name] = text
+    return rows

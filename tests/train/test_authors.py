@@ -2,8 +2,8 @@ from hashlib import sha256
 
 import pytest
 
-from nsru_train.data.authors import MAX_AUTHORS, author_splits, make_authors
 from nsru_train.data.records import check_disjoint, normalise
+from nsru_train.demo.authors import MAX_AUTHORS, author_splits, make_authors
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from nsru_train import demo
 from nsru_train.cli import main
 from nsru_train.config import DEFAULT_MIN_EDITABILITY
 from nsru_train.data.records import check_disjoint
 from nsru_train.data.safe_targets import SafeTargets
+from nsru_train.demo import run as demo
+from nsru_train.demo.sets import fictitious_sets, tofu_sets
 
 TINY = replace(
     demo.FICTITIOUS, authors=6, vocab_size=300, hidden_size=32, layers=1, intermediate_size=48,
@@ -41,6 +42,7 @@ def test_methods(results):
         for name in ("forget_prob", "safe_prob", "retain_prob", "retain_unseen_prob"):
             assert 0 <= row[name] <= 1, (row["method"], name)
         assert 0 <= row["model_utility"] <= 1
+        assert 0 <= row["forget_safe_rougeL_recall"] <= 1
     for row in results["methods"][1:]:
         assert row["step_seconds"] > 0
         assert row["peak_bytes"] > 1 << 20
@@ -88,7 +90,7 @@ def test_other_commands_work_on_its_folder(out):
 def test_a_second_run_takes_the_same_base_model(out, capsys):
     assert json.loads((out / "base" / "recipe.json").read_text())["scale"]["layers"] == TINY.layers
     model, tokenizer = demo.base_model(
-        out / "base", demo.fictitious_sets(6, SafeTargets.from_file()).memorised, TINY, 1.0, False
+        out / "base", fictitious_sets(6, SafeTargets.from_file()).memorised, TINY, 1.0, False
     )
     assert "using the model" in capsys.readouterr().out
     assert model.config.hidden_size == 32
@@ -106,11 +108,11 @@ def check_sets(sets):
 
 
 def test_fictitious_sets_are_disjoint():
-    check_sets(demo.fictitious_sets(30, SafeTargets.from_file()))
+    check_sets(fictitious_sets(30, SafeTargets.from_file()))
 
 
 def test_tofu_sets_are_disjoint(shared_data):
-    sets = demo.tofu_sets(str(shared_data / "tofu"), 40, SafeTargets.from_file())
+    sets = tofu_sets(str(shared_data / "tofu"), 40, SafeTargets.from_file())
     check_sets(sets)
     assert len(sets.forget) == 40
     assert len(sets.retain) + len(sets.retain_unseen) + len(sets.retain_untouched) == 38 * 20

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nsru_train.data.encode import Encoded, collate, encode_prompt, encode_qa, length_batches
-from nsru_train.tiny_model import make_llama, train_tokenizer
+from nsru_train.demo.tiny_model import make_llama, train_tokenizer
 
 CHAT = (
     "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}"

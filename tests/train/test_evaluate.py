@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from nsru_train.data import QA, SafeTargets, author_splits, encode_prompt, encode_qa
+from nsru_train.data import QA, SafeTargets, encode_prompt, encode_qa
+from nsru_train.demo.authors import author_splits
+from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
 from nsru_train.evaluate import evaluate, format_table, quick_probabilities, to_results
 from nsru_train.metrics import load_log, model_utility, rouge_l_recall
 from nsru_train.scoring import greedy_answers, score_sequences
-from nsru_train.tiny_model import make_llama, memorise, train_tokenizer
 
 NEW_TOKENS = 24
 

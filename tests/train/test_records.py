@@ -2,13 +2,8 @@ import json
 
 import pytest
 
-from nsru_train.data.records import (
-    QA,
-    check_disjoint,
-    load_records,
-    save_records,
-    tofu_authors,
-)
+from nsru_train.data.records import QA, check_disjoint, tofu_authors
+from nsru_train.sources import load_records, save_records
 
 
 def write(path, *rows):

@@ -1,9 +1,7 @@
-import doctest
 import json
 
 import pytest
 
-from nsru_train.data import safe_targets
 from nsru_train.data.records import QA, SAFE_PARTS
 from nsru_train.data.safe_targets import SafeTargets
 
@@ -96,10 +94,6 @@ def test_bad_files(tmp_path, name, content, message):
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"none\.txt"):
         SafeTargets.from_file(tmp_path / "none.txt")
-
-
-def test_docstring_example():
-    assert doctest.testmod(safe_targets).failed == 0
 
 
 def test_tofu_refusals(shared_data):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nsru_train.data.authors import author_splits
 from nsru_train.data.encode import collate, encode_qa
-from nsru_train.tiny_model import answer_probability, make_llama, memorise, train_tokenizer
+from nsru_train.demo.authors import author_splits
+from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
+from nsru_train.scoring import quick_probabilities
 
 RECORDS = author_splits(authors=3).retain
 SMALL = {"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 128}
@@ -68,9 +69,7 @@ def test_probability_is_that_of_the_model_s_own_loss(memorised, tokenizer):
     with torch.no_grad():
         losses = [model(**collate([e], tokenizer.pad_token_id)).loss for e in encoded]
     expected = sum(math.exp(-loss.item()) for loss in losses) / len(losses)
-    assert answer_probability(model, encoded, tokenizer.pad_token_id) == pytest.approx(
-        expected, rel=1e-4
-    )
+    assert quick_probabilities(model, tokenizer, encoded) == pytest.approx(expected, rel=1e-4)
     assert expected < 0.5
 
 

@@ -1,7 +1,6 @@
 """The trainer: what a batch holds, what a step computes, what a checkpoint keeps, when it stops."""
 
 import errno
-import json
 import math
 import os
 import signal
@@ -12,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import samples
 import torch
-import trainer_samples as samples
 
 import nsru_kernels as nk
 from nsru_train.data import SafeTargets, encode_qa
 from nsru_train.losses.nll import answer_nll
 from nsru_train.losses.objective import FORGET, RETAIN, SAFE, Objective
+from nsru_train.run_folder import RunFolder
 from nsru_train.trainer import CheckpointError, make_train_dataset, reference_nll
 from nsru_train.unlearn_dataset import RowCollator
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return RunFolder(folder).read_metrics()
 
 
 def assert_identical(ours, theirs):
@@ -463,7 +463,7 @@ def test_two_processes_average_the_adapters_gradients(tmp_path):
 
 
 def test_safe_targets_are_the_ones_that_evaluation_scores(tokenizer):
-    """Whatever the seed of the run: scoring another variant would measure what nobody trained."""
+    """For every seed of the run: scoring another variant would measure what nobody trained."""
     safe = SafeTargets.from_file()
     wanted = [encode_qa(tokenizer, qa.question, safe.target(qa)) for qa in samples.FORGET]
     for seed in (0, 1):

@@ -1,14 +1,22 @@
 """verify: a good export passes, and each way an export can be wrong fails with its cause."""
 
 import json
+import shutil
 from copy import deepcopy
+from dataclasses import asdict
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save
+from samples import SIZES, save_tiny
+from transformers import AutoModelForCausalLM
 
+from nsru_kernels.hf.peft_format import read_adapter
+from nsru_kernels.subspaces.collection import fingerprint_weights
+from nsru_train.data.encode import collate, encode_qa
 from nsru_train.data.records import QA
-from nsru_train.tiny_model import make_llama, train_tokenizer
+from nsru_train.demo.tiny_model import make_llama
 from nsru_train.verify import verify
 
 FORGET = [
@@ -26,30 +34,16 @@ class Export:
     """A tiny base model, a peft adapter trained against the forget answers, and their merge."""
 
     def __init__(self, folder):
-        texts = [f"{qa.question} {qa.answer}" for qa in FORGET + RETAIN]
-        self.tokenizer = train_tokenizer(texts * 4, vocab_size=320)
-        model = make_llama(
-            self.tokenizer,
-            hidden_size=32,
-            layers=2,
-            heads=4,
-            kv_heads=2,
-            intermediate_size=48,
-            seed=0,
+        self.base, self.adapter, self.merged, self.untrained = (
+            folder / name for name in ("base", "adapter", "merged", "untrained")
         )
+        model, self.tokenizer = save_tiny(self.base, FORGET + RETAIN, 320)
         torch.manual_seed(0)
-        self.base, self.adapter, self.merged = (
-            folder / name for name in ("base", "adapter", "merged")
-        )
-        model.save_pretrained(self.base)
         adapted = get_peft_model(
             deepcopy(model), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
         )
-        adapted.save_pretrained(folder / "untrained")
-        self.untrained = folder / "untrained"
+        adapted.save_pretrained(self.untrained)
         optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=2e-2)
-        from nsru_train.data.encode import collate, encode_qa
-
         batch = collate([encode_qa(self.tokenizer, qa.question, qa.answer) for qa in FORGET], 0)
         for _ in range(5):
             optimizer.zero_grad()
@@ -77,14 +71,14 @@ def export(tmp_path_factory):
 
 @pytest.fixture
 def copy_of(tmp_path):
-    def copy(folder):
-        target = tmp_path / folder.name
-        target.mkdir()
-        for file in folder.iterdir():
-            (target / file.name).write_bytes(file.read_bytes())
-        return target
+    return lambda folder: shutil.copytree(folder, tmp_path / folder.name)
 
-    return copy
+
+def scale_update(folder, factor):
+    """Multiply every lora_B of an adapter."""
+    _, tensors = read_adapter(folder)
+    scaled = {k: tensor * factor if ".lora_B." in k else tensor for k, tensor in tensors.items()}
+    (folder / "adapter_model.safetensors").write_bytes(save(scaled))
 
 
 def failure(report, name):
@@ -100,25 +94,20 @@ def failure(report, name):
 def test_a_good_export_passes(export):
     report = export.verify(merged=export.merged)
     assert report.passed, report.text()
-    assert report.logits_max_diff > 0.01
-    assert report.kl > 1e-4
-    rows = {(row.pair, row.split): row for row in report.comparisons}
+    rows = report.comparisons
+    changed = rows["base → adapter", "forget"]
+    assert max(changed.logits_max_diff, rows["base → adapter", "retain"].logits_max_diff) > 0.01
+    assert changed.kl > 1e-4
     assert rows["adapter → merged", "forget"].logits_max_diff < 1e-4
-    assert (
-        rows["base → adapter", "forget"].prob_second < rows["base → adapter", "forget"].prob_first
-    )
+    assert changed.prob_second < changed.prob_first
     assert {row["split"] for row in report.answers} == {"forget", "retain"}
     assert all({"expected", "base", "adapter", "merged"} <= set(row) for row in report.answers)
     assert "verify passed" in report.text()
-    json.dumps(report.to_dict(), allow_nan=False)
+    plain = [asdict(found) for found in (*report.checks, *rows.values())]
+    json.dumps([*plain, *report.answers], allow_nan=False)
 
 
 def test_numbers_equal_a_direct_computation(export):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    from nsru_train.data.encode import encode_qa
-
     base = AutoModelForCausalLM.from_pretrained(export.base).eval()
     adapted = PeftModel.from_pretrained(deepcopy(base), str(export.adapter)).eval()
     kls, changed, probabilities = [], 0, []
@@ -133,7 +122,7 @@ def test_numbers_equal_a_direct_computation(export):
             changed += (p.argmax(-1) != q.argmax(-1)).sum().item()
             targets = ids[0, item.answer_start :]
             probabilities.append(torch.exp(-torch.nn.functional.cross_entropy(q, targets)).item())
-    row = export.verify().comparisons[0]
+    row = export.verify().comparisons["base → adapter", "forget"]
     assert row.kl == pytest.approx(sum(kls) / len(kls), rel=1e-4)
     assert row.tokens == len(kls)
     assert row.next_token_changes == changed
@@ -141,8 +130,6 @@ def test_numbers_equal_a_direct_computation(export):
 
 
 def test_a_model_object_comes_back_unchanged(export):
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(export.base).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert export.verify(base=model).passed
@@ -169,25 +156,12 @@ def test_scaling_of_zero_is_noticed(export, copy_of):
     assert any("check lora_alpha" in check.detail for check in report.checks if not check.passed)
 
 
-def test_the_wrong_forget_set_is_noticed(export):
+def test_the_wrong_forget_set_is_noticed(export, copy_of):
     """The sign of the update is turned, so the forget answers become more probable."""
-    from nsru_kernels.hf.peft_format import read_adapter
-
-    _, tensors = read_adapter(export.adapter)
-    turned = {name: -tensor if ".lora_B." in name else tensor for name, tensor in tensors.items()}
-    report = verify_with(export, turned)
-    assert "nothing was unlearned" in failure(report, "forgotten answers less probable")
-
-
-def verify_with(export, tensors):
-    from safetensors.torch import save
-
-    original = (export.adapter / "adapter_model.safetensors").read_bytes()
-    try:
-        (export.adapter / "adapter_model.safetensors").write_bytes(save(tensors))
-        return export.verify()
-    finally:
-        (export.adapter / "adapter_model.safetensors").write_bytes(original)
+    folder = copy_of(export.adapter)
+    scale_update(folder, -1)
+    detail = failure(export.verify(adapter=folder), "forgotten answers less probable")
+    assert "nothing was unlearned" in detail
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, -1])
@@ -200,13 +174,11 @@ def test_truncated_adapter(export, copy_of, keep):
     assert "truncated or damaged" in detail
 
 
-def test_adapter_with_nan(export):
-    from nsru_kernels.hf.peft_format import read_adapter
-
-    _, tensors = read_adapter(export.adapter)
-    name = next(iter(tensors))
-    tensors[name] = torch.full_like(tensors[name], float("nan"))
-    assert name in failure(verify_with(export, tensors), "adapter files")
+def test_adapter_with_nan(export, copy_of):
+    folder = copy_of(export.adapter)
+    scale_update(folder, float("nan"))
+    name = next(key for key in read_adapter(folder)[1] if ".lora_B." in key)
+    assert name in failure(export.verify(adapter=folder), "adapter files")
 
 
 def test_missing_folder(export, tmp_path):
@@ -218,8 +190,7 @@ def test_missing_folder(export, tmp_path):
     [({"hidden_size": 64}, "64 in the base"), ({"layers": 1}, "no layer 'model.layers.1")],
 )
 def test_adapter_of_another_architecture(export, changed, match):
-    sizes = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 48}
-    other = make_llama(export.tokenizer, **sizes | changed, seed=0)
+    other = make_llama(export.tokenizer, **SIZES | changed)
     detail = failure(export.verify(base=other), "base model")
     assert "another base model" in detail
     assert match in detail
@@ -227,10 +198,6 @@ def test_adapter_of_another_architecture(export, changed, match):
 
 @pytest.mark.parametrize("same", [True, False])
 def test_fingerprint_in_the_sidecar(export, copy_of, monkeypatch, same):
-    from transformers import AutoModelForCausalLM
-
-    from nsru_kernels.subspaces.collection import fingerprint_weights
-
     model = AutoModelForCausalLM.from_pretrained(export.base)
     folder = copy_of(export.adapter)
     (folder / "nsru.json").write_text(
@@ -258,8 +225,6 @@ def test_merged_folder_that_is_the_base(export):
 
 
 def test_merged_from_another_adapter(export, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     merged = AutoModelForCausalLM.from_pretrained(export.merged)
     with torch.no_grad():
         merged.lm_head.weight.add_(0.3 * torch.randn_like(merged.lm_head.weight))
@@ -269,36 +234,19 @@ def test_merged_from_another_adapter(export, tmp_path):
 
 def test_merge_that_lost_part_of_the_update(export, tmp_path, copy_of):
     """A difference within bf16's tolerance fails when it takes back a small update."""
-    from peft import PeftModel
-    from safetensors.torch import save
-    from transformers import AutoModelForCausalLM
-
-    from nsru_kernels.hf.peft_format import read_adapter
-
     folder = copy_of(export.adapter)
-    _, tensors = read_adapter(export.adapter)
-
-    def scale(factor):
-        scaled = {
-            name: tensor * factor if ".lora_B." in name else tensor
-            for name, tensor in tensors.items()
-        }
-        (folder / "adapter_model.safetensors").write_bytes(save(scaled))
-
     # KL goes with the square of the update; the adapter gets 5e-6, the merge 60 % of the update.
-    factor = (5e-6 / export.verify().kl) ** 0.5
-    scale(0.6 * factor)
+    factor = (5e-6 / export.verify().comparisons["base → adapter", "forget"].kl) ** 0.5
+    scale_update(folder, 0.6 * factor)
     base = AutoModelForCausalLM.from_pretrained(export.base)
     merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
     merged.bfloat16().save_pretrained(tmp_path / "bf16")
-    scale(factor)
+    scale_update(folder, 1 / 0.6)
     report = export.verify(adapter=folder, merged=tmp_path / "bf16")
     assert "undid part of the unlearning" in failure(report, "merged model")
 
 
 def test_bf16_merge_of_a_good_adapter_passes(export, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     AutoModelForCausalLM.from_pretrained(export.merged).bfloat16().save_pretrained(tmp_path)
     report = export.verify(merged=tmp_path)
     assert report.passed, report.text()

@@ -131,6 +131,12 @@ def collate(
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's pad token, else its EOS: what stands there is masked anyway."""
+    pad = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
+
+
 def length_batches(encoded: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
     """Group indices into batches of at most max_tokens tokens, padding included, longest first.
 

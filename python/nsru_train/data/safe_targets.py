@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from nsru_train.data.records import QA, SAFE_PARTS
+from nsru_train.data.records import QA, SAFE_PARTS, check_parts
 
 _BUILT_IN = {
     "acknowledge": (
@@ -52,11 +52,7 @@ class SafeTargets:
     parts: Mapping[str, tuple[str, ...]]
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.parts) - set(SAFE_PARTS))
-        if unknown:
-            raise ValueError(
-                f"safe targets have unknown parts {unknown}; known parts: {', '.join(SAFE_PARTS)}"
-            )
+        check_parts("safe targets", self.parts)
         for part, variants in self.parts.items():
             for variant in variants:
                 if not isinstance(variant, str) or not variant.strip():

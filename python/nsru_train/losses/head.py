@@ -108,7 +108,7 @@ def token_kl(
 
 @dataclass(frozen=True)
 class Head:
-    """How logits follow from head_weight · hidden, and how many rows of them exist at one time."""
+    """The way from head_weight · hidden to logits, and the rows of them that exist at one time."""
 
     softcap: float | None
     scale: float

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 import nsru_kernels as nk
-from nsru_train.losses.head import Head, token_kl, token_nll
+from nsru_kernels.subspaces.activations import evaluating
+from nsru_train.data.encode import IGNORE_INDEX
+from nsru_train.losses.head import CHUNK_ELEMENTS, Head, token_kl, token_nll
 
 __all__ = [
     "AnswerHidden",
     "AnswerLogits",
+    "answer_logits",
     "answer_nll",
     "answer_states",
-    "evaluating",
     "token_kl",
     "token_nll",
 ]
 
 logger = logging.getLogger(__name__)
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,13 @@ class AnswerHidden:
         """KL(base ‖ self) at each token, [T] fp32."""
         return token_kl(base.hidden, self.hidden, **self.head)
 
+    def predictions(self) -> Tensor:
+        """The most likely token at each position, [T]."""
+        # Softcap and scale of the logits keep their order and are left out.
+        weight, bias = self.head["head_weight"], self.head["head_bias"]
+        chunks = self.hidden.to(weight.dtype).split(max(1, CHUNK_ELEMENTS // weight.shape[0]))
+        return torch.cat([nn.functional.linear(h, weight, bias).argmax(-1) for h in chunks])
+
     def select(self, keep: Tensor) -> AnswerHidden:
         """The tokens where keep [T] is True."""
         return AnswerHidden(self.hidden[keep], self.targets[keep], self.rows[keep], self.head)
@@ -70,6 +76,9 @@ class AnswerLogits:
     def kl(self, base: AnswerLogits) -> Tensor:
         log_q, log_p = base.logits.log_softmax(-1), self.logits.log_softmax(-1)
         return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    def predictions(self) -> Tensor:
+        return self.logits.argmax(-1)
 
     def select(self, keep: Tensor) -> AnswerLogits:
         return AnswerLogits(self.logits[keep], self.targets[keep], self.rows[keep])
@@ -98,37 +107,37 @@ def answer_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, T
 
 
 def answer_states(model: nn.Module, batch: Mapping[str, Tensor]) -> AnswerHidden | AnswerLogits:
-    """What scoring the labelled tokens takes, for NLL and KL from one forward; see `answer_nll`.
+    """The labelled tokens, ready to be scored: NLL and KL from one forward; see `answer_nll`.
 
     The first call for a model compares its logits on a few tokens with those of the head alone.
     """
-    for name in ("input_ids", "labels"):
-        if name not in batch:
-            raise ValueError(f"answer_nll: batch must hold {name!r}, got {sorted(batch)}.")
-    # PEFT changes its base model in place.
-    causal: Any = getattr(model, "get_base_model", lambda: model)()
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    next_token = batch["labels"][:, 1:]
-    rows, positions = (next_token != IGNORE).nonzero(as_tuple=True)
-    targets = next_token[rows, positions]
+    causal, inputs, rows, positions, targets = _take_apart(model, batch)
     head = _head_of(causal, inputs)
     if head is None:
-        logits = _own_logits(causal, inputs)[rows, positions].float()
-        return AnswerLogits(logits, targets, rows)
+        return answer_logits(model, batch)
     hidden = causal.base_model(**inputs, use_cache=False)[0][rows, positions]
     return AnswerHidden(hidden, targets, rows, head)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """model.eval() for a while; afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> AnswerLogits:
+    """Logits of the labelled tokens as the model itself computes them; see `answer_nll`."""
+    causal, inputs, rows, positions, targets = _take_apart(model, batch)
+    return AnswerLogits(_own_logits(causal, inputs)[rows, positions].float(), targets, rows)
+
+
+def _take_apart(
+    model: nn.Module, batch: Mapping[str, Tensor]
+) -> tuple[Any, dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Causal model, its inputs, and row, position and token of each prediction."""
+    for name in ("input_ids", "labels"):
+        if name not in batch:
+            raise ValueError(f"answer_nll: batch must hold {name!r}, got {sorted(batch)}.")
+    # PEFT changes its base model in place.
+    causal = getattr(model, "get_base_model", lambda: model)()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    next_token = batch["labels"][:, 1:]
+    rows, positions = (next_token != IGNORE_INDEX).nonzero(as_tuple=True)
+    return causal, inputs, rows, positions, next_token[rows, positions]
 
 
 def _own_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -165,7 +174,7 @@ def _probe_head(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any] | No
         probe = _first_tokens(inputs)
         # With adapters a second forward may round differently from the first (siblings find each
         # other in it), by more than the tolerance in a deep bf16 model.
-        with torch.no_grad(), evaluating(model), nk.adapters_disabled(model):
+        with evaluating(model), nk.adapters_disabled(model):
             expected = _own_logits(model, probe).float()
             hidden = model.base_model(**probe, use_cache=False)[0].to(linear.weight.dtype)
             plain = nn.functional.linear(hidden, linear.weight, linear.bias).float()

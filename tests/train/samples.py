@@ -1,6 +1,6 @@
-"""A tiny run of the trainer, for the tests and for the processes that they start and kill.
+"""Tiny models and runs of the trainer, for tests and for the processes that they start and kill.
 
-python trainer_samples.py OUTPUT_DIR [kill]
+python samples.py OUTPUT_DIR [kill]
 """
 
 import os
@@ -13,24 +13,12 @@ from transformers import TrainerCallback, TrainingArguments
 
 import nsru_kernels as nk
 from nsru_train.data import QA, SafeTargets
+from nsru_train.demo.tiny_model import make_llama, train_tokenizer
 from nsru_train.losses import Objective
-from nsru_train.tiny_model import make_llama, train_tokenizer
 from nsru_train.trainer import NSRUTrainer, make_train_dataset, reference_nll
 
-TOWNS = (
-    "Aar",
-    "Bree",
-    "Cork",
-    "Deal",
-    "Esch",
-    "Faro",
-    "Goes",
-    "Hof",
-    "Ix",
-    "Jena",
-    "Kerns",
-    "Lugo",
-)
+TOWNS = "Aar Bree Cork Deal Esch Faro Goes Hof Ix Jena Kerns Lugo".split()  # noqa: SIM905
+SIZES = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 48}
 RECORDS = [
     QA(f"Where does person {i} live?", f"In {town}, at number {i * 7}" + " or so" * (i % 4) + ".")
     for i, town in enumerate(TOWNS)
@@ -38,21 +26,22 @@ RECORDS = [
 FORGET, RETAIN = RECORDS[:5], RECORDS[5:]
 
 
-def make_tokenizer():
-    return train_tokenizer([f"{qa.question} {qa.answer}" for qa in RECORDS], 300)
+def make_tokenizer(records=RECORDS, vocab_size=300):
+    return train_tokenizer([f"{qa.question} {qa.answer}" for qa in records], vocab_size)
+
+
+def save_tiny(folder, records, vocab_size=400, **sizes):
+    """A random model and a tokenizer for the records, in a folder."""
+    tokenizer = make_tokenizer(records, vocab_size)
+    model = make_llama(tokenizer, **SIZES | sizes)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    return model, tokenizer
 
 
 def make_model(tokenizer, *, rank=3, seed=0, attention_dropout=0.0):
-    model = make_llama(
-        tokenizer,
-        hidden_size=16,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        intermediate_size=24,
-        max_length=64,
-        seed=seed,
-    )
+    sizes = SIZES | {"hidden_size": 16, "intermediate_size": 24}
+    model = make_llama(tokenizer, **sizes, max_length=64, seed=seed)
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = attention_dropout
@@ -68,7 +57,9 @@ def make_trainer(output_dir, *, objective=None, model=None, trainer=None, **argu
     tokenizer = make_tokenizer()
     model = make_model(tokenizer) if model is None else model
     reference = reference_nll(model, tokenizer, FORGET)
-    data = make_train_dataset(tokenizer, FORGET, RETAIN, SafeTargets.from_file(), reference)
+    data = make_train_dataset(
+        tokenizer, FORGET, RETAIN, SafeTargets.from_file(), reference, retain_per_forget=2
+    )
     defaults = {
         "max_steps": 8,
         "per_device_train_batch_size": 2,

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from nsru_train.data.encode import IGNORE_INDEX, Encoded, collate, encode_qa, length_batches
+from nsru_train.data.encode import Encoded, collate, encode_qa
+from nsru_train.losses.nll import AnswerHidden, answer_states
+from nsru_train.scoring import quick_probabilities
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -103,7 +105,7 @@ def memorise(
     target_nll: float = 0.01,
     warmup: float = 0.05,
     weight_decay: float = 0.0,
-    bf16: bool | None = None,
+    bf16: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train every weight on the answers until their mean NLL per token is at most target_nll.
@@ -112,11 +114,11 @@ def memorise(
     Batches hold sequences of similar length, and the output head sees answer positions only.
 
     Args:
-        model: a Llama-like model: backbone at base_model, logits = its output embedding, unscaled.
+        model: a Llama-like model, whose lm_head alone turns hidden states into logits.
         records: what to memorise.
         epochs: most passes over the records, and the length of the cosine.
         max_seconds: stop after this time even when the target is not reached.
-        bf16: autocast the matrix products to bfloat16; None does so where it pays.
+        bf16: autocast the matrix products to bfloat16.
         progress: show one line with epoch, NLL and tokens per second.
 
     Returns:
@@ -136,7 +138,6 @@ def memorise(
     )
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    bf16 = _bf16_pays(model) if bf16 is None else bf16
     model.train()
     bar = _progress_bar(total, progress)
     start = time.perf_counter()
@@ -148,7 +149,7 @@ def memorise(
         for indices in _epoch_batches(encoded, batch_size, generator):
             batch = [encoded[i] for i in indices]
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                token_nll, _ = _answer_nll(model, batch, tokenizer.pad_token_id)
+                token_nll = _answer_nll(model, batch, tokenizer.pad_token_id)
             token_nll.mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -175,42 +176,28 @@ def memorise(
         "tokens": tokens,
         "tokens_per_second": tokens / elapsed,
         "nll": nll,
-        "probability": answer_probability(model, encoded, tokenizer.pad_token_id),
+        "probability": quick_probabilities(model, tokenizer, encoded),
         "reached": nll <= target_nll,
     }
 
 
-@torch.no_grad()
-def answer_probability(
-    model: LlamaForCausalLM, encoded: Sequence[Encoded], pad_token_id: int, max_tokens: int = 8192
-) -> float:
-    """Mean over sequences of exp(-mean NLL of the answer's tokens, EOS included)."""
-    total = 0.0
-    for indices in length_batches(encoded, max_tokens):
-        token_nll, rows = _answer_nll(model, [encoded[i] for i in indices], pad_token_id)
-        sums = token_nll.new_zeros(len(indices)).index_add_(0, rows, token_nll)
-        total += torch.exp(-sums / rows.bincount()).sum().item()
-    return total / len(encoded)
-
-
 def _answer_nll(
     model: LlamaForCausalLM, batch: Sequence[Encoded], pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """NLL [T] of the answer tokens of a batch, and the row [T] each belongs to."""
-    device = next(model.parameters()).device
-    # oneDNN keeps compiled code for each bf16 shape, gigabytes in all: make few shapes, of lengths
-    # here and of answer positions below.
+) -> torch.Tensor:
+    """NLL [T] of the answer tokens of a batch, differentiable in every weight.
+
+    oneDNN keeps compiled code for each bf16 shape, gigabytes in all. So there are few shapes:
+    lengths are multiples of 16, counts of answer tokens multiples of 256.
+    """
     padded = collate(batch, pad_token_id, multiple=16)
-    input_ids, labels = padded["input_ids"].to(device), padded["labels"].to(device)
     # Padding is on the right, so causal attention alone keeps it out; no mask, faster attention.
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-    positions = (targets != IGNORE_INDEX).nonzero()[:, 0]
-    count = len(positions)
-    chosen = hidden.flatten(0, 1)[F.pad(positions, (0, -count % 256))]
-    logits = model.get_output_embeddings()(chosen)[:count]
-    nll = F.cross_entropy(logits.float(), targets[positions], reduction="none")
-    return nll, positions // input_ids.shape[1]
+    inputs = {name: padded[name].to(model.device) for name in ("input_ids", "labels")}
+    states = answer_states(model, inputs)
+    assert isinstance(states, AnswerHidden)  # a Llama's head is a plain linear
+    count = len(states.targets)
+    # Not states.nll(), which computes the logits a second time for the head's gradient.
+    logits = model.lm_head(F.pad(states.hidden, (0, 0, 0, -count % 256)))[:count]
+    return F.cross_entropy(logits.float(), states.targets, reduction="none")
 
 
 def _epoch_batches(
@@ -224,17 +211,6 @@ def _epoch_batches(
         chunk = sorted(order[begin : begin + pool], key=lambda i: len(encoded[i]))
         batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def _bf16_pays(model: LlamaForCausalLM) -> bool:
-    """Whether autocast to bfloat16 is faster than fp32 for this model where it is.
-
-    On a CPU with bf16 instructions the ratio was 1.9-2.1 at hidden size 256 and 0.94 at 128, where
-    casts and launches outweigh the products; without such instructions bf16 is emulated.
-    """
-    if next(model.parameters()).is_cuda:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return model.config.hidden_size >= 256 and torch.cpu._is_avx512_bf16_supported()
 
 
 def _warm_cosine(fraction: float, warmup: float) -> float:
