@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from nsru_kernels.config import BACKENDS
 from torch import Tensor, nn
 
 import nsru_kernels as nk
@@ -33,7 +34,6 @@ from nsru_bench.session import Session
 from nsru_bench.timing import Call
 from nsru_bench.winners import PREFIX
 from nsru_kernels import dispatch
-from nsru_kernels.config import BACKENDS
 from nsru_kernels.ops import cpu_extension
 from nsru_kernels.ops.linear import projected_linear
 

@@ -12,6 +12,7 @@ from functools import partial
 from types import ModuleType
 
 import torch
+from nsru_kernels.ops.linear_group import projected_linear_group
 from torch import Tensor, nn
 
 import nsru_kernels as nk
@@ -29,7 +30,6 @@ from nsru_bench.siblings_cpu import (
     separate,
 )
 from nsru_bench.winners import PREFIX
-from nsru_kernels.ops.linear_group import projected_linear_group
 
 
 class PlannedGroup(torch.autograd.Function):

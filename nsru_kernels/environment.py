@@ -41,6 +41,17 @@ def describe_environment() -> dict[str, Any]:
         ``cpu``, ``cuda`` (the extension, torch's CUDA build, driver, GPUs or the reason for none),
         ``backends`` (one row per op and backend: op, backend, serves, reason) and ``variables``.
     """
+    try:
+        backends, wrong = backend_status(), ""
+    except ValueError as error:  # NSRU_BACKEND names no backend
+        backends, wrong = [], f": {error}"
+    variables = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("NSRU_") or name in VARIABLES
+    }
+    if wrong:
+        variables["NSRU_BACKEND"] += wrong
     return {
         "version": _version("nsru-kernels"),
         "python": platform.python_version(),
@@ -48,12 +59,8 @@ def describe_environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": _describe_cpu(),
         "cuda": _describe_cuda(),
-        "backends": [verdict._asdict() for verdict in backend_status()],
-        "variables": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith("NSRU_") or name in VARIABLES
-        },
+        "backends": [verdict._asdict() for verdict in backends],
+        "variables": variables,
     }
 
 

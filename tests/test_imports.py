@@ -64,12 +64,7 @@ def find_targets(tree, home, files):
 
 @pytest.mark.parametrize(
     "folder",
-    [
-        pytest.param(
-            KERNELS, marks=pytest.mark.xfail(strict=False, reason="circles not yet undone")
-        ),
-        TRAIN,
-    ],
+    [KERNELS, TRAIN],
     ids=["nsru_kernels", "nsru_train"],
 )
 def test_no_circles(folder):

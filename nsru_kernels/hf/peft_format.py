@@ -166,7 +166,7 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
                 f"adapter: {name} has rank {a.shape[0]} (A) and {b.shape[1]} (B), "
                 f"{CONFIG} says {config['r']}."
             )
-    _check_fingerprint(model, Path(path) / SIDECAR)
+    check_fingerprint(model, Path(path) / SIDECAR)
     report = swap_linears(model, names, rank=config["r"], alpha=config["lora_alpha"])
     for name in names:
         module = model.get_submodule(name)
@@ -176,7 +176,7 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
     return report
 
 
-def _check_fingerprint(model: nn.Module, sidecar: Path) -> None:
+def check_fingerprint(model: nn.Module, sidecar: Path) -> None:
     """Raise ValueError when ``nsru.json`` says that the adapter was trained on other weights."""
     from nsru_kernels.subspaces.collection import fingerprint_weights
 

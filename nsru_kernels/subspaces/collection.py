@@ -14,6 +14,7 @@ from torch import nn
 
 from nsru_kernels.files import whole_folder
 from nsru_kernels.nn.subspace import RetainSubspace
+from nsru_kernels.text_table import align_columns
 
 _SCHEMA = 1
 _INDEX = "index.json"
@@ -84,11 +85,7 @@ class SubspaceSet(dict[str, RetainSubspace]):
                     str(entry.tokens),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in rows
-        ]
+        lines = align_columns(rows)
         if any(entry.rank_limited for entry in self.inputs):
             lines.append("* the sketch's width ran out before the request was met; raise width.")
         return "\n".join(lines)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
 
-from nsru_kernels.subspaces.activations import evaluating
+from nsru_kernels.nn.inputs import evaluating
 from nsru_train.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -126,19 +126,6 @@ class GradientCheckCallback(TrainerCallback):
                 len(norms),
                 silent[0],
             )
-
-
-class SiblingsCallback(TrainerCallback):
-    """A forward before the first step, in which linears that read the same input find each other.
-
-    They would in the first step too, but a resumed run's first step would then round differently
-    from the same step of a run that was never interrupted.
-    """
-
-    def on_train_begin(self, args, state, control, model: Any, **kwargs):
-        device = next(model.parameters()).device
-        with evaluating(model):
-            model.base_model(torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
 
 
 class EarlyStopCallback(TrainerCallback):

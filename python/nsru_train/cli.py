@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import time
@@ -26,16 +25,7 @@ def env() -> None:
     """Versions, devices, and which backend serves which op and why: paste it into bug reports."""
     from nsru_kernels.environment import describe_environment, format_environment
 
-    try:
-        environment = describe_environment()
-    except ValueError as error:
-        chosen = os.environ.pop("NSRU_BACKEND", "")
-        try:
-            environment = describe_environment()
-        finally:
-            os.environ["NSRU_BACKEND"] = chosen
-        environment["variables"]["NSRU_BACKEND"] = f"{chosen}: {error}"
-    print(format_environment(environment))
+    print(format_environment(describe_environment()))
 
 
 def demo(

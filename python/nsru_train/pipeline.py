@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import nsru_kernels as nk
+from nsru_kernels.dispatch import default_device
 from nsru_kernels.subspaces.estimate import SubspaceSet
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import collate, encode_qa, length_batches
@@ -86,7 +87,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return nk.dispatch.default_device()
+        return default_device()
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -222,6 +223,9 @@ def unlearn(
 
     started = time.perf_counter()
     set_seed(train.seed)
+    [first] = token_batches(
+        model, tokenizer, data.forget[:1], max_tokens=max_length, max_length=max_length
+    )
     swap = nk.swap_linears(
         model,
         targets,
@@ -229,6 +233,7 @@ def unlearn(
         alpha=lora.alpha,
         dropout=lora.dropout,
         subspaces=subspaces if lora.project else None,
+        batch=first,
     )
     reference = reference_nll(model, tokenizer, data.forget, max_length=max_length)
     dataset = make_train_dataset(

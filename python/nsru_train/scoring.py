@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nsru_kernels.subspaces.activations import evaluating
+from nsru_kernels.nn.inputs import evaluating
 from nsru_train.data.encode import (
     Encoded,
     collate,

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 import nsru_kernels as nk
-from nsru_kernels.subspaces.activations import evaluating
+from nsru_kernels.nn.inputs import evaluating
 from nsru_train.callbacks import (
     PARTS,
     EarlyStopCallback,
@@ -30,7 +30,6 @@ from nsru_train.callbacks import (
     GradientCheckCallback,
     LossProgressCallback,
     MetricsCallback,
-    SiblingsCallback,
     evaluations,
 )
 from nsru_train.config import TrainConfig
@@ -188,8 +187,6 @@ class NSRUTrainer(Trainer):
             EarlyStopCallback(retain_stop_ratio) if retain_stop_ratio is not None else None
         )
         self.add_callback(GradientCheckCallback(self.is_deepspeed_enabled, args.fp16))
-        if not self.is_deepspeed_enabled:  # which lets only the wrapped model gather its weights
-            self.add_callback(SiblingsCallback)
         # Before the evaluation hook, whose time is not a step's.
         self.add_callback(MetricsCallback(RunFolder(args.output_dir)))
         if self._early_stop is not None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, _check_fingerprint, read_adapter
-from nsru_kernels.subspaces.activations import evaluating
+from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, check_fingerprint, read_adapter
+from nsru_kernels.nn.inputs import evaluating
 from nsru_kernels.text_table import align_columns
 from nsru_train.data.encode import collate, encode_qa, pad_token_id
 from nsru_train.data.records import QA
@@ -253,7 +253,7 @@ def _check_shapes(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Te
 
 
 def _check_weights(model: PreTrainedModel, folder: Path) -> str:
-    _check_fingerprint(model, folder / SIDECAR)
+    check_fingerprint(model, folder / SIDECAR)
     return f"{SIDECAR} names no other weights"
 
 

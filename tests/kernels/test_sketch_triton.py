@@ -8,8 +8,7 @@ import pytest
 import sketch_cases
 import torch
 
-from nsru_kernels.dispatch import default_device
-from nsru_kernels.dispatch import BackendUnavailable
+from nsru_kernels.dispatch import BackendUnavailable, default_device
 from nsru_kernels.ops import launch
 from nsru_kernels.ops.sketch import update_sketch
 from nsru_kernels.subspaces import RetainSketch

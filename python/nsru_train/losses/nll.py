@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import nsru_kernels as nk
-from nsru_kernels.subspaces.activations import evaluating
+from nsru_kernels.nn.inputs import evaluating
 from nsru_train.data.encode import IGNORE_INDEX
 from nsru_train.losses.head import CHUNK_ELEMENTS, Head, token_kl, token_nll
 
@@ -172,9 +171,7 @@ def _probe_head(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any] | No
     else:
         reason = "no softcap and scale in its config turn head(hidden) into its logits"
         probe = _first_tokens(inputs)
-        # With adapters a second forward may round differently from the first (siblings find each
-        # other in it), by more than the tolerance in a deep bf16 model.
-        with evaluating(model), nk.adapters_disabled(model):
+        with evaluating(model):
             expected = _own_logits(model, probe).float()
             hidden = model.base_model(**probe, use_cache=False)[0].to(linear.weight.dtype)
             plain = nn.functional.linear(hidden, linear.weight, linear.bias).float()
