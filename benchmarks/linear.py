@@ -34,7 +34,7 @@ from nsru_bench.session import Session
 from nsru_bench.timing import Call
 from nsru_bench.winners import PREFIX
 from nsru_kernels import dispatch
-from nsru_kernels.ops import cpu_extension
+from nsru_kernels.dispatch import cpu_extension
 from nsru_kernels.ops.linear import projected_linear
 
 PASSES = ("forward", "backward", "forward+backward")

@@ -17,7 +17,7 @@ from nsru_bench import measure
 from nsru_bench.cases import element_size
 from nsru_bench.session import Session
 from nsru_bench.timing import Call
-from nsru_kernels.ops import extension, launch
+from nsru_kernels.dispatch import extension, launch
 from nsru_kernels.ops.products import one_read_pays
 
 # (M, C, R): the inputs and outputs of Llama-3-8B's and Llama-3.2-1B's linears.

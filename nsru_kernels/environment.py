@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from nsru_kernels.dispatch import cpu_extension
 from nsru_kernels.dispatch.explain import backend_status
-from nsru_kernels.ops import cpu_extension
 
 PACKAGES = (
     "torch",

@@ -23,7 +23,7 @@ from nsru_bench import (
 )
 from nsru_bench.linear_cpu import Case
 from nsru_bench.session import Session
-from nsru_kernels.ops import cpu_extension
+from nsru_kernels.dispatch import cpu_extension
 
 ROOT = Path(__file__).parents[1]
 

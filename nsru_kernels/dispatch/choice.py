@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nsru_kernels.dispatch import plans
+from nsru_kernels.dispatch import cpu_extension, extension, launch, plans
 from nsru_kernels.dispatch.config import BACKENDS, BackendUnavailable
-from nsru_kernels.ops import cpu_extension, extension, launch
 
 _logger = logging.getLogger("nsru_kernels")
 _RECORDING = torch._C._TorchDispatchModeKey.PROXY  # make_fx

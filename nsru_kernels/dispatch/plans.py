@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nsru_kernels.dispatch import cpu_extension
 from nsru_kernels.dispatch.config import BACKENDS
-from nsru_kernels.ops import cpu_extension
 
 _logger = logging.getLogger("nsru_kernels")
 FOLDER = Path(__file__).parents[1] / "plans"

@@ -65,7 +65,7 @@ def recording(arch: int) -> Iterator[list[Launch]]:
     """In the block kernels are recorded instead of launched, as if on an ``arch`` device."""
     from triton.runtime import JITFunction
 
-    from nsru_kernels.ops import launch
+    from nsru_kernels.dispatch import launch
 
     launches: list[Launch] = []
     originals = JITFunction.run, launch.tuned, launch.architecture, launch.multiprocessors

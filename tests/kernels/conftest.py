@@ -5,7 +5,7 @@ import torch
 import without_nvcc
 from gemm_stand_in import launch_kext_gemm
 
-from nsru_kernels.ops import extension
+from nsru_kernels.dispatch import extension
 
 
 @pytest.fixture

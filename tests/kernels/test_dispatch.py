@@ -12,9 +12,8 @@ import torch
 
 import nsru_kernels as nk
 from nsru_kernels.dispatch import choice as dispatch
-from nsru_kernels.dispatch import plans
+from nsru_kernels.dispatch import cpu_extension, launch, plans
 from nsru_kernels.dispatch.explain import OPS
-from nsru_kernels.ops import cpu_extension, launch
 from nsru_kernels.ops.linear import autograd, reference
 from nsru_kernels.ops.linear.backends import LINEAR
 

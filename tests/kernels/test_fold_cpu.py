@@ -8,7 +8,7 @@ from linear_cases import make_basis
 from tolerance import assert_close_to_exact
 
 import nsru_kernels as nk
-from nsru_kernels.ops import cpu_extension
+from nsru_kernels.dispatch import cpu_extension
 from nsru_kernels.ops.fold import cpu, reference
 
 UNAVAILABLE = cpu_extension.unavailable("fold", torch.device("cpu"))

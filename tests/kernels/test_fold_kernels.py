@@ -10,7 +10,7 @@ from tolerance import assert_close_to_exact
 
 import nsru_kernels as nk
 from nsru_kernels import BackendUnavailable, dispatch
-from nsru_kernels.ops import extension
+from nsru_kernels.dispatch import extension
 from nsru_kernels.ops.fold import reference, tables
 from nsru_kernels.ops.fold.core import core_of
 

@@ -18,8 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import nsru_kernels as nk
-from nsru_kernels.dispatch import choose
-from nsru_kernels.ops import cpu_extension
+from nsru_kernels.dispatch import choose, cpu_extension
 from nsru_kernels.ops.linear import cpu
 
 try:

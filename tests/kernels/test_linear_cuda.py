@@ -15,8 +15,7 @@ from linear_cases import check_against_exact, check_backward, check_forward, mak
 from tolerance import assert_close_to_exact
 
 import nsru_kernels as nk
-from nsru_kernels.dispatch import choose
-from nsru_kernels.ops import extension
+from nsru_kernels.dispatch import choose, extension
 from nsru_kernels.ops.linear import cuda, reference
 from nsru_kernels.ops.linear import cuda_products as products
 

@@ -12,8 +12,7 @@ from linear_cases import (
 )
 
 import nsru_kernels as nk
-from nsru_kernels.dispatch import choose
-from nsru_kernels.ops import extension
+from nsru_kernels.dispatch import choose, extension
 from nsru_kernels.ops.linear import cuda
 
 DTYPES = [torch.bfloat16, torch.float16]

@@ -27,7 +27,7 @@ from tolerance import assert_close_to_exact
 from torch.utils.checkpoint import checkpoint
 
 import nsru_kernels as nk
-from nsru_kernels.ops import launch
+from nsru_kernels.dispatch import launch
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerance import assert_close_to_exact
 
-from nsru_kernels.ops import extension
+from nsru_kernels.dispatch import extension
 from nsru_kernels.ops.linear import cuda_products as products
 from nsru_kernels.ops.products import one_read_pays
 

@@ -18,7 +18,7 @@ from sketch_cases import check_update, inputs, updated
 
 import nsru_kernels as nk
 from nsru_kernels import dispatch
-from nsru_kernels.ops import extension
+from nsru_kernels.dispatch import extension
 from nsru_kernels.ops.sketch import cuda, energy_limit, update_sketch
 
 DTYPES = [torch.bfloat16, torch.float16]

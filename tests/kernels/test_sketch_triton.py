@@ -8,8 +8,7 @@ import pytest
 import sketch_cases
 import torch
 
-from nsru_kernels.dispatch import BackendUnavailable, default_device
-from nsru_kernels.ops import launch
+from nsru_kernels.dispatch import BackendUnavailable, choose, default_device, launch
 from nsru_kernels.ops.sketch import update_sketch
 from nsru_kernels.subspaces import RetainSketch
 
@@ -158,9 +157,7 @@ def test_fp64_is_refused():
 
 def test_needs_a_gpu_or_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for choice in vars(dispatch).values():
-        if hasattr(choice, "cache_clear"):
-            choice.cache_clear()
+    choose.cache_clear()
     with pytest.raises(BackendUnavailable, match=r"CUDA device.*Use backend='eager'"):
         update(*(tensor.cpu() for tensor in inputs(4, 3, 2)))
 

@@ -7,8 +7,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from nsru_kernels.dispatch import launch
 from nsru_kernels.dispatch.choice import Op, Query
-from nsru_kernels.ops import launch
 
 
 def _load(backend: str) -> ModuleType:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsru_kernels.ops import cpu_extension
-from nsru_kernels.ops.cpu_extension import Arguments
+from nsru_kernels.dispatch import cpu_extension
+from nsru_kernels.dispatch.cpu_extension import Arguments
 
 
 def fold_many(

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsru_kernels.ops import extension, launch
-from nsru_kernels.ops.extension import DTYPES
+from nsru_kernels.dispatch import extension, launch
+from nsru_kernels.dispatch.extension import DTYPES
 from nsru_kernels.ops.fold.tables import Kind, Problem, Tiles, arguments, group
 
 # As compiled: csrc/host/fold_plan.h

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsru_kernels.ops import launch
+from nsru_kernels.dispatch import launch
 from nsru_kernels.ops.fold.tables import FIELDS, Kind, Problem, Tiles, arguments, group
 from nsru_kernels.ops.fold.triton_kernels import fold_kernel, write_table_kernel
 

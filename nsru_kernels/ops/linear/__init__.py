@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nsru_kernels.dispatch.launch import capturing
 from nsru_kernels.ops.fold import check_fold
 from nsru_kernels.ops.fold.core import core_of
-from nsru_kernels.ops.launch import capturing
 from nsru_kernels.ops.linear.autograd import Call, ProjectedLinear
 from nsru_kernels.ops.linear.backends import compute_dtype
 

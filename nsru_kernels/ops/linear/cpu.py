@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsru_kernels.ops import cpu_extension
-from nsru_kernels.ops.cpu_extension import Arguments, check_operands
+from nsru_kernels.dispatch import cpu_extension
+from nsru_kernels.dispatch.cpu_extension import Arguments, check_operands
 from nsru_kernels.ops.products import frozen_gradients
 
 

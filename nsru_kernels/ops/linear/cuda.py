@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nsru_kernels.ops.extension import row_major
+from nsru_kernels.dispatch.extension import row_major
 from nsru_kernels.ops.linear.cuda_products import (
     check_operands,
     columns_product,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsru_kernels.dispatch import extension
 from nsru_kernels.dispatch.config import BackendUnavailable
-from nsru_kernels.ops import extension
-from nsru_kernels.ops.extension import ALIGNED, DTYPES, SHORT, has_wide_rows
+from nsru_kernels.dispatch.extension import ALIGNED, DTYPES, SHORT, has_wide_rows
 
 CHOOSE = -1  # the extension picks a config by the number of output tiles
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from nsru_kernels.ops import launch
-from nsru_kernels.ops.launch import Config
+from nsru_kernels.dispatch import launch
+from nsru_kernels.dispatch.launch import Config
 from nsru_kernels.ops.linear import triton_gemm_kernels as gemm_kernels
 from nsru_kernels.ops.linear.triton_products import (
     ARCHITECTURES,

@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nsru_kernels.ops import launch
-from nsru_kernels.ops.launch import Config
+from nsru_kernels.dispatch import launch
+from nsru_kernels.dispatch.launch import Config
 from nsru_kernels.ops.linear import triton_gemm_kernels as gemm_kernels
 from nsru_kernels.ops.linear import triton_narrow_kernels as narrow_kernels
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsru_kernels.dispatch import extension
 from nsru_kernels.dispatch.config import BackendUnavailable
-from nsru_kernels.ops import extension
-from nsru_kernels.ops.extension import ALIGNED, DTYPES, SHORT, row_major
+from nsru_kernels.dispatch.extension import ALIGNED, DTYPES, SHORT, row_major
 
 # Two panels of x are to stay in L2 together (40 MiB on A100, 50 MiB on H100). Not measured.
 _PANEL_BYTES = 16 << 20

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from nsru_kernels.ops import launch
-from nsru_kernels.ops.launch import Config
+from nsru_kernels.dispatch import launch
+from nsru_kernels.dispatch.launch import Config
 from nsru_kernels.ops.sketch import triton_kernels as kernels
 
 PLANS = ("one_read", "two_reads")
