@@ -11,7 +11,7 @@ import pytest
 from report_samples import demo_metrics, demo_results
 
 from nsru_train.report import matched_damage, write_report
-from nsru_train.report.summary import damage_curve, loss_series, trajectories, warnings
+from nsru_train.report.summary import damage_curve, loss_series, mean_curve, runs, warnings
 from nsru_train.report.theme import COLOURS, series_style, themed_svg
 from nsru_train.run_folder import RunFolder
 
@@ -58,6 +58,12 @@ def page_of(folder, results, metrics=()):
         run.log_metrics(row)
     run.write_results(results)
     return write_report(run).read_text()
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Pages whose tables are looked at need no drawings, which take seconds."""
+    monkeypatch.setattr("nsru_train.report.page.draw", lambda folder, name, *_: f"<i>{name}</i>")
 
 
 def text_of(page):
@@ -236,6 +242,7 @@ def test_more_methods_than_colours_differ_in_their_dashes():
     assert len(set(styles)) == len(names)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_train_run_opens_with_before_and_after(tmp_path):
     rows = [
         {
@@ -399,18 +406,19 @@ def test_matched_damage_needs_both_methods_and_a_before():
         (0.92, 0.86, ["0×", "NSRU did no measurable damage"]),
     ],
 )
+@pytest.mark.usefixtures("without_figures")
 def test_headline_reports_the_comparison_as_it_is(tmp_path, nsru_end, lora_end, expected):
     page = text_of(page_of(tmp_path, comparison(nsru_end, lora_end)))
     for text in expected:
         assert text in page
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_headline_counts_seeds_that_miss_a_goal(tmp_path):
     results = demo_results()
     runs = [row for row in results["methods"] if row["method"] == "nsru"]
     runs[1]["forget_prob"] = 0.4
-    page = page_of(tmp_path, {"methods": results["methods"]})
-    head, forgotten, safe, *_ = table_below(page, "Before and after")
+    head, forgotten, safe, *_ = table_below(page_of(tmp_path, results), "Before and after")
     assert head == ["mean probability", "Base model", "NSRU", "LoRA without projection"]
     assert "✗ Goal at most 0.1: met in 2 of 3 seeds" in forgotten[2]
     assert "✓ Goal at most 0.1: met in 3 of 3 seeds" in forgotten[3]
@@ -426,12 +434,14 @@ def test_damage_curve_is_the_pareto_front():
 
 
 def test_mean_uses_only_steps_that_all_seeds_reached():
-    (run,) = trajectories(
+    found = runs(
         [point("nsru", 0, 1, 0.4, 1), point("nsru", 0, 2, 0.1, 1), point("nsru", 1, 1, 0.2, 1)],
-        ["forget_prob"],
+        "forget_prob",
     )
-    assert run.mean == [{"step": 1, "forget_prob": pytest.approx(0.3)}]
-    assert [len(rows) for rows in run.seeds.values()] == [2, 1]
+    seeds = found["nsru"].values()
+    mean = mean_curve([(row["step"], row["forget_prob"]) for row in rows] for rows in seeds)
+    assert mean == [(1, pytest.approx(0.3))]
+    assert [len(rows) for rows in seeds] == [2, 1]
 
 
 def test_losses_after_a_resume_keep_the_later_line():

@@ -25,19 +25,28 @@ def frontier(results: Row, key: str, methods: Sequence[str]) -> Figure:
     """Forgetting against retention, every seed and the mean; damage at equal forgetting."""
     figure = Figure(figsize=(WIDTH, 4.9))
     left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
-    shown = summary.values(results["frontier"], "forget_prob")
+    points = [
+        {**row, "forget_prob": max(row["forget_prob"], MIN_PROBABILITY)}
+        for row in results["frontier"]
+        if number(row.get("forget_prob")) is not None
+    ]
+    shown = summary.values(points, "forget_prob")
     before = [summary.before_value(results, name) for name in ("forget_prob", key)]
-    for run in summary.trajectories(results["frontier"], ("forget_prob", key)):
-        style = series_style(run.method, methods)
-        paths = [
-            [(max(row["forget_prob"], MIN_PROBABILITY), row[key]) for row in rows]
-            for rows in (*run.seeds.values(), run.mean)
-        ]
-        _seeds_and_mean(left, paths[:-1], paths[-1], style, marker="o", ms=3.6)
-        for end in paths[-1][-1:]:
+    for method, seeds in summary.runs(points, "forget_prob", key).items():
+        style = series_style(method, methods)
+        x, y = (
+            summary.mean_curve(
+                [(row["step"], row[name]) for row in rows] for rows in seeds.values()
+            )
+            for name in ("forget_prob", key)
+        )
+        paths = [[(row["forget_prob"], row[key]) for row in rows] for rows in seeds.values()]
+        mean = [(forgotten, kept) for (_, forgotten), (_, kept) in zip(x, y, strict=True)]
+        _seeds_and_mean(left, paths, mean, style, marker="o", ms=3.6)
+        for end, (step, _) in zip(mean[-1:], x[-1:], strict=True):
             left.plot(*end, "o", ms=9, color=style["color"], mec=LIGHT["surface"], zorder=5)
-            _note(left, f"step {run.mean[-1]['step']:g}", end, (-8, -3.5), style["color"], "right")
-        for seed, rows in run.seeds.items():
+            _note(left, f"step {step:g}", end, (-8, -3.5), style["color"], "right")
+        for seed, rows in seeds.items():
             start = summary.before_value(results, key, seed)
             if start is not None:
                 # What a point reached also holds for every milder demand, up to the next point.
@@ -106,8 +115,9 @@ def _over_steps(
             seeds = [points for (owner, _), points in runs.items() if owner == method]
             style = series_style(method, methods)
             _seeds_and_mean(axes, seeds, summary.mean_curve(seeds), style)
-        if levels.get(title) is not None:
-            axes.axhline(levels[title], **LEVEL)
+        level = levels.get(title)
+        if level is not None:
+            axes.axhline(level, **LEVEL)
         axes.set(title=title, xlabel="optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     _method_legend(figure, methods)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -40,22 +41,19 @@ def write_report(run: str | Path | RunFolder) -> Path:
     losses = summary.loss_series(metrics)
     spectra = [row for row in subspaces if row.get("spectrum")]
     # Name of the figure -> whether the run has data for it, how it is drawn, and of what.
-    plots = {
-        **{
-            name: (
-                summary.trajectories(frontier, ("forget_prob", key)),
-                figures.frontier, results, key, methods,
-            )
-            for key, name in summary.DAMAGE_FIGURES.items()
-        },
+    plots: dict[str, tuple[Any, ...]] = {
+        name: (summary.runs(frontier, "forget_prob", key), figures.frontier, results, key, methods)
+        for key, name in summary.DAMAGE_FIGURES.items()
+    }
+    editable = summary.values(subspaces, "editability")
+    leaking = summary.values(leakage, "leakage")
+    plots |= {
         "steps": (probabilities, figures.steps, results, methods),
         "losses": (losses, figures.losses, losses, methods),
         "spectrum": (spectra, figures.spectrum, spectra),
-        "editability": (
-            summary.values(subspaces, "editability"), figures.editability, subspaces
-        ),
-        "leakage": (summary.values(leakage, "leakage"), figures.leakage, leakage, methods),
-    }  # fmt: skip
+        "editability": (editable, figures.editability, subspaces),
+        "leakage": (leaking, figures.leakage, leakage, methods),
+    }
     drawn = {
         name: Markup(draw(folder.figures_dir, name, plot, *data))
         for name, (found, plot, *data) in plots.items()
@@ -74,7 +72,8 @@ def write_report(run: str | Path | RunFolder) -> Path:
         colours=COLOURS,
         facts=_facts(results, folder),
         warnings=summary.warnings(results),
-        methods=[summary.label(method) for method in methods],
+        methods=methods,
+        label=summary.label,
         names=summary.PROBABILITIES,
         probabilities=probabilities,
         losses=losses,

@@ -16,7 +16,6 @@ results.json, as far as the report reads it; each key may be missing:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -67,12 +66,6 @@ def values(rows: Iterable[Row], key: str) -> list[float]:
     return [v for row in rows if (v := number(row.get(key))) is not None]
 
 
-def mean(rows: Iterable[Row], key: str) -> float | None:
-    """Mean over the rows that have ``key``."""
-    found = values(rows, key)
-    return fmean(found) if found else None
-
-
 def of_method(rows: Iterable[Row], method: str) -> list[Row]:
     """Rows of one method, by seed then step."""
     return sorted(
@@ -87,40 +80,22 @@ def method_names(rows: Iterable[Row]) -> list[str]:
     return [name for name in found if name != "before"]
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """One method over the steps: every seed, and their mean at the steps that all share."""
-
-    method: str
-    seeds: dict[Any, list[Row]]
-    mean: list[dict[str, float]]
-
-
-def trajectories(frontier: Sequence[Row], keys: Sequence[str]) -> list[Trajectory]:
-    """Group frontier points by method and seed; points that lack one of ``keys`` are left out."""
-    result = []
-    for method in method_names(frontier):
-        seeds: dict[Any, list[Row]] = {}
-        for row in of_method(frontier, method):
+def runs(rows: Sequence[Row], *keys: str) -> dict[str, dict[Any, list[Row]]]:
+    """Method -> seed -> rows by step; rows that lack a step or one of ``keys`` are left out."""
+    found: dict[str, dict[Any, list[Row]]] = {}
+    for method in method_names(rows):
+        for row in of_method(rows, method):
             if all(number(row.get(key)) is not None for key in ("step", *keys)):
-                seeds.setdefault(row.get("seed", 0), []).append(row)
-        if not seeds:
-            continue
-        by_step = [{row["step"]: row for row in rows} for rows in seeds.values()]
-        shared = sorted(set.intersection(*(set(rows) for rows in by_step)))
-        averaged = [
-            {"step": step, **{key: fmean(rows[step][key] for rows in by_step) for key in keys}}
-            for step in shared
-        ]
-        result.append(Trajectory(method, seeds, averaged))
-    return result
+                found.setdefault(method, {}).setdefault(row.get("seed", 0), []).append(row)
+    return found
 
 
 def before_value(results: Row, key: str, seed: Any = None) -> float | None:
     """Value before unlearning: of that seed where it was measured, else the mean over seeds."""
     rows = of_method(results.get("methods") or [], "before")
     own = [row for row in rows if seed is not None and row.get("seed") == seed]
-    return mean(own or rows, key)
+    found = values(own or rows, key)
+    return fmean(found) if found else None
 
 
 def damage_curve(
@@ -156,20 +131,19 @@ def matched_damage(results: Row, key: str = "retain_unseen_prob") -> list[dict[s
         method / least damage of the others, None when that did none. Empty when there is nothing to
         compare.
     """
-    keys = ("forget_prob", key)
-    runs = {t.method: t.seeds for t in trajectories(results.get("frontier") or [], keys)}
-    first, *others = list(runs) or [""]
-    seeds = [s for s in runs.get(first, ()) if all(s in runs[method] for method in others)]
+    found = runs(results.get("frontier") or [], "forget_prob", key)
+    first, *others = list(found) or [""]
+    seeds = [s for s in found.get(first, ()) if all(s in found[method] for method in others)]
     if not others or not seeds or before_value(results, key) is None:
         return []
-    lowest = (min(r["forget_prob"] for r in runs[method][s]) for method in runs for s in seeds)
+    lowest = (min(r["forget_prob"] for r in found[method][s]) for method in found for s in seeds)
     level = max(MATCH_FLOOR, *lowest)
     table = []
     for seed in seeds:
         before = before_value(results, key, seed)
         row: dict[str, Any] = {"seed": seed, "forget_prob": level}
-        for method in runs:
-            reached = [r for r in runs[method][seed] if r["forget_prob"] <= level]
+        for method in found:
+            reached = [r for r in found[method][seed] if r["forget_prob"] <= level]
             best = max(reached, key=lambda r: r[key])
             row[f"{method}_damage"] = before - best[key]
             row[f"{method}_step"] = best["step"]
@@ -263,7 +237,7 @@ def curves(rows: Sequence[Row], titles: Mapping[str, str]) -> Curves:
     }
 
 
-def mean_curve(seeds: Iterable[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+def mean_curve(seeds: Iterable[Iterable[tuple[float, float]]]) -> list[tuple[float, float]]:
     """Mean over the seeds at the steps that all of them have."""
     found = [dict(points) for points in seeds]
     shared = sorted(set.intersection(*map(set, found)))

@@ -16,6 +16,7 @@ NAMES = {
     **PROBABILITIES,
     "step_seconds": "seconds a step",
     "peak_bytes": "peak memory, MiB",
+    "seconds": "seconds of training",
     "mean_retain_rank": "mean rank of the retain subspaces",
     "rank": "rank Q",
     "in_features": "inputs",
@@ -41,9 +42,8 @@ class Table:
     title: str = ""
 
 
-def headline(results: Row) -> list[dict[str, Any]]:
+def headline(results: Row, methods: Sequence[str]) -> list[dict[str, Any]]:
     """Probabilities before and after for each method, and in how many seeds it met the goal."""
-    methods = summary.method_names(results.get("methods") or [])
     counts = (results.get("setup") or {}).get("questions") or {}
     lines = []
     for key, title in PROBABILITIES.items():
@@ -58,7 +58,7 @@ def headline(results: Row) -> list[dict[str, Any]]:
 def _reached(results: Row, key: str, method: str) -> dict[str, Any]:
     runs = [
         (row[key], summary.before_value(results, key, row.get("seed")))
-        for row in summary.of_method(results["methods"], method)
+        for row in summary.of_method(results.get("methods") or [], method)
         if number(row.get(key)) is not None
     ]
     if not runs:

@@ -64,7 +64,7 @@ _RC: dict[str, Any] = {
 }
 
 
-def series_style(name: str, names: Sequence[str]) -> dict[str, str]:
+def series_style(name: str, names: Sequence[str]) -> dict[str, Any]:
     """Colour of a method's lines by its place among ``names``; dashed where the colours repeat."""
     place = names.index(name) if name in names else 0
     dashes = ("-", "--", ":")[place // len(_SERIES) % 3]
