@@ -124,9 +124,10 @@ def train(
 ) -> None:
     """Unlearn: train adapters in the null space of the retain subspaces and export plain LoRA.
 
-    Mean probabilities of the forgotten, safe and retained answers before and after open the report;
-    in results.json they are forget_prob, safe_prob, retain_prob and one for each set of data.more,
-    in the rows of "methods": "before", then "nsru" or "lora".
+    The report opens with the mean probabilities of forgotten, safe and retained answers before and
+    after, of at most 200 questions a set. In results.json they are forget_prob, safe_prob,
+    retain_prob and one for each set of data.more, in the rows "before" and "nsru" (or "lora") of
+    "methods"; "setup" says of how many questions.
 
     Args:
         model: the base model.

@@ -221,7 +221,7 @@ def test_three_methods_and_two_seeds(tmp_path):
     assert "✓ Goal at most 0.1: met in 2 of 2 seeds" in forgotten[2]
     assert "✗ Goal at most 0.1: met in 0 of 2 seeds" in forgotten[4]
     damage = table_below(page, "Forgetting against retention")
-    assert damage[0] == ["", "NSRU", "LoRA", "simnpo", "ratio"]
+    assert damage[0] == ["", "NSRU", "LoRA", "simnpo", "ratio to the best other"]
     assert [row[0] for row in damage[1:]] == ["seed 0", "seed 1"]
     matched = matched_damage(results)
     for row, shown in zip(matched, damage[1:], strict=True):

@@ -93,6 +93,7 @@ def damage(results: Row, key: str) -> dict[str, Any] | None:
         words = f"the damage of {label(best, short=True)}, mean over seeds"
     wins = sum(all(row[f"{first}_damage"] < row[f"{m}_damage"] for m in others) for row in matched)
     than = " than every other method" if len(others) > 1 else ""
+    heading = "ratio to the best other" if len(others) > 1 else "ratio"
     rows = [
         [
             f"seed {row['seed']}",
@@ -108,7 +109,7 @@ def damage(results: Row, key: str) -> dict[str, Any] | None:
         "level": _probability(matched[0]["forget_prob"]),
         "met": wins == len(matched),
         "verdict": f"{label(first)} does less damage{than} in {wins} of {len(matched)} seeds",
-        "table": Table(["", *(label(m, short=True) for m in methods), "ratio"], rows),
+        "table": Table(["", *(label(m, short=True) for m in methods), heading], rows),
     }
 
 
@@ -205,7 +206,9 @@ def _show(value: Any, key: str = "") -> str:
     found = number(value)
     if found is None:
         return "–"
-    return f"{found / 2**20:.0f}" if key == "peak_bytes" else f"{found:.4g}"
+    if key == "peak_bytes":
+        return f"{found / 2**20:.0f}"
+    return str(value) if isinstance(value, int) else f"{found:.4g}"
 
 
 def _probability(value: float | None) -> str:
