@@ -247,6 +247,8 @@ def eval(
 ) -> None:
     """All metrics of a model on its sets: a table, and results.json.
 
+    The report has the base model's answers beside the new ones: the same model, adapters off.
+
     Args:
         run: run folder; its config.yaml says model and data, its adapter is evaluated.
         model: another model than the run's.

@@ -69,7 +69,7 @@ def values(rows: Iterable[Row], key: str) -> list[float]:
 def of_method(rows: Iterable[Row], method: str) -> list[Row]:
     """Rows of one method, by seed then step."""
     return sorted(
-        (row for row in rows if row.get("method") == method),
+        (row for row in rows if str(row.get("method", "train")) == method),
         key=lambda row: (row.get("seed") or 0, row.get("step") or 0),
     )
 
