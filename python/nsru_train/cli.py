@@ -20,6 +20,9 @@ from nsru_train.config import (
     TrainConfig,
 )
 
+# Of one set: enough for means that hold to about a percent, at the cost of a few training steps.
+QUESTIONS_BEFORE_AND_AFTER = 200
+
 
 def env() -> None:
     """Versions, devices, and which backend serves which op and why: paste it into bug reports."""
@@ -121,6 +124,11 @@ def train(
 ) -> None:
     """Unlearn: train adapters in the null space of the retain subspaces and export plain LoRA.
 
+    The report opens with the mean probabilities of forgotten, safe and retained answers before and
+    after, of at most 200 questions a set. In results.json they are forget_prob, safe_prob,
+    retain_prob and one for each set of data.more, in the rows "before" and "nsru" (or "lora") of
+    "methods"; "setup" says of how many questions.
+
     Args:
         model: the base model.
         data: what to forget and what to retain.
@@ -135,6 +143,7 @@ def train(
 
     import nsru_kernels as nk
     from nsru_kernels.subspaces.collection import fingerprint_weights
+    from nsru_train.evaluate import before_and_after, probability_sets
     from nsru_train.pipeline import find_subspaces, load_data, load_model, unlearn
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder
@@ -168,6 +177,13 @@ def train(
         _check_same_run(run.config_path, config)
     started = time.perf_counter()
     base, tokenizer = load_model(model)
+    asked = probability_sets(
+        tokenizer,
+        loaded.splits(),
+        loaded.safe,
+        max_length=data.max_length,
+        limit=QUESTIONS_BEFORE_AND_AFTER,
+    )
     run.write_config(config)
     run.write_environment()
     subspaces = None
@@ -195,11 +211,21 @@ def train(
     )
     print(outcome.swap)
     nk.save_lora_adapter(base, run.adapter_dir, metadata={"fingerprint": fingerprint_weights(base)})
+    before, after = before_and_after(base, tokenizer, asked)
     run.write_results(
         {
             "kind": "train",
             "seconds": time.perf_counter() - started,
-            "methods": [{"method": "nsru" if lora.project else "lora", **outcome.results()}],
+            "setup": {"questions": {n.removesuffix("_prob"): len(asked[n]) for n in asked}},
+            "methods": [
+                {"method": "before", "seed": train.seed, **before},
+                {
+                    "method": "nsru" if lora.project else "lora",
+                    "seed": train.seed,
+                    **after,
+                    **outcome.results(),
+                },
+            ],
             "subspaces": [asdict(row) for row in subspaces.inputs] if subspaces is not None else [],
             "leakage": outcome.leakage,
         }
@@ -221,6 +247,8 @@ def eval(
 ) -> None:
     """All metrics of a model on its sets: a table, and results.json.
 
+    The report has the base model's answers beside the new ones: the same model, adapters off.
+
     Args:
         run: run folder; its config.yaml says model and data, its adapter is evaluated.
         model: another model than the run's.
@@ -228,12 +256,12 @@ def eval(
         adapter: another adapter folder.
         base: evaluate the base model without adapter.
         retain_log: results.json of a model trained on the retain data only, for the forget quality.
-        out: folder for results.json and the report; default RUN/eval, or RUN/eval-base.
+        out: folder for results.json, report and config.yaml; default RUN/eval, or RUN/eval-base.
         max_new_tokens: longest generated answer.
         generate: false leaves out generated answers, and ROUGE with them.
     """
     from nsru_kernels.hf.peft_format import load_lora_adapter
-    from nsru_train.evaluate import evaluate, format_table, to_results
+    from nsru_train.evaluate import add_base_answers, evaluate, format_table, to_results
     from nsru_train.metrics.tofu import load_log
     from nsru_train.pipeline import load_data, load_model
     from nsru_train.report import write_report
@@ -242,9 +270,12 @@ def eval(
     model, data = _run_sections(run, model, data)
     loaded = load_data(data)
     log = load_log(retain_log) if retain_log else None
+    if out and Path(out, "metrics.jsonl").exists():
+        raise ValueError(f"out: {out} holds a training run; give another folder.")
     network, tokenizer = load_model(model)
-    if not base:
-        load_lora_adapter(network, adapter or f"{run}/adapter")
+    adapter = None if base else adapter or f"{run}/adapter"
+    if adapter is not None:
+        load_lora_adapter(network, adapter)
     folder = RunFolder(out or f"{run}/{'eval-base' if base else 'eval'}")
     evaluation = evaluate(
         network.eval(),
@@ -256,7 +287,19 @@ def eval(
         max_new_tokens=max_new_tokens,
         generate=generate,
     )
+    if adapter is not None and generate:
+        add_base_answers(evaluation, network, tokenizer, max_new_tokens=max_new_tokens)
     results = to_results(evaluation)
+    folder.write_config(
+        {
+            "model": asdict(model),
+            "data": asdict(data),
+            "adapter": adapter,
+            "retain_log": retain_log,
+            "max_new_tokens": max_new_tokens,
+            "generate": generate,
+        }
+    )
     folder.write_environment()
     folder.write_results(results)
     write_report(folder.path)

@@ -55,7 +55,10 @@ class Evaluation:
 
 
 def to_results(evaluation: Evaluation) -> dict[str, Any]:
-    """The content of results.json: schema 1, kind "eval". `load_log` reads its log back."""
+    """The content of results.json: schema 1, kind "eval". `load_log` reads its log back.
+
+    In "examples", "before" is the base model's answer and "after" that of the evaluated model.
+    """
     return {
         "schema": SCHEMA,
         "kind": "eval",
@@ -69,6 +72,7 @@ def to_results(evaluation: Evaluation) -> dict[str, Any]:
                 "question": row["question"],
                 "original": row["answer"],
                 "safe_target": row.get("safe_target"),
+                "before": row.get("base_generated"),
                 "after": row.get("generated"),
             }
             for split, rows in evaluation.rows.items()

@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
+import nsru_kernels as nk
 from nsru_train.data.encode import Encoded, encode_qa
 from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
-from nsru_train.eval_results import METRICS, Evaluation, Row, format_table, to_results
+from nsru_train.eval_results import (
+    EXAMPLES_PER_SPLIT,
+    METRICS,
+    Evaluation,
+    Row,
+    format_table,
+    to_results,
+)
 from nsru_train.metrics.memorisation import exact_memorisation, extraction_strength
 from nsru_train.metrics.privacy import membership_auc, min_k, privleak
 from nsru_train.metrics.text import rouge_l_recall
@@ -37,9 +45,65 @@ from nsru_train.scoring import Score, greedy_answers, quick_probabilities, score
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SPLITS", "Evaluation", "evaluate", "format_table", "quick_probabilities", "to_results"]
+__all__ = [
+    "SPLITS",
+    "Evaluation",
+    "add_base_answers",
+    "before_and_after",
+    "evaluate",
+    "format_table",
+    "probability_sets",
+    "quick_probabilities",
+    "to_results",
+]
 
 SPLITS = ("forget", "retain", "retain_unseen", "holdout", "real_authors", "world_facts")
+
+
+def probability_sets(
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Mapping[str, Sequence[QA]],
+    safe: SafeTargets,
+    *,
+    max_length: int = 512,
+    limit: int | None = None,
+) -> dict[str, list[Encoded]]:
+    """Encoded answers for `quick_probabilities`: SPLIT_prob for each split, and safe_prob.
+
+    Args:
+        splits: name -> records; safe_prob is of the safe targets of "forget".
+        safe: where the safe targets come from.
+        max_length: longest sequence accepted.
+        limit: most questions of a split, taken at even distances; None takes all.
+
+    Raises:
+        ValueError: a sequence is too long.
+    """
+    pairs = {
+        f"{name}_prob": [(qa.question, qa.answer) for qa in _some(records, limit)]
+        for name, records in splits.items()
+    }
+    pairs["safe_prob"] = [(qa.question, safe.target(qa)) for qa in _some(splits["forget"], limit)]
+    return {
+        name: [encode_qa(tokenizer, *pair, max_length=max_length) for pair in found]
+        for name, found in pairs.items()
+    }
+
+
+def before_and_after(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[Encoded]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """`quick_probabilities` with the adapters of ``model`` off, and with them on."""
+    longest = max(len(item) for items in sets.values() for item in items)
+    max_tokens = max(4096, longest)
+    with nk.adapters_disabled(model):
+        before = quick_probabilities(model, tokenizer, sets, max_tokens=max_tokens)
+    return before, quick_probabilities(model, tokenizer, sets, max_tokens=max_tokens)
+
+
+def _some(records: Sequence[QA], limit: int | None) -> Sequence[QA]:
+    count = min(len(records), limit or len(records))
+    return [records[i * len(records) // count] for i in range(count)]
 
 
 def evaluate(
@@ -211,6 +275,28 @@ def _add_answers(
         row["rougeL_recall"] = rouge_l_recall(row["answer"], text)
         if "safe_target" in row:
             row["safe_rougeL_recall"] = rouge_l_recall(row["safe_target"], text)
+
+
+def add_base_answers(
+    evaluation: Evaluation,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int = 200,
+    progress: bool = True,
+) -> None:
+    """Answer the questions that `to_results` shows once more with the adapters of ``model`` off."""
+    rows = [row for found in evaluation.rows.values() for row in found[:EXAMPLES_PER_SPLIT]]
+    with nk.adapters_disabled(model):
+        answers = greedy_answers(
+            model,
+            tokenizer,
+            [row["question"] for row in rows],
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+    for row, text in zip(rows, answers, strict=True):
+        row["base_generated"] = text
 
 
 def _means(split: str, rows: Sequence[Row], notes: list[str]) -> dict[str, float]:

@@ -113,6 +113,34 @@ def test_eval_merge_verify_report(run, capsys):
     assert (run / "report.html").stat().st_size > 1000
 
 
+def test_train_and_eval_tell_before_and_after(run):
+    results = json.loads((run / "results.json").read_text())
+    before, after = results["methods"]
+    assert (before["method"], after["method"]) == ("before", "nsru")
+    assert results["setup"]["questions"] == dict.fromkeys(
+        ("forget", "retain", "holdout", "safe"), 6
+    )
+    names = {f"{name}_prob" for name in results["setup"]["questions"]}
+    assert names <= before.keys() & after.keys()
+    assert after["forget_prob"] < before["forget_prob"]
+    assert "Before and after" in (run / "report.html").read_text()
+
+    main(["eval", str(run), "--max_new_tokens=4", f"--out={run / 'again'}"])
+    examples = json.loads((run / "again" / "results.json").read_text())["examples"]
+    assert {row["split"] for row in examples} == {"forget", "retain", "holdout"}
+    assert all(isinstance(row[model], str) for row in examples for model in ("before", "after"))
+    config = yaml.safe_load((run / "again" / "config.yaml").read_text())
+    assert config["adapter"] == f"{run}/adapter"
+    assert config["model"]["path"].endswith("/model")
+    page = (run / "again" / "report.html").read_text()
+    assert "Base model" in page
+    assert "Evaluated model" in page
+
+
+def test_eval_does_not_write_into_a_training_run(run, capsys):
+    assert "training run" in fails(capsys, ["eval", str(run), f"--out={run}"])
+
+
 def test_subspaces_can_be_estimated_first(setting, tmp_path, capsys):
     main(["subspace", *flags(setting), f"--out={tmp_path}"])
     printed = capsys.readouterr().out
@@ -135,6 +163,14 @@ def test_resume_after_the_first_checkpoint_gives_the_same_adapter(setting, run, 
     main([*command, "--resume=true"])
     weights = "adapter/adapter_model.safetensors"
     assert (out / weights).read_bytes() == (run / weights).read_bytes()
+    once, resumed = (
+        [
+            {key: value for key, value in row.items() if key.endswith("_prob")}
+            for row in json.loads((folder / "results.json").read_text())["methods"]
+        ]
+        for folder in (run, out)
+    )
+    assert once == resumed
 
 
 def test_resume_with_other_settings_is_refused(setting, run, capsys):

@@ -1,5 +1,6 @@
 """Evaluation against an independent one: one sequence at a time, full logits, no cache."""
 
+import copy
 import json
 import math
 
@@ -7,10 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+import nsru_kernels as nk
 from nsru_train.data import QA, SafeTargets, encode_prompt, encode_qa
 from nsru_train.demo.authors import author_splits
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
-from nsru_train.evaluate import evaluate, format_table, quick_probabilities, to_results
+from nsru_train.evaluate import (
+    add_base_answers,
+    before_and_after,
+    evaluate,
+    format_table,
+    probability_sets,
+    quick_probabilities,
+    to_results,
+)
 from nsru_train.metrics import load_log, model_utility, rouge_l_recall
 from nsru_train.scoring import greedy_answers, score_sequences
 
@@ -185,6 +195,51 @@ def test_quick_probabilities(model, tokenizer, authors, evaluation):
         quick_probabilities(model, tokenizer, {**sets, "retain": []})
     with pytest.raises(ValueError, match="max_tokens"):
         quick_probabilities(model, tokenizer, sets["retain"], max_tokens=5)
+
+
+def adapted(model, tokenizer):
+    """A copy of the model with adapters that change its answers."""
+    other = copy.deepcopy(model)
+    nk.swap_linears(other, "all-linear", rank=2, alpha=64.0)
+    torch.manual_seed(0)
+    for module in other.modules():
+        if isinstance(module, nk.NSRULinear):
+            torch.nn.init.normal_(module.lora_B, std=0.1)
+    return other
+
+
+def test_before_is_the_base_model_and_after_the_adapted_one(model, tokenizer, authors, evaluation):
+    safe = SafeTargets.from_file()
+    sets = probability_sets(tokenizer, authors, safe)
+    other = adapted(model, tokenizer)
+    before, after = before_and_after(other, tokenizer, sets)
+    expected = {f"{split}_prob": evaluation.metrics[split]["probability"] for split in authors}
+    expected["safe_prob"] = evaluation.metrics["forget"]["safe_probability"]
+    assert before == pytest.approx(expected, rel=1e-9)
+    assert after == quick_probabilities(other, tokenizer, sets)
+    assert after["forget_prob"] < before["forget_prob"]
+
+
+def test_large_sets_are_sampled_at_even_distances(tokenizer, authors):
+    safe = SafeTargets.from_file()
+    every, some = (probability_sets(tokenizer, authors, safe, limit=n) for n in (None, 4))
+    assert {name: len(found) for name, found in some.items()} == dict.fromkeys(every, 4)
+    retain = every["retain_prob"]
+    assert some["retain_prob"] == [retain[i * len(retain) // 4] for i in range(4)]
+    assert len(every["safe_prob"]) == len(authors["forget"])
+
+
+def test_base_answers_stand_beside_the_new_ones(model, tokenizer, authors, evaluation):
+    other = adapted(model, tokenizer)
+    result = evaluate(
+        other, tokenizer, authors, max_tokens=300, max_new_tokens=NEW_TOKENS, progress=False
+    )
+    add_base_answers(result, other, tokenizer, max_new_tokens=NEW_TOKENS, progress=False)
+    examples = to_results(result)["examples"]
+    base = to_results(evaluation)["examples"]
+    assert [row["before"] for row in examples] == [row["after"] for row in base]
+    assert [row["after"] for row in examples] != [row["after"] for row in base]
+    assert all(row["before"] is None for row in base)
 
 
 def test_evaluation_leaves_the_model_and_the_random_state_alone(model, tokenizer, authors):

@@ -1,5 +1,6 @@
 """The report says what results.json says, names what is missing, and needs nothing but itself."""
 
+import html
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -10,9 +11,8 @@ import pytest
 from report_samples import demo_metrics, demo_results
 
 from nsru_train.report import matched_damage, write_report
-from nsru_train.report.cards import headline_cards
-from nsru_train.report.summary import damage_curve, loss_series, trajectories, warnings
-from nsru_train.report.theme import COLOURS, themed_svg
+from nsru_train.report.summary import damage_curve, loss_series, mean_curve, runs, warnings
+from nsru_train.report.theme import COLOURS, series_style, themed_svg
 from nsru_train.run_folder import RunFolder
 
 
@@ -51,6 +51,37 @@ class Tags(HTMLParser):
             assert self.open.pop() == tag
 
 
+def page_of(folder, results, metrics=()):
+    """The report of these results, as HTML."""
+    run = RunFolder(folder)
+    for row in metrics:
+        run.log_metrics(row)
+    run.write_results(results)
+    return write_report(run).read_text()
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Pages whose tables are looked at need no drawings, which take seconds."""
+    monkeypatch.setattr("nsru_train.report.page.draw", lambda folder, name, *_: f"<i>{name}</i>")
+
+
+def text_of(page):
+    """What a reader sees: tags, style and drawings left out, white space as single spaces."""
+    page = re.sub(r"<(style|svg)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
+
+
+def table_below(page, title):
+    """Rows of the first table after a heading, as lists of texts."""
+    section = page.split(f"<h2>{title}</h2>")[1].split("</section>")[0]
+    table = re.search(r"<table.*?</table>", section, re.DOTALL)[0]
+    return [
+        [text_of(cell) for cell in re.findall(r"<t[hd]\b.*?</t[hd]>", row, re.DOTALL)]
+        for row in re.findall(r"<tr>.*?</tr>", table, re.DOTALL)
+    ]
+
+
 def test_page_has_every_part_and_pictures_on_disk(demo):
     run, page = demo
     names = [
@@ -79,9 +110,15 @@ def test_page_is_well_formed_and_needs_nothing_from_outside(demo):
     assert all(link.startswith("#") for link in links)
     assert {link[1:] for link in links} <= tags.ids.keys()
     assert not re.search(r"url\((?!#)|@import|<script|<link", page)
+    addresses = set(re.findall(r"\w+://[^\s\"'<]+", page))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert "default-src 'none'" in page
     assert [name for name, count in tags.ids.items() if count > 1] == []
     for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         ET.fromstring(svg)
+    alts = re.findall(r'role="img" aria-label="([^"]+)"><svg', page)
+    assert len(set(alts)) == page.count("<svg")
+    assert all(len(alt) > 60 for alt in alts)
 
 
 def test_pictures_follow_the_colour_scheme(demo):
@@ -97,20 +134,26 @@ def test_text_of_the_run_is_escaped(tmp_path):
     run = RunFolder(tmp_path)
     results = demo_results(seeds=(0,))
     evil = "<script>alert('x')</script>&"
+    unbalanced = f"model.layers.0.$\\frac{{{evil}"
     modules = [f"model.layers.0.{evil}"]
     results["subspaces"] = [results["subspaces"][0] | {"name": evil, "modules": modules}]
-    results["frontier"] = []
-    results["command"] = evil
-    results["examples"] = [
-        {"split": evil, "question": evil, "original": evil, "before": evil, "nsru": evil}
+    results["frontier"] = [
+        row | {"method": f"{evil}{row['method']}"} for row in results["frontier"][:40]
     ]
-    results["methods"].append({"method": evil, "seed": evil, "forget_prob": 0.5})
-    results["leakage"].append({"module": evil, "leakage": 1.0})
+    results["command"] = results["kind"] = evil
+    results["examples"] = [
+        {"split": evil, "question": evil, "original": evil, "before": evil, evil: evil}
+    ]
+    results["methods"].append({"method": evil, "seed": evil, "forget_prob": 0.5, evil: 1.0})
+    results["metrics"] = {evil: {evil: 0.5}, f"{evil}2": 0.5}
+    results["notes"] = [evil]
+    results["leakage"] = [{"module": name, "leakage": 1.0} for name in (evil, unbalanced)]
     run.write_results(results)
     run.write_config({"evil": evil})
+    run.environment_path.write_text(evil)
     page = write_report(run).read_text()
     assert "<script" not in page
-    assert page.count("&lt;script&gt;") >= 6
+    assert page.count("&lt;script&gt;") >= 20
     Tags(page)
 
 
@@ -160,6 +203,152 @@ def test_train_run_with_one_method_and_one_seed(tmp_path):
         f"{name}.png" for name in ("frontier", "steps", "losses", "spectrum", "editability")
     }
     assert "at matched forgetting" not in page
+
+
+def test_three_methods_and_two_seeds(tmp_path):
+    """Methods come from the rows; each has its column, its line and its own verdict."""
+    results = demo_results(seeds=(0, 1))
+    for rows in (results["methods"], results["frontier"]):
+        rows += [
+            row | {"method": "simnpo", "forget_prob": 5 * row["forget_prob"]}
+            for row in rows
+            if row["method"] == "nsru"
+        ]
+    parts = {key: results[key] for key in ("methods", "frontier")}
+    page = page_of(tmp_path, parts, demo_metrics(seeds=(0, 1), total=10))
+    head, forgotten, *_ = table_below(page, "Before and after")
+    assert head[1:] == ["Base model", "NSRU", "LoRA without projection", "simnpo"]
+    assert "✓ Goal at most 0.1: met in 2 of 2 seeds" in forgotten[2]
+    assert "✗ Goal at most 0.1: met in 0 of 2 seeds" in forgotten[4]
+    damage = table_below(page, "Forgetting against retention")
+    assert damage[0] == ["", "NSRU", "LoRA", "simnpo", "ratio to the best other"]
+    assert [row[0] for row in damage[1:]] == ["seed 0", "seed 1"]
+    matched = matched_damage(results)
+    for row, shown in zip(matched, damage[1:], strict=True):
+        least = min(row["lora_damage"], row["simnpo_damage"])
+        assert row["ratio"] == pytest.approx(row["nsru_damage"] / least)
+        assert shown[-1] == f"{row['ratio']:.2f}×"
+    assert "NSRU against LoRA without projection, simnpo, at matched forgetting" in text_of(page)
+    assert "does less damage than every other method in" in text_of(page)
+    runs = table_below(page, "Evaluation")[0]
+    assert runs[-2:] == ["simnpo, seed 0", "simnpo, seed 1"]
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        assert "var(--series-2)" in svg or "simnpo" not in svg
+
+
+def test_more_methods_than_colours_differ_in_their_dashes():
+    names = [f"method {i}" for i in range(13)]
+    styles = [tuple(series_style(name, names).values()) for name in names]
+    assert len(set(styles)) == len(names)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_train_run_opens_with_before_and_after(tmp_path):
+    rows = [
+        {
+            "method": "before",
+            "seed": 0,
+            "forget_prob": 0.99,
+            "safe_prob": 1e-5,
+            "retain_prob": 0.98,
+        },
+        {
+            "method": "nsru",
+            "seed": 0,
+            "forget_prob": 0.05,
+            "safe_prob": 0.8,
+            "retain_prob": 0.5,
+            "step_seconds": 0.25,
+            "stopped_early": "the retain loss reached 3",
+        },
+    ]
+    results = {
+        "kind": "train",
+        "setup": {"questions": {"forget": 40, "retain": 200}},
+        "methods": rows,
+        "leakage": [{"module": "model.layers.0.q_proj", "leakage": 1e-8}],
+    }
+    metrics = [{"step": step, "safe": 1.0, "total": 3.0 / step} for step in (1, 2, 3)]
+    page = page_of(tmp_path, results, metrics)
+    assert re.findall(r"<h2>(.*?)</h2>", page)[:2] == ["⚠ Read this first", "Before and after"]
+    assert "nsru, seed 0: stopped early (the retain loss reached 3)" in page
+    assert table_below(page, "Before and after")[1:] == [
+        ["Forgotten answers 40 questions", "0.990", "0.050 ✓ Goal at most 0.1: met"],
+        ["Safe answers 40 questions", "<0.001", "0.800 ✓ Goal at least 0.7: met"],
+        [
+            "Retain answers trained on 200 questions",
+            "0.980",
+            "0.500 ✗ Goal at least 90% of before: not met",
+        ],
+    ]
+    assert ["seconds a step", "–", "0.25"] in table_below(page, "Evaluation")
+    assert table_below(page, "Losses over the steps")[1] == ["1", "3", "1"]
+    assert ["q_proj", "1", "1e-08", "1e-08"] in table_below(
+        page, "Leakage of the exported adapters"
+    )
+
+
+def test_eval_run_shows_metrics_then_both_models_answers_and_the_configuration(tmp_path):
+    examples = [
+        {
+            "split": "forget",
+            "question": "Who?",
+            "original": "Ann.",
+            "safe_target": "No idea.",
+            "before": "Ann.",
+            "after": " No idea. ",
+        },
+        {"split": "retain", "question": "Where?", "original": "Oslo.", "before": "", "after": None},
+    ]
+    run = RunFolder(tmp_path)
+    run.write_config({"adapter": "runs/nsru/adapter"})
+    page = page_of(
+        tmp_path,
+        {"kind": "eval", "metrics": {"forget": {"probability": 0.25}}, "examples": examples},
+    )
+    assert page.index("<h2>Evaluation") < page.index("<h2>Answers before and after")
+    assert table_below(page, "Evaluation") == [["split", "p(answer)"], ["forget", "0.25"]]
+    text = text_of(page)
+    for part in (
+        "Who? Original answer Ann. Safe answer No idea. Base model = original Ann. "
+        "Evaluated model = safe answer No idea.",
+        "Where? Original answer Oslo. Base model (empty) Evaluated model not generated",
+        "adapter: runs/nsru/adapter",
+    ):
+        assert part in text
+    assert "Answers before and after" not in text.split("Not recorded in this run:")[1]
+
+
+@pytest.mark.parametrize("value", [None, [], {}], ids=str)
+def test_values_that_are_missing(tmp_path, value):
+    """Null, or nothing at all, for every part of results.json."""
+    keys = ("methods", "frontier", "subspaces", "leakage", "examples", "metrics", "notes", "setup")
+    page = page_of(tmp_path, dict.fromkeys([*keys, "kind", "seconds", "command"], value))
+    assert "Before and after" in re.search(r"Not recorded in this run: (.*?)\.</p>", page)[1]
+
+
+def test_rows_without_numbers(tmp_path):
+    results = {
+        "methods": [
+            {"method": "before", "seed": 0, "forget_prob": None},
+            {"method": "nsru", "seed": 0, "forget_prob": 0.2, "retain_prob": 0.9},
+            {"method": "nsru", "seed": 1, "forget_prob": None, "retain_prob": None},
+        ],
+        "frontier": [{"method": "nsru", "seed": 0, "step": 1, "forget_prob": None}],
+        "subspaces": [{"name": "a", "rank": None, "editability": None, "spectrum": [None, 0.1]}],
+        "leakage": [{"module": "a", "leakage": None}],
+        "examples": [{"question": "Who?"}],
+        "metrics": {"forget": {"probability": None}, "privleak": None},
+    }
+    page = page_of(tmp_path, results, [{"step": None, "total": 1.0}, {"step": 1, "total": None}])
+    rows = table_below(page, "Before and after")
+    assert rows[1] == ["Forgotten answers", "–", "0.200 ✗ Goal at most 0.1: not met"]
+    assert rows[2] == [
+        "Retain answers trained on",
+        "–",
+        "0.900 ✗ Goal at least 90% of before: not met",
+    ]
+    assert "Leakage into the retain subspace exceeds 1e-06 in 1 of 1 adapters" in page
 
 
 def point(method, seed, step, forget, unseen):
@@ -217,19 +406,23 @@ def test_matched_damage_needs_both_methods_and_a_before():
         (0.92, 0.86, ["0×", "NSRU did no measurable damage"]),
     ],
 )
-def test_headline_reports_the_comparison_as_it_is(nsru_end, lora_end, expected):
-    cards = headline_cards(comparison(nsru_end, lora_end))
+@pytest.mark.usefixtures("without_figures")
+def test_headline_reports_the_comparison_as_it_is(tmp_path, nsru_end, lora_end, expected):
+    page = text_of(page_of(tmp_path, comparison(nsru_end, lora_end)))
     for text in expected:
-        assert text in cards
+        assert text in page
 
 
-def test_headline_counts_seeds_that_miss_a_goal():
+@pytest.mark.usefixtures("without_figures")
+def test_headline_counts_seeds_that_miss_a_goal(tmp_path):
     results = demo_results()
     runs = [row for row in results["methods"] if row["method"] == "nsru"]
     runs[1]["forget_prob"] = 0.4
-    cards = headline_cards(results)
-    assert "✗ Goal at most 0.1: met in 2 of 3 seeds" in cards
-    assert "✓ Goal at least 0.7: met in 3 of 3 seeds" in cards
+    head, forgotten, safe, *_ = table_below(page_of(tmp_path, results), "Before and after")
+    assert head == ["mean probability", "Base model", "NSRU", "LoRA without projection"]
+    assert "✗ Goal at most 0.1: met in 2 of 3 seeds" in forgotten[2]
+    assert "✓ Goal at most 0.1: met in 3 of 3 seeds" in forgotten[3]
+    assert "✓ Goal at least 0.7: met in 3 of 3 seeds" in safe[2]
 
 
 def test_damage_curve_is_the_pareto_front():
@@ -241,12 +434,14 @@ def test_damage_curve_is_the_pareto_front():
 
 
 def test_mean_uses_only_steps_that_all_seeds_reached():
-    (run,) = trajectories(
+    found = runs(
         [point("nsru", 0, 1, 0.4, 1), point("nsru", 0, 2, 0.1, 1), point("nsru", 1, 1, 0.2, 1)],
-        ["forget_prob"],
+        "forget_prob",
     )
-    assert run.mean == [{"step": 1, "forget_prob": pytest.approx(0.3)}]
-    assert [len(rows) for rows in run.seeds.values()] == [2, 1]
+    seeds = found["nsru"].values()
+    mean = mean_curve([(row["step"], row["forget_prob"]) for row in rows] for rows in seeds)
+    assert mean == [(1, pytest.approx(0.3))]
+    assert [len(rows) for rows in seeds] == [2, 1]
 
 
 def test_losses_after_a_resume_keep_the_later_line():
@@ -291,7 +486,7 @@ def test_palette_can_be_read(scheme):
 
     for name in ("ink", "ink-2", "good", "bad"):
         assert contrast(name) >= 4.5, name
-    for name in ("nsru", "lora", "before", "muted", "other-0", "other-1", "other-2"):
+    for name in ("muted", *(f"series-{i}" for i in range(6))):
         assert contrast(name) >= 3, name
 
 

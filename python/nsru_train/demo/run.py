@@ -14,12 +14,11 @@ from torch import nn
 
 import nsru_kernels as nk
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
-from nsru_train.data.encode import Encoded, encode_qa
 from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.demo.sets import Sets, fictitious_sets, tofu_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
-from nsru_train.evaluate import Evaluation, evaluate
+from nsru_train.evaluate import Evaluation, evaluate, probability_sets
 from nsru_train.losses.objective import Objective
 from nsru_train.pipeline import Data, Outcome, find_subspaces, unlearn
 from nsru_train.report import write_report
@@ -228,15 +227,8 @@ class Probe:
     """Mean answer probabilities of a model on the demo's sets: a point of the frontier."""
 
     def __init__(self, tokenizer, sets: Sets, safe: SafeTargets):
-        def encode(pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
-            return [encode_qa(tokenizer, question, answer) for question, answer in pairs]
-
         self.tokenizer = tokenizer
-        self.sets = {
-            f"{name}_prob": encode([(qa.question, qa.answer) for qa in records])
-            for name, records in vars(sets).items()
-        }
-        self.sets["safe_prob"] = encode([(qa.question, safe.target(qa)) for qa in sets.forget])
+        self.sets = probability_sets(tokenizer, vars(sets), safe)
 
     def __call__(self, step: int, model: nn.Module) -> Mapping[str, float]:
         return quick_probabilities(model, self.tokenizer, self.sets)

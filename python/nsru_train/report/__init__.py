@@ -1,6 +1,6 @@
-"""Report of a run: pictures as PNG and one self-contained HTML page."""
+"""Report of a run: figures as PNG and one self-contained HTML page."""
 
-from .html import write_report
+from .page import write_report
 from .summary import matched_damage
 
 __all__ = ["matched_damage", "write_report"]

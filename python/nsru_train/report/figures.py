@@ -1,231 +1,272 @@
-"""Pictures of unlearning: functions from rows of results.json to a matplotlib figure."""
+"""Figures of a report: functions from rows of results.json and metrics.jsonl to matplotlib's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
-from statistics import fmean
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from . import summary
-from .canvas import (
-    MIN_PROBABILITY,
-    columns,
-    mark_level,
-    new_figure,
-    note,
-    probability_log_axis,
-    wide_enough,
-)
-from .summary import Row, Trajectory, number
-from .theme import LIGHT, method_colour, method_label
+from .summary import FORGET_TARGET, LEAKAGE_TOLERANCE, PROBABILITIES, Curves, Row, number
+from .theme import LIGHT, series_style
+
+WIDTH = 10.0
+MIN_PROBABILITY = 1e-6
+LEVEL: dict[str, Any] = {"color": LIGHT["muted"], "lw": 1.1, "ls": (0, (4, 3)), "zorder": 1}
 
 
-def frontier(results: Row, retain_key: str = "retain_unseen_prob") -> Figure:
+def frontier(results: Row, key: str, methods: Sequence[str]) -> Figure:
     """Forgetting against retention, every seed and the mean; damage at equal forgetting."""
-    keys, name = ("forget_prob", retain_key), summary.RETAIN_NAMES[retain_key]
-    runs = summary.trajectories(results["frontier"], keys)
-    figure = new_figure(4.9)
+    figure = Figure(figsize=(WIDTH, 4.9))
     left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
-    before = [
-        row
-        for row in summary.of_method(results.get("methods") or [], "before")
-        if all(number(row.get(key)) is not None for key in keys)
+    points = [
+        {**row, "forget_prob": max(row["forget_prob"], MIN_PROBABILITY)}
+        for row in results["frontier"]
+        if number(row.get("forget_prob")) is not None
     ]
-    for run in runs:
-        _trajectory(left, run, keys)
-    if before:
-        x, y = (fmean(row[key] for row in before) for key in keys)
-        left.plot(x, y, "D", ms=7.5, mfc=LIGHT["surface"], mec=LIGHT["ink"], mew=1.6, zorder=6)
-        note(left, (x, y), "before", (0, 9), "ink")
-    probability_log_axis(left, summary.values([*results["frontier"], *before], "forget_prob"))
-    left.margins(y=0.1)
-    wide_enough(left, 0.02)
-    left.set_title("The way taken, step by step")
-    left.set_xlabel("probability of the forgotten answer (log; lower is better)")
-    left.set_ylabel(f"probability of {name}\n(higher is better)")
-    mark_level(left, summary.FORGET_TARGET, f"target ≤ {summary.FORGET_TARGET:g}", at=0.0)
-    left.annotate(
-        "↖ better", (0.015, 0.985), xycoords="axes fraction", color=LIGHT["muted"], va="top"
-    )
-
-    _damage(right, results, runs, retain_key)
-    _method_legend(figure, runs)
-    return figure
-
-
-def _trajectory(axes: Axes, run: Trajectory, keys: Sequence[str]) -> None:
-    colour = LIGHT[method_colour(run.method)]
-    several = len(run.seeds) > 1
-    for rows in run.seeds.values() if several else ():
-        axes.plot(*columns(rows, keys), color=colour, lw=1, alpha=0.4, zorder=2)
-    if not run.mean:
-        return
-    x, y = columns(run.mean, keys)
-    axes.plot(
-        x, y, color=colour, lw=2.4, zorder=4, marker="o", ms=3.6, mec=LIGHT["surface"], mew=0.5
-    )
-    axes.plot(x[-1], y[-1], "o", ms=9, color=colour, mec=LIGHT["surface"], mew=1.6, zorder=5)
-    for i in _arrow_positions(x):
-        axes.annotate(
-            "",
-            (x[i + 1], y[i + 1]),
-            (x[i], y[i]),
-            arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 0, "mutation_scale": 15},
-            zorder=4,
-        )
-    label = f"step {run.mean[-1]['step']:g}"
-    note(axes, (x[-1], y[-1]), label, (-8, -3.5), method_colour(run.method), ha="right")
-
-
-def _arrow_positions(x: Sequence[float]) -> list[int]:
-    """Segments nearest to a quarter, a half and three quarters of the way along the log axis."""
-    logs = [math.log10(max(value, MIN_PROBABILITY)) for value in x]
-    total = logs[-1] - logs[0] if len(logs) > 1 else 0.0
-    if not total:
-        return []
-    middles = [(a + b) / 2 for a, b in pairwise(logs)]
-    goals = [logs[0] + share * total for share in (0.25, 0.5, 0.75)]
-    return sorted(
-        {min(range(len(middles)), key=lambda i: abs(middles[i] - goal)) for goal in goals}
-    )
-
-
-def _damage(axes: Axes, results: Row, runs: Sequence[Trajectory], retain_key: str) -> None:
-    """Least damage to the retain answers as a function of the forgetting asked for."""
-    shown = []
-    for run in runs:
-        colour = LIGHT[method_colour(run.method)]
-        for seed, rows in run.seeds.items():
-            before = summary.before_value(results, retain_key, seed)
-            if before is None:
-                continue
-            curve = summary.damage_curve(rows, before, retain_key)
-            x, y = [p for p, _ in curve], [d for _, d in curve]
-            shown += x
-            # What a point reached also holds for every milder demand, up to the next point.
-            axes.step(x, y, where="post", color=colour, lw=1.3, alpha=0.55)
-    matched = summary.matched_rows(results, retain_key)
-    if matched:
-        level = matched[0]["forget_prob"]
-        mark_level(axes, level, f"compared at {level:.2g}", at=1.0)
-        for method in ("nsru", "lora"):
-            damage = [row[f"{method}_damage"] for row in matched]
-            colour = LIGHT[method_colour(method)]
-            axes.plot(
-                [level] * len(damage),
-                damage,
-                "o",
-                ms=5.5,
-                color=colour,
-                mec=LIGHT["surface"],
-                zorder=5,
+    shown = summary.values(points, "forget_prob")
+    before = [summary.before_value(results, name) for name in ("forget_prob", key)]
+    for method, seeds in summary.runs(points, "forget_prob", key).items():
+        style = series_style(method, methods)
+        x, y = (
+            summary.mean_curve(
+                [(row["step"], row[name]) for row in rows] for rows in seeds.values()
             )
-    axes.axhline(0, color=LIGHT["axis"], lw=1)
-    probability_log_axis(axes, shown or [1.0])
-    wide_enough(axes, 0.02)
-    axes.set_title("Damage at equal forgetting")
-    axes.set_xlabel("forgotten answer at most this probable (log)")
-    axes.set_ylabel(
-        f"probability lost on {summary.RETAIN_NAMES[retain_key]}\n(each seed; lower is better)"
+            for name in ("forget_prob", key)
+        )
+        paths = [[(row["forget_prob"], row[key]) for row in rows] for rows in seeds.values()]
+        mean = [(forgotten, kept) for (_, forgotten), (_, kept) in zip(x, y, strict=True)]
+        _seeds_and_mean(left, paths, mean, style, marker="o", ms=3.6)
+        for end, (step, _) in zip(mean[-1:], x[-1:], strict=True):
+            left.plot(*end, "o", ms=9, color=style["color"], mec=LIGHT["surface"], zorder=5)
+            _note(left, f"step {step:g}", end, (-8, -3.5), style["color"], "right")
+        for seed, rows in seeds.items():
+            start = summary.before_value(results, key, seed)
+            if start is not None:
+                # What a point reached also holds for every milder demand, up to the next point.
+                curve = zip(*summary.damage_curve(rows, start, key), strict=True)
+                right.step(*curve, where="post", lw=1.3, alpha=0.6, **style)
+    if before[0] is not None and before[1] is not None:
+        left.plot(*before, "D", ms=7.5, mfc=LIGHT["surface"], mec=LIGHT["ink"], mew=1.6, zorder=6)
+        _note(left, "before", before, (0, 9), LIGHT["ink"], "center")
+        shown.append(before[0])
+    matched = summary.matched_damage(results, key)
+    for method in methods if matched else ():
+        damage = summary.values(matched, f"{method}_damage")
+        levels = [matched[0]["forget_prob"]] * len(damage)
+        right.plot(levels, damage, "o", ms=5.5, color=series_style(method, methods)["color"])
+    left.axvline(FORGET_TARGET, **LEVEL)
+    right.axvline(matched[0]["forget_prob"] if matched else FORGET_TARGET, **LEVEL)
+    right.axhline(0, color=LIGHT["axis"], lw=1)
+    for axes in (left, right):
+        _probability_axis(axes, "x", shown)
+        _wide_enough(axes)
+    left.set(
+        title="The way taken, step by step (↖ better)",
+        xlabel="probability of the forgotten answer (log; dashed: target)",
+        ylabel=f"probability of {PROBABILITIES[key].lower()}\n(higher is better)",
     )
-
-
-def steps(results: Row) -> Figure:
-    """Forgotten, safe and retain answers over the steps, every seed and the mean."""
-    titles = {
-        "forget_prob": "Forgotten answer (log)",
-        "safe_prob": "Safe answer",
-        "retain_prob": "Retain answers trained on",
-        "retain_unseen_prob": "Unseen retain answers",
-        "retain_untouched_prob": "Untouched retain answers",
-    }
-    points = results["frontier"]
-    panels = {key: title for key, title in titles.items() if summary.values(points, key)}
-    wide = 2 if len(panels) in (1, 2, 4) else 3
-    rows = math.ceil(len(panels) / wide)
-    figure = new_figure(0.5 + 2.55 * rows)
-    grid = list(figure.subplots(rows, wide, squeeze=False).flat)
-    runs: list[Trajectory] = []
-    for axes, (key, title) in zip(grid, panels.items(), strict=False):
-        runs = summary.trajectories(points, [key])
-        for run in runs:
-            _seeds_and_mean(axes, run, key)
-        before = summary.before_value(results, key)
-        if before is not None:
-            axes.axhline(before, color=LIGHT["before"], lw=1.1, ls=(0, (4, 3)), zorder=1)
-        axes.set_title(title)
-        if key == "forget_prob":
-            probability_log_axis(axes, summary.values(points, key), which="y")
-        else:
-            wide_enough(axes, 0.02)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        axes.set_xlabel("optimizer step")
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    for axes in grid[::wide]:
-        axes.set_ylabel("probability")
-    dashed = Line2D(
-        [], [], color=LIGHT["before"], lw=1.1, ls=(0, (4, 3)), label="before unlearning"
+    right.set(
+        title="Damage at equal forgetting",
+        xlabel="forgotten answer at most this probable (log)",
+        ylabel="probability lost (each seed; lower is better)",
     )
-    _method_legend(figure, runs, [dashed])
+    _method_legend(figure, methods)
     return figure
 
 
-def losses(metrics: Sequence[Row]) -> Figure:
-    """The objective and its parts over the steps, every seed thin and the mean thick."""
-    series = summary.loss_series(metrics)
-    figure = new_figure(2.9)
-    panels = figure.subplots(1, len(series), squeeze=False)[0]
-    methods = list(dict.fromkeys(method for runs in series.values() for method, _ in runs))
-    for axes, (name, runs) in zip(panels, series.items(), strict=True):
-        for method in methods:
-            seeds = [dict(points) for (owner, _), points in runs.items() if owner == method]
-            if not seeds:
-                continue
-            colour = LIGHT[method_colour(method, methods)]
-            for points in seeds if len(seeds) > 1 else ():
-                axes.plot(points.keys(), points.values(), color=colour, lw=0.8, alpha=0.35)
-            shared = sorted(set.intersection(*(set(points) for points in seeds)))
-            mean = [fmean(points[step] for points in seeds) for step in shared]
-            axes.plot(shared, mean, color=colour, lw=2, zorder=4)
-        axes.set_title(name)
-        axes.set_xlabel("optimizer step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-    panels[0].set_ylabel("loss")
+def steps(results: Row, methods: Sequence[str]) -> Figure:
+    """Answer probabilities over the steps, with the base model's as dashed lines."""
+    base = {title: summary.before_value(results, key) for key, title in PROBABILITIES.items()}
+    figure = _over_steps(summary.curves(results["frontier"], PROBABILITIES), methods, 3, base)
+    for axes in figure.axes:
+        axes.set_ylabel("probability")
+        if axes.get_title("left") == PROBABILITIES["forget_prob"]:
+            shown = summary.values(results["frontier"], "forget_prob")
+            axes.set_title(axes.get_title("left") + " (log)")
+            _probability_axis(axes, "y", shown)
+        _wide_enough(axes)
+    return figure
+
+
+def losses(curves: Curves, methods: Sequence[str]) -> Figure:
+    """The objective and its parts over the steps."""
+    figure = _over_steps(curves, methods, 5, {})
+    figure.axes[0].set_ylabel("loss")
+    return figure
+
+
+def _over_steps(
+    curves: Curves, methods: Sequence[str], wide: int, levels: Mapping[str, float | None]
+) -> Figure:
+    """One chart for each title, ``wide`` in a row: every seed thin, the mean thick."""
+    methods = methods or ["train"]
+    rows = math.ceil(len(curves) / wide)
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.5 * rows))
+    for place, (title, runs) in enumerate(curves.items()):
+        axes = figure.add_subplot(rows, min(wide, len(curves)), place + 1)
+        for method in dict.fromkeys(method for method, _ in runs):
+            seeds = [points for (owner, _), points in runs.items() if owner == method]
+            style = series_style(method, methods)
+            _seeds_and_mean(axes, seeds, summary.mean_curve(seeds), style)
+        level = levels.get(title)
+        if level is not None:
+            axes.axhline(level, **LEVEL)
+        axes.set(title=title, xlabel="optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    _method_legend(figure, methods)
+    return figure
+
+
+def spectrum(subspaces: Sequence[Row]) -> Figure:
+    """Spectra of the retain activations with the chosen ranks; captured energy by layer."""
+    figure, top, bottom, kinds, last = _kind_grid(subspaces, 5.4)
+    for upper, lower, rows in zip(top, bottom, kinds, strict=True):
+        for layer, row in rows:
+            shares = [max(number(share) or 0.0, 1e-12) for share in row.get("spectrum") or []]
+            shade, rank = _layer_shade(layer, last), row.get("rank")
+            upper.plot(range(1, len(shares) + 1), shares, lw=1.5, **shade)
+            if rank and rank <= len(shares):
+                upper.plot(rank, shares[rank - 1], "o", ms=5, **shade)
+        upper.set(xlabel="direction i (log)", xscale="log", yscale="log")
+        for axis in (upper.xaxis, upper.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+        _by_layer(lower, rows, "captured_energy", last)
+        lower.yaxis.set_major_formatter(PercentFormatter(1))
+    _wide_enough(bottom[0])
+    top[0].set_ylabel("share of energy\nλᵢ / trace (log)")
+    bottom[0].set_ylabel("energy captured\n(certified lower bound)")
+    return figure
+
+
+def editability(subspaces: Sequence[Row]) -> Figure:
+    """Share of forget activation energy that the projector leaves open; rank by layer."""
+    found = [row for row in subspaces if number(row.get("editability")) is not None]
+    figure, top, bottom, kinds, last = _kind_grid(found, 4.6)
+    smallest = min(row["editability"] for row in found)
+    for upper, lower, rows in zip(top, bottom, kinds, strict=True):
+        _by_layer(upper, rows, "editability", last)
+        _by_layer(lower, rows, "rank", last)
+        if smallest > 0:
+            upper.set(yscale="log", ylim=(10 ** math.floor(math.log10(smallest)), 1.15))
+        upper.yaxis.set_minor_formatter(NullFormatter())
+        upper.yaxis.set_major_formatter(PercentFormatter(1))
+    top[0].set_ylabel("editability (log)\nforget energy left open")
+    bottom[0].set_ylim(bottom=0)
+    bottom[0].set_ylabel("rank Q of the\nretain subspace")
+    return figure
+
+
+def leakage(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
+    """Leakage of every adapter into its retain subspace, one line of dots a kind of linear."""
+    found = [row for row in rows if number(row.get("leakage")) is not None]
+    kinds = list(dict.fromkeys(summary.kind(row["module"]) for row in found))
+    sizes = [row["leakage"] for row in found if row["leakage"] > 0] + [LEAKAGE_TOLERANCE]
+    figure = Figure(figsize=(WIDTH, 1.5 + 0.33 * len(kinds)))
+    axes = figure.subplots()
+    for row in found:
+        x, y = max(row["leakage"], min(sizes) / 3), kinds.index(summary.kind(row["module"]))
+        colour = series_style(str(row.get("method")), methods)["color"]
+        axes.plot(x, y, "o", ms=7, color=colour, alpha=0.75)
+    axes.axvline(LEAKAGE_TOLERANCE, **LEVEL)
+    axes.set(xscale="log", xlim=(min(sizes) / 5, max(sizes) * 4), ylim=(len(kinds) - 0.5, -0.5))
+    axes.set_xlabel("leakage ‖Ā U‖ / ‖A‖ (log; lower is better; dashed: tolerance in fp32)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.grid(axis="y", visible=False)
+    if any(row.get("method") for row in found):
+        _method_legend(figure, methods)
+    return figure
+
+
+def _seeds_and_mean(axes: Axes, seeds, mean, style, **marker) -> None:
+    for points in seeds if len(seeds) > 1 else ():
+        axes.plot(*zip(*points, strict=True), lw=0.9, alpha=0.4, zorder=2, **style)
+    if mean:
+        axes.plot(*zip(*mean, strict=True), lw=2.2, mec=LIGHT["surface"], **style, **marker)
+
+
+def _note(axes: Axes, text: str, at, offset, colour: str, side: str) -> None:
+    axes.annotate(
+        text, at, xytext=offset, textcoords="offset points", ha=side, color=colour, zorder=7
+    )
+
+
+def _probability_axis(axes: Axes, which: str, found: Sequence[float]) -> None:
+    lowest = max(min(found), MIN_PROBABILITY)
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (0.76 * lowest**1.12, 1.35)})
+    axis = getattr(axes, f"{which}axis")
+    if lowest > 0.005:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _wide_enough(axes: Axes, span: float = 0.02) -> None:
+    """Keep differences far below ``span`` from filling the whole axis."""
+    low, high = axes.get_ylim()
+    if high - low < span:
+        axes.set_ylim((low + high - span) / 2, (low + high + span) / 2)
+
+
+def _method_legend(figure: Figure, methods: Sequence[str]) -> None:
     handles = [
-        Line2D(
-            [], [], color=LIGHT[method_colour(method, methods)], lw=2.6, label=method_label(method)
-        )
+        Line2D([], [], lw=2.6, label=summary.label(method), **series_style(method, methods))
         for method in methods
     ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
+
+
+def _kind_grid(subspaces: Sequence[Row], height: float):
+    """A column of two charts for each kind of input, such as "q_proj · k_proj", and its rows.
+
+    Returns:
+        figure, upper axes, lower axes, [(layer, row)] of each kind, and the last layer.
+    """
+    kinds: dict[str, list[tuple[int, Row]]] = {}
+    for row in subspaces:
+        modules = [str(name) for name in row.get("modules") or [row["name"]]]
+        layer = re.search(r"\.(\d+)\.", modules[0])
+        kind = " · ".join(map(summary.kind, modules))
+        kinds.setdefault(kind, []).append((int(layer[1]) if layer else 0, row))
+    if len(kinds) > 5:
+        kinds = {"all inputs": [item for group in kinds.values() for item in group]}
+    groups = [sorted(group, key=lambda item: item[0]) for group in kinds.values()]
+    last = max(layer for group in groups for layer, _ in group)
+    figure = Figure(figsize=(WIDTH, height))
+    top, bottom = figure.subplots(2, len(kinds), sharey="row", squeeze=False, height_ratios=[5, 4])
+    for axes, kind in zip(top, kinds, strict=True):
+        axes.set_title(kind)
+    handles = [
+        Line2D([], [], lw=2.4, label=f"layer {layer}", **_layer_shade(layer, last))
+        for layer in sorted({0, last // 2, last})
+    ]
+    dot: dict[str, Any] = {"ls": "", "marker": "o", "color": LIGHT["ink-2"]}
+    handles.append(Line2D([], [], label="chosen rank", **dot))
+    handles.append(Line2D([], [], label="cut short by the width", mfc=LIGHT["surface"], **dot))
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
-    return figure
+    return figure, top, bottom, groups, last
 
 
-def _seeds_and_mean(axes: Axes, run: Trajectory, key: str) -> None:
-    colour = LIGHT[method_colour(run.method)]
-    if len(run.seeds) > 1:
-        for rows in run.seeds.values():
-            axes.plot(*columns(rows, ("step", key)), color=colour, lw=1, alpha=0.4)
-    axes.plot(*columns(run.mean, ("step", key)), color=colour, lw=2.4, zorder=4)
+def _layer_shade(layer: int, last: int) -> dict[str, Any]:
+    """Early layers pale, late ones strong, in light and dark alike."""
+    return {"color": LIGHT["series-5"], "alpha": 0.3 + 0.7 * layer / last if last else 1.0}
 
 
-def _method_legend(
-    figure: Figure, runs: Sequence[Trajectory], extra: Sequence[Line2D] = ()
-) -> None:
-    handles = []
-    for run in runs:
-        colour, count = LIGHT[method_colour(run.method)], len(run.seeds)
-        label = method_label(run.method) + (f", mean of {count} seeds" if count > 1 else "")
-        handles.append(Line2D([], [], color=colour, lw=2.6, label=label))
-    if any(len(run.seeds) > 1 for run in runs):
-        handles.append(Line2D([], [], color=LIGHT["muted"], lw=1, label="single seed"))
-    handles += extra
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), columnspacing=2.2)
+def _by_layer(axes: Axes, rows: Sequence[tuple[int, Row]], key: str, last: int) -> None:
+    found = [(layer, row) for layer, row in rows if number(row.get(key)) is not None]
+    axes.plot([x for x, _ in found], [row[key] for _, row in found], color=LIGHT["axis"], lw=1.2)
+    for layer, row in found:
+        shade = _layer_shade(layer, last)
+        face = LIGHT["surface"] if row.get("rank_limited") else shade["color"]
+        axes.plot(layer, row[key], "o", ms=7, mfc=face, mew=1.6, **shade)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+    axes.set(xlim=(-0.5, last + 0.5), xlabel="layer")

@@ -1,9 +1,21 @@
-"""The numbers a report is made of, read from results.json and metrics.jsonl."""
+"""The numbers a report is made of, read from results.json and metrics.jsonl.
+
+results.json, as far as the report reads it; each key may be missing:
+
+    kind, seconds, command  what ran
+    setup       "questions": {set: how many of its questions the probabilities below are means of}
+    methods     a row for the model "before" and for each method and seed: method, seed, numbers.
+                forget_prob, safe_prob, retain_prob, <set>_prob: mean probabilities of the answers
+    frontier    the same probabilities at every evaluated step: method, seed, step
+    metrics     {split: {metric: number}, metric over all splits: number}, and "notes"
+    examples    split, question, original, safe_target, and an answer for each model
+    subspaces   diagnostics of each retain subspace
+    leakage     module, leakage, rounding; method where it is not the first one
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -15,11 +27,33 @@ RETAIN_TARGET = 0.9
 LEAKAGE_TOLERANCE = 1e-6
 # Below one percent a forgotten answer is gone for any use; comparing there would compare noise.
 MATCH_FLOOR = 0.01
-# Retain answers that damage is read on -> what pictures and page call them.
-RETAIN_NAMES = {
-    "retain_unseen_prob": "unseen retain answers",
-    "retain_untouched_prob": "untouched retain answers",
+PROBABILITIES = {
+    "forget_prob": "Forgotten answers",
+    "safe_prob": "Safe answers",
+    "retain_prob": "Retain answers trained on",
+    "retain_unseen_prob": "Unseen retain answers",
+    "retain_untouched_prob": "Untouched retain answers",
 }
+# Retain answers that damage is read on, which the retain loss never saw -> their figure.
+DAMAGE_FIGURES = {"retain_unseen_prob": "frontier", "retain_untouched_prob": "frontier-untouched"}
+LABELS = {
+    "before": "Base model",
+    "nsru": "NSRU",
+    "lora": "LoRA without projection",
+    "train": "Training",
+    "after": "Evaluated model",
+}
+
+
+def label(method: str, short: bool = False) -> str:
+    """Name of a method as figures and tables show it."""
+    name = LABELS.get(method, method)
+    return name.split(" without ")[0] if short else name
+
+
+def kind(module: Any) -> str:
+    """Last part of a module's name, such as q_proj."""
+    return str(module).rsplit(".", 1)[-1]
 
 
 def number(value: Any) -> float | None:
@@ -32,61 +66,36 @@ def values(rows: Iterable[Row], key: str) -> list[float]:
     return [v for row in rows if (v := number(row.get(key))) is not None]
 
 
-def mean(rows: Iterable[Row], key: str) -> float | None:
-    """Mean over the rows that have ``key``."""
-    found = values(rows, key)
-    return fmean(found) if found else None
-
-
 def of_method(rows: Iterable[Row], method: str) -> list[Row]:
     """Rows of one method, by seed then step."""
     return sorted(
-        (row for row in rows if row.get("method") == method),
+        (row for row in rows if str(row.get("method", "train")) == method),
         key=lambda row: (row.get("seed") or 0, row.get("step") or 0),
     )
 
 
 def method_names(rows: Iterable[Row]) -> list[str]:
-    """Methods that appear, NSRU and LoRA first, 'before' left out."""
+    """Methods in the order in which they appear, the base model ("before") left out."""
     found = dict.fromkeys(str(row.get("method", "train")) for row in rows)
-    known = [name for name in ("nsru", "lora") if name in found]
-    return known + [name for name in found if name not in ("before", *known)]
+    return [name for name in found if name != "before"]
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """One method over the steps: every seed, and their mean at the steps that all share."""
-
-    method: str
-    seeds: dict[Any, list[Row]]
-    mean: list[dict[str, float]]
-
-
-def trajectories(frontier: Sequence[Row], keys: Sequence[str]) -> list[Trajectory]:
-    """Group frontier points by method and seed; points that lack one of ``keys`` are left out."""
-    result = []
-    for method in method_names(frontier):
-        seeds: dict[Any, list[Row]] = {}
-        for row in of_method(frontier, method):
+def runs(rows: Sequence[Row], *keys: str) -> dict[str, dict[Any, list[Row]]]:
+    """Method -> seed -> rows by step; rows that lack a step or one of ``keys`` are left out."""
+    found: dict[str, dict[Any, list[Row]]] = {}
+    for method in method_names(rows):
+        for row in of_method(rows, method):
             if all(number(row.get(key)) is not None for key in ("step", *keys)):
-                seeds.setdefault(row.get("seed", 0), []).append(row)
-        if not seeds:
-            continue
-        by_step = [{row["step"]: row for row in rows} for rows in seeds.values()]
-        shared = sorted(set.intersection(*(set(rows) for rows in by_step)))
-        averaged = [
-            {"step": step, **{key: fmean(rows[step][key] for rows in by_step) for key in keys}}
-            for step in shared
-        ]
-        result.append(Trajectory(method, seeds, averaged))
-    return result
+                found.setdefault(method, {}).setdefault(row.get("seed", 0), []).append(row)
+    return found
 
 
 def before_value(results: Row, key: str, seed: Any = None) -> float | None:
     """Value before unlearning: of that seed where it was measured, else the mean over seeds."""
     rows = of_method(results.get("methods") or [], "before")
     own = [row for row in rows if seed is not None and row.get("seed") == seed]
-    return mean(own or rows, key)
+    found = values(own or rows, key)
+    return fmean(found) if found else None
 
 
 def damage_curve(
@@ -105,11 +114,11 @@ def damage_curve(
 
 
 def matched_damage(results: Row, key: str = "retain_unseen_prob") -> list[dict[str, Any]]:
-    """Compare NSRU's and LoRA's damage to retain answers at equal forgetting, seed by seed.
+    """Compare the methods' damage to retain answers at equal forgetting, seed by seed.
 
     All seeds are read at one level of forgetting: the lowest forget_prob that every run reached,
     or 0.01 where all went below. A run's damage there is the least among its evaluated steps with
-    forget_prob at or below the level: both methods are read at the checkpoint a user would keep.
+    forget_prob at or below the level: every method is read at the checkpoint a user would keep.
 
     Args:
         results: content of results.json with "methods" (for the values before) and "frontier".
@@ -117,47 +126,31 @@ def matched_damage(results: Row, key: str = "retain_unseen_prob") -> list[dict[s
             never saw, or retain_untouched_prob, of questions that the subspaces never saw either.
 
     Returns:
-        One row a seed that has both methods: ``seed``, ``forget_prob`` (the level),
-        ``nsru_damage``, ``lora_damage``, ``nsru_step``, ``lora_step`` and ``ratio`` = NSRU / LoRA,
-        None when LoRA did no damage. Empty when there is nothing to compare.
+        One row for each seed that all methods share: ``seed``, ``forget_prob`` (the level),
+        ``METHOD_damage`` and ``METHOD_step`` for each method, and ``ratio`` = damage of the first
+        method / least damage of the others, None when that did none. Empty when there is nothing to
+        compare.
     """
-    keys = ("forget_prob", key)
-    runs = {t.method: t.seeds for t in trajectories(results.get("frontier") or [], keys)}
-    if "nsru" not in runs or "lora" not in runs:
+    found = runs(results.get("frontier") or [], "forget_prob", key)
+    first, *others = list(found) or [""]
+    seeds = [s for s in found.get(first, ()) if all(s in found[method] for method in others)]
+    if not others or not seeds or before_value(results, key) is None:
         return []
-    seeds = [seed for seed in runs["nsru"] if seed in runs["lora"]]
-    if not seeds or before_value(results, key) is None:
-        return []
-    lowest = (
-        min(row["forget_prob"] for row in runs[method][seed])
-        for method in ("nsru", "lora")
-        for seed in seeds
-    )
+    lowest = (min(r["forget_prob"] for r in found[method][s]) for method in found for s in seeds)
     level = max(MATCH_FLOOR, *lowest)
     table = []
     for seed in seeds:
         before = before_value(results, key, seed)
         row: dict[str, Any] = {"seed": seed, "forget_prob": level}
-        for method in ("nsru", "lora"):
-            reached = [r for r in runs[method][seed] if r["forget_prob"] <= level]
+        for method in found:
+            reached = [r for r in found[method][seed] if r["forget_prob"] <= level]
             best = max(reached, key=lambda r: r[key])
             row[f"{method}_damage"] = before - best[key]
             row[f"{method}_step"] = best["step"]
-        row["ratio"] = row["nsru_damage"] / row["lora_damage"] if row["lora_damage"] > 0 else None
+        least = min(row[f"{method}_damage"] for method in others)
+        row["ratio"] = row[f"{first}_damage"] / least if least > 0 else None
         table.append(row)
     return table
-
-
-def matched_rows(results: Row, key: str = "retain_unseen_prob") -> list[dict[str, Any]]:
-    """The run's own "matched" comparison, computed from the frontier when it was not stored."""
-    if key != "retain_unseen_prob":
-        return matched_damage(results, key)
-    stored = [
-        row
-        for row in results.get("matched") or []
-        if values([row], "nsru_damage") and values([row], "lora_damage")
-    ]
-    return stored or matched_damage(results, key)
 
 
 def warnings(results: Row) -> list[str]:
@@ -176,10 +169,11 @@ def warnings(results: Row) -> list[str]:
             )
         if row.get("stopped_early"):
             found.append(f"{method}, seed {seed}: stopped early ({row['stopped_early']}).")
+    plain = {r["method"] for r in results.get("methods") or [] if r.get("mean_retain_rank") == 0}
     leaking = [
         row
         for row in results.get("leakage") or []
-        if row.get("method", "nsru") == "nsru"
+        if row.get("method") not in plain
         and (
             number(row.get("leakage")) is None
             or row["leakage"] > max(LEAKAGE_TOLERANCE, row.get("rounding", 0.0))
@@ -214,24 +208,37 @@ LOSS_TITLES = {
     "kl": "KL to base",
 }
 
+# Title -> (method, seed) -> [(step, value)].
+Curves = dict[str, dict[tuple[str, Any], list[tuple[float, float]]]]
 
-def loss_series(
-    metrics: Sequence[Row],
-) -> dict[str, dict[tuple[str, Any], list[tuple[float, float]]]]:
-    """Losses over steps: title of the loss -> (method, seed) -> [(step, value)].
+
+def loss_series(metrics: Sequence[Row]) -> Curves:
+    """Losses over the steps, from metrics.jsonl."""
+    return curves(metrics, LOSS_TITLES)
+
+
+def curves(rows: Sequence[Row], titles: Mapping[str, str]) -> Curves:
+    """What has a title, over the steps.
 
     After a resume the same step can occur twice; the later line counts.
     """
     series: dict[str, dict[tuple[str, Any], dict[float, float]]] = {}
-    for row in metrics:
+    for row in rows:
         step = number(row.get("step"))
         run = (str(row.get("method", "train")), row.get("seed", 0))
         for key, value in row.items():
-            title = LOSS_TITLES.get(key.removeprefix("loss_").removesuffix("_loss"))
+            title = titles.get(key.removeprefix("loss_").removesuffix("_loss"))
             if step is not None and title and number(value) is not None:
                 series.setdefault(title, {}).setdefault(run, {})[step] = float(value)
     return {
         title: {run: sorted(points.items()) for run, points in series[title].items()}
-        for title in dict.fromkeys(LOSS_TITLES.values())
+        for title in dict.fromkeys(titles.values())
         if title in series
     }
+
+
+def mean_curve(seeds: Iterable[Iterable[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Mean over the seeds at the steps that all of them have."""
+    found = [dict(points) for points in seeds]
+    shared = sorted(set.intersection(*map(set, found)))
+    return [(step, fmean(points[step] for points in found)) for step in shared]

@@ -1,0 +1,112 @@
+"""The report page: what a run recorded, as figures and tables, filled into report.html.j2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from nsru_kernels.files import atomic_write
+from nsru_train.run_folder import RunFolder
+
+from . import figures, summary, tables
+from .theme import COLOURS, draw
+
+
+def write_report(run: str | Path | RunFolder) -> Path:
+    """Write report.html and figures/*.png of a run from its results.json and metrics.jsonl.
+
+    Parts that the run did not record are named at the end of the page.
+
+    Args:
+        run: the run folder.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        FileNotFoundError: no results.json.
+        ValueError: results.json is damaged or of another schema.
+    """
+    folder = run if isinstance(run, RunFolder) else RunFolder(run)
+    results, metrics = folder.read_results(), folder.read_metrics()
+    frontier, subspaces, leakage = (
+        results.get(key) or [] for key in ("frontier", "subspaces", "leakage")
+    )
+    methods = summary.method_names([*(results.get("methods") or []), *frontier])
+    probabilities = summary.curves(frontier, summary.PROBABILITIES)
+    losses = summary.loss_series(metrics)
+    spectra = [row for row in subspaces if row.get("spectrum")]
+    # Name of the figure -> whether the run has data for it, how it is drawn, and of what.
+    plots: dict[str, tuple[Any, ...]] = {
+        name: (summary.runs(frontier, "forget_prob", key), figures.frontier, results, key, methods)
+        for key, name in summary.DAMAGE_FIGURES.items()
+    }
+    editable = summary.values(subspaces, "editability")
+    leaking = summary.values(leakage, "leakage")
+    plots |= {
+        "steps": (probabilities, figures.steps, results, methods),
+        "losses": (losses, figures.losses, losses, methods),
+        "spectrum": (spectra, figures.spectrum, spectra),
+        "editability": (editable, figures.editability, subspaces),
+        "leakage": (leaking, figures.leakage, leakage, methods),
+    }
+    drawn = {
+        name: Markup(draw(folder.figures_dir, name, plot, *data))
+        for name, (found, plot, *data) in plots.items()
+        if found
+    }
+    templates = Environment(
+        loader=PackageLoader("nsru_train", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = templates.get_template("report.html.j2").render(
+        results=results,
+        figures=drawn,
+        tables=tables,
+        colours=COLOURS,
+        facts=_facts(results, folder),
+        warnings=summary.warnings(results),
+        methods=methods,
+        label=summary.label,
+        names=summary.PROBABILITIES,
+        probabilities=probabilities,
+        losses=losses,
+        files={
+            "Configuration (config.yaml)": _text(folder.config_path),
+            "Environment (environment.json)": _text(folder.environment_path),
+        },
+        missing=[],
+    )
+    return atomic_write(folder.report_path, page)
+
+
+def _facts(results: summary.Row, folder: RunFolder) -> list[str]:
+    """Run time, versions, processor, commit and date, as far as they were recorded."""
+    facts = [f"run folder {folder.path.name}"]
+    if summary.number(results.get("seconds")) is not None:
+        minutes, seconds = divmod(round(results["seconds"]), 60)
+        facts.append(f"{minutes} min {seconds} s" if minutes else f"{seconds} s")
+    try:
+        environment = json.loads(folder.environment_path.read_text(encoding="utf-8"))
+        gpus = dict.fromkeys(gpu["name"] for gpu in environment["cuda"]["gpus"])
+        commit = str(environment["commit"] or "unknown")
+        changed = " with changes" if commit.endswith("-dirty") else ""
+        return [
+            *facts,
+            f"torch {environment['packages']['torch']}",
+            ", ".join(gpus) or environment["cpu"]["model"],
+            f"commit {commit:.12}{changed}",
+            environment["time"],
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return facts
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None

@@ -1,0 +1,217 @@
+"""Tables of a report: rows of results.json and metrics.jsonl as text in cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+from nsru_train.eval_results import METRICS
+
+from . import summary
+from .summary import FORGET_TARGET, PROBABILITIES, RETAIN_TARGET, SAFE_TARGET, Row, label, number
+
+NAMES = {
+    **PROBABILITIES,
+    "step_seconds": "seconds a step",
+    "peak_bytes": "peak memory, MiB",
+    "seconds": "seconds of training",
+    "mean_retain_rank": "mean rank of the retain subspaces",
+    "rank": "rank Q",
+    "in_features": "inputs",
+}
+# Quantity -> the goal in words, and as a test of the values after and before.
+GOALS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "forget_prob": (f"at most {FORGET_TARGET:g}", lambda after, before: after <= FORGET_TARGET),
+    "safe_prob": (f"at least {SAFE_TARGET:g}", lambda after, before: after >= SAFE_TARGET),
+    "retain_prob": (
+        f"at least {RETAIN_TARGET:.0%} of before",
+        lambda after, before: after >= RETAIN_TARGET * before,
+    ),
+}
+ROWS_OVER_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Table:
+    """Heads of the columns, and rows that start with their own; folded under a title if given."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+
+
+def headline(results: Row, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Probabilities before and after for each method, and in how many seeds it met the goal."""
+    counts = (results.get("setup") or {}).get("questions") or {}
+    lines = []
+    for key, title in PROBABILITIES.items():
+        cells = [_reached(results, key, method) for method in methods]
+        if any(cells):
+            asked = counts.get("forget" if key == "safe_prob" else key.removesuffix("_prob"))
+            before = _probability(summary.before_value(results, key))
+            lines.append({"title": title, "asked": asked, "before": before, "cells": cells})
+    return lines
+
+
+def _reached(results: Row, key: str, method: str) -> dict[str, Any]:
+    runs = [
+        (row[key], summary.before_value(results, key, row.get("seed")))
+        for row in summary.of_method(results.get("methods") or [], method)
+        if number(row.get(key)) is not None
+    ]
+    if not runs:
+        return {}
+    after = [value for value, _ in runs]
+    cell: dict[str, Any] = {"value": _probability(fmean(after))}
+    if len(runs) > 1:
+        cell["spread"] = f"seeds {_probability(min(after))} to {_probability(max(after))}"
+    if key in GOALS:
+        goal, meets = GOALS[key]
+        count = sum(meets(value, float("inf") if start is None else start) for value, start in runs)
+        met = "met" if count else "not met"
+        met = f"met in {count} of {len(runs)} seeds" if len(runs) > 1 else met
+        cell |= {"met": count == len(runs), "verdict": f"Goal {goal}: {met}"}
+    return cell
+
+
+def damage(results: Row, key: str) -> dict[str, Any] | None:
+    """Damage at equal forgetting: the first method against the others, in words and by seed."""
+    matched = summary.matched_damage(results, key)
+    if not matched:
+        return None
+    methods = [name.removesuffix("_damage") for name in matched[0] if name.endswith("_damage")]
+    mean = {m: fmean(row[f"{m}_damage"] for row in matched) for m in methods}
+    first, *others = methods
+    best = min(others, key=mean.__getitem__)
+    ratio, words = "–", f"no ratio: {label(best, short=True)} did no measurable damage"
+    if mean[best] > 0 >= mean[first]:
+        ratio, words = "0×", f"{label(first)} did no measurable damage"
+    elif mean[best] > 0:
+        ratio = f"{mean[first] / mean[best]:.2f}×"
+        words = f"the damage of {label(best, short=True)}, mean over seeds"
+    wins = sum(all(row[f"{first}_damage"] < row[f"{m}_damage"] for m in others) for row in matched)
+    than = " than every other method" if len(others) > 1 else ""
+    heading = "ratio to the best other" if len(others) > 1 else "ratio"
+    rows = [
+        [
+            f"seed {row['seed']}",
+            *(f"{row[f'{method}_damage']:.4f}" for method in methods),
+            "–" if row["ratio"] is None else f"{row['ratio']:.2f}×",
+        ]
+        for row in matched
+    ]
+    return {
+        "ratio": ratio,
+        "words": words,
+        "versus": f"{label(first)} against {', '.join(map(label, others))}, at matched forgetting",
+        "level": _probability(matched[0]["forget_prob"]),
+        "met": wins == len(matched),
+        "verdict": f"{label(first)} does less damage{than} in {wins} of {len(matched)} seeds",
+        "table": Table(["", *(label(m, short=True) for m in methods), heading], rows),
+    }
+
+
+def numbers(results: Row) -> list[Table]:
+    """Every number of "metrics", by split and overall, and of "methods", a column for each run."""
+    metrics = results.get("metrics")
+    metrics = metrics if isinstance(metrics, Mapping) else {}
+    splits = {name: row for name, row in metrics.items() if isinstance(row, Mapping)}
+    columns = list(dict.fromkeys(key for row in splits.values() for key in row))
+    methods = results.get("methods") or []
+    names = ("before", *summary.method_names(methods))
+    runs = [row for method in names for row in summary.of_method(methods, method)]
+    keys = dict.fromkeys(key for row in runs for key in row if key != "seed")
+    found = [
+        Table(
+            ["split", *(METRICS.get(key, _name(key)) for key in columns)],
+            [[split, *(_show(row.get(key)) for key in columns)] for split, row in splits.items()],
+        ),
+        Table(
+            ["over all splits", "value"],
+            [[_name(k), _show(v)] for k, v in metrics.items() if number(v) is not None],
+        ),
+        Table(
+            ["", *(_run(row.get("method"), row.get("seed")) for row in runs)],
+            [
+                [_name(key), *(_show(row.get(key), key) for row in runs)]
+                for key in keys
+                if summary.values(runs, key)
+            ],
+        ),
+    ]
+    return [table for table in found if table.rows]
+
+
+def answering(examples: Sequence[Row]) -> dict[str, str]:
+    """Keys of the models' answers in "examples", with their labels."""
+    keys = dict.fromkeys(key for row in examples for key in row if row[key] is not None)
+    others = ("split", "question", "original", "safe_target")
+    return {key: label(key) for key in keys if key not in others}
+
+
+def over_steps(curves: summary.Curves) -> Table:
+    """Means over the seeds, at some of the steps where there are many."""
+    columns = {
+        f"{title}, {label(method, short=True)}": dict(
+            summary.mean_curve(points for (owner, _), points in runs.items() if owner == method)
+        )
+        for title, runs in curves.items()
+        for method in dict.fromkeys(method for method, _ in runs)
+    }
+    steps = sorted({step for column in columns.values() for step in column})
+    count = min(len(steps), ROWS_OVER_STEPS)
+    chosen = [steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)]
+    rows = [[f"{step:g}", *(_show(c.get(step)) for c in columns.values())] for step in chosen]
+    return Table(["step", *columns], rows, "Numbers (mean over seeds)")
+
+
+def subspaces(found: Sequence[Row]) -> Table:
+    """Size, rank and diagnostics of each retain subspace."""
+    keys = ("in_features", "rank", "captured_energy", "editability", "tokens")
+    rows = [
+        [
+            " · ".join(map(str, row.get("modules") or [row.get("name")])),
+            *(_show(row.get(key)) for key in keys),
+            "yes" if row.get("rank_limited") else "no",
+        ]
+        for row in found
+    ]
+    return Table(["read by", *map(_name, keys), "cut short"], rows, "Numbers of every subspace")
+
+
+def leakage(found: Sequence[Row]) -> Table:
+    """Median and largest leakage of each kind of linear."""
+    kinds: dict[str, list[float]] = {}
+    for row in found:
+        if number(row.get("leakage")) is not None:
+            kinds.setdefault(summary.kind(row.get("module")), []).append(row["leakage"])
+    rows = [
+        [kind, str(len(values)), f"{median(values):.2g}", f"{max(values):.2g}"]
+        for kind, values in kinds.items()
+    ]
+    return Table(["kind", "adapters", "median", "largest"], rows, "Numbers by kind of linear")
+
+
+def _run(method: Any, seed: Any) -> str:
+    return label(str(method), short=True) + ("" if seed is None else f", seed {seed}")
+
+
+def _name(key: str) -> str:
+    return NAMES.get(key, key.replace("_", " "))
+
+
+def _show(value: Any, key: str = "") -> str:
+    found = number(value)
+    if found is None:
+        return "–"
+    if key == "peak_bytes":
+        return f"{found / 2**20:.0f}"
+    return str(value) if isinstance(value, int) else f"{found:.4g}"
+
+
+def _probability(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value >= 1e-3 or value <= 0 else "<0.001"
