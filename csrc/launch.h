@@ -1,4 +1,4 @@
-// Launching kernels on a device: what all launchers share. csrc/emulator/launch.h is its twin.
+// Launching kernels on a device: what all launchers share. tests/emulator/launch.h is its twin.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
 // What our own kernels ask of the hardware (sm_80 and newer): 16-bit elements, matrix fragments of
-// a warp, asynchronous copies, order between blocks. csrc/emulator/warp.h is its twin for a CPU.
+// a warp, asynchronous copies, order between blocks. tests/emulator/warp.h is its twin for a CPU.
 //
 // Fragments, with g = lane / 4 and t = lane % 4, as the PTX ISA numbers them:
 //   16-bit a [16, 16]: rows g, g+8 at columns 2t..2t+1, then both again at columns 2t+8..2t+9
@@ -10,7 +10,7 @@
 #pragma once
 
 #ifdef NSRU_EMULATED
-#include "../emulator/warp.h"
+#include "emulator/warp.h"
 #else
 
 #include <cuda_bf16.h>
@@ -20,7 +20,7 @@
 
 namespace nsru {
 
-// Elements travel as their bits. kDtype orders them like Dtype.
+// Elements travel as their bits.
 struct Bf16 {
     using Bits = uint16_t;
     static constexpr float kLargest = 3.38953139e38f;
@@ -35,13 +35,6 @@ struct Fp16 {
     static constexpr float kLargest = 65504.0f;
     static __device__ float widen(Bits bits) { return __half2float(__ushort_as_half(bits)); }
     static __device__ Bits round(float value) { return __half_as_ushort(__float2half_rn(value)); }
-};
-
-struct Fp32 {
-    using Bits = uint32_t;
-    static constexpr float kLargest = 3.40282347e38f;
-    static __device__ float widen(Bits bits) { return __uint_as_float(bits); }
-    static __device__ Bits round(float value) { return __float_as_uint(value); }
 };
 
 // The block's dynamic shared memory.
@@ -128,14 +121,6 @@ __device__ inline int ask_for_ticket(int* counter_gmem) {
     return threadIdx.x == 0 ? atomicAdd(counter_gmem, 1) : 0;
 }
 
-// The next ticket, to every thread of the block. `slot_smem` is this function's own.
-__device__ inline int take_ticket(int* counter_gmem, int* slot_smem) {
-    __syncthreads();
-    if (threadIdx.x == 0) *slot_smem = ask_for_ticket(counter_gmem);
-    __syncthreads();
-    return *slot_smem;
-}
-
 // Counts this block at a flag, all that it stored before being visible to who waits there. Returns
 // the count before, to every thread.
 __device__ inline int signal(int* flag_gmem, int* slot_smem) {
@@ -179,3 +164,22 @@ __device__ inline void let_dependents_launch() {
 
 }  // namespace nsru
 #endif
+
+namespace nsru {
+
+struct Fp32 {
+    using Bits = uint32_t;
+    static constexpr float kLargest = 3.40282347e38f;
+    static __device__ float widen(Bits bits) { return __uint_as_float(bits); }
+    static __device__ Bits round(float value) { return __float_as_uint(value); }
+};
+
+// The next ticket, to every thread of the block. `slot_smem` is this function's own.
+__device__ inline int take_ticket(int* counter_gmem, int* slot_smem) {
+    __syncthreads();
+    if (threadIdx.x == 0) *slot_smem = ask_for_ticket(counter_gmem);
+    __syncthreads();
+    return *slot_smem;
+}
+
+}  // namespace nsru
