@@ -1,26 +1,9 @@
+from collections.abc import Callable
 from typing import Any
 
 def build_info() -> dict[str, str]: ...
 def device_report() -> dict[str, Any]: ...
 def kernel_image() -> int: ...
-def rows_product_workspace(
-    *,
-    x: int,
-    v: int,
-    out: int,
-    m: int,
-    c: int,
-    r: int,
-    ldx: int,
-    ldv: int,
-    ldo: int,
-    scaling: float,
-    dtype: str,
-    device: int,
-    stream: int,
-    workspace: int = 0,
-    workspace_bytes: int = 0,
-) -> int: ...
 def launch_rows_product(
     *,
     x: int,
@@ -36,32 +19,8 @@ def launch_rows_product(
     dtype: str,
     device: int,
     stream: int,
-    workspace: int = 0,
-    workspace_bytes: int = 0,
+    allocate: Callable[[int], int],
 ) -> None: ...
-def columns_product_workspace(
-    *,
-    x: int,
-    p: int,
-    d: int,
-    v: int,
-    rows: int,
-    m: int,
-    c: int,
-    r: int,
-    ldx: int,
-    ldp: int,
-    ldv: int,
-    ldrows: int,
-    scaling: float,
-    rows_scaling: float,
-    rank_first: bool,
-    dtype: str,
-    device: int,
-    stream: int,
-    workspace: int = 0,
-    workspace_bytes: int = 0,
-) -> int: ...
 def launch_columns_product(
     *,
     x: int,
@@ -82,31 +41,8 @@ def launch_columns_product(
     dtype: str,
     device: int,
     stream: int,
-    workspace: int = 0,
-    workspace_bytes: int = 0,
+    allocate: Callable[[int], int],
 ) -> None: ...
-def sketch_update_workspace(
-    *,
-    x: int,
-    omega: int,
-    mask: int,
-    y: int,
-    h: int,
-    trace: int,
-    m: int,
-    k: int,
-    l: int,
-    ldx: int,
-    ldomega: int,
-    split: bool,
-    limit: float,
-    panel_bytes: int,
-    dtype: str,
-    device: int,
-    stream: int,
-    workspace: int = 0,
-    workspace_bytes: int = 0,
-) -> int: ...
 def launch_sketch_update(
     *,
     x: int,
@@ -126,8 +62,7 @@ def launch_sketch_update(
     dtype: str,
     device: int,
     stream: int,
-    workspace: int = 0,
-    workspace_bytes: int = 0,
+    allocate: Callable[[int], int],
 ) -> None: ...
 def launch_fold(
     *,
@@ -138,46 +73,28 @@ def launch_fold(
     items: int,
     counters: int,
     counters_size: int,
+    workspace: int,
+    workspace_bytes: int,
     adapter: str,
     basis: str,
     has_core: bool,
     aligned: bool,
     device: int,
     stream: int,
-    workspace: int,
-    workspace_bytes: int,
+    allocate: Callable[[int], int],
 ) -> None: ...
-def launch_write_table(*, values: int, size: int, table: int, device: int, stream: int) -> None: ...
+def launch_write_table(
+    *,
+    values: int,
+    size: int,
+    table: int,
+    device: int,
+    stream: int,
+    allocate: Callable[[int], int],
+) -> None: ...
 
 # Below: only in a build for sm_90a.
 def kext_kernels() -> list[dict[str, Any]]: ...
-def kext_gemm_workspace(
-    *,
-    x: int,
-    w: int,
-    p: int,
-    v: int,
-    bias: int,
-    out: int,
-    m: int,
-    n: int,
-    k: int,
-    r: int,
-    ldx: int,
-    ldw: int,
-    ldp: int,
-    ldv: int,
-    ldo: int,
-    dtype: str,
-    layout: str,
-    config: int,
-    swizzle: int,
-    after_narrow: bool,
-    device: int,
-    stream: int,
-    workspace: int = 0,
-    workspace_bytes: int = 0,
-) -> int: ...
 def launch_kext_gemm(
     *,
     x: int,
@@ -202,6 +119,5 @@ def launch_kext_gemm(
     after_narrow: bool,
     device: int,
     stream: int,
-    workspace: int = 0,
-    workspace_bytes: int = 0,
+    allocate: Callable[[int], int],
 ) -> None: ...

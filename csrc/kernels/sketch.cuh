@@ -24,7 +24,7 @@
 
 namespace nsru {
 
-struct SketchKernelParams {
+struct SketchKernelParams : SketchTiles {
     const uint16_t* x_gmem;
     const uint16_t* omega_gmem;
     const uint8_t* mask_gmem;  // null: all rows
@@ -40,12 +40,7 @@ struct SketchKernelParams {
     float* product_sums_gmem;
     int64_t ldx, ldomega;
     double limit;
-    int m, k, l, width;
-    int planes, l_tiles;
-    int row_blocks, panel_blocks, panels;
-    int k_chunk, k_chunks;
-    int y_tiles, tiles;
-    int m_chunk, m_chunks;
+    int m, k, l;
 };
 
 // Element at which a 16-byte word of a tile in shared memory lies. Eight rows of one word, which

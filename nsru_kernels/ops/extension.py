@@ -85,18 +85,20 @@ def place(tensor: Tensor) -> dict[str, int]:
 def launch(name: str, near: Tensor, **call: Any) -> None:
     """Enqueue ``launch_<name>`` of the extension on the GPU of ``near``.
 
-    The workspace comes from PyTorch's allocator: freed here, it is used again on the same stream
-    only after the kernels.
+    The launcher asks for its workspace, which comes from PyTorch's allocator: freed here, it is
+    used again on the same stream only after the kernels.
 
     Raises:
         ValueError: naming the argument that the kernel cannot take, and its value.
         RuntimeError: naming the CUDA call that failed, its code and meaning.
     """
-    module = load()
-    call |= place(near)
-    size = getattr(module, f"{name}_workspace")(**call)
-    workspace = near.new_empty(size, dtype=torch.uint8)
-    getattr(module, f"launch_{name}")(**call, workspace=workspace.data_ptr(), workspace_bytes=size)
+    workspaces: list[Tensor] = []
+
+    def allocate(size: int) -> int:
+        workspaces.append(near.new_empty(size, dtype=torch.uint8))
+        return workspaces[-1].data_ptr()
+
+    getattr(load(), f"launch_{name}")(**call, **place(near), allocate=allocate)
 
 
 def aligned(matrix: Tensor) -> bool:
