@@ -133,6 +133,7 @@ void define(py::module_& m, const char* name, void (*launch)(const ARGS&, const 
 
 PYBIND11_MODULE(NSRU_MODULE, m) {
     m.doc() = "CUDA backend of nsru_kernels; independent of torch.";
+    m.attr("interface") = 2;  // to be raised with extension.py's when arguments change
     m.def("build_info", &build_info, "Package version, architectures and CUDA version built for.");
     m.def("device_report", &device_report,
           "CUDA versions and one dict per GPU; an empty list with the reason where there is none.");

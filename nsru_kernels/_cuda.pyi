@@ -1,123 +1,18 @@
-from collections.abc import Callable
+# What csrc/bindings.cpp exports. Launchers take keyword arguments, which it lists;
+# nsru_kernels/ops/extension.py calls them.
 from typing import Any
+
+interface: int
 
 def build_info() -> dict[str, str]: ...
 def device_report() -> dict[str, Any]: ...
 def kernel_image() -> int: ...
-def launch_rows_product(
-    *,
-    x: int,
-    v: int,
-    out: int,
-    m: int,
-    c: int,
-    r: int,
-    ldx: int,
-    ldv: int,
-    ldo: int,
-    scaling: float,
-    dtype: str,
-    device: int,
-    stream: int,
-    allocate: Callable[[int], int],
-) -> None: ...
-def launch_columns_product(
-    *,
-    x: int,
-    p: int,
-    d: int,
-    v: int,
-    rows: int,
-    m: int,
-    c: int,
-    r: int,
-    ldx: int,
-    ldp: int,
-    ldv: int,
-    ldrows: int,
-    scaling: float,
-    rows_scaling: float,
-    rank_first: bool,
-    dtype: str,
-    device: int,
-    stream: int,
-    allocate: Callable[[int], int],
-) -> None: ...
-def launch_sketch_update(
-    *,
-    x: int,
-    omega: int,
-    mask: int,
-    y: int,
-    h: int,
-    trace: int,
-    m: int,
-    k: int,
-    l: int,
-    ldx: int,
-    ldomega: int,
-    split: bool,
-    limit: float,
-    panel_bytes: int,
-    dtype: str,
-    device: int,
-    stream: int,
-    allocate: Callable[[int], int],
-) -> None: ...
-def launch_fold(
-    *,
-    table: int,
-    table_size: int,
-    problems: int,
-    rows: int,
-    items: int,
-    counters: int,
-    counters_size: int,
-    workspace: int,
-    workspace_bytes: int,
-    adapter: str,
-    basis: str,
-    has_core: bool,
-    aligned: bool,
-    device: int,
-    stream: int,
-    allocate: Callable[[int], int],
-) -> None: ...
-def launch_write_table(
-    *,
-    values: int,
-    size: int,
-    table: int,
-    device: int,
-    stream: int,
-    allocate: Callable[[int], int],
-) -> None: ...
+def launch_rows_product(**call: Any) -> None: ...
+def launch_columns_product(**call: Any) -> None: ...
+def launch_sketch_update(**call: Any) -> None: ...
+def launch_fold(**call: Any) -> None: ...
+def launch_write_table(**call: Any) -> None: ...
 
 # Below: only in a build for sm_90a.
 def kext_kernels() -> list[dict[str, Any]]: ...
-def launch_kext_gemm(
-    *,
-    x: int,
-    w: int,
-    p: int,
-    v: int,
-    bias: int,
-    out: int,
-    m: int,
-    n: int,
-    k: int,
-    r: int,
-    ldx: int,
-    ldw: int,
-    ldp: int,
-    ldv: int,
-    ldo: int,
-    dtype: str,
-    layout: str,
-    config: int,
-    swizzle: int,
-    after_narrow: bool,
-    device: int,
-    stream: int,
-    allocate: Callable[[int], int],
-) -> None: ...
+def launch_kext_gemm(**call: Any) -> None: ...
