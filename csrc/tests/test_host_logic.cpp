@@ -76,12 +76,17 @@ KextGemmArgs forward_args() {
     return args;
 }
 
+// Whether so many tiles of this size hold `total`, and one less does not.
+bool cover(int64_t count, int64_t size, int64_t total) {
+    return count * size >= total && (count - 1) * size < total;
+}
+
 void test_k_tiles_cover_both_sources() {
     for (const int64_t k : {1, 63, 64, 65, 4096, 14336}) {
         for (const int64_t r : {1, 8, 16, 64, 65, 100}) {
             const KTiles tiles = split_k(k, r);
-            CHECK(tiles.main * kBlockK >= k && (tiles.main - 1) * kBlockK < k);
-            CHECK(tiles.tail * kBlockK >= r && (tiles.tail - 1) * kBlockK < r);
+            CHECK(cover(tiles.main, kBlockK, k));
+            CHECK(cover(tiles.tail, kBlockK, r));
             CHECK(tiles.total() == tiles.main + tiles.tail);
         }
     }
@@ -189,20 +194,17 @@ void test_narrow_plans_cover_everything_once() {
         for (const int64_t c : {8, 512, 520, 4096, 14336}) {
             for (const int64_t r : {1, 8, 9, 16, 64, 65, 200}) {
                 const NarrowPlan rows = plan(rows_args(m, c, r), 132);
-                CHECK(rows.blocks * 16 * rows.row_tiles >= m);
-                CHECK((rows.blocks - 1) * 16 * rows.row_tiles < m);
-                CHECK(rows.splits * rows.per_split >= c && (rows.splits - 1) * rows.per_split < c);
+                CHECK(cover(rows.blocks, 16 * rows.row_tiles, m));
+                CHECK(cover(rows.splits, rows.per_split, c));
                 CHECK(rows.per_split % kRowsStep == 0);
                 CHECK(rows.parts_bytes == bytes_of_parts(rows.splits, m * r));
                 const NarrowPlan columns = plan(columns_args(m, c, r, false), 132);
-                CHECK(columns.blocks * kColumnsBlock >= c);
-                CHECK(columns.splits * columns.per_split >= m);
-                CHECK((columns.splits - 1) * columns.per_split < m);
+                CHECK(cover(columns.blocks, kColumnsBlock, c));
+                CHECK(cover(columns.splits, columns.per_split, m));
                 CHECK(columns.parts_bytes == bytes_of_parts(columns.splits, c * r));
                 CHECK(columns.row_parts_bytes == 0);
                 for (const NarrowPlan& plan : {rows, columns}) {
-                    CHECK(plan.ranks * 8 * plan.rank_tiles >= r);
-                    CHECK((plan.ranks - 1) * 8 * plan.rank_tiles < r);
+                    CHECK(cover(plan.ranks, 8 * plan.rank_tiles, r));
                     CHECK(plan.shared_bytes <= 99 * 1024);  // of sm_86 and sm_89
                 }
             }
@@ -279,22 +281,18 @@ void test_sketch_plans_cover_everything_once() {
                 const SketchPlan made = plan(args, 132);
                 CHECK(made.tile_width % kSketchWidthUnit == 0);
                 CHECK(made.tile_width <= kSketchMaxWidth);
-                CHECK(made.l_tiles * made.tile_width >= l);
-                CHECK((made.l_tiles - 1) * made.tile_width < l);
-                CHECK(made.row_blocks * kSketchRows >= m);
-                CHECK((made.row_blocks - 1) * kSketchRows < m);
-                CHECK(made.panels * made.panel_blocks >= made.row_blocks);
-                CHECK((made.panels - 1) * made.panel_blocks < made.row_blocks);
+                CHECK(cover(made.l_tiles, made.tile_width, l));
+                CHECK(cover(made.row_blocks, kSketchRows, m));
+                CHECK(cover(made.panels, made.panel_blocks, made.row_blocks));
                 CHECK(made.panel_blocks == 1 ||
                       2 * k * kSketchRows * made.panel_blocks <= args.panel_bytes);
                 CHECK(made.k_chunk % kSketchStepFeatures == 0);
-                CHECK(made.k_chunks * made.k_chunk >= k && (made.k_chunks - 1) * made.k_chunk < k);
+                CHECK(cover(made.k_chunks, made.k_chunk, k));
                 const int64_t panel_rows = std::min<int64_t>(m, made.panel_blocks * kSketchRows);
                 CHECK(made.m_chunk % kSketchStepRows == 0);
-                CHECK(made.m_chunks * made.m_chunk >= panel_rows);
-                CHECK((made.m_chunks - 1) * made.m_chunk < panel_rows);
-                CHECK(made.y_tiles * kSketchColumns >= k);
-                CHECK((made.tiles - made.y_tiles) * kSketchColumns >= made.width);
+                CHECK(cover(made.m_chunks, made.m_chunk, panel_rows));
+                CHECK(cover(made.y_tiles, kSketchColumns, k));
+                CHECK(cover(made.tiles - made.y_tiles, kSketchColumns, made.width));
                 CHECK(made.width >= l && made.width % 8 == 0 && made.planes == 1 + l % 2);
                 CHECK(made.blocks >= 1 && made.blocks <= made.items && made.blocks <= 264);
                 CHECK(made.shared_bytes <= 99 * 1024);  // of sm_86 and sm_89
