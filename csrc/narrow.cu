@@ -47,13 +47,17 @@ void launch_rows_product(const RowsProductArgs& args, const Place& place) {
     RowsKernelParams params{};
     params.x_gmem = static_cast<const uint16_t*>(args.x_gmem);
     params.v_gmem = static_cast<const uint16_t*>(args.v_gmem);
-    params.out_gmem = static_cast<uint16_t*>(args.out_gmem);
-    params.parts_gmem = reinterpret_cast<float*>(workspace(place, plan.parts_bytes));
     params.m = static_cast<int>(args.m), params.c = static_cast<int>(args.c);
     params.r = static_cast<int>(args.r);
-    params.ldx = args.ldx, params.ldv = args.ldv, params.ldo = args.ldo;
-    params.scaling = args.scaling;
+    params.ldx = args.ldx, params.ldv = args.ldv;
     params.per_split = static_cast<int>(plan.per_split);
+    params.p = {reinterpret_cast<float*>(workspace(place, plan.parts_bytes)),
+                static_cast<uint16_t*>(args.out_gmem),
+                args.m * args.r,
+                static_cast<int>(plan.splits),
+                params.r,
+                args.ldo,
+                args.scaling};
 
     const DeviceGuard guard(place.device);
     const Grid grid{plan.blocks, plan.ranks, plan.splits};
@@ -61,46 +65,49 @@ void launch_rows_product(const RowsProductArgs& args, const Place& place) {
         using T = decltype(element);
         launch({"rows_kernel", grid, kNarrowThreads, plan.shared_bytes, place.stream},
                rows_kernel_for<T>(plan), params);
-        add_parts<T>({params.parts_gmem, params.out_gmem, args.m * args.r,
-                      static_cast<int>(plan.splits), params.r, args.ldo, args.scaling},
-                     Sum{}, place.stream);
+        add_parts<T>(params.p, Sum{}, place.stream);
     });
 }
 
 void launch_columns_product(const ColumnsProductArgs& args, const Place& place) {
     const NarrowPlan plan = plan_launch(args, place.device);
     unsigned char* const parts = workspace(place, plan.parts_bytes + plan.row_parts_bytes);
+    const auto parts_at = [&](int64_t offset, int64_t bytes) {
+        return bytes ? reinterpret_cast<float*>(parts + offset) : nullptr;
+    };
     ColumnsKernelParams params{};
     params.x_gmem = static_cast<const uint16_t*>(args.x_gmem);
     params.p_gmem = static_cast<const uint16_t*>(args.p_gmem);
-    params.d_gmem = static_cast<uint16_t*>(args.d_gmem);
     params.v_gmem = static_cast<const uint16_t*>(args.v_gmem);
-    params.rows_gmem = static_cast<uint16_t*>(args.rows_gmem);
-    if (plan.parts_bytes) params.d_parts_gmem = reinterpret_cast<float*>(parts);
-    if (plan.row_parts_bytes) {
-        params.row_parts_gmem = reinterpret_cast<float*>(parts + plan.parts_bytes);
-    }
     params.m = static_cast<int>(args.m), params.c = static_cast<int>(args.c);
     params.r = static_cast<int>(args.r);
     params.ldx = args.ldx, params.ldp = args.ldp, params.ldv = args.ldv;
-    params.ldrows = args.ldrows;
     params.stride_dc = args.rank_first ? 1 : args.r;
     params.stride_dr = args.rank_first ? args.c : 1;
-    params.scaling = args.scaling, params.rows_scaling = args.rows_scaling;
     params.per_split = static_cast<int>(plan.per_split);
+    const int row_length = args.rank_first ? params.c : params.r;
+    params.d = {parts_at(0, plan.parts_bytes),
+                static_cast<uint16_t*>(args.d_gmem),
+                args.c * args.r,
+                static_cast<int>(plan.splits),
+                row_length,
+                row_length,
+                args.scaling};
+    params.rows = {parts_at(plan.parts_bytes, plan.row_parts_bytes),
+                   static_cast<uint16_t*>(args.rows_gmem),
+                   args.m * args.r,
+                   static_cast<int>(plan.blocks),
+                   params.r,
+                   args.ldrows,
+                   args.rows_scaling};
 
     const DeviceGuard guard(place.device);
     const Grid grid{plan.blocks, plan.ranks, plan.splits};
-    const int row_length = static_cast<int>(args.rank_first ? args.c : args.r);
     with_type<Bf16, Fp16>(args.dtype, [&](auto element) {
         using T = decltype(element);
         launch({"columns_kernel", grid, kNarrowThreads, plan.shared_bytes, place.stream},
                columns_kernel_for<T>(plan, args.v_gmem != nullptr), params);
-        add_parts<T>({params.d_parts_gmem, params.d_gmem, args.c * args.r,
-                      static_cast<int>(plan.splits), row_length, row_length, args.scaling},
-                     {params.row_parts_gmem, params.rows_gmem, args.m * args.r,
-                      static_cast<int>(plan.blocks), params.r, args.ldrows, args.rows_scaling},
-                     place.stream);
+        add_parts<T>(params.d, params.rows, place.stream);
     });
 }
 

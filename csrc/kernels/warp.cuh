@@ -47,32 +47,31 @@ __device__ inline uint32_t shared_address(const void* smem) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
 }
 
+// d += a·b by the instruction for these shapes and types.
+#define NSRU_MMA(SHAPES_AND_TYPES)                        \
+    asm("mma.sync.aligned." SHAPES_AND_TYPES              \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+        "{%0, %1, %2, %3};"                               \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])  \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+
 // d += a·b over 16-bit elements.
 template <class T>
 __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 template <>
 __device__ inline void mma<Bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    NSRU_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
 }
 
 template <>
 __device__ inline void mma<Fp16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    NSRU_MMA("m16n8k16.row.col.f32.f16.f16.f32");
 }
 
 // d += a·b over float32 bits, of which the tensor core reads the upper 19.
 __device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    NSRU_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 }
 
 // Four 8x8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8. Register j gets, of
@@ -180,6 +179,30 @@ __device__ inline int take_ticket(int* counter_gmem, int* slot_smem) {
     if (threadIdx.x == 0) *slot_smem = ask_for_ticket(counter_gmem);
     __syncthreads();
     return *slot_smem;
+}
+
+// Element at which a 16-byte word of a tile in shared memory lies. Eight rows of one word, which
+// a fragment takes, are in different banks.
+template <int WORDS>
+__device__ __forceinline__ int place(int row, int word) {
+    return 8 * (row * WORDS + (word ^ (WORDS % 8 ? row / 2 % 4 : row % 8)));
+}
+
+// A block's walk through STAGES stages of shared memory: multiply(step) for each step, after what
+// load(step) started to copy STAGES - 1 steps ahead; `load` is called for the steps in their order.
+template <int STAGES, class LOAD, class MULTIPLY>
+__device__ __forceinline__ void walk(int steps, const LOAD& load, const MULTIPLY& multiply) {
+    for (int step = 0; step < STAGES - 1; ++step) {
+        if (step < steps) load(step);
+        close_copies();
+    }
+    for (int step = 0; step < steps; ++step) {
+        wait_for_copies<STAGES - 2>();
+        __syncthreads();  // the copies of all threads; and the stage to fill next is read no more
+        if (step + STAGES - 1 < steps) load(step + STAGES - 1);
+        close_copies();
+        multiply(step);
+    }
 }
 
 }  // namespace nsru
