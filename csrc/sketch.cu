@@ -37,8 +37,6 @@ void launch_sketch_update(const SketchUpdateArgs& args, const Place& place) {
     params.product_sums_gmem = reinterpret_cast<float*>(memory + plan.product_sums_at);
     params.ldx = args.ldx, params.ldomega = args.ldomega;
     params.limit = args.limit;
-    params.m = static_cast<int>(args.m), params.k = static_cast<int>(args.k);
-    params.l = static_cast<int>(args.l);
 
     const DeviceGuard guard(place.device);
     zero_async(params.counters_gmem, plan.counters_bytes, place.stream);

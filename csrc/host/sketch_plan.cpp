@@ -32,6 +32,7 @@ int tile_width(const SketchUpdateArgs& args) {
 SketchTiles cut(const SketchUpdateArgs& args, int64_t multiprocessors) {
     const auto number = [](int64_t n) { return static_cast<int>(n); };
     SketchTiles out{};
+    out.m = number(args.m), out.k = number(args.k), out.l = number(args.l);
     out.width = number(round_up(args.l, kAlignedElements));
     out.planes = args.split ? 2 : 1;
     out.l_tiles = number(ceil_div(args.l, kSketchMaxWidth));

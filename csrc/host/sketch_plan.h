@@ -35,6 +35,7 @@ constexpr int sketch_blocks_together(int tile_width) { return tile_width <= 128 
 
 // Work items are chunks of the sums that make a tile, panel by panel; see ops/sketch/README.md.
 struct SketchTiles {
+    int m, k, l;
     int width;  // of S in memory: L rounded up to 16 bytes
     int planes;
     int l_tiles;

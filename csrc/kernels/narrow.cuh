@@ -168,9 +168,9 @@ __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKe
     uint16_t* const p_smem = x_smem + kColumnsStages * kXTile;
     float* const warps_smem = reinterpret_cast<float*>(p_smem + kColumnsStages * kPTile);
 
-    const auto load = [&](int step) {
-        uint16_t* const x = x_smem + step % kColumnsStages * kXTile;
-        uint16_t* const p = p_smem + step % kColumnsStages * kPTile;
+    const auto load = [&](int step, int stage) {
+        uint16_t* const x = x_smem + stage * kXTile;
+        uint16_t* const p = p_smem + stage * kPTile;
         const int64_t top = first + static_cast<int64_t>(step) * kColumnsRows;
 #pragma unroll
         for (int i = 0; i < kColumnsRows * kColumnsBlock / 8 / kNarrowThreads; ++i) {
@@ -202,9 +202,9 @@ __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKe
     }
 
     float d[2][RANK_TILES][4] = {};
-    walk<kColumnsStages>(steps, load, [&](int step) {
-        const uint16_t* const x = x_smem + step % kColumnsStages * kXTile;
-        const uint16_t* const p = p_smem + step % kColumnsStages * kPTile;
+    walk<kColumnsStages>(steps, load, [&](int step, int stage) {
+        const uint16_t* const x = x_smem + stage * kXTile;
+        const uint16_t* const p = p_smem + stage * kPTile;
 #pragma unroll
         for (int rows = 0; rows < kColumnsRows; rows += 16) {
             uint32_t b[(RANK_TILES + 1) / 2][4];  // two tiles of 8 ranks each

@@ -24,7 +24,7 @@
 
 namespace nsru {
 
-struct SketchKernelParams : SketchTiles {
+struct SketchOperands {
     const uint16_t* x_gmem;
     const uint16_t* omega_gmem;
     const uint8_t* mask_gmem;  // null: all rows
@@ -40,8 +40,9 @@ struct SketchKernelParams : SketchTiles {
     float* product_sums_gmem;
     int64_t ldx, ldomega;
     double limit;
-    int m, k, l;
 };
+
+struct SketchKernelParams : SketchOperands, SketchTiles {};
 
 // How 8 warps share a tile [ROWS, WIDTH] of a product; kTiles of mma's tiles are a warp's.
 template <int ROWS, int WIDTH, int ROW_WARPS>
@@ -186,8 +187,8 @@ __device__ __forceinline__ void make_s_tile(const SketchKernelParams& params, in
         omega_next[i] = params.omega_gmem + feature * params.ldomega + first_column + 8 * copy_word;
     }
     int features_left = last - first;
-    const auto load = [&](int step) {
-        uint16_t* const x = stages_smem + step % kSketchStages * kStage;
+    const auto load = [&](int, int stage) {
+        uint16_t* const x = stages_smem + stage * kStage;
 #pragma unroll
         for (int i = 0; i < kRowsEach; ++i) {
             const int row = copy_row + 32 * i;
@@ -211,8 +212,8 @@ __device__ __forceinline__ void make_s_tile(const SketchKernelParams& params, in
     const int warp_row = row_warp * Mine::kRows, warp_column = column_warp * Mine::kColumns;
     float s[Mine::kTiles][4] = {};
     double energy = 0.0;
-    walk<kSketchStages>(steps, load, [&](int step) {
-        const uint16_t* const x = stages_smem + step % kSketchStages * kStage;
+    walk<kSketchStages>(steps, load, [&](int, int stage) {
+        const uint16_t* const x = stages_smem + stage * kStage;
 #pragma unroll
         for (int k = 0; k < kSketchStepFeatures / 16; ++k) {
             uint32_t a[Mine::kRowTiles][4];
@@ -311,8 +312,8 @@ __device__ __forceinline__ void add_product_tile(const SketchKernelParams& param
         ask_mask();
     };
     begin_pass();
-    const auto load = [&](int step) {
-        uint16_t* const left = stages_smem + step % kSketchProductStages * kStage;
+    const auto load = [&](int, int stage) {
+        uint16_t* const left = stages_smem + stage * kStage;
 #pragma unroll
         for (int j = 0; j < kLeftWords; j += 8) {
             const int word = j + copy_word;
@@ -345,8 +346,8 @@ __device__ __forceinline__ void add_product_tile(const SketchKernelParams& param
     const int row_warp = warp / Mine::kColumnWarps, column_warp = warp % Mine::kColumnWarps;
     const int warp_row = row_warp * Mine::kRows, warp_column = column_warp * Mine::kColumns;
     float d[Mine::kTiles][4] = {};
-    walk<kSketchProductStages>(steps, load, [&](int step) {
-        const uint16_t* const left = stages_smem + step % kSketchProductStages * kStage;
+    walk<kSketchProductStages>(steps, load, [&](int, int stage) {
+        const uint16_t* const left = stages_smem + stage * kStage;
 #pragma unroll
         for (int row = 0; row < kSketchStepRows; row += 16) {
             uint32_t a[Mine::kRowTiles][4];  // the left factor transposed

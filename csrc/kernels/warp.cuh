@@ -188,20 +188,22 @@ __device__ __forceinline__ int place(int row, int word) {
     return 8 * (row * WORDS + (word ^ (WORDS % 8 ? row / 2 % 4 : row % 8)));
 }
 
-// A block's walk through STAGES stages of shared memory: multiply(step) for each step, after what
-// load(step) started to copy STAGES - 1 steps ahead; `load` is called for the steps in their order.
+// A block's walk through STAGES stages of shared memory: multiply(step, stage) for each step, after
+// what load(step, stage) started to copy STAGES - 1 steps ahead; `load` is called for the steps in
+// their order.
 template <int STAGES, class LOAD, class MULTIPLY>
 __device__ __forceinline__ void walk(int steps, const LOAD& load, const MULTIPLY& multiply) {
     for (int step = 0; step < STAGES - 1; ++step) {
-        if (step < steps) load(step);
+        if (step < steps) load(step, step);
         close_copies();
     }
     for (int step = 0; step < steps; ++step) {
         wait_for_copies<STAGES - 2>();
         __syncthreads();  // the copies of all threads; and the stage to fill next is read no more
-        if (step + STAGES - 1 < steps) load(step + STAGES - 1);
+        const int ahead = step + STAGES - 1;
+        if (ahead < steps) load(ahead, ahead % STAGES);
         close_copies();
-        multiply(step);
+        multiply(step, step % STAGES);
     }
 }
 
