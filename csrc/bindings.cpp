@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "device.h"
 #include "fold.h"
@@ -44,208 +46,162 @@ py::dict build_info() {
                     "cuda"_a = version(nsru::toolkit_version()));
 }
 
-const char* const kDtypeNames[] = {"bf16", "fp16", "fp32"};
-
-template <class ENUM, size_t COUNT>
-ENUM named(const char* what, const std::string& name, const char* const (&names)[COUNT]) {
-    std::string all;
-    for (size_t i = 0; i < COUNT; ++i) {
-        if (name == names[i]) return static_cast<ENUM>(i);
-        all += std::string(i ? " or '" : "'") + names[i] + "'";
-    }
-    throw std::invalid_argument(std::string(what) + " must be " + all + ", got '" + name + "'");
-}
-
-nsru::Dtype dtype_of(const std::string& name) {
-    return named<nsru::Dtype>("dtype", name, kDtypeNames);
-}
-
-// Addresses and streams are integers in Python.
-void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
-
-// Defines a function of RowsProductArgs.
-template <class RESULT>
-void define_rows(py::module_& m, const char* name, RESULT (*function)(const nsru::RowsProductArgs&),
-                 const char* doc) {
-    const auto call = [function](uintptr_t x, uintptr_t v, uintptr_t out, int64_t m, int64_t c,
-                                 int64_t r, int64_t ldx, int64_t ldv, int64_t ldo, float scaling,
-                                 const std::string& dtype, int device, uintptr_t stream,
-                                 uintptr_t workspace, size_t workspace_bytes) {
-        return function({pointer(x), pointer(v), pointer(out), m, c, r, ldx, ldv, ldo, scaling,
-                         dtype_of(dtype), device, pointer(stream), pointer(workspace),
-                         workspace_bytes});
-    };
-    m.def(name, call, py::kw_only(), "x"_a, "v"_a, "out"_a, "m"_a, "c"_a, "r"_a, "ldx"_a, "ldv"_a,
-          "ldo"_a, "scaling"_a, "dtype"_a, "device"_a, "stream"_a, "workspace"_a = 0,
-          "workspace_bytes"_a = 0, py::call_guard<py::gil_scoped_release>(), doc);
-}
-
-// Defines a function of ColumnsProductArgs.
-template <class RESULT>
-void define_columns(py::module_& m, const char* name,
-                    RESULT (*function)(const nsru::ColumnsProductArgs&), const char* doc) {
-    const auto call = [function](uintptr_t x, uintptr_t p, uintptr_t d, uintptr_t v, uintptr_t rows,
-                                 int64_t m, int64_t c, int64_t r, int64_t ldx, int64_t ldp,
-                                 int64_t ldv, int64_t ldrows, float scaling, float rows_scaling,
-                                 bool rank_first, const std::string& dtype, int device,
-                                 uintptr_t stream, uintptr_t workspace, size_t workspace_bytes) {
-        return function({pointer(x),
-                         pointer(p),
-                         pointer(d),
-                         pointer(v),
-                         pointer(rows),
-                         m,
-                         c,
-                         r,
-                         ldx,
-                         ldp,
-                         ldv,
-                         ldrows,
-                         scaling,
-                         rows_scaling,
-                         rank_first,
-                         dtype_of(dtype),
-                         device,
-                         pointer(stream),
-                         pointer(workspace),
-                         workspace_bytes});
-    };
-    m.def(name, call, py::kw_only(), "x"_a, "p"_a, "d"_a, "v"_a, "rows"_a, "m"_a, "c"_a, "r"_a,
-          "ldx"_a, "ldp"_a, "ldv"_a, "ldrows"_a, "scaling"_a, "rows_scaling"_a, "rank_first"_a,
-          "dtype"_a, "device"_a, "stream"_a, "workspace"_a = 0, "workspace_bytes"_a = 0,
-          py::call_guard<py::gil_scoped_release>(), doc);
-}
-
-// Defines a function of SketchUpdateArgs.
-template <class RESULT>
-void define_sketch(py::module_& m, const char* name,
-                   RESULT (*function)(const nsru::SketchUpdateArgs&), const char* doc) {
-    const auto call = [function](uintptr_t x, uintptr_t omega, uintptr_t mask, uintptr_t y,
-                                 uintptr_t h, uintptr_t trace, int64_t m, int64_t k, int64_t l,
-                                 int64_t ldx, int64_t ldomega, bool split, double limit,
-                                 int64_t panel_bytes, const std::string& dtype, int device,
-                                 uintptr_t stream, uintptr_t workspace, size_t workspace_bytes) {
-        return function({pointer(x), pointer(omega), pointer(mask), static_cast<float*>(pointer(y)),
-                         static_cast<float*>(pointer(h)), static_cast<double*>(pointer(trace)), m,
-                         k, l, ldx, ldomega, split, limit, panel_bytes, dtype_of(dtype), device,
-                         pointer(stream), pointer(workspace), workspace_bytes});
-    };
-    m.def(name, call, py::kw_only(), "x"_a, "omega"_a, "mask"_a, "y"_a, "h"_a, "trace"_a, "m"_a,
-          "k"_a, "l"_a, "ldx"_a, "ldomega"_a, "split"_a, "limit"_a, "panel_bytes"_a, "dtype"_a,
-          "device"_a, "stream"_a, "workspace"_a = 0, "workspace_bytes"_a = 0,
-          py::call_guard<py::gil_scoped_release>(), doc);
-}
-
-void launch_fold(uintptr_t table, int64_t table_size, int64_t problems, int64_t rows, int64_t items,
-                 uintptr_t counters, int64_t counters_size, const std::string& adapter,
-                 const std::string& basis, bool has_core, bool aligned, int device,
-                 uintptr_t stream, uintptr_t workspace, size_t workspace_bytes) {
-    nsru::launch_fold({static_cast<const int64_t*>(pointer(table)), table_size, problems, rows,
-                       items, static_cast<int*>(pointer(counters)), counters_size,
-                       named<nsru::Dtype>("adapter", adapter, kDtypeNames),
-                       named<nsru::Dtype>("basis", basis, kDtypeNames), has_core, aligned, device,
-                       pointer(stream), pointer(workspace), workspace_bytes});
-}
-
-void launch_write_table(uintptr_t values, int64_t size, uintptr_t table, int device,
-                        uintptr_t stream) {
-    nsru::launch_write_table({static_cast<const int64_t*>(pointer(values)), size,
-                              static_cast<int64_t*>(pointer(table)), device, pointer(stream)});
-}
-
+template <class ENUM>
+const std::vector<const char*> kNames;
+template <>
+const std::vector<const char*> kNames<nsru::Dtype>{"bf16", "fp16", "fp32"};
 #ifdef NSRU_KEXT_GEMM
-const char* const kLayoutNames[] = {"NK", "KN"};
+template <>
+const std::vector<const char*> kNames<nsru::KextLayout>{"NK", "KN"};
 
 py::list kext_kernels() {
     py::list kernels;
     for (const nsru::KextKernel& kernel : nsru::kext_kernels()) {
-        kernels.append(py::dict(
-            "config"_a = kernel.config, "dtype"_a = kDtypeNames[static_cast<int>(kernel.dtype)],
-            "layout"_a = kLayoutNames[static_cast<int>(kernel.layout)], "stages"_a = kernel.stages,
-            "threads"_a = kernel.threads, "shared_bytes"_a = kernel.shared_bytes));
+        kernels.append(
+            py::dict("config"_a = kernel.config,
+                     "dtype"_a = kNames<nsru::Dtype>[static_cast<size_t>(kernel.dtype)],
+                     "layout"_a = kNames<nsru::KextLayout>[static_cast<size_t>(kernel.layout)],
+                     "stages"_a = kernel.stages, "threads"_a = kernel.threads,
+                     "shared_bytes"_a = kernel.shared_bytes));
     }
     return kernels;
 }
-
-// Defines a function of KextGemmArgs whose pointers and stream are integers in Python.
-template <class RESULT>
-void define_kext(py::module_& m, const char* name, RESULT (*function)(const nsru::KextGemmArgs&),
-                 const char* doc) {
-    const auto call = [function](uintptr_t x, uintptr_t w, uintptr_t p, uintptr_t v, uintptr_t bias,
-                                 uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t r,
-                                 int64_t ldx, int64_t ldw, int64_t ldp, int64_t ldv, int64_t ldo,
-                                 const std::string& dtype, const std::string& layout, int config,
-                                 int swizzle, bool after_narrow, int device, uintptr_t stream,
-                                 uintptr_t workspace, size_t workspace_bytes) {
-        return function({pointer(x),
-                         pointer(w),
-                         pointer(p),
-                         pointer(v),
-                         pointer(bias),
-                         pointer(out),
-                         m,
-                         n,
-                         k,
-                         r,
-                         ldx,
-                         ldw,
-                         ldp,
-                         ldv,
-                         ldo,
-                         dtype_of(dtype),
-                         named<nsru::KextLayout>("layout", layout, kLayoutNames),
-                         config,
-                         swizzle,
-                         after_narrow,
-                         device,
-                         pointer(stream),
-                         pointer(workspace),
-                         workspace_bytes});
-    };
-    m.def(name, call, py::kw_only(), "x"_a, "w"_a, "p"_a, "v"_a, "bias"_a, "out"_a, "m"_a, "n"_a,
-          "k"_a, "r"_a, "ldx"_a, "ldw"_a, "ldp"_a, "ldv"_a, "ldo"_a, "dtype"_a, "layout"_a,
-          "config"_a, "swizzle"_a, "after_narrow"_a, "device"_a, "stream"_a, "workspace"_a = 0,
-          "workspace_bytes"_a = 0, py::call_guard<py::gil_scoped_release>(), doc);
-}
 #endif
+
+// What a member of a launcher's arguments is in Python: addresses are integers, choices names.
+template <class MEMBER>
+using InPython =
+    std::conditional_t<std::is_pointer_v<MEMBER>, uintptr_t,
+                       std::conditional_t<std::is_enum_v<MEMBER>, std::string, MEMBER>>;
+
+template <class ENUM>
+ENUM named(const char* what, const std::string& name) {
+    std::string all;
+    for (size_t i = 0; i < kNames<ENUM>.size(); ++i) {
+        if (name == kNames<ENUM>[i]) return static_cast<ENUM>(i);
+        all += std::string(i ? " or '" : "'") + kNames<ENUM>[i] + "'";
+    }
+    throw std::invalid_argument(std::string(what) + " must be " + all + ", got '" + name + "'");
+}
+
+template <class MEMBER>
+MEMBER from_python(const char* name, const InPython<MEMBER>& value) {
+    if constexpr (std::is_pointer_v<MEMBER>) {
+        return reinterpret_cast<MEMBER>(value);
+    } else if constexpr (std::is_enum_v<MEMBER>) {
+        return named<MEMBER>(name, value);
+    } else {
+        return value;
+    }
+}
+
+template <class ARGS, class MEMBER>
+struct Field {
+    const char* name;
+    MEMBER ARGS::*member;
+};
+template <class ARGS, class MEMBER>
+Field(const char*, MEMBER ARGS::*) -> Field<ARGS, MEMBER>;
+
+// Defines a launcher. Its keyword arguments are the fields and the place: device, stream, and
+// allocate(bytes), which returns the address of memory that lives until the call returns.
+template <class ARGS, class... MEMBERS>
+void define(py::module_& m, const char* name, void (*launch)(const ARGS&, const nsru::Place&),
+            const char* doc, Field<ARGS, MEMBERS>... fields) {
+    const auto call = [=](const InPython<MEMBERS>&... values, int device, uintptr_t stream,
+                          const py::function& allocate) {
+        const auto allocate_locked = [&](size_t bytes) {
+            py::gil_scoped_acquire locked;
+            return reinterpret_cast<void*>(allocate(bytes).cast<uintptr_t>());
+        };
+        try {
+            ARGS args{};
+            ((args.*fields.member = from_python<MEMBERS>(fields.name, values)), ...);
+            py::gil_scoped_release unlocked;
+            launch(args, {device, reinterpret_cast<void*>(stream), allocate_locked});
+        } catch (const std::invalid_argument& error) {
+            throw std::invalid_argument(name + (": " + std::string(error.what())));
+        } catch (const std::runtime_error& error) {
+            throw std::runtime_error(name + (": " + std::string(error.what())));
+        }
+    };
+    m.def(name, call, py::kw_only(), py::arg(fields.name)..., "device"_a, "stream"_a, "allocate"_a,
+          doc);
+}
 
 }  // namespace
 
 PYBIND11_MODULE(NSRU_MODULE, m) {
     m.doc() = "CUDA backend of nsru_kernels; independent of torch.";
+    m.attr("interface") = 2;  // to be raised with extension.py's when arguments change
     m.def("build_info", &build_info, "Package version, architectures and CUDA version built for.");
     m.def("device_report", &device_report,
           "CUDA versions and one dict per GPU; an empty list with the reason where there is none.");
     m.def("kernel_image", &nsru::kernel_image,
           "SM version of the code the current GPU would run; RuntimeError where there is none.");
-    define_rows(m, "rows_product_workspace", &nsru::rows_product_workspace,
-                "Bytes of workspace that launch_rows_product needs for the same arguments.");
-    define_rows(m, "launch_rows_product", &nsru::launch_rows_product,
-                "out [M, R] = scaling · X [M, C]·V [R, C]ᵀ on a stream; sizes in elements.");
-    define_columns(m, "columns_product_workspace", &nsru::columns_product_workspace,
-                   "Bytes of workspace that launch_columns_product needs for the same arguments.");
-    define_columns(m, "launch_columns_product", &nsru::launch_columns_product,
-                   "d = scaling · X [M, C]ᵀ·P [M, R], and rows [M, R] = rows_scaling · X·V [C, R] "
-                   "where v is not 0, on a stream.");
-    define_sketch(m, "sketch_update_workspace", &nsru::sketch_update_workspace,
-                  "Bytes of workspace that launch_sketch_update needs for the same arguments.");
-    define_sketch(m, "launch_sketch_update", &nsru::launch_sketch_update,
-                  "y += x [M, K]ᵀ·S and h += Sᵀ·S with S = round(x·omega [K, L]) where "
-                  "trace = ‖x‖² < limit, over the rows that mask keeps, on a stream.");
-    m.def("launch_fold", &launch_fold, py::kw_only(), "table"_a, "table_size"_a, "problems"_a,
-          "rows"_a, "items"_a, "counters"_a, "counters_size"_a, "adapter"_a, "basis"_a,
-          "has_core"_a, "aligned"_a, "device"_a, "stream"_a, "workspace"_a, "workspace_bytes"_a,
-          py::call_guard<py::gil_scoped_release>(),
-          "A - (A·U)·C·Uᵀ for every adapter that the table in device memory describes, on a "
-          "stream; counters start as zeros.");
-    m.def("launch_write_table", &launch_write_table, py::kw_only(), "values"_a, "size"_a, "table"_a,
-          "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
-          "Copies int64 values from host to device memory as kernel arguments, on a stream.");
+
+    using Rows = nsru::RowsProductArgs;
+    define(m, "launch_rows_product", &nsru::launch_rows_product,
+           "out [M, R] = scaling · X [M, C]·V [R, C]ᵀ on a stream; sizes in elements.",
+           Field{"x", &Rows::x_gmem}, Field{"v", &Rows::v_gmem}, Field{"out", &Rows::out_gmem},
+           Field{"m", &Rows::m}, Field{"c", &Rows::c}, Field{"r", &Rows::r},
+           Field{"ldx", &Rows::ldx}, Field{"ldv", &Rows::ldv}, Field{"ldo", &Rows::ldo},
+           Field{"scaling", &Rows::scaling}, Field{"dtype", &Rows::dtype});
+
+    using Columns = nsru::ColumnsProductArgs;
+    define(m, "launch_columns_product", &nsru::launch_columns_product,
+           "d = scaling · X [M, C]ᵀ·P [M, R], and rows [M, R] = rows_scaling · X·V [C, R] where v "
+           "is not 0, on a stream.",
+           Field{"x", &Columns::x_gmem}, Field{"p", &Columns::p_gmem}, Field{"d", &Columns::d_gmem},
+           Field{"v", &Columns::v_gmem}, Field{"rows", &Columns::rows_gmem},
+           Field{"m", &Columns::m}, Field{"c", &Columns::c}, Field{"r", &Columns::r},
+           Field{"ldx", &Columns::ldx}, Field{"ldp", &Columns::ldp}, Field{"ldv", &Columns::ldv},
+           Field{"ldrows", &Columns::ldrows}, Field{"scaling", &Columns::scaling},
+           Field{"rows_scaling", &Columns::rows_scaling}, Field{"rank_first", &Columns::rank_first},
+           Field{"dtype", &Columns::dtype});
+
+    using Sketch = nsru::SketchUpdateArgs;
+    define(m, "launch_sketch_update", &nsru::launch_sketch_update,
+           "y += x [M, K]ᵀ·S and h += Sᵀ·S with S = round(x·omega [K, L]) where "
+           "trace = ‖x‖² < limit, over the rows that mask keeps, on a stream.",
+           Field{"x", &Sketch::x_gmem}, Field{"omega", &Sketch::omega_gmem},
+           Field{"mask", &Sketch::mask_gmem}, Field{"y", &Sketch::y_gmem},
+           Field{"h", &Sketch::h_gmem}, Field{"trace", &Sketch::trace_gmem}, Field{"m", &Sketch::m},
+           Field{"k", &Sketch::k}, Field{"l", &Sketch::l}, Field{"ldx", &Sketch::ldx},
+           Field{"ldomega", &Sketch::ldomega}, Field{"split", &Sketch::split},
+           Field{"limit", &Sketch::limit}, Field{"panel_bytes", &Sketch::panel_bytes},
+           Field{"dtype", &Sketch::dtype});
+
+    using Fold = nsru::FoldArgs;
+    define(m, "launch_fold", &nsru::launch_fold,
+           "A - (A·U)·C·Uᵀ for every adapter that the table in device memory describes, on a "
+           "stream; counters start as zeros.",
+           Field{"table", &Fold::table_gmem}, Field{"table_size", &Fold::table_size},
+           Field{"problems", &Fold::problems}, Field{"rows", &Fold::rows},
+           Field{"items", &Fold::items}, Field{"counters", &Fold::counters_gmem},
+           Field{"counters_size", &Fold::counters_size}, Field{"workspace", &Fold::workspace_gmem},
+           Field{"workspace_bytes", &Fold::workspace_bytes}, Field{"adapter", &Fold::adapter},
+           Field{"basis", &Fold::basis}, Field{"has_core", &Fold::has_core},
+           Field{"aligned", &Fold::aligned});
+
+    using Table = nsru::WriteTableArgs;
+    define(m, "launch_write_table", &nsru::launch_write_table,
+           "Copies int64 values from host to device memory as kernel arguments, on a stream.",
+           Field{"values", &Table::values}, Field{"size", &Table::size},
+           Field{"table", &Table::table_gmem});
+
 #ifdef NSRU_KEXT_GEMM
     m.def("kext_kernels", &kext_kernels, "One dict per compiled kernel of the K-extended GEMM.");
-    define_kext(m, "kext_gemm_workspace", &nsru::kext_gemm_workspace,
-                "Bytes of workspace that launch_kext_gemm needs for the same arguments.");
-    define_kext(m, "launch_kext_gemm", &nsru::launch_kext_gemm,
-                "out = X·W + P·V + bias on a stream; addresses as integers, sizes in elements.");
+    using Gemm = nsru::KextGemmArgs;
+    define(m, "launch_kext_gemm", &nsru::launch_kext_gemm,
+           "out = X·W + P·V + bias on a stream; addresses as integers, sizes in elements.",
+           Field{"x", &Gemm::x_gmem}, Field{"w", &Gemm::w_gmem}, Field{"p", &Gemm::p_gmem},
+           Field{"v", &Gemm::v_gmem}, Field{"bias", &Gemm::bias_gmem},
+           Field{"out", &Gemm::out_gmem}, Field{"m", &Gemm::m}, Field{"n", &Gemm::n},
+           Field{"k", &Gemm::k}, Field{"r", &Gemm::r}, Field{"ldx", &Gemm::ldx},
+           Field{"ldw", &Gemm::ldw}, Field{"ldp", &Gemm::ldp}, Field{"ldv", &Gemm::ldv},
+           Field{"ldo", &Gemm::ldo}, Field{"dtype", &Gemm::dtype}, Field{"layout", &Gemm::layout},
+           Field{"config", &Gemm::config}, Field{"swizzle", &Gemm::swizzle},
+           Field{"after_narrow", &Gemm::after_narrow});
 #endif
 }

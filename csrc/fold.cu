@@ -1,9 +1,8 @@
 #include <algorithm>
-#include <string>
 
 #include "fold.h"
 #include "host/fold_plan.h"
-#include "host/matrix.h"
+#include "kernels/choose.h"
 #include "kernels/fold.cuh"
 #include "launch.h"
 
@@ -12,36 +11,19 @@ namespace {
 
 using FoldKernel = void (*)(FoldParams);
 
-template <class A>
-FoldKernel aligned_kernel_for(Dtype basis) {
-    switch (basis) {
-        case Dtype::kBf16:
-            return fold_kernel<A, Bf16, true>;
-        case Dtype::kFp16:
-            return fold_kernel<A, Fp16, true>;
-        default:
-            return fold_kernel<A, Fp32, true>;
-    }
-}
-
 FoldKernel kernel_for(const FoldArgs& args) {
     if (!args.aligned) return fold_kernel<Fp32, Fp32, false>;
-    switch (args.adapter) {
-        case Dtype::kBf16:
-            return aligned_kernel_for<Bf16>(args.basis);
-        case Dtype::kFp16:
-            return aligned_kernel_for<Fp16>(args.basis);
-        default:
-            return aligned_kernel_for<Fp32>(args.basis);
-    }
+    return with_type<Bf16, Fp16, Fp32>(args.adapter, [&](auto adapter) {
+        return with_type<Bf16, Fp16, Fp32>(args.basis, [](auto basis) -> FoldKernel {
+            return fold_kernel<decltype(adapter), decltype(basis), true>;
+        });
+    });
 }
 
 }  // namespace
 
-void launch_fold(const FoldArgs& args) {
-    refuse_for(refusal(args), "launch_fold");
-    const Gpu gpu = gpu_of(args.device);
-    check_gpu("launch_fold", gpu, args.device, kFoldShared);
+void launch_fold(const FoldArgs& args, const Place& place) {
+    const FoldPlan plan = plan_launch(args, place.device);
     FoldParams params{};
     params.table_gmem = args.table_gmem;
     params.workspace_gmem = static_cast<float*>(args.workspace_gmem);
@@ -52,22 +34,20 @@ void launch_fold(const FoldArgs& args) {
     params.items = static_cast<int>(args.items);
     params.adapter = args.adapter, params.basis = args.basis;
     params.has_core = args.has_core;
-    const int64_t blocks =
-        std::min<int64_t>(args.items, kFoldBlocksPerMultiprocessor * gpu.multiprocessors);
-    const DeviceGuard guard(args.device);
-    launch({"fold_kernel", {blocks}, kFoldThreads, kFoldShared, args.stream}, kernel_for(args),
-           params);
+    const DeviceGuard guard(place.device);
+    launch({"fold_kernel", {plan.blocks}, kFoldThreads, plan.shared_bytes, place.stream},
+           kernel_for(args), params);
 }
 
-void launch_write_table(const WriteTableArgs& args) {
-    refuse_for(refusal(args), "launch_write_table");
-    const DeviceGuard guard(args.device);
+void launch_write_table(const WriteTableArgs& args, const Place& place) {
+    check_args(args);
+    const DeviceGuard guard(place.device);
     for (int64_t first = 0; first < args.size; first += kTableValues) {
         WriteTableParams params{};
         params.table_gmem = args.table_gmem + first;
         params.size = static_cast<int>(std::min<int64_t>(args.size - first, kTableValues));
         std::copy_n(args.values + first, params.size, params.values);
-        launch({"write_table_kernel", {}, kFoldThreads, 0, args.stream}, write_table_kernel,
+        launch({"write_table_kernel", {}, kFoldThreads, 0, place.stream}, write_table_kernel,
                params);
     }
 }

@@ -7,10 +7,10 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "place.h"
 
 namespace nsru {
 
-// Pointers are to device memory of `device`.
 struct FoldArgs {
     // Problems, 11 values each | addresses of adapter rows | of output rows | items.
     const int64_t* table_gmem;
@@ -18,30 +18,26 @@ struct FoldArgs {
     int64_t problems, rows, items;
     int* counters_gmem;  // zeros
     int64_t counters_size;
+    void* workspace_gmem;  // float32, of a size that the table goes by
+    size_t workspace_bytes;
     Dtype adapter, basis;
     bool has_core;  // every problem has a C [Q, Q], float32 and contiguous
     // K, Q and the distances of U's rows, in elements, are multiples of 16, all rows are contiguous
     // and start at multiples of 16 bytes. Else right, but slow.
     bool aligned;
-    int device;
-    void* stream;          // cudaStream_t
-    void* workspace_gmem;  // float32, of a size that the table goes by
-    size_t workspace_bytes;
 };
 
 struct WriteTableArgs {
     const int64_t* values;  // in host memory, not needed after the call
     int64_t size;
     int64_t* table_gmem;
-    int device;
-    void* stream;  // cudaStream_t
 };
 
-// Enqueue on args.stream; allocate nothing and leave the current device as it was. Throw
-// std::invalid_argument naming the argument and its value, std::runtime_error naming the CUDA call.
-void launch_fold(const FoldArgs& args);
+// Enqueue; leave the current device as it was. Throw std::invalid_argument naming the argument and
+// its value, std::runtime_error naming the CUDA call.
+void launch_fold(const FoldArgs& args, const Place& place);
 
 // Copies a table to the device as kernel arguments, which a CUDA graph keeps.
-void launch_write_table(const WriteTableArgs& args);
+void launch_write_table(const WriteTableArgs& args, const Place& place);
 
 }  // namespace nsru

@@ -2,11 +2,11 @@
 // No torch, no CUDA header.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "dtype.h"
+#include "place.h"
 
 namespace nsru {
 
@@ -17,8 +17,8 @@ constexpr int kKextDtypes = 2;  // bf16 and fp16
 constexpr int kKextLayouts = 2;
 constexpr int kChooseConfig = -1;
 
-// Pointers are to device memory of `device`. Every matrix is row-major and its leading dimension,
-// in elements, is the distance of two rows. `bias` may be null.
+// Every matrix is row-major and its leading dimension, in elements, is the distance of two rows.
+// `bias` may be null.
 struct KextGemmArgs {
     const void* x_gmem;
     const void* w_gmem;
@@ -30,16 +30,12 @@ struct KextGemmArgs {
     int64_t ldx, ldw, ldp, ldv, ldo;
     Dtype dtype;
     KextLayout layout;
-    int config;   // index into kext_kernels(), or kChooseConfig
+    int config;   // index into kConfigs, or kChooseConfig
     int swizzle;  // tiles of N (or M) that neighbouring clusters share through L2: 1, 2, 4 or 8
     // The kernel of ours that makes P was enqueued last and nothing else read here is younger: the
     // GEMM may start on X and W while that kernel ends. Kernels that write nothing that is read
     // here may lie between; `out` is written after they have ended.
     bool after_narrow;
-    int device;
-    void* stream;  // cudaStream_t
-    void* workspace_gmem;
-    size_t workspace_bytes;
 };
 
 // What one compiled kernel asks of a multiprocessor.
@@ -55,12 +51,8 @@ struct KextKernel {
 // Every kernel in this module; needs no GPU.
 std::vector<KextKernel> kext_kernels();
 
-// Bytes that launch_kext_gemm needs in workspace_gmem for these arguments.
-size_t kext_gemm_workspace(const KextGemmArgs& args);
-
-// Enqueues the GEMM on args.stream; allocates nothing and leaves the current device as it was.
-// Throws std::invalid_argument naming the argument and its value, std::runtime_error naming the
-// CUDA call, its code and its meaning.
-void launch_kext_gemm(const KextGemmArgs& args);
+// Enqueues; leaves the current device as it was. Throws std::invalid_argument naming the argument
+// and its value, std::runtime_error naming the CUDA call, its code and its meaning.
+void launch_kext_gemm(const KextGemmArgs& args, const Place& place);
 
 }  // namespace nsru

@@ -1,4 +1,4 @@
-// Launching kernels on a device: what all launchers share. csrc/emulator/launch.h is its twin.
+// Launching kernels on a device: what all launchers share. tests/emulator/launch.h is its twin.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "host/matrix.h"
+#include "host/checks.h"
+#include "place.h"
 
 namespace nsru {
 
@@ -31,32 +32,12 @@ struct Gpu {
     int shared_bytes_per_block;
 };
 
-// Throws std::invalid_argument with the reason, where there is one.
-inline void refuse_for(const std::string& reason, const char* function) {
-    if (!reason.empty()) throw std::invalid_argument(std::string(function) + ": " + reason);
-}
-
-// What the kernels of kernels/warp.cuh need. Throws std::runtime_error.
-inline void check_gpu(const char* function, const Gpu& gpu, int device, int shared_bytes) {
-    if (gpu.major < 8 || shared_bytes > gpu.shared_bytes_per_block) {
-        throw std::runtime_error(
-            std::string(function) + ": needs compute capability 8.0 and " +
-            std::to_string(shared_bytes) + " bytes of shared memory a block, device " +
-            std::to_string(device) + " has " + std::to_string(gpu.major) + "." +
-            std::to_string(gpu.minor) + " and " + std::to_string(gpu.shared_bytes_per_block));
-    }
-}
-
-// Throws std::invalid_argument.
-inline void check_workspace(const char* function, const void* workspace_gmem, size_t bytes,
-                            size_t needed) {
-    if (!needed) return;
-    std::string reason = address_refusal("workspace", workspace_gmem, kAlignment);
-    if (needed > bytes) {
-        reason = "workspace_bytes=" + std::to_string(bytes) + " is less than the " +
-                 std::to_string(needed) + " needed";
-    }
-    refuse_for(reason, function);
+// Device memory for the kernels of one launcher; null for 0 bytes.
+inline unsigned char* workspace(const Place& place, size_t bytes) {
+    if (!bytes) return nullptr;
+    void* const gmem = place.allocate(bytes);
+    check_address("workspace", gmem, kAlignment);
+    return static_cast<unsigned char*>(gmem);
 }
 
 }  // namespace nsru
@@ -123,11 +104,17 @@ namespace nsru {
 // The plan of a launch, checked against its arguments and its device. Throws std::invalid_argument
 // and std::runtime_error.
 template <class ARGS>
-auto plan_launch(const char* function, const ARGS& args) {
-    refuse_for(refusal(args), function);
-    const Gpu gpu = gpu_of(args.device);
+auto plan_launch(const ARGS& args, int device) {
+    check_args(args);
+    const Gpu gpu = gpu_of(device);
     const auto out = plan(args, gpu.multiprocessors);
-    check_gpu(function, gpu, args.device, out.shared_bytes);
+    if (gpu.major < 8 || out.shared_bytes > gpu.shared_bytes_per_block) {
+        throw std::runtime_error(
+            "needs compute capability 8.0 and " + std::to_string(out.shared_bytes) +
+            " bytes of shared memory a block, device " + std::to_string(device) + " has " +
+            std::to_string(gpu.major) + "." + std::to_string(gpu.minor) + " and " +
+            std::to_string(gpu.shared_bytes_per_block));
+    }
     return out;
 }
 

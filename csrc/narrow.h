@@ -8,15 +8,14 @@
 // bytes and C is a multiple of 8; R is free.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "dtype.h"
+#include "place.h"
 
 namespace nsru {
 
-// Pointers are to device memory of `device`. Every matrix is row-major and its leading dimension,
-// in elements, is the distance of two rows.
+// Every matrix is row-major and its leading dimension, in elements, is the distance of two rows.
 struct RowsProductArgs {
     const void* x_gmem;
     const void* v_gmem;  // [R, C], rows aligned like X's
@@ -25,10 +24,6 @@ struct RowsProductArgs {
     int64_t ldx, ldv, ldo;
     float scaling;
     Dtype dtype;
-    int device;
-    void* stream;  // cudaStream_t
-    void* workspace_gmem;
-    size_t workspace_bytes;
 };
 
 struct ColumnsProductArgs {
@@ -42,19 +37,11 @@ struct ColumnsProductArgs {
     float scaling, rows_scaling;
     bool rank_first;
     Dtype dtype;
-    int device;
-    void* stream;
-    void* workspace_gmem;
-    size_t workspace_bytes;
 };
 
-// Bytes that the launcher of the same name needs in workspace_gmem.
-size_t rows_product_workspace(const RowsProductArgs& args);
-size_t columns_product_workspace(const ColumnsProductArgs& args);
-
-// Enqueue on args.stream; allocate nothing and leave the current device as it was. Throw
-// std::invalid_argument naming the argument and its value, std::runtime_error naming the CUDA call.
-void launch_rows_product(const RowsProductArgs& args);
-void launch_columns_product(const ColumnsProductArgs& args);
+// Enqueue; leave the current device as it was. Throw std::invalid_argument naming the argument and
+// its value, std::runtime_error naming the CUDA call.
+void launch_rows_product(const RowsProductArgs& args, const Place& place);
+void launch_columns_product(const ColumnsProductArgs& args, const Place& place);
 
 }  // namespace nsru

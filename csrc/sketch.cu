@@ -1,8 +1,5 @@
-#include <stdexcept>
-#include <string>
-
-#include "host/matrix.h"
 #include "host/sketch_plan.h"
+#include "kernels/choose.h"
 #include "kernels/sketch.cuh"
 #include "launch.h"
 #include "sketch.h"
@@ -12,63 +9,39 @@ namespace {
 
 using SketchKernel = void (*)(SketchKernelParams);
 
-template <class T>
-SketchKernel kernel_for(int tile_width) {
-    switch (tile_width) {
-        case 32:
-            return sketch_update_kernel<T, 32>;
-        case 64:
-            return sketch_update_kernel<T, 64>;
-        case 96:
-            return sketch_update_kernel<T, 96>;
-        case 128:
-            return sketch_update_kernel<T, 128>;
-        case 160:
-            return sketch_update_kernel<T, 160>;
-        default:
-            return sketch_update_kernel<T, 192>;
-    }
+SketchKernel kernel_for(Dtype dtype, int tile_width) {
+    return with_type<Bf16, Fp16>(dtype, [&](auto element) {
+        return with_constant<32, 64, 96, 128, 160, 192>(tile_width, [](auto width) -> SketchKernel {
+            return sketch_update_kernel<decltype(element), width()>;
+        });
+    });
 }
 
 }  // namespace
 
-size_t sketch_update_workspace(const SketchUpdateArgs& args) {
-    return plan_launch("sketch_update_workspace", args).workspace_bytes;
-}
-
-void launch_sketch_update(const SketchUpdateArgs& args) {
-    const SketchPlan plan = plan_launch("launch_sketch_update", args);
-    check_workspace("launch_sketch_update", args.workspace_gmem, args.workspace_bytes,
-                    plan.workspace_bytes);
-    auto* const workspace = static_cast<unsigned char*>(args.workspace_gmem);
+void launch_sketch_update(const SketchUpdateArgs& args, const Place& place) {
+    const SketchPlan plan = plan_launch(args, place.device);
+    unsigned char* const memory = workspace(place, plan.workspace_bytes);
     SketchKernelParams params{};
+    static_cast<SketchTiles&>(params) = plan;
     params.x_gmem = static_cast<const uint16_t*>(args.x_gmem);
     params.omega_gmem = static_cast<const uint16_t*>(args.omega_gmem);
     params.mask_gmem = static_cast<const uint8_t*>(args.mask_gmem);
     params.y_gmem = args.y_gmem;
     params.h_gmem = args.h_gmem;
     params.trace_gmem = args.trace_gmem;
-    params.counters_gmem = reinterpret_cast<int*>(workspace);
-    params.energy_gmem = reinterpret_cast<double*>(workspace + plan.energy_at);
-    params.s_gmem = reinterpret_cast<uint16_t*>(workspace + plan.s_at);
-    params.s_sums_gmem = reinterpret_cast<float*>(workspace + plan.s_sums_at);
-    params.product_sums_gmem = reinterpret_cast<float*>(workspace + plan.product_sums_at);
+    params.counters_gmem = reinterpret_cast<int*>(memory);
+    params.energy_gmem = reinterpret_cast<double*>(memory + plan.energy_at);
+    params.s_gmem = reinterpret_cast<uint16_t*>(memory + plan.s_at);
+    params.s_sums_gmem = reinterpret_cast<float*>(memory + plan.s_sums_at);
+    params.product_sums_gmem = reinterpret_cast<float*>(memory + plan.product_sums_at);
     params.ldx = args.ldx, params.ldomega = args.ldomega;
     params.limit = args.limit;
-    params.m = static_cast<int>(args.m), params.k = static_cast<int>(args.k);
-    params.l = static_cast<int>(args.l), params.width = plan.width;
-    params.planes = plan.planes, params.l_tiles = plan.l_tiles;
-    params.row_blocks = plan.row_blocks;
-    params.panel_blocks = plan.panel_blocks, params.panels = plan.panels;
-    params.k_chunk = plan.k_chunk, params.k_chunks = plan.k_chunks;
-    params.y_tiles = plan.y_tiles, params.tiles = plan.tiles;
-    params.m_chunk = plan.m_chunk, params.m_chunks = plan.m_chunks;
 
-    const DeviceGuard guard(args.device);
-    zero_async(params.counters_gmem, plan.counters_bytes, args.stream);
-    launch({"sketch_update_kernel", {plan.blocks}, kSketchThreads, plan.shared_bytes, args.stream},
-           (args.dtype == Dtype::kBf16 ? kernel_for<Bf16> : kernel_for<Fp16>)(plan.tile_width),
-           params);
+    const DeviceGuard guard(place.device);
+    zero_async(params.counters_gmem, plan.counters_bytes, place.stream);
+    launch({"sketch_update_kernel", {plan.blocks}, kSketchThreads, plan.shared_bytes, place.stream},
+           kernel_for(args.dtype, plan.tile_width), params);
 }
 
 }  // namespace nsru

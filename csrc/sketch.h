@@ -7,15 +7,14 @@
 // bytes and K is a multiple of 8; M and L are free.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "dtype.h"
+#include "place.h"
 
 namespace nsru {
 
-// Pointers are to device memory of `device`. Every matrix is row-major and its leading dimension,
-// in elements, is the distance of two rows.
+// Every matrix is row-major and its leading dimension, in elements, is the distance of two rows.
 struct SketchUpdateArgs {
     const void* x_gmem;      // [M, K]
     const void* omega_gmem;  // [K, L rounded up to a multiple of 8], rows aligned like X's
@@ -29,17 +28,10 @@ struct SketchUpdateArgs {
     double limit;         // Y and H stay as they are unless the trace is below it
     int64_t panel_bytes;  // of X; two panels should fit in L2
     Dtype dtype;
-    int device;
-    void* stream;  // cudaStream_t
-    void* workspace_gmem;
-    size_t workspace_bytes;
 };
 
-// Bytes that the launcher needs in workspace_gmem.
-size_t sketch_update_workspace(const SketchUpdateArgs& args);
-
-// Enqueues on args.stream; allocates nothing and leaves the current device as it was. Throws
-// std::invalid_argument naming the argument and its value, std::runtime_error naming the CUDA call.
-void launch_sketch_update(const SketchUpdateArgs& args);
+// Enqueues; leaves the current device as it was. Throws std::invalid_argument naming the argument
+// and its value, std::runtime_error naming the CUDA call.
+void launch_sketch_update(const SketchUpdateArgs& args, const Place& place);
 
 }  // namespace nsru

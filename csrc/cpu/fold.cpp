@@ -114,8 +114,8 @@ void fold(const Basis& u, const std::vector<Adapter>& adapters, int threads) {
     std::vector<float> along(blocks * size);  // of every block; the first takes all of them
     const auto each_block = [&](auto body) {
         parallel(threads, [&](int thread) {
-            const int64_t last = blocks * (thread + 1) / threads;
-            for (int64_t block = blocks * thread / threads; block < last; ++block) body(block);
+            const auto [first, last] = share(blocks, thread, threads);
+            for (int64_t block = first; block < last; ++block) body(block);
         });
     };
     each_block([&](int64_t block) {

@@ -4,9 +4,19 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <cstdint>
 #include <exception>
 
 namespace nsru::cpu {
+
+struct Range {
+    int64_t first, last;
+};
+
+// What a thread does of so many items.
+inline Range share(int64_t items, int thread, int threads) {
+    return {items * thread / threads, items * (thread + 1) / threads};
+}
 
 // body(thread) for every thread below `threads`, in no order, side by side where there are cores.
 // Throws what the first of them threw.

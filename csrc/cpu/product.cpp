@@ -360,7 +360,7 @@ void multiply(const std::vector<Product>& products, int threads) {
         const TileConfig config;
         for (const Plan& plan : plans) {
             const int64_t items = plan.chunks * std::max<int64_t>(plan.panels, 1);
-            const int64_t first = items * thread / threads, last = items * (thread + 1) / threads;
+            const auto [first, last] = share(items, thread, threads);
             if (first < last) Worker(plan, workspace).run(first, last);
         }
         workspace.shrink();

@@ -221,17 +221,24 @@ inline __m512i rounded(__m512 low, __m512 high) {
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
 
+// use(row, low, high) for the 32 rows of scale · square: what the first and the second tile hold.
+template <class USE>
+void scale_rows(const float* square, float scale, USE use) {
+    const __m512 factor = _mm512_set1_ps(scale);
+    for (int r = 0; r < kEdge; ++r) {
+        const float* at = square + r / 16 * 512 + r % 16 * 16;
+        use(r, _mm512_mul_ps(_mm512_loadu_ps(at), factor),
+            _mm512_mul_ps(_mm512_loadu_ps(at + 256), factor));
+    }
+}
+
 // write(row, values) for the 32 rows of scale · square, rounded.
 template <class WRITE>
 void round_rows(const float* square, float scale, WRITE write) {
     const __m512i ordered = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);  // by four columns
-    const __m512 factor = _mm512_set1_ps(scale);
-    for (int r = 0; r < kEdge; ++r) {
-        const float* at = square + r / 16 * 512 + r % 16 * 16;
-        const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(at), factor);
-        const __m512 high = _mm512_mul_ps(_mm512_loadu_ps(at + 256), factor);
-        write(r, _mm512_permutexvar_epi64(ordered, rounded(low, high)));
-    }
+    scale_rows(square, scale, [&](int row, __m512 low, __m512 high) {
+        write(row, _mm512_permutexvar_epi64(ordered, rounded(low, high)));
+    });
 }
 
 // write(row, low, high) for the 32 rows of scale · square.
@@ -239,14 +246,11 @@ template <class WRITE>
 void widen_rows(const float* square, float scale, WRITE write) {
     const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);  // by four columns
     const __m512i second = _mm512_add_epi64(first, _mm512_set1_epi64(4));
-    const __m512 factor = _mm512_set1_ps(scale);
-    for (int r = 0; r < kEdge; ++r) {
-        const float* at = square + r / 16 * 512 + r % 16 * 16;
-        const __m512d a = _mm512_castps_pd(_mm512_mul_ps(_mm512_loadu_ps(at), factor));
-        const __m512d c = _mm512_castps_pd(_mm512_mul_ps(_mm512_loadu_ps(at + 256), factor));
-        write(r, _mm512_castpd_ps(_mm512_permutex2var_pd(a, first, c)),
+    scale_rows(square, scale, [&](int row, __m512 low, __m512 high) {
+        const __m512d a = _mm512_castps_pd(low), c = _mm512_castps_pd(high);
+        write(row, _mm512_castpd_ps(_mm512_permutex2var_pd(a, first, c)),
               _mm512_castpd_ps(_mm512_permutex2var_pd(a, second, c)));
-    }
+    });
 }
 
 // write(column, low, high) for the 32 columns of scale · square.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "../fold.h"
 
@@ -31,8 +30,15 @@ constexpr int kFoldShared = kFoldWarps * kFoldRing + 512;
 // Values of a table that one launch carries as arguments, of which it can take 32,764 bytes.
 constexpr int kTableValues = 4000;
 
-// Why the launcher of the same arguments cannot take them, with their values; "" where it can.
-std::string refusal(const FoldArgs& args);
-std::string refusal(const WriteTableArgs& args);
+struct FoldPlan {
+    int64_t blocks;
+    int shared_bytes;
+};
+
+FoldPlan plan(const FoldArgs& args, int multiprocessors);
+
+// Throw std::invalid_argument that says why the launcher cannot take these arguments.
+void check_args(const FoldArgs& args);
+void check_args(const WriteTableArgs& args);
 
 }  // namespace nsru

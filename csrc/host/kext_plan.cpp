@@ -1,8 +1,11 @@
 #include "kext_plan.h"
 
-#include "matrix.h"
+#include <initializer_list>
+
+#include "checks.h"
 
 namespace nsru {
+
 KTiles split_k(int64_t k, int64_t r) { return {ceil_div(k, kBlockK), ceil_div(r, kBlockK)}; }
 
 int64_t tile_count(const KextConfig& config, int64_t m, int64_t n) {
@@ -18,68 +21,57 @@ int choose_config(int64_t m, int64_t n, int multiprocessors) {
     return static_cast<int>(most);
 }
 
-std::string refusal(const KextGemmArgs& args) {
-    if (auto reason = size_refusal({{"m", args.m}, {"n", args.n}, {"k", args.k}, {"r", args.r}});
-        !reason.empty()) {
-        return reason;
-    }
+void check_args(const KextGemmArgs& args) {
+    check_sizes({{"m", args.m}, {"n", args.n}, {"k", args.k}, {"r", args.r}});
     if (split_k(args.k, args.r).total() * kBlockK > kSizeLimit) {
-        return value("k", args.k) + " and " + value("r", args.r) + " are too large together";
+        refuse(value("k", args.k) + " and " + value("r", args.r) + " are too large together");
     }
     const auto dtype = static_cast<int>(args.dtype), layout = static_cast<int>(args.layout);
-    if (dtype < 0 || dtype >= kKextDtypes) return value("dtype", dtype) + " must be 0 or 1";
-    if (layout < 0 || layout >= kKextLayouts) return value("layout", layout) + " must be 0 or 1";
+    if (dtype < 0 || dtype >= kKextDtypes) refuse(value("dtype", dtype) + " must be 0 or 1");
+    if (layout < 0 || layout >= kKextLayouts) refuse(value("layout", layout) + " must be 0 or 1");
     const int configs = static_cast<int>(kConfigs.size());
     if (args.config != kChooseConfig && (args.config < 0 || args.config >= configs)) {
-        return value("config", args.config) + " must be -1 or below " + std::to_string(configs);
+        refuse(value("config", args.config) + " must be -1 or below " + std::to_string(configs));
     }
     if (args.swizzle != 1 && args.swizzle != 2 && args.swizzle != 4 && args.swizzle != 8) {
-        return value("swizzle", args.swizzle) + " must be 1, 2, 4 or 8";
+        refuse(value("swizzle", args.swizzle) + " must be 1, 2, 4 or 8");
     }
     const bool nk = args.layout == KextLayout::kNK;
-    const Matrix matrices[] = {
+    const std::initializer_list<Matrix> matrices = {
         {"x", args.x_gmem, args.k, "ldx", args.ldx, true},
         {"w", args.w_gmem, nk ? args.k : args.n, "ldw", args.ldw, true},
         {"p", args.p_gmem, args.r, "ldp", args.ldp, true},
         {"v", args.v_gmem, nk ? args.r : args.n, "ldv", args.ldv, true},
         {"out", args.out_gmem, args.n, "ldo", args.ldo, true},
     };
+    check_matrices(matrices);
     for (const Matrix& matrix : matrices) {
-        if (const std::string reason = refusal(matrix); !reason.empty()) return reason;
         // TMA stores the distance of rows in 40 bits.
         if (matrix.ld * kElementBytes >= int64_t{1} << 40) {
-            return value(matrix.ld_name, matrix.ld) + ": rows of " + matrix.name +
-                   " are too far apart";
+            refuse(value(matrix.ld_name, matrix.ld) + ": rows of " + matrix.name +
+                   " are too far apart");
         }
     }
     if (args.n % kAlignedElements) {  // the epilogue's vectors are 16 bytes
-        return value("n", args.n) + " must be a multiple of 8";
+        refuse(value("n", args.n) + " must be a multiple of 8");
     }
-    if (reinterpret_cast<uintptr_t>(args.bias_gmem) % kAlignment) {
-        return "bias must start at a multiple of 16 bytes";
-    }
-    return "";
+    if (args.bias_gmem) check_address("bias", args.bias_gmem, kAlignment);
 }
 
 std::string describe(const KextGemmArgs& args) {
-    const std::string names[] = {args.dtype == Dtype::kBf16 ? "bf16" : "fp16",
-                                 args.layout == KextLayout::kNK ? "NK" : "KN"};
-    std::string text = names[0] + " " + names[1];
-    const struct {
-        const char* name;
-        int64_t number;
-    } numbers[] = {{"m", args.m},
-                   {"n", args.n},
-                   {"k", args.k},
-                   {"r", args.r},
-                   {"ldx", args.ldx},
-                   {"ldw", args.ldw},
-                   {"ldp", args.ldp},
-                   {"ldv", args.ldv},
-                   {"ldo", args.ldo},
-                   {"config", args.config},
-                   {"swizzle", args.swizzle},
-                   {"device", args.device}};
+    std::string text = args.dtype == Dtype::kBf16 ? "bf16" : "fp16";
+    text += args.layout == KextLayout::kNK ? " NK" : " KN";
+    const Size numbers[] = {{"m", args.m},
+                            {"n", args.n},
+                            {"k", args.k},
+                            {"r", args.r},
+                            {"ldx", args.ldx},
+                            {"ldw", args.ldw},
+                            {"ldp", args.ldp},
+                            {"ldv", args.ldv},
+                            {"ldo", args.ldo},
+                            {"config", args.config},
+                            {"swizzle", args.swizzle}};
     for (const auto& [name, number] : numbers) text += " " + value(name, number);
     return text;
 }

@@ -6,7 +6,6 @@
 #include <string>
 
 #include "../kext_gemm.h"
-#include "matrix.h"
 
 namespace nsru {
 
@@ -17,12 +16,13 @@ struct KextConfig {
     const char* name;
     int block_m;
     int block_n;
+    bool pingpong;
 };
 
 // The first is the default. Untimed so far.
 constexpr std::array<KextConfig, 2> kConfigs = {{
-    {"128x256x64_2x1_cooperative", 128, 256},
-    {"128x128x64_2x1_pingpong", 128, 128},
+    {"128x256x64_2x1_cooperative", 128, 256, false},
+    {"128x128x64_2x1_pingpong", 128, 128, true},
 }};
 
 // How many tiles of kBlockK the GEMM takes from each source.
@@ -47,9 +47,9 @@ int64_t tile_count(const KextConfig& config, int64_t m, int64_t n);
 // Index of the first config that gives every multiprocessor a tile; else of the one with most.
 int choose_config(int64_t m, int64_t n, int multiprocessors);
 
-// Why the GEMM cannot take these arguments, with their values; "" where it can. Looks at addresses
-// as numbers only.
-std::string refusal(const KextGemmArgs& args);
+// Throws std::invalid_argument that says why the GEMM cannot take these arguments. Looks at
+// addresses as numbers only.
+void check_args(const KextGemmArgs& args);
 
 // Sizes and settings for messages.
 std::string describe(const KextGemmArgs& args);

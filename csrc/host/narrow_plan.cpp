@@ -3,34 +3,31 @@
 #include <algorithm>
 #include <limits>
 
-#include "matrix.h"
+#include "checks.h"
 
 namespace nsru {
 namespace {
 
 constexpr int64_t kPartBytes = sizeof(float);
 
-std::string refusal(const char* x_name, Dtype dtype, int64_t m, int64_t c, int64_t r) {
-    if (dtype != Dtype::kBf16 && dtype != Dtype::kFp16) return "dtype must be bf16 or fp16";
-    if (const auto reason = size_refusal({{"m", m}, {"c", c}, {"r", r}}); !reason.empty()) {
-        return reason;
-    }
-    if (c % kAlignedElements) {
-        return value("c", c) + " must be a multiple of 8: rows of " + x_name +
-               " are read in words of 16 bytes";
-    }
-    return "";
-}
-
-}  // namespace
-
+// Power of two, at most kMaxRankTiles.
 int rank_tiles(int64_t r) {
     int tiles = 1;
     while (tiles < kMaxRankTiles && tiles * 8 < r) tiles *= 2;
     return tiles;
 }
 
-int64_t choose_splits(const NarrowWork& work, int multiprocessors) {
+// A product as far as the number of splits goes by it.
+struct Work {
+    int64_t steps;       // of the sum that splits share
+    int64_t step_bytes;  // of X, in one step of a block
+    int64_t part_bytes;  // of one part of the result
+    int together;        // blocks that share a multiprocessor
+};
+
+// Parts into which the steps of `blocks` blocks are cut so that the slowest multiprocessor is done
+// soonest.
+int64_t choose_splits(int64_t blocks, const Work& work, int multiprocessors) {
     // Model, not measured: multiprocessors read alike, in waves; every part is written once and
     // read once; a launch to add them up takes as long as a multiprocessor's 64 KiB.
     constexpr int64_t kMost = 64, kLaunchBytes = 64 * 1024;
@@ -38,7 +35,7 @@ int64_t choose_splits(const NarrowWork& work, int multiprocessors) {
     for (int64_t splits = 1; splits <= std::min(kMost, work.steps); ++splits) {
         const int64_t each = ceil_div(work.steps, splits);
         if (ceil_div(work.steps, each) != splits) continue;  // a smaller number cuts the same way
-        const int64_t waves = ceil_div(work.blocks * splits, work.together * multiprocessors);
+        const int64_t waves = ceil_div(blocks * splits, work.together * multiprocessors);
         int64_t cost = waves * work.together * each * work.step_bytes;
         if (splits > 1) cost += 2 * splits * work.part_bytes / multiprocessors + kLaunchBytes;
         if (cost < least) best = splits, least = cost;
@@ -46,23 +43,27 @@ int64_t choose_splits(const NarrowWork& work, int multiprocessors) {
     return best;
 }
 
+// Cuts the sum of a product into parts of whole steps, `step` terms each.
+void split_sum(NarrowPlan& out, int64_t step, const Work& work, int multiprocessors) {
+    out.splits = choose_splits(out.blocks * out.ranks, work, multiprocessors);
+    out.per_split = ceil_div(work.steps, out.splits) * step;
+    out.parts_bytes = out.splits > 1 ? out.splits * work.part_bytes : 0;
+}
+
+}  // namespace
+
 NarrowPlan plan(const RowsProductArgs& args, int multiprocessors) {
     NarrowPlan out{};
     out.rank_tiles = rank_tiles(args.r);
-    // Many rows read V, which comes from L2, less often; their accumulators set the limit. With few
-    // rows no tile is without any.
-    out.row_tiles = args.m <= 16 ? 1 : out.rank_tiles <= 4 ? 4 : 2;
-    out.blocks = ceil_div(args.m, 16 * out.row_tiles);
+    out.row_tiles = args.m <= 16 ? 1 : full_row_tiles(out.rank_tiles);  // no tile without any rows
+    const int rows = 16 * out.row_tiles;
+    out.blocks = ceil_div(args.m, rows);
     out.ranks = ceil_div(args.r, 8 * out.rank_tiles);
-    const int64_t steps = ceil_div(args.c, kRowsStep), part_bytes = kPartBytes * args.m * args.r;
-    const int64_t splits = choose_splits(
-        {out.blocks * out.ranks, steps, 16 * out.row_tiles * kRowsStep * kElementBytes, part_bytes,
-         rows_blocks_together(out.row_tiles, out.rank_tiles)},
-        multiprocessors);
-    out.per_split = ceil_div(steps, splits) * kRowsStep;
-    out.splits = splits;
-    out.parts_bytes = splits > 1 ? splits * part_bytes : 0;
-    out.shared_bytes = kPartBytes * kNarrowWarps * 16 * out.row_tiles * 8 * out.rank_tiles;
+    split_sum(out, kRowsStep,
+              {ceil_div(args.c, kRowsStep), rows * kRowsStep * kElementBytes,
+               kPartBytes * args.m * args.r, rows_blocks_together(out.row_tiles, out.rank_tiles)},
+              multiprocessors);
+    out.shared_bytes = kPartBytes * kNarrowWarps * rows * 8 * out.rank_tiles;
     return out;
 }
 
@@ -71,14 +72,10 @@ NarrowPlan plan(const ColumnsProductArgs& args, int multiprocessors) {
     out.rank_tiles = rank_tiles(args.r);
     out.blocks = ceil_div(args.c, kColumnsBlock);
     out.ranks = ceil_div(args.r, 8 * out.rank_tiles);
-    const int64_t steps = ceil_div(args.m, kColumnsRows), part_bytes = kPartBytes * args.c * args.r;
-    const int64_t splits =
-        choose_splits({out.blocks * out.ranks, steps, kColumnsRows * kColumnsBlock * kElementBytes,
-                       part_bytes, kColumnsBlocksTogether},
-                      multiprocessors);
-    out.per_split = ceil_div(steps, splits) * kColumnsRows;
-    out.splits = splits;
-    out.parts_bytes = splits > 1 ? splits * part_bytes : 0;
+    split_sum(out, kColumnsRows,
+              {ceil_div(args.m, kColumnsRows), kColumnsRows * kColumnsBlock * kElementBytes,
+               kPartBytes * args.c * args.r, kColumnsBlocksTogether},
+              multiprocessors);
     const int stage = 2 * kColumnsRows * (kColumnsBlock + 8 * p_chunks(out.rank_tiles));
     out.shared_bytes = kColumnsStages * stage;
     if (args.v_gmem) {
@@ -88,33 +85,31 @@ NarrowPlan plan(const ColumnsProductArgs& args, int multiprocessors) {
     return out;
 }
 
-std::string refusal(const RowsProductArgs& args) {
-    if (auto reason = refusal("x and v", args.dtype, args.m, args.c, args.r); !reason.empty()) {
-        return reason;
-    }
-    return first_refusal({{"x", args.x_gmem, args.c, "ldx", args.ldx, true},
-                          {"v", args.v_gmem, args.c, "ldv", args.ldv, true},
-                          {"out", args.out_gmem, args.r, "ldo", args.ldo, false}});
+void check_args(const RowsProductArgs& args) {
+    check_short(args.dtype);
+    check_sizes({{"m", args.m}, {"c", args.c}, {"r", args.r}});
+    check_row_length("c", args.c, "x and v");
+    check_matrices({{"x", args.x_gmem, args.c, "ldx", args.ldx, true},
+                    {"v", args.v_gmem, args.c, "ldv", args.ldv, true},
+                    {"out", args.out_gmem, args.r, "ldo", args.ldo, false}});
 }
 
-std::string refusal(const ColumnsProductArgs& args) {
-    if (auto reason = refusal("x", args.dtype, args.m, args.c, args.r); !reason.empty()) {
-        return reason;
-    }
-    if (!args.v_gmem != !args.rows_gmem) return "v and rows must both be given, or neither";
+void check_args(const ColumnsProductArgs& args) {
+    check_short(args.dtype);
+    check_sizes({{"m", args.m}, {"c", args.c}, {"r", args.r}});
+    check_row_length("c", args.c, "x");
+    if (!args.v_gmem != !args.rows_gmem) refuse("v and rows must both be given, or neither");
     const int64_t ldd = args.rank_first ? args.c : args.r;
-    std::string reason = first_refusal({{"x", args.x_gmem, args.c, "ldx", args.ldx, true},
-                                        {"p", args.p_gmem, args.r, "ldp", args.ldp, true},
-                                        {"d", args.d_gmem, ldd, "ldd", ldd, false}});
-    if (reason.empty() && args.v_gmem) {
-        if (args.r > kMaxRanksTogether) {
-            return value("r", args.r) + " must be at most " + std::to_string(kMaxRanksTogether) +
-                   " for both products in one read";
-        }
-        reason = first_refusal({{"v", args.v_gmem, args.r, "ldv", args.ldv, false},
-                                {"rows", args.rows_gmem, args.r, "ldrows", args.ldrows, false}});
+    check_matrices({{"x", args.x_gmem, args.c, "ldx", args.ldx, true},
+                    {"p", args.p_gmem, args.r, "ldp", args.ldp, true},
+                    {"d", args.d_gmem, ldd, "ldd", ldd, false}});
+    if (!args.v_gmem) return;
+    if (args.r > kMaxRanksTogether) {
+        refuse(value("r", args.r) + " must be at most " + std::to_string(kMaxRanksTogether) +
+               " for both products in one read");
     }
-    return reason;
+    check_matrices({{"v", args.v_gmem, args.r, "ldv", args.ldv, false},
+                    {"rows", args.rows_gmem, args.r, "ldrows", args.ldrows, false}});
 }
 
 }  // namespace nsru

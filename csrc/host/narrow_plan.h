@@ -1,9 +1,7 @@
 // Pure host logic of the narrow products: tiles, splits, workspaces, what they refuse. No CUDA.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <string>
 
 #include "../narrow.h"
 
@@ -19,6 +17,10 @@ constexpr int kColumnsRows = 32;  // rows of X in a stage
 constexpr int kColumnsStages = 3;
 constexpr int kColumnsBlocksTogether = 2;     // share a multiprocessor, by shared memory
 constexpr int kRowsStep = 64 * kNarrowWarps;  // columns that a block takes at a time
+
+// Tiles of 16 rows in a block of the rows product, where X has so many rows. Many read V, which
+// comes from L2, less often; their accumulators set the limit.
+constexpr int full_row_tiles(int rank_tiles) { return rank_tiles <= 4 ? 4 : 2; }
 
 // Blocks of the rows product that share a multiprocessor's registers: one where the loads that a
 // thread has under way need more than half of them.
@@ -39,30 +41,15 @@ struct NarrowPlan {
     int shared_bytes;
 };
 
-// Power of two, at most kMaxRankTiles.
-int rank_tiles(int64_t r);
-
 // 16-byte words from one row of P to the next in shared memory: an odd number, so that eight rows
 // lie in different banks.
 constexpr int p_chunks(int rank_tiles) { return rank_tiles | 1; }
 
-// A product as far as the number of splits goes by it.
-struct NarrowWork {
-    int64_t blocks;      // for one split
-    int64_t steps;       // of the sum that splits share
-    int64_t step_bytes;  // of X, in one step of a block
-    int64_t part_bytes;  // of one part of the result
-    int together;        // blocks that share a multiprocessor
-};
-
-// Parts into which the steps are cut so that the slowest multiprocessor is done soonest.
-int64_t choose_splits(const NarrowWork& work, int multiprocessors);
-
 NarrowPlan plan(const RowsProductArgs& args, int multiprocessors);
 NarrowPlan plan(const ColumnsProductArgs& args, int multiprocessors);
 
-// Why the product cannot take these arguments, with their values; "" where it can.
-std::string refusal(const RowsProductArgs& args);
-std::string refusal(const ColumnsProductArgs& args);
+// Throw std::invalid_argument that says why the product cannot take these arguments.
+void check_args(const RowsProductArgs& args);
+void check_args(const ColumnsProductArgs& args);
 
 }  // namespace nsru

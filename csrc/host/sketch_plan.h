@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
 
 #include "../sketch.h"
 
@@ -35,17 +34,21 @@ constexpr int sketch_shared_bytes(int tile_width) {
 constexpr int sketch_blocks_together(int tile_width) { return tile_width <= 128 ? 2 : 1; }
 
 // Work items are chunks of the sums that make a tile, panel by panel; see ops/sketch/README.md.
-struct SketchPlan {
-    int tile_width;  // columns of Ω in a tile
-    int l_tiles;
+struct SketchTiles {
+    int m, k, l;
     int width;  // of S in memory: L rounded up to 16 bytes
     int planes;
+    int l_tiles;
     int row_blocks;    // of kSketchRows
     int panel_blocks;  // row blocks in a panel
     int panels;
     int k_chunk, k_chunks;  // features in a chunk of a tile of S; chunks
     int y_tiles, tiles;     // of kSketchColumns: of Y; of Y and H
     int m_chunk, m_chunks;  // rows in a chunk of a tile of [Y ; H]; chunks in a panel
+};
+
+struct SketchPlan : SketchTiles {
+    int tile_width;  // columns of Ω in a tile
     int64_t items;
     int64_t blocks;
     int shared_bytes;
@@ -60,7 +63,7 @@ struct SketchPlan {
 
 SketchPlan plan(const SketchUpdateArgs& args, int multiprocessors);
 
-// Why the kernel cannot take these arguments, with their values; "" where it can.
-std::string refusal(const SketchUpdateArgs& args);
+// Throws std::invalid_argument that says why the kernel cannot take these arguments.
+void check_args(const SketchUpdateArgs& args);
 
 }  // namespace nsru

@@ -2,10 +2,6 @@
 
 namespace nsru {
 
-// In the order of kConfigs.
-const KextEntries kKextBf16Nk = {
-    KextGemm<cutlass::bfloat16_t, KextLayout::kNK, 128, 256, false>::entry(),
-    KextGemm<cutlass::bfloat16_t, KextLayout::kNK, 128, 128, true>::entry(),
-};
+const KextEntries kKextBf16Nk = kext_entries<cutlass::bfloat16_t, KextLayout::kNK>();
 
 }  // namespace nsru

@@ -2,10 +2,6 @@
 
 namespace nsru {
 
-// In the order of kConfigs.
-const KextEntries kKextFp16Nk = {
-    KextGemm<cutlass::half_t, KextLayout::kNK, 128, 256, false>::entry(),
-    KextGemm<cutlass::half_t, KextLayout::kNK, 128, 128, true>::entry(),
-};
+const KextEntries kKextFp16Nk = kext_entries<cutlass::half_t, KextLayout::kNK>();
 
 }  // namespace nsru

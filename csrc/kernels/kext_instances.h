@@ -1,10 +1,9 @@
-// The compiled kernels of the K-extended GEMM, one table row for each dtype and layout.
+// The compiled kernels of the K-extended GEMM, one table for each dtype and layout.
 #pragma once
 
 #include <array>
 
 #include "../host/kext_plan.h"
-#include "../kext_gemm.h"
 
 namespace nsru {
 
@@ -12,10 +11,10 @@ struct KextEntry {
     int stages;
     int threads;
     int shared_bytes;
-    size_t (*workspace)(const KextGemmArgs& args, int multiprocessors);
-    void (*launch)(const KextGemmArgs& args, int multiprocessors);
+    void (*launch)(const KextGemmArgs& args, const Place& place, int multiprocessors);
 };
 
+// In the order of kConfigs.
 using KextEntries = std::array<KextEntry, kConfigs.size()>;
 
 extern const KextEntries kKextBf16Nk;

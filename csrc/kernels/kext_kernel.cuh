@@ -15,21 +15,25 @@
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
-#include "../cuda_check.h"
 #include "../host/kext_plan.h"
+#include "../launch.h"
 #include "kext_instances.h"
 #include "kext_mainloop.cuh"
 
 namespace nsru {
 
-template <class ELEMENT, KextLayout LAYOUT, int BLOCK_M, int BLOCK_N, bool PINGPONG>
+template <class ELEMENT, KextLayout LAYOUT, size_t CONFIG>
 struct KextGemm {
-    using Tile = cute::Shape<cute::Int<BLOCK_M>, cute::Int<BLOCK_N>, cute::Int<kBlockK>>;
+    static constexpr KextConfig kConfig = kConfigs[CONFIG];
+    static constexpr bool kPingpong = kConfig.pingpong;
+    using Tile =
+        cute::Shape<cute::Int<kConfig.block_m>, cute::Int<kConfig.block_n>, cute::Int<kBlockK>>;
     using Cluster = cute::Shape<cute::Int<kClusterM>, cute::_1, cute::_1>;
-    using Schedule = cute::conditional_t<PINGPONG, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
+    using Schedule = cute::conditional_t<kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
                                          cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
-    using EpilogueSchedule = cute::conditional_t<PINGPONG, cutlass::epilogue::TmaWarpSpecialized,
+    using EpilogueSchedule = cute::conditional_t<kPingpong, cutlass::epilogue::TmaWarpSpecialized,
                                                  cutlass::epilogue::TmaWarpSpecializedCooperative>;
     using Rows = cutlass::layout::RowMajor;
     // CUTLASS names the layout of B as if it were [K, N].
@@ -67,7 +71,8 @@ struct KextGemm {
                 stride_b};
     }
 
-    static typename Kernel::Arguments arguments(const KextGemmArgs& args, int multiprocessors) {
+    static typename Kernel::Arguments arguments(const KextGemmArgs& args, int device,
+                                                int multiprocessors) {
         const KTiles tiles = split_k(args.k, args.r);
         typename Kernel::Arguments out{};
         out.mode = cutlass::gemm::GemmUniversalMode::kGemm;
@@ -79,29 +84,27 @@ struct KextGemm {
         out.epilogue.thread = {{static_cast<const ELEMENT*>(args.bias_gmem)}, {}, {}};
         out.epilogue.ptr_D = static_cast<ELEMENT*>(args.out_gmem);
         cute::get<0>(out.epilogue.dD) = args.ldo;
-        out.hw_info.device_id = args.device;
+        out.hw_info.device_id = device;
         out.hw_info.sm_count = multiprocessors;
         out.scheduler.max_swizzle_size = args.swizzle;
         return out;
     }
 
-    static size_t workspace(const KextGemmArgs& args, int multiprocessors) {
-        return Kernel::get_workspace_size(arguments(args, multiprocessors));
-    }
-
-    static void launch(const KextGemmArgs& args, int multiprocessors) {
-        const auto kernel_arguments = arguments(args, multiprocessors);
-        const auto stream = static_cast<cudaStream_t>(args.stream);
+    static void launch(const KextGemmArgs& args, const Place& place, int multiprocessors) {
+        const auto kernel_arguments = arguments(args, place.device, multiprocessors);
+        const auto stream = static_cast<cudaStream_t>(place.stream);
         if (!Kernel::can_implement(kernel_arguments)) {
-            throw std::invalid_argument("launch_kext_gemm: CUTLASS refuses " + describe(args));
+            throw std::invalid_argument("CUTLASS refuses " + describe(args));
         }
+        unsigned char* const memory =
+            workspace(place, Kernel::get_workspace_size(kernel_arguments));
         const cutlass::Status status =
-            Kernel::initialize_workspace(kernel_arguments, args.workspace_gmem, stream);
+            Kernel::initialize_workspace(kernel_arguments, memory, stream);
         if (status != cutlass::Status::kSuccess) {
-            throw std::runtime_error(std::string("launch_kext_gemm: workspace: ") +
+            throw std::runtime_error(std::string("workspace: ") +
                                      cutlass::cutlassGetStatusString(status));
         }
-        const auto params = Kernel::to_underlying_arguments(kernel_arguments, args.workspace_gmem);
+        const auto params = Kernel::to_underlying_arguments(kernel_arguments, memory);
         check_descriptors(params.mainloop, args);
 
         auto* const kernel = &cutlass::device_kernel<Kernel>;
@@ -140,8 +143,18 @@ struct KextGemm {
 
     static constexpr KextEntry entry() {
         return {Mainloop::DispatchPolicy::Stages, static_cast<int>(Kernel::MaxThreadsPerBlock),
-                static_cast<int>(Kernel::SharedStorageSize), workspace, launch};
+                static_cast<int>(Kernel::SharedStorageSize), launch};
     }
 };
+
+template <class ELEMENT, KextLayout LAYOUT, size_t... CONFIGS>
+constexpr KextEntries kext_entries(std::index_sequence<CONFIGS...>) {
+    return {KextGemm<ELEMENT, LAYOUT, CONFIGS>::entry()...};
+}
+
+template <class ELEMENT, KextLayout LAYOUT>
+constexpr KextEntries kext_entries() {
+    return kext_entries<ELEMENT, LAYOUT>(std::make_index_sequence<kConfigs.size()>{});
+}
 
 }  // namespace nsru

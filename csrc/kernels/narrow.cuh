@@ -12,14 +12,55 @@
 
 namespace nsru {
 
+// A result whose sum several blocks may share: out = scaling · Σ parts.
+struct Sum {
+    float* parts_gmem;  // [parts, size]; null for one part, which is written to out at once
+    uint16_t* out_gmem;
+    int64_t size;
+    int parts;
+    int row_length;  // of out, whose rows are ldo apart
+    int64_t ldo;
+    float scaling;
+
+    // An element of one part, which has these places in the part and in out.
+    template <class T>
+    __device__ __forceinline__ void store(int part, int64_t in_part, int64_t in_out,
+                                          float value) const {
+        if (parts_gmem) {
+            parts_gmem[part * size + in_part] = value;
+        } else {
+            out_gmem[in_out] = T::round(scaling * value);
+        }
+    }
+};
+
+// Element (row, rank) of a tile in shared memory, of which every warp has a share.
+template <int ROWS, int RANKS>
+__device__ __forceinline__ float& share(float* warps_smem, int row, int rank) {
+    return warps_smem[(threadIdx.x / 32 * ROWS + row) * RANKS + rank];
+}
+
+// Adds up all warps' shares of a tile, whose first element is (first_row, first_rank) of a result.
+template <class T, int ROWS, int RANKS>
+__device__ __forceinline__ void store_shares(const float* warps_smem, const Sum& result, int part,
+                                             int64_t first_row, int64_t last_row, int first_rank) {
+    for (int i = threadIdx.x; i < ROWS * RANKS; i += kNarrowThreads) {
+        const int64_t row = first_row + i / RANKS;
+        const int rank = first_rank + i % RANKS;
+        if (row >= last_row || rank >= result.row_length) continue;
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kNarrowWarps; ++w) sum += warps_smem[w * ROWS * RANKS + i];
+        result.store<T>(part, row * result.row_length + rank, row * result.ldo + rank, sum);
+    }
+}
+
 struct RowsKernelParams {
     const uint16_t* x_gmem;
     const uint16_t* v_gmem;
-    uint16_t* out_gmem;
-    float* parts_gmem;  // [splits, M, R]; null for one split
+    Sum p;
     int m, c, r;
-    int64_t ldx, ldv, ldo;
-    float scaling;
+    int64_t ldx, ldv;
     int per_split;
 };
 
@@ -82,40 +123,24 @@ __global__ void __launch_bounds__(kNarrowThreads, rows_blocks_together(ROW_TILES
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int row = 16 * i + g + e / 2 * 8, rank = 8 * n + 2 * t + e % 2;
-                warps_smem[(warp * kRows + row) * kRanks + rank] = p[i][n][e];
+                share<kRows, kRanks>(warps_smem, row, rank) = p[i][n][e];
             }
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < kRows * kRanks; i += kNarrowThreads) {
-        const int64_t row = first_row + i / kRanks;
-        const int rank = first_rank + i % kRanks;
-        if (row >= params.m || rank >= params.r) continue;
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kNarrowWarps; ++w) sum += warps_smem[w * kRows * kRanks + i];
-        if (params.parts_gmem) {
-            params
-                .parts_gmem[(static_cast<int64_t>(blockIdx.z) * params.m + row) * params.r + rank] =
-                sum;
-        } else {
-            params.out_gmem[row * params.ldo + rank] = T::round(params.scaling * sum);
-        }
-    }
+    store_shares<T, kRows, kRanks>(warps_smem, params.p, blockIdx.z, first_row, params.m,
+                                   first_rank);
 }
 
 struct ColumnsKernelParams {
     const uint16_t* x_gmem;
     const uint16_t* p_gmem;
-    uint16_t* d_gmem;
-    float* d_parts_gmem;  // [splits, …] laid out like d; null for one split
     const uint16_t* v_gmem;
-    uint16_t* rows_gmem;
-    float* row_parts_gmem;  // [blocks along C, M, R]; null for one block
+    Sum d;     // in one part for each split
+    Sum rows;  // in one part for each block along C
     int m, c, r;
-    int64_t ldx, ldp, ldv, ldrows;
-    int64_t stride_dc, stride_dr;
-    float scaling, rows_scaling;
+    int64_t ldx, ldp, ldv;
+    int64_t stride_dc, stride_dr;  // in d
     int per_split;
 };
 
@@ -130,6 +155,7 @@ template <class T, int RANK_TILES, bool WITH_ROWS>
 __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKernelParams params) {
     constexpr int kRanks = 8 * RANK_TILES, kPRow = 8 * p_chunks(RANK_TILES);
     constexpr int kXTile = kColumnsRows * kColumnsBlock, kPTile = kColumnsRows * kPRow;
+    constexpr int kXWords = kColumnsBlock / 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int first_column = blockIdx.x * kColumnsBlock;
     const int first_rank = blockIdx.y * kRanks;
@@ -142,31 +168,23 @@ __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKe
     uint16_t* const p_smem = x_smem + kColumnsStages * kXTile;
     float* const warps_smem = reinterpret_cast<float*>(p_smem + kColumnsStages * kPTile);
 
-    // A row of X has 32 words of 16 bytes; word i of row m lies at place i ^ (m % 8), so that eight
-    // rows of one word, which a fragment takes, lie in different banks.
-    const auto place = [](int row, int word) {
-        return row * kColumnsBlock + 8 * (word ^ (row % 8));
-    };
-    const auto load_stage = [&](int step) {
-        if (step < steps) {
-            uint16_t* const x = x_smem + step % kColumnsStages * kXTile;
-            uint16_t* const p = p_smem + step % kColumnsStages * kPTile;
-            const int64_t top = first + static_cast<int64_t>(step) * kColumnsRows;
+    const auto load = [&](int step, int stage) {
+        uint16_t* const x = x_smem + stage * kXTile;
+        uint16_t* const p = p_smem + stage * kPTile;
+        const int64_t top = first + static_cast<int64_t>(step) * kColumnsRows;
 #pragma unroll
-            for (int i = 0; i < kColumnsRows * kColumnsBlock / 8 / kNarrowThreads; ++i) {
-                const int row = warp + i * kNarrowWarps, column = first_column + 8 * lane;
-                copy_async(x + place(row, lane), params.x_gmem + (top + row) * params.ldx + column,
-                           top + row < last && column < params.c);
-            }
-            for (int i = threadIdx.x; i < kColumnsRows * RANK_TILES; i += kNarrowThreads) {
-                const int row = i / RANK_TILES, word = i % RANK_TILES;
-                const int rank = first_rank + 8 * word;
-                copy_async(p + row * kPRow + 8 * word,
-                           params.p_gmem + (top + row) * params.ldp + rank,
-                           top + row < last && rank < params.r);
-            }
+        for (int i = 0; i < kColumnsRows * kColumnsBlock / 8 / kNarrowThreads; ++i) {
+            const int row = warp + i * kNarrowWarps, column = first_column + 8 * lane;
+            copy_async(x + place<kXWords>(row, lane),
+                       params.x_gmem + (top + row) * params.ldx + column,
+                       top + row < last && column < params.c);
         }
-        close_copies();
+        for (int i = threadIdx.x; i < kColumnsRows * RANK_TILES; i += kNarrowThreads) {
+            const int row = i / RANK_TILES, word = i % RANK_TILES;
+            const int rank = first_rank + 8 * word;
+            copy_async(p + row * kPRow + 8 * word, params.p_gmem + (top + row) * params.ldp + rank,
+                       top + row < last && rank < params.r);
+        }
     };
 
     uint32_t v[2][RANK_TILES][2] = {};  // of this warp's 32 columns, for the whole walk
@@ -183,14 +201,10 @@ __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKe
         }
     }
 
-    for (int step = 0; step < kColumnsStages - 1; ++step) load_stage(step);
     float d[2][RANK_TILES][4] = {};
-    for (int step = 0; step < steps; ++step) {
-        wait_for_copies<kColumnsStages - 2>();
-        __syncthreads();  // the copies of all threads; and the stage to fill next is read no more
-        load_stage(step + kColumnsStages - 1);
-        const uint16_t* const x = x_smem + step % kColumnsStages * kXTile;
-        const uint16_t* const p = p_smem + step % kColumnsStages * kPTile;
+    walk<kColumnsStages>(steps, load, [&](int step, int stage) {
+        const uint16_t* const x = x_smem + stage * kXTile;
+        const uint16_t* const p = p_smem + stage * kPTile;
 #pragma unroll
         for (int rows = 0; rows < kColumnsRows; rows += 16) {
             uint32_t b[(RANK_TILES + 1) / 2][4];  // two tiles of 8 ranks each
@@ -205,7 +219,7 @@ __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKe
                 const int word = 4 * warp + 2 * k;
                 uint32_t a[4];  // Xᵀ: 16 columns by 16 rows
                 load_matrices_transposed(
-                    a, x + place(rows + lane / 16 * 8 + lane % 8, word + lane / 8 % 2));
+                    a, x + place<kXWords>(rows + lane / 16 * 8 + lane % 8, word + lane / 8 % 2));
 #pragma unroll
                 for (int n = 0; n < RANK_TILES; ++n) {
                     mma<T>(d[k][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
@@ -216,7 +230,8 @@ __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKe
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
                     uint32_t a[4];  // X: 16 rows by 16 columns
-                    load_matrices(a, x + place(rows + lane % 16, 4 * warp + 2 * k + lane / 16));
+                    load_matrices(
+                        a, x + place<kXWords>(rows + lane % 16, 4 * warp + 2 * k + lane / 16));
 #pragma unroll
                     for (int n = 0; n < RANK_TILES; ++n) mma<T>(sum[n], a, v[k][n][0], v[k][n][1]);
                 }
@@ -225,7 +240,7 @@ __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKe
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
                         const int row = rows + g + e / 2 * 8, rank = 8 * n + 2 * t + e % 2;
-                        warps_smem[(warp * kColumnsRows + row) * kRanks + rank] = sum[n][e];
+                        share<kColumnsRows, kRanks>(warps_smem, row, rank) = sum[n][e];
                     }
                 }
             }
@@ -233,25 +248,10 @@ __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKe
         if (WITH_ROWS) {
             __syncthreads();
             const int64_t top = first + static_cast<int64_t>(step) * kColumnsRows;
-            for (int i = threadIdx.x; i < kColumnsRows * kRanks; i += kNarrowThreads) {
-                const int64_t row = top + i / kRanks;
-                const int rank = first_rank + i % kRanks;
-                if (row >= last || rank >= params.r) continue;
-                float sum = 0.0f;
-#pragma unroll
-                for (int w = 0; w < kNarrowWarps; ++w) {
-                    sum += warps_smem[w * kColumnsRows * kRanks + i];
-                }
-                if (params.row_parts_gmem) {
-                    const int64_t part_row = static_cast<int64_t>(blockIdx.x) * params.m + row;
-                    params.row_parts_gmem[part_row * params.r + rank] = sum;
-                } else {
-                    params.rows_gmem[row * params.ldrows + rank] =
-                        T::round(params.rows_scaling * sum);
-                }
-            }
+            store_shares<T, kColumnsRows, kRanks>(warps_smem, params.rows, blockIdx.x, top, last,
+                                                  first_rank);
         }
-    }
+    });
 
 #pragma unroll
     for (int i = 0; i < 8 * RANK_TILES; ++i) {
@@ -259,26 +259,10 @@ __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKe
         const int64_t column = first_column + 32 * warp + 16 * k + g + e / 2 * 8;
         const int rank = first_rank + 8 * n + 2 * t + e % 2;
         if (column >= params.c || rank >= params.r) continue;
-        const int64_t offset = column * params.stride_dc + rank * params.stride_dr;
-        if (params.d_parts_gmem) {
-            const int64_t size = static_cast<int64_t>(params.c) * params.r;
-            params.d_parts_gmem[blockIdx.z * size + offset] = d[k][n][e];
-        } else {
-            params.d_gmem[offset] = T::round(params.scaling * d[k][n][e]);
-        }
+        const int64_t at = column * params.stride_dc + rank * params.stride_dr;
+        params.d.store<T>(blockIdx.z, at, at, d[k][n][e]);
     }
 }
-
-// out = scaling · Σ parts; out's rows have row_length elements and are ldo apart.
-struct Sum {
-    const float* parts_gmem;  // [parts, size]; null: nothing to do
-    uint16_t* out_gmem;
-    int64_t size;
-    int parts;
-    int row_length;
-    int64_t ldo;
-    float scaling;
-};
 
 struct SumParams {
     Sum first, second;

@@ -24,7 +24,7 @@
 
 namespace nsru {
 
-struct SketchKernelParams {
+struct SketchOperands {
     const uint16_t* x_gmem;
     const uint16_t* omega_gmem;
     const uint8_t* mask_gmem;  // null: all rows
@@ -40,20 +40,9 @@ struct SketchKernelParams {
     float* product_sums_gmem;
     int64_t ldx, ldomega;
     double limit;
-    int m, k, l, width;
-    int planes, l_tiles;
-    int row_blocks, panel_blocks, panels;
-    int k_chunk, k_chunks;
-    int y_tiles, tiles;
-    int m_chunk, m_chunks;
 };
 
-// Element at which a 16-byte word of a tile in shared memory lies. Eight rows of one word, which
-// a fragment takes, are in different banks.
-template <int WORDS>
-__device__ __forceinline__ int place(int row, int word) {
-    return 8 * (row * WORDS + (word ^ (WORDS % 8 ? row / 2 % 4 : row % 8)));
-}
+struct SketchKernelParams : SketchOperands, SketchTiles {};
 
 // How 8 warps share a tile [ROWS, WIDTH] of a product; kTiles of mma's tiles are a warp's.
 template <int ROWS, int WIDTH, int ROW_WARPS>
@@ -69,24 +58,6 @@ template <int WIDTH>
 using RowsShares = Shares<kSketchRows, WIDTH, WIDTH % 64 ? 4 : 2>;
 template <int WIDTH>
 using ProductShares = Shares<kSketchColumns, WIDTH, 4>;
-
-// Runs `multiply(stage)` for each step after what `load(stage)` started to copy STAGES - 1 steps
-// ahead; `load` is called for the steps in their order.
-template <int STAGES, class LOAD, class MULTIPLY>
-__device__ __forceinline__ void walk(int steps, const LOAD& load, const MULTIPLY& multiply) {
-    for (int step = 0; step < STAGES - 1; ++step) {
-        if (step < steps) load(step);
-        close_copies();
-    }
-    for (int step = 0; step < steps; ++step) {
-        wait_for_copies<STAGES - 2>();
-        __syncthreads();  // the copies of all threads; and the stage to fill next is read no more
-        const int ahead = step + STAGES - 1;
-        if (ahead < steps) load(ahead % STAGES);
-        close_copies();
-        multiply(step % STAGES);
-    }
-}
 
 // d += a·b for 16 values of the summed index; b is read from [16, columns] at `first_word`.
 template <class T, class SHARES, int WORDS>
@@ -125,6 +96,21 @@ __device__ __forceinline__ void store_sums(const float (&d)[TILES][4], float* su
     for (int i = 0; i < TILES; ++i) {
         words[i * kSketchThreads] = make_float4(d[i][0], d[i][1], d[i][2], d[i][3]);
     }
+}
+
+// Adds up a tile of which each of `turns` blocks has a share, one after the other. Whether this
+// block was the last, which has the sum in `d`; the others hand it on.
+template <int TILES>
+__device__ __forceinline__ bool add_in_turn(float (&d)[TILES][4], int turn, int turns,
+                                            int* turn_gmem, float* sums_gmem, int* slot_smem) {
+    if (turn > 0) {
+        wait_for(turn_gmem, turn);
+        add_sums(d, sums_gmem);
+    }
+    if (turn + 1 == turns) return true;
+    store_sums(d, sums_gmem);
+    signal(turn_gmem, slot_smem);
+    return false;
 }
 
 // The sum over a block, to every thread, in an order that depends on nothing. `warps_smem` has a
@@ -201,7 +187,7 @@ __device__ __forceinline__ void make_s_tile(const SketchKernelParams& params, in
         omega_next[i] = params.omega_gmem + feature * params.ldomega + first_column + 8 * copy_word;
     }
     int features_left = last - first;
-    const auto load = [&](int stage) {
+    const auto load = [&](int, int stage) {
         uint16_t* const x = stages_smem + stage * kStage;
 #pragma unroll
         for (int i = 0; i < kRowsEach; ++i) {
@@ -226,7 +212,7 @@ __device__ __forceinline__ void make_s_tile(const SketchKernelParams& params, in
     const int warp_row = row_warp * Mine::kRows, warp_column = column_warp * Mine::kColumns;
     float s[Mine::kTiles][4] = {};
     double energy = 0.0;
-    walk<kSketchStages>(steps, load, [&](int stage) {
+    walk<kSketchStages>(steps, load, [&](int, int stage) {
         const uint16_t* const x = stages_smem + stage * kStage;
 #pragma unroll
         for (int k = 0; k < kSketchStepFeatures / 16; ++k) {
@@ -255,15 +241,7 @@ __device__ __forceinline__ void make_s_tile(const SketchKernelParams& params, in
     int* const ready = params.counters_gmem + 1 + panel;
     int* const turn = params.counters_gmem + 1 + params.panels + tile;
     float* const sums = params.s_sums_gmem + tile * (kSketchRows * WIDTH);
-    if (chunk > 0) {
-        wait_for(turn, chunk);
-        add_sums(s, sums);
-    }
-    if (chunk + 1 < params.k_chunks) {
-        store_sums(s, sums);
-        signal(turn, slot_smem);
-        return;
-    }
+    if (!add_in_turn(s, chunk, params.k_chunks, turn, sums, slot_smem)) return;
 #pragma unroll
     for (int i = 0; i < 2 * Mine::kTiles; ++i) {
         const int row_tile = i / 2 / Mine::kColumnTiles, n = i / 2 % Mine::kColumnTiles;
@@ -334,7 +312,7 @@ __device__ __forceinline__ void add_product_tile(const SketchKernelParams& param
         ask_mask();
     };
     begin_pass();
-    const auto load = [&](int stage) {
+    const auto load = [&](int, int stage) {
         uint16_t* const left = stages_smem + stage * kStage;
 #pragma unroll
         for (int j = 0; j < kLeftWords; j += 8) {
@@ -368,7 +346,7 @@ __device__ __forceinline__ void add_product_tile(const SketchKernelParams& param
     const int row_warp = warp / Mine::kColumnWarps, column_warp = warp % Mine::kColumnWarps;
     const int warp_row = row_warp * Mine::kRows, warp_column = column_warp * Mine::kColumns;
     float d[Mine::kTiles][4] = {};
-    walk<kSketchProductStages>(steps, load, [&](int stage) {
+    walk<kSketchProductStages>(steps, load, [&](int, int stage) {
         const uint16_t* const left = stages_smem + stage * kStage;
 #pragma unroll
         for (int row = 0; row < kSketchStepRows; row += 16) {
@@ -387,14 +365,8 @@ __device__ __forceinline__ void add_product_tile(const SketchKernelParams& param
     int* const turns = params.counters_gmem + 1 + params.panels +
                        static_cast<int64_t>(params.row_blocks) * params.l_tiles + product_tile;
     float* const sums = params.product_sums_gmem + product_tile * (kSketchColumns * WIDTH);
-    const int turn = panel * params.m_chunks + chunk;
-    if (turn > 0) {
-        wait_for(turns, turn);
-        add_sums(d, sums);
-    }
-    if (turn + 1 < params.panels * params.m_chunks) {
-        store_sums(d, sums);
-        signal(turns, slot_smem);
+    if (!add_in_turn(d, panel * params.m_chunks + chunk, params.panels * params.m_chunks, turns,
+                     sums, slot_smem)) {
         return;
     }
     // This turn comes after the products of every panel, hence after every share of the trace.

@@ -1,5 +1,6 @@
 // What our own kernels ask of the hardware (sm_80 and newer): 16-bit elements, matrix fragments of
-// a warp, asynchronous copies, order between blocks. csrc/emulator/warp.h is its twin for a CPU.
+// a warp, asynchronous copies, order between blocks. Up to the last #endif, tests/emulator/warp.h is
+// its twin for a CPU.
 //
 // Fragments, with g = lane / 4 and t = lane % 4, as the PTX ISA numbers them:
 //   16-bit a [16, 16]: rows g, g+8 at columns 2t..2t+1, then both again at columns 2t+8..2t+9
@@ -10,7 +11,7 @@
 #pragma once
 
 #ifdef NSRU_EMULATED
-#include "../emulator/warp.h"
+#include "emulator/warp.h"
 #else
 
 #include <cuda_bf16.h>
@@ -20,7 +21,7 @@
 
 namespace nsru {
 
-// Elements travel as their bits. kDtype orders them like Dtype.
+// Elements travel as their bits.
 struct Bf16 {
     using Bits = uint16_t;
     static constexpr float kLargest = 3.38953139e38f;
@@ -37,13 +38,6 @@ struct Fp16 {
     static __device__ Bits round(float value) { return __half_as_ushort(__float2half_rn(value)); }
 };
 
-struct Fp32 {
-    using Bits = uint32_t;
-    static constexpr float kLargest = 3.40282347e38f;
-    static __device__ float widen(Bits bits) { return __uint_as_float(bits); }
-    static __device__ Bits round(float value) { return __float_as_uint(value); }
-};
-
 // The block's dynamic shared memory.
 __device__ inline unsigned char* shared_memory() {
     extern __shared__ __align__(128) unsigned char memory[];
@@ -54,32 +48,31 @@ __device__ inline uint32_t shared_address(const void* smem) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
 }
 
+// d += a·b by the instruction for these shapes and types.
+#define NSRU_MMA(SHAPES_AND_TYPES)                        \
+    asm("mma.sync.aligned." SHAPES_AND_TYPES              \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+        "{%0, %1, %2, %3};"                               \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])  \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+
 // d += a·b over 16-bit elements.
 template <class T>
 __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 template <>
 __device__ inline void mma<Bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    NSRU_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
 }
 
 template <>
 __device__ inline void mma<Fp16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    NSRU_MMA("m16n8k16.row.col.f32.f16.f16.f32");
 }
 
 // d += a·b over float32 bits, of which the tensor core reads the upper 19.
 __device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    NSRU_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 }
 
 // Four 8x8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8. Register j gets, of
@@ -128,14 +121,6 @@ __device__ inline int ask_for_ticket(int* counter_gmem) {
     return threadIdx.x == 0 ? atomicAdd(counter_gmem, 1) : 0;
 }
 
-// The next ticket, to every thread of the block. `slot_smem` is this function's own.
-__device__ inline int take_ticket(int* counter_gmem, int* slot_smem) {
-    __syncthreads();
-    if (threadIdx.x == 0) *slot_smem = ask_for_ticket(counter_gmem);
-    __syncthreads();
-    return *slot_smem;
-}
-
 // Counts this block at a flag, all that it stored before being visible to who waits there. Returns
 // the count before, to every thread.
 __device__ inline int signal(int* flag_gmem, int* slot_smem) {
@@ -179,3 +164,48 @@ __device__ inline void let_dependents_launch() {
 
 }  // namespace nsru
 #endif
+
+namespace nsru {
+
+struct Fp32 {
+    using Bits = uint32_t;
+    static constexpr float kLargest = 3.40282347e38f;
+    static __device__ float widen(Bits bits) { return __uint_as_float(bits); }
+    static __device__ Bits round(float value) { return __float_as_uint(value); }
+};
+
+// The next ticket, to every thread of the block. `slot_smem` is this function's own.
+__device__ inline int take_ticket(int* counter_gmem, int* slot_smem) {
+    __syncthreads();
+    if (threadIdx.x == 0) *slot_smem = ask_for_ticket(counter_gmem);
+    __syncthreads();
+    return *slot_smem;
+}
+
+// Element at which a 16-byte word of a tile in shared memory lies. Eight rows of one word, which
+// a fragment takes, are in different banks.
+template <int WORDS>
+__device__ __forceinline__ int place(int row, int word) {
+    return 8 * (row * WORDS + (word ^ (WORDS % 8 ? row / 2 % 4 : row % 8)));
+}
+
+// A block's walk through STAGES stages of shared memory: multiply(step, stage) for each step, after
+// what load(step, stage) started to copy STAGES - 1 steps ahead; `load` is called for the steps in
+// their order.
+template <int STAGES, class LOAD, class MULTIPLY>
+__device__ __forceinline__ void walk(int steps, const LOAD& load, const MULTIPLY& multiply) {
+    for (int step = 0; step < STAGES - 1; ++step) {
+        if (step < steps) load(step, step);
+        close_copies();
+    }
+    for (int step = 0; step < steps; ++step) {
+        wait_for_copies<STAGES - 2>();
+        __syncthreads();  // the copies of all threads; and the stage to fill next is read no more
+        const int ahead = step + STAGES - 1;
+        if (ahead < steps) load(ahead, ahead % STAGES);
+        close_copies();
+        multiply(step, step % STAGES);
+    }
+}
+
+}  // namespace nsru

@@ -13,13 +13,7 @@ SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = {**SHORT, torch.float32: "fp32"}
 # 16-bit elements in 16 bytes, the unit of TMA and of wide loads for addresses and row distances.
 ALIGNED = 8
-# op → the launcher that it needs of the extension
-_LAUNCHERS = {
-    "linear": "launch_kext_gemm",
-    "linear_group": "launch_kext_gemm",
-    "fold": "launch_fold",
-    "sketch": "launch_sketch_update",
-}
+_INTERFACE = 2  # of csrc/bindings.cpp
 # Ops whose kernels use wgmma and TMA as sm_90a code has them; such code runs on 9.0 only.
 _HOPPER_ONLY = ("linear", "linear_group")
 _OLD = "Update the driver, rebuild with an older nvcc, or use 'triton'."
@@ -51,13 +45,13 @@ def unavailable(op: str, device: torch.device) -> str | None:
     except ImportError as error:
         return f"the CUDA extension does not load: {error}. Reinstall it, or use 'triton'."
     archs = module.build_info()["archs"]
-    if not hasattr(module, _LAUNCHERS[op]):
-        if op in _HOPPER_ONLY:
-            return (
-                f"the CUDA extension was built for sm {archs} and holds no GEMM for sm_90a. "
-                "Rebuild it with NSRU_CUDA_ARCHS='80;90a', or use 'triton'."
-            )
-        return f"the CUDA extension was built from older sources. {_REBUILD}"
+    if getattr(module, "interface", None) != _INTERFACE:
+        return f"the CUDA extension was built from other sources. {_REBUILD}"
+    if op in _HOPPER_ONLY and not hasattr(module, "launch_kext_gemm"):
+        return (
+            f"the CUDA extension was built for sm {archs} and holds no GEMM for sm_90a. "
+            "Rebuild it with NSRU_CUDA_ARCHS='80;90a', or use 'triton'."
+        )
     try:
         with torch.cuda.device(device):
             module.kernel_image()
@@ -85,18 +79,20 @@ def place(tensor: Tensor) -> dict[str, int]:
 def launch(name: str, near: Tensor, **call: Any) -> None:
     """Enqueue ``launch_<name>`` of the extension on the GPU of ``near``.
 
-    The workspace comes from PyTorch's allocator: freed here, it is used again on the same stream
-    only after the kernels.
+    The launcher asks for its workspace, which comes from PyTorch's allocator: freed here, it is
+    used again on the same stream only after the kernels.
 
     Raises:
         ValueError: naming the argument that the kernel cannot take, and its value.
         RuntimeError: naming the CUDA call that failed, its code and meaning.
     """
-    module = load()
-    call |= place(near)
-    size = getattr(module, f"{name}_workspace")(**call)
-    workspace = near.new_empty(size, dtype=torch.uint8)
-    getattr(module, f"launch_{name}")(**call, workspace=workspace.data_ptr(), workspace_bytes=size)
+    workspaces: list[Tensor] = []
+
+    def allocate(size: int) -> int:
+        workspaces.append(near.new_empty(size, dtype=torch.uint8))
+        return workspaces[-1].data_ptr()
+
+    getattr(load(), f"launch_{name}")(**call, **place(near), allocate=allocate)
 
 
 def aligned(matrix: Tensor) -> bool:

@@ -45,4 +45,3 @@ def emulated(emulated_module, monkeypatch, poisoned_memory):
 def stand_in(emulated, monkeypatch):
     """The same with a stand-in for CUTLASS's GEMM, which cannot be emulated."""
     monkeypatch.setattr(emulated, "launch_kext_gemm", launch_kext_gemm, raising=False)
-    monkeypatch.setattr(emulated, "kext_gemm_workspace", lambda **call: 0, raising=False)

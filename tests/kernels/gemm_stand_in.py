@@ -12,7 +12,7 @@ def at(address, rows, columns, ld, dtype):
     return torch.frombuffer(memory, dtype=dtype).as_strided((rows, columns), (ld, 1))
 
 
-def launch_kext_gemm(*, workspace, workspace_bytes, config, swizzle, device, stream, **c):
+def launch_kext_gemm(*, config, swizzle, device, stream, allocate, **c):
     """The GEMM on addresses in host memory."""
     m, n, k, r = (c[name] for name in "mnkr")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[c["dtype"]]

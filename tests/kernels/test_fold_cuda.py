@@ -60,7 +60,9 @@ def test_a_table_that_cannot_be_written_is_refused(emulated):
         ("table", 12, "table must start at a multiple of 8 bytes, got address 12"),
     ):
         with pytest.raises(ValueError, match=reason):
-            emulated.launch_write_table(**{**call, argument: wrong}, device=0, stream=0)
+            emulated.launch_write_table(
+                **{**call, argument: wrong}, device=0, stream=0, allocate=pytest.fail
+            )
 
 
 def test_tiles_are_those_of_the_kernel(launched):

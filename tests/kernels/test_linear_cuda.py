@@ -144,9 +144,11 @@ def test_what_keeps_the_extension_from_serving(hopper, monkeypatch):
     def broken():
         raise ImportError("libfoo.so")
 
-    def module(image=lambda: 90, **launchers):
+    def module(image=lambda: 90, interface=extension._INTERFACE, **launchers):
         build = {"archs": "80"}
-        return types.SimpleNamespace(build_info=lambda: build, kernel_image=image, **launchers)
+        return types.SimpleNamespace(
+            build_info=lambda: build, kernel_image=image, interface=interface, **launchers
+        )
 
     def no_image():
         raise RuntimeError("cudaFuncGetAttributes: cudaErrorNoKernelImageForDevice")
@@ -156,6 +158,7 @@ def test_what_keeps_the_extension_from_serving(hopper, monkeypatch):
     for load, reason in (
         (missing, "not built"),
         (broken, "libfoo.so"),
+        (lambda: module(interface=1, **gemm), "built from other sources"),
         (module, "built for sm 80 and holds no GEMM for sm_90a"),
         (lambda: module(no_image, **gemm), "cudaErrorNoKernelImageForDevice"),
     ):

@@ -170,7 +170,7 @@ def test_nothing_beyond_the_operands_is_read_or_written(kernel, split):
     states = [mark[1:-1].view(t.shape).copy_(t) for mark, t in zip(marks, (y, h), strict=True)]
     trace = torch.full((3,), 7.0, dtype=torch.float64)
     call = call_of(inside, omega_around, *states, trace[1:], split=split)
-    launch(kernel, call)
+    kernel.launch_sketch_update(**call, allocate=Memory())
     expected = updated(by_cuda, x, omega, y, h, split=split)
     for got, want in zip((*states, trace[1]), expected, strict=True):
         assert torch.equal(got, want)
@@ -188,14 +188,11 @@ def test_nothing_beyond_the_last_byte_is_touched(kernel, split):
     trace = torch.zeros(1, dtype=torch.float64)
     x, omega, y, h, trace = (before_guard(tensor) for tensor in (x, omega, y, h, trace))
     call = call_of(x, omega, y, h, trace, split=split)
-    size = kernel.sketch_update_workspace(**call)
-    workspace = before_guard(torch.full((size,), 255, dtype=torch.uint8))
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            address = workspace.data_ptr()
-            kernel.launch_sketch_update(**call, workspace=address, workspace_bytes=size)
+            kernel.launch_sketch_update(**call, allocate=Memory(before_guard))
             status = 0
         finally:
             os._exit(status)
@@ -225,10 +222,15 @@ def call_of(x, omega, y, h, trace, split=False):
     return {**addresses, **sizes, **options, "device": 0, "stream": 0}
 
 
-def launch(module, call):
-    size = module.sketch_update_workspace(**call)
-    workspace = torch.full((size,), 255, dtype=torch.uint8)
-    module.launch_sketch_update(**call, workspace=workspace.data_ptr(), workspace_bytes=size)
+class Memory:
+    """Allocates workspaces of ones and keeps them; ``place`` moves them to where they shall lie."""
+
+    def __init__(self, place=lambda tensor: tensor):
+        self.place, self.kept = place, []
+
+    def __call__(self, size):
+        self.kept.append(self.place(torch.full((size,), 255, dtype=torch.uint8)))
+        return self.kept[-1].data_ptr()
 
 
 def test_the_launcher_names_the_argument_that_it_cannot_take(kernel):
@@ -250,17 +252,24 @@ def test_the_launcher_names_the_argument_that_it_cannot_take(kernel):
         ({"dtype": "fp8"}, "got 'fp8'"),
     ):
         with pytest.raises(ValueError, match=message):
-            kernel.sketch_update_workspace(**call | change)
-        with pytest.raises(ValueError, match=message):
-            kernel.launch_sketch_update(**call | change)
-    size = kernel.sketch_update_workspace(**call)
-    space = torch.empty(size + 16, dtype=torch.uint8)
-    with pytest.raises(
-        ValueError, match=f"workspace_bytes={size - 1} is less than the {size} needed"
+            kernel.launch_sketch_update(**call | change, allocate=pytest.fail)
+    for memory, message in (
+        (Memory(lambda tensor: tensor[8:]), "workspace must start at a multiple of 16 bytes"),
+        (lambda size: 0, "workspace is a null pointer"),
     ):
-        kernel.launch_sketch_update(**call, workspace=space.data_ptr(), workspace_bytes=size - 1)
-    with pytest.raises(ValueError, match="workspace must start at a multiple of 16 bytes"):
-        kernel.launch_sketch_update(**call, workspace=space.data_ptr() + 8, workspace_bytes=size)
+        with pytest.raises(ValueError, match=message):
+            kernel.launch_sketch_update(**call, allocate=memory)
+
+
+def test_what_the_allocator_raises_reaches_the_caller(kernel):
+    x, omega, y, h = inputs(9, 64, 16)
+
+    def out_of_memory(size):
+        raise torch.OutOfMemoryError(f"{size} bytes")
+
+    call = call_of(x, omega.half(), y, h, torch.zeros((), dtype=torch.float64))
+    with pytest.raises(torch.OutOfMemoryError, match=r"^\d+ bytes$"):
+        kernel.launch_sketch_update(**call, allocate=out_of_memory)
 
 
 def test_refusals_name_the_reason_and_the_other_backend():

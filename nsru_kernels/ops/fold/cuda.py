@@ -33,7 +33,9 @@ def fold_many(
 def _launch(kind: Kind, problems: list[Problem]) -> None:
     with torch.cuda.device_of(problems[0].basis):  # whose stream may be capturing
         args = arguments(problems, _TILES, write_table, _VALUES_PER_WRITE)
-        extension.load().launch_fold(
+        extension.launch(
+            "fold",
+            args.table,
             table=args.table.data_ptr(),
             table_size=args.table.numel(),
             problems=args.problems,
@@ -41,23 +43,23 @@ def _launch(kind: Kind, problems: list[Problem]) -> None:
             items=args.items,
             counters=args.counters.data_ptr(),
             counters_size=args.counters.numel(),
+            workspace=args.workspace.data_ptr(),
+            workspace_bytes=args.workspace.nbytes,
             adapter=DTYPES[kind.adapter_dtype],
             basis=DTYPES[kind.basis_dtype],
             has_core=kind.has_core,
             aligned=kind.is_aligned,
-            workspace=args.workspace.data_ptr(),
-            workspace_bytes=args.workspace.nbytes,
-            **extension.place(args.table),
         )
 
 
 def write_table(table: Tensor, device: torch.device) -> Tensor:
     """``table`` on ``device``, handed over as kernel arguments: nothing on the host must stay."""
     result = torch.empty(table.shape, dtype=torch.int64, device=device)
-    extension.load().launch_write_table(
+    extension.launch(
+        "write_table",
+        result,
         values=table.data_ptr(),
         size=table.numel(),
         table=result.data_ptr(),
-        **extension.place(result),
     )
     return result

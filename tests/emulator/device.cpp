@@ -1,5 +1,5 @@
 // The twin of device.cu: no GPU, and no code for one.
-#include "../device.h"
+#include "device.h"
 
 #include <stdexcept>
 

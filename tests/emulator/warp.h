@@ -101,13 +101,6 @@ struct Fp16 {
     }
 };
 
-struct Fp32 {
-    using Bits = uint32_t;
-    static constexpr float kLargest = 3.40282347e38f;
-    static float widen(Bits bits) { return __uint_as_float(bits); }
-    static Bits round(float value) { return __float_as_uint(value); }
-};
-
 inline unsigned char* shared_memory() { return emulator::shared_memory(); }
 
 struct Product {
@@ -116,24 +109,24 @@ struct Product {
     uint32_t b[2];
 };
 
-template <class T>
-void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// d += a·b, where a register of a and b holds PER_WORD numbers: element(register, nth).
+template <int PER_WORD, class ELEMENT>
+void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                        const ELEMENT& element) {
+    constexpr int kDepth = 8 * PER_WORD;
     Product mine{d, a, {b0, b1}};
-    emulator::meet_warp(&mine, [](void* const* lanes) {
-        float a_full[16][16], b_full[16][8];
-        const auto half = [](uint32_t word, int i) {
-            return T::widen(static_cast<uint16_t>(word >> 16 * i));
-        };
+    emulator::meet_warp(&mine, [&](void* const* lanes) {
+        float a_full[16][kDepth], b_full[kDepth][8];
         for (int lane = 0; lane < 32; ++lane) {
             const auto& from = *static_cast<Product*>(lanes[lane]);
             const int g = lane / 4, t = lane % 4;
-            for (int i = 0; i < 2; ++i) {
-                a_full[g][2 * t + i] = half(from.a[0], i);
-                a_full[g + 8][2 * t + i] = half(from.a[1], i);
-                a_full[g][2 * t + 8 + i] = half(from.a[2], i);
-                a_full[g + 8][2 * t + 8 + i] = half(from.a[3], i);
-                b_full[2 * t + i][g] = half(from.b[0], i);
-                b_full[2 * t + 8 + i][g] = half(from.b[1], i);
+            for (int half = 0; half < 2; ++half) {
+                for (int i = 0; i < PER_WORD; ++i) {
+                    const int k = PER_WORD * (4 * half + t) + i;
+                    a_full[g][k] = element(from.a[2 * half], i);
+                    a_full[g + 8][k] = element(from.a[2 * half + 1], i);
+                    b_full[k][g] = element(from.b[half], i);
+                }
             }
         }
         for (int lane = 0; lane < 32; ++lane) {
@@ -141,38 +134,23 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
             for (int i = 0; i < 4; ++i) {
                 const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
                 float sum = to.d[i];
-                for (int k = 0; k < 16; ++k) sum += a_full[row][k] * b_full[k][column];
+                for (int k = 0; k < kDepth; ++k) sum += a_full[row][k] * b_full[k][column];
                 to.d[i] = sum;
             }
         }
     });
 }
 
-inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    Product mine{d, a, {b0, b1}};
-    emulator::meet_warp(&mine, [](void* const* lanes) {
-        float a_full[16][8], b_full[8][8];
-        const auto upper = [](uint32_t bits) { return __uint_as_float(bits & ~uint32_t{0x1FFF}); };
-        for (int lane = 0; lane < 32; ++lane) {
-            const auto& from = *static_cast<Product*>(lanes[lane]);
-            const int g = lane / 4, t = lane % 4;
-            a_full[g][t] = upper(from.a[0]);
-            a_full[g + 8][t] = upper(from.a[1]);
-            a_full[g][t + 4] = upper(from.a[2]);
-            a_full[g + 8][t + 4] = upper(from.a[3]);
-            b_full[t][g] = upper(from.b[0]);
-            b_full[t + 4][g] = upper(from.b[1]);
-        }
-        for (int lane = 0; lane < 32; ++lane) {
-            auto& to = *static_cast<Product*>(lanes[lane]);
-            for (int i = 0; i < 4; ++i) {
-                const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-                float sum = to.d[i];
-                for (int k = 0; k < 8; ++k) sum += a_full[row][k] * b_full[k][column];
-                to.d[i] = sum;
-            }
-        }
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    multiply_fragments<2>(d, a, b0, b1, [](uint32_t word, int i) {
+        return T::widen(static_cast<uint16_t>(word >> 16 * i));
     });
+}
+
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    multiply_fragments<1>(
+        d, a, b0, b1, [](uint32_t bits, int) { return __uint_as_float(bits & ~uint32_t{0x1FFF}); });
 }
 
 template <bool TRANSPOSED>
@@ -225,16 +203,11 @@ inline uint4 load_16(const void* gmem, bool inside) {
 
 inline int ask_for_ticket(int* counter_gmem) { return threadIdx.x == 0 ? (*counter_gmem)++ : 0; }
 
-inline int take_ticket(int* counter_gmem, int* slot_smem) {
-    __syncthreads();
-    if (threadIdx.x == 0) *slot_smem = ask_for_ticket(counter_gmem);
-    __syncthreads();
-    return *slot_smem;
-}
-
 inline int signal(int* flag_gmem, int* slot_smem) {
     __syncthreads();
-    return take_ticket(flag_gmem, slot_smem);
+    if (threadIdx.x == 0) *slot_smem = (*flag_gmem)++;
+    __syncthreads();
+    return *slot_smem;
 }
 
 inline void wait_for(const int* flag_gmem, int count) {
