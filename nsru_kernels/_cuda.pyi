@@ -1,5 +1,5 @@
 # What csrc/bindings.cpp exports. Launchers take keyword arguments, which it lists;
-# nsru_kernels/ops/extension.py calls them.
+# nsru_kernels/dispatch/extension.py calls them.
 from typing import Any
 
 interface: int
