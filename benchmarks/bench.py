@@ -4,6 +4,7 @@
     siblings  q/k/v and gate/up, which read one x, against the separate frozen layers
     narrow    S, dS, dB and dA against the bandwidth of a copy
     fold      all adapters of a model in one launch
+    host_time what a forward costs before any kernel runs, against PEFT
     sketch    the streaming retain subspace: time, memory, residual
     loss      per-token NLL without logits
     step      a whole training step
@@ -27,7 +28,7 @@ from nsru_bench.session import Session
 
 # In order of value: op → its share of the budget. What one leaves goes to those after it.
 SHARES = {
-    "linear": 8, "siblings": 2, "narrow": 1, "fold": 1,
+    "linear": 8, "siblings": 2, "narrow": 1, "fold": 1, "host_time": 1,
     "sketch": 3, "loss": 2, "step": 4, "scaling": 2,
 }  # fmt: skip
 OPS = tuple(SHARES)

@@ -111,7 +111,7 @@ class Session:
             base: the provider that ratios refer to.
             plans: provider → plan, where one has several.
             each: provider → more columns, the same ones for every provider.
-            extra: more columns.
+            extra: more columns, or other values of those that every row has.
         """
         floor = self.limits.floor_ms(flop, moved)
         rows = []
@@ -136,8 +136,8 @@ class Session:
                     "rounds": len(result.ms),
                     "tiny": self.tiny,
                     **(each or {}).get(provider, {}),
-                    **extra,
                     **self.columns,
+                    **extra,
                 }
             )
             print(_line(rows[-1], shape), flush=True)

@@ -12,6 +12,7 @@ import torch
 from nsru_bench import (
     bench,
     cases,
+    host_time,
     linear,
     loss,
     plot,
@@ -45,7 +46,7 @@ def walked(tmp_path_factory):
     """The folder that a tiny run of some benchmarks leaves."""
     out = tmp_path_factory.mktemp("bench")
     session = tiny_session(out)
-    bench.run(session, ("narrow", "sketch", "loss"))
+    bench.run(session, ("narrow", "sketch", "loss", "host_time"))
     assert not session.failed
     return out
 
@@ -229,6 +230,53 @@ def test_centring_loses_the_mean(walked):
     }
     assert ratios["peft IncrementalPCA"] > 2
     assert ratios["RetainSketch"] < 1.1
+
+
+def test_host_time_rows(walked):
+    rows = read(walked / "host_time.csv")
+    assert_timed(rows)
+    for which in host_time.PASSES:
+        providers = {row["provider"] for row in rows if row["pass"] == which}
+        assert providers == {"frozen", "peft", "nsru alone", "nsru group"}
+    assert {(row["dtype"], row["threads"], row["base"]) for row in rows} == {
+        ("float32", "1", "peft")
+    }
+    assert len({(row["provider"], row["python_calls"]) for row in rows}) == 4
+
+
+class Counted(torch.nn.Module):
+    """Six entries: two of ``__call__``, forward, its generator twice, and ``below``."""
+
+    def forward(self, x):
+        return sum(self.parts(x))
+
+    def parts(self, x):
+        yield self.below(x)
+
+    def below(self, x):
+        return x
+
+
+def test_python_calls_are_counted():
+    layer = Counted()
+    counted = host_time.count_python_calls([layer, layer], torch.zeros(2))
+    assert counted == (2 * 6, 5, 0, 0)
+    assert sys.getprofile() is None
+    providers = host_time.make_providers()
+    calls = host_time.count_forwards(providers)
+    assert 0 < calls["nsru alone"].own_count < calls["nsru alone"].count
+    assert 0 < calls["nsru alone"].own_deepest < calls["nsru alone"].deepest
+    assert calls["peft"].own_count == calls["frozen"].own_count == 0
+
+
+def test_a_wrong_adapter_is_not_timed_for_its_host_time(monkeypatch, tmp_path):
+    def project(lora_a, basis, right=host_time.nk.project_adapter):
+        return 1.01 * right(lora_a, basis)
+
+    monkeypatch.setattr(host_time.nk, "project_adapter", project)
+    with pytest.raises(AssertionError, match="nsru alone"):
+        host_time.run(tiny_session(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_loss_rows(walked):
