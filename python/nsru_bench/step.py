@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from nsru_bench import measure
+from nsru_bench.cases import relative_error
 from nsru_bench.session import Session
 from nsru_bench.timing import Timing
 from nsru_bench.training_ways import (
@@ -46,7 +46,7 @@ def cases(session: Session) -> list[Case]:
     """In order of value."""
     if session.tiny:
         return [TINY]
-    if session.device.type == "cpu":
+    if session.on_cpu:
         small = {"layers": 1, "vocabulary": 8192, "tokens": 256, "length": 64}
         return [LLAMA_1B._replace(**small), LLAMA_8B._replace(**small)]
     half = {"tokens": 4096}
@@ -126,7 +126,7 @@ def check(ways: Mapping[str, Way], results: Mapping[str, Result], dtype: torch.d
         return
     theirs = results["peft + eager projection"].gradients
     for label, start in (("dA", 0), ("dB", 1)):
-        error = measure.relative_error(*(_flat(grads[start::2]) for grads in (ours, theirs)))
+        error = relative_error(*(_flat(grads[start::2]) for grads in (ours, theirs)))
         # bf16 models of many layers drift apart by a few percent; an unprojected dA is off by a
         # fifth and more.
         bound = 1e-3 if exact else 0.15
@@ -165,7 +165,7 @@ def time_ways(
         for name, way in ways.items()
     }
     timings = session.time(calls, capture=False)  # the loss finds its answer tokens on the host
-    if session.device.type == "cpu":
+    if session.on_cpu:
         for name, call in calls.items():
             timings[name] = timings[name]._replace(peak_bytes=cpu_peak_bytes(call[0]))
     return timings
@@ -173,9 +173,8 @@ def time_ways(
 
 def run(session: Session) -> None:
     for case in cases(session):
-        on_gpu = session.device.type == "cuda"
         size = 1 if case.hidden <= 2048 else 4
-        seconds = 2 if session.tiny else size * (15 if on_gpu else 5 * session.rounds)
+        seconds = 2 if session.tiny else size * (5 * session.rounds if session.on_cpu else 15)
         if session.fits(f"step {case.model}, {case.tokens} tokens", seconds):
             # Where the frozen model's activations do not fit, all recompute them.
             if not run_case(session, case, checkpointing=False):

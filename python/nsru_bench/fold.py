@@ -7,7 +7,7 @@ import functools
 import torch
 
 import nsru_kernels as nk
-from nsru_bench import measure
+from nsru_bench.cases import relative_error
 from nsru_bench.session import Session
 
 # (K, adapters on one basis) of a Llama-3-8B layer: q/k/v, o, gate/up, down.
@@ -21,7 +21,7 @@ def run(session: Session) -> None:
     rank, width = (4, 8) if session.tiny else (16, 256)
     layer, one = (((64, 3), (96, 1)), ((64, 1),)) if session.tiny else (LAYER, ONE)
     models = [layer * count for count in LAYERS]
-    if session.device.type == "cpu":
+    if session.on_cpu:
         models = models[1:]  # a CPU takes long to draw the bases of the whole model
     if session.tiny:
         models = [layer * 2]
@@ -58,7 +58,7 @@ def run_model(session: Session, inputs, rank, width, basis_dtype) -> None:
     for call in calls.values():
         for (a, u), folded in list(zip(pairs, call[0](), strict=True))[:: max(1, len(pairs) // 8)]:
             exact = nk.project_adapter(a.double(), u)
-            error = measure.relative_error(folded, exact)
+            error = relative_error(folded, exact)
             assert error <= 1e-5, f"fold is off by {error:.1e}"
     distinct = {u.data_ptr(): u for u in bases}.values()
     session.record(

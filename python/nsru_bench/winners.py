@@ -1,6 +1,6 @@
 """The plan table of a device from the rows that were measured on it; see ``nsru_kernels/plans``.
 
-    python benchmarks/winners.py FOLDER        # of the CSV files that `nsru bench` wrote
+    python -m nsru_bench.winners FOLDER        # of the CSV files that `nsru bench` wrote
 
 Writes the table where ``auto`` finds it: for a GPU by its name, for a CPU as that of CPUs with AMX.
 """
@@ -8,7 +8,6 @@ Writes the table where ``auto`` finds it: for a GPU by its name, for a CPU as th
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Iterable
@@ -16,9 +15,9 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from nsru_kernels.plans import CPU_WITH_AMX, FOLDER, slug
+from nsru_bench.internals import CPU_WITH_AMX, FOLDER, PREFIX, slug
+from nsru_bench.rows import Row, read
 
-PREFIX = "plan "  # of providers that are one backend's functions, by one plan
 MARGIN = 0.95  # of eager's time, for a kernel on a CPU
 COLUMNS = ("device", "torch", "triton", "commit", "dtype")
 
@@ -46,7 +45,7 @@ def plan_table(folder: Path) -> dict[str, Any]:
             CPU that cannot run the kernels.
     """
     ops = ("linear", "siblings", "fold", "sketch")
-    linear, siblings, fold, sketch = (_rows(folder / f"{op}.csv") for op in ops)
+    linear, siblings, fold, sketch = (read(folder / f"{op}.csv") for op in ops)
     linears = [*linear, *siblings]
     on_cpu = any(row["timing"] == "clock" for row in linears)  # GPUs are timed by graphs or events
     rows, columns = [*linears, *fold, *sketch], COLUMNS
@@ -68,7 +67,7 @@ def plan_table(folder: Path) -> dict[str, Any]:
     return table | {"threads": int(table["threads"])}
 
 
-def whole_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
+def whole_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """One entry per shape: the fastest backend of forward and backward together, for on a CPU what
     one of them leaves in the caches decides about the other.
 
@@ -90,7 +89,7 @@ def _overlap(sizes: list[int], others: list[int]) -> bool:
     return all(max(a, b) <= 4 * min(a, b) for a, b in zip(sizes, others, strict=True))
 
 
-def linear_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
+def linear_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """One entry per shape: the fastest plan forward, the fastest backend backward. The rows of
     siblings have ΣN and ΣR as N and R."""
     return [
@@ -105,7 +104,7 @@ def linear_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def _by_shape(
-    rows: Iterable[dict[str, str]],
+    rows: Iterable[Row],
 ) -> dict[tuple[int, ...], dict[str, dict[str, float]]]:
     """Sizes → pass → plan → milliseconds."""
     by_shape: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
@@ -119,7 +118,7 @@ def _by_shape(
     return by_shape
 
 
-def fold_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
+def fold_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """For each number of adapters: the grouped launch that beats the loop for every dtype of the
     basis, by most in sum; else the loop. CPU kernels are asked about float32 only, see MARGIN."""
     by_count: dict[int, dict[str, dict[str, float]]] = {}
@@ -142,7 +141,7 @@ def fold_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
     return entries
 
 
-def sketch_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
+def sketch_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """One entry per shape: the fastest plan of a batch's update."""
     by_shape: dict[tuple[int, ...], dict[str, float]] = {}
     for row in rows:
@@ -158,13 +157,6 @@ def sketch_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
 
 def _fastest(times: dict[str, float]) -> str:
     return min(times, key=times.__getitem__)
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def main(arguments: list[str] | None = None) -> None:
