@@ -1,7 +1,8 @@
 """The CPU paths that every user pays, for pytest-benchmark to compare between commits.
 
     pytest tests/test_regressions.py --benchmark-enable --benchmark-autosave
-    pytest tests/test_regressions.py --benchmark-enable --benchmark-compare-fail=median:10%
+    pytest tests/test_regressions.py --benchmark-enable \\
+        --benchmark-compare --benchmark-compare-fail=median:10%
 
 Without --benchmark-enable each runs once, as a test. Compare on one quiet machine only.
 """

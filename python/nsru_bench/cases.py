@@ -142,6 +142,10 @@ class Provider:
         return [*self.lora_as, *self.lora_bs]
 
 
+def copies(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[nn.Parameter]:
+    return [nn.Parameter(tensor.to(dtype or tensor.dtype, copy=True)) for tensor in tensors]
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """S, y and dX are each rounded once or twice, to half of epsilon; float32 sums lose more."""
     return max(2 * torch.finfo(dtype).eps, 1e-5)

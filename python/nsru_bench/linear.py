@@ -1,7 +1,7 @@
 """The projected linear against everything a user could run instead; see ``bench.py``.
 
 Every provider's y, dX, dA and dB are compared with float64 before anything is timed. The frozen
-linear computes y and dX only. Plans of a backend are timed one by one with the adapter projected
+linear computes y and dX only. Backends and plans are timed one by one with the adapter projected
 beforehand; "nsru" is the public op with the projection of this optimizer step at hand, as the
 module calls it.
 """
@@ -15,6 +15,7 @@ import torch
 
 from nsru_bench import internals, providers
 from nsru_bench.cases import Operands, Provider, Shape, check, linear_shapes, make_operands
+from nsru_bench.rows import PREFIX
 from nsru_bench.session import Session
 from nsru_bench.timing import Call, copies_beyond_caches
 
@@ -40,7 +41,7 @@ def make_providers(operands: Operands, session: Session) -> dict[str, Provider]:
     if session.compile:
         alike = providers.peft_linears(operands, fp32_adapters=False)
         found["peft bf16, compiled"] = providers.compiled(alike)
-    found |= internals.planned("linear", operands, session)
+    found |= providers.plans(operands, together=False)
     providers.add_unsloth(found, operands, session)
     return found
 
@@ -62,7 +63,7 @@ def run_shape(
             del made[name]
     moved_in = operands.x.nbytes + sum(dy.nbytes for dy in operands.dys)
     copies = copies_beyond_caches(session.device, moved_in)
-    plans = {n: n.removeprefix(internals.PREFIX) for n in made if n.startswith(internals.PREFIX)}
+    plans = {n: n.removeprefix(PREFIX) for n in made if n.startswith(PREFIX)}
     for which in PASSES:
         timed = {name: calls(operands, p, which, copies) for name, p in made.items()}
         flop, moved = work(shape, which, session.dtype.itemsize)

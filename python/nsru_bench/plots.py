@@ -17,8 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nsru_bench import rows as csv_rows
-from nsru_bench.internals import PREFIX
-from nsru_bench.rows import Row
+from nsru_bench.rows import PREFIX, Row
 
 RC = {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 1.2}
 MARKERS = "osD^vX*P"

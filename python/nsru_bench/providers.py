@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nsru_kernels as nk
-from nsru_bench.cases import Operands, Provider
+from nsru_bench.cases import Operands, Provider, copies
+from nsru_bench.internals import triton_plans
+from nsru_bench.rows import PREFIX
 from nsru_bench.session import Session
 
-
-def copies(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[nn.Parameter]:
-    return [nn.Parameter(tensor.to(dtype or tensor.dtype, copy=True)) for tensor in tensors]
+BACKENDS = ("eager", "cpu", "triton", "cuda")
 
 
 def projected(operands: Operands, dtype: torch.dtype) -> list[nn.Parameter]:
@@ -75,6 +75,44 @@ def modules(operands: Operands, *, cached: bool, together: bool = True) -> Provi
         ys = forward(operands.x.clone())
     assert (len({id(y.grad_fn) for y in ys}) == 1) == (together or len(ys) == 1)
     return Provider(forward, lora_as, lora_bs, (lambda: None) if cached else change_adapters)
+
+
+def backend(operands: Operands, name: str, *, together: bool) -> Provider:
+    """The public ops by a named backend. Adapters are projected beforehand and their gradient is
+    not, as PEFT's is not."""
+    dtype, s, weights = operands.x.dtype, operands.scaling, [w.clone() for w in operands.weights]
+    lora_as, lora_bs = projected(operands, dtype), copies(operands.lora_bs, dtype)
+
+    def forward(x: Tensor) -> Sequence[Tensor]:
+        if together:
+            scalings = [s] * len(weights)
+            return nk.nsru_linear_group(
+                x, weights, lora_as, lora_bs, scalings=scalings, backend=name
+            )
+        return [
+            nk.nsru_linear(x, w, a, b, scaling=s, backend=name)
+            for w, a, b in zip(weights, lora_as, lora_bs, strict=True)
+        ]
+
+    return Provider(forward, lora_as, lora_bs, projects=False)
+
+
+def plans(operands: Operands, *, together: bool) -> dict[str, Provider]:
+    """What a plan table can name: every backend that can run here, Triton's plans one by one."""
+    found = {}
+    for name in BACKENDS:
+        provider = backend(operands, name, together=together)
+        try:
+            provider.forward(operands.x)
+        except nk.BackendUnavailable as error:
+            print(f"no {name} plans: {error}", flush=True)
+            continue
+        if name == "triton" and not together:
+            plans = triton_plans(operands)
+            found |= {f"{PREFIX}triton {plan}": way for plan, way in plans.items()}
+        else:
+            found[f"{PREFIX}{name}"] = provider
+    return found
 
 
 def peft_linears(operands: Operands, *, fp32_adapters: bool) -> Provider:

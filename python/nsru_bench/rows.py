@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 IN_CHECKOUT = (ROOT / "setup.py").is_file()  # else installed from a wheel
 RESULTS = ROOT / "benchmarks" / "results" if IN_CHECKOUT else Path("runs")
 
+PREFIX = "plan "  # of providers that are one backend, by one plan
+
 Row = dict[str, str]
 
 

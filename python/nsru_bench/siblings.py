@@ -26,5 +26,5 @@ def make_providers(operands: Operands, session: Session) -> dict[str, Provider]:
         "nsru": internals.group_op(operands),
         "single nsru": internals.linear_op(operands),
         "peft bf16": providers.peft_linears(operands, fp32_adapters=False),
-        **internals.planned("linear_group", operands, session),
+        **providers.plans(operands, together=True),
     }

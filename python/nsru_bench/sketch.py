@@ -16,7 +16,7 @@ from torch import Tensor
 import nsru_kernels as nk
 from nsru_bench import sketch_accuracy, timing
 from nsru_bench.cases import SUM_TOLERANCE, relative_error
-from nsru_bench.internals import PREFIX
+from nsru_bench.rows import PREFIX
 from nsru_bench.session import Session
 from nsru_bench.sketch_methods import (
     NEVER,

@@ -15,8 +15,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from nsru_bench.internals import CPU_WITH_AMX, FOLDER, PREFIX, slug
-from nsru_bench.rows import Row, read
+from nsru_bench.internals import CPU_WITH_AMX, FOLDER, slug
+from nsru_bench.rows import PREFIX, Row, read
 
 MARGIN = 0.95  # of eager's time, for a kernel on a CPU
 COLUMNS = ("device", "torch", "triton", "commit", "dtype")
