@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -112,29 +113,20 @@ def sketch_point(session: Session, shape: Shape) -> Point:
     size = session.dtype.itemsize
     return Point(
         {"M": m, "K": k, "Q": q},
-        {"update": [lambda x=x: method.update(x) for x in inputs]},
+        {"update": [partial(method.update, x) for x in inputs]},
         4.0 * m * k * q + 2.0 * m * q * q,
         size * m * k + 8.0 * (k * q + q * q),
     )
 
 
 def step_point(session: Session, case: training_ways.Case) -> Point:
-    base = training_ways.make_model(case, session.device, session.dtype)
-    batches = [
-        training_ways.with_reference(base, batch)
-        for batch in training_ways.make_batches(case, session.device, 2)
-    ]
-    ways = training_ways.make_ways(case, base, ("frozen", "nsru"))
+    names = ("frozen", "nsru")
+    base, batches, ways = training_ways.make_all(case, session.device, session.dtype, names)
     step.check(ways, step.evaluate_ways(ways, batches[0]), session.dtype)
-    calls = {
-        name: [lambda way=way, batch=batch: way.step(batch) for batch in batches]
-        for name, way in ways.items()
-    }
+    calls = {name: [partial(way.step, batch) for batch in batches] for name, way in ways.items()}
     sizes = {"M": case.tokens, "K": case.hidden, "R": case.R, "Q": case.Q, "layers": case.layers}
-    return Point(
-        sizes, calls, step.useful_flop(case, base, batches[0]),
-        2.0 * training_ways.storage_bytes(base.parameters()),
-    )  # fmt: skip
+    moved = 2.0 * training_ways.storage_bytes(base.parameters())
+    return Point(sizes, calls, step.useful_flop(case, base, batches[0]), moved)
 
 
 def run(session: Session) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -24,7 +25,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from nsru_bench.cases import relative_error
 from nsru_bench.session import Session
-from nsru_bench.timing import Timing
 from nsru_bench.training_ways import (
     ADAPTED,
     FULL,
@@ -33,13 +33,12 @@ from nsru_bench.training_ways import (
     TINY,
     Case,
     Way,
-    make_batches,
-    make_model,
-    make_ways,
+    make_all,
     nsru_modules,
     storage_bytes,
-    with_reference,
 )
+
+COLUMNS = ("model", "layers", "vocabulary", "tokens", "length", "R", "Q")
 
 
 def cases(session: Session) -> list[Case]:
@@ -157,20 +156,6 @@ def cpu_peak_bytes(run: Callable[[], object]) -> int:
     return max(itertools.accumulate(sizes), default=0)
 
 
-def time_ways(
-    session: Session, ways: Mapping[str, Way], batches: list[dict[str, Tensor]]
-) -> dict[str, Timing]:
-    calls = {
-        name: [lambda way=way, batch=batch: way.step(batch) for batch in batches]
-        for name, way in ways.items()
-    }
-    timings = session.time(calls, capture=False)  # the loss finds its answer tokens on the host
-    if session.on_cpu:
-        for name, call in calls.items():
-            timings[name] = timings[name]._replace(peak_bytes=cpu_peak_bytes(call[0]))
-    return timings
-
-
 def run(session: Session) -> None:
     for case in cases(session):
         size = 1 if case.hidden <= 2048 else 4
@@ -184,9 +169,7 @@ def run(session: Session) -> None:
 
 def run_case(session: Session, case: Case, *, checkpointing: bool) -> bool:
     """Check, time and record one case; False where not even the frozen step fits the memory."""
-    base = make_model(case, session.device, session.dtype)
-    batches = [with_reference(base, batch) for batch in make_batches(case, session.device, count=2)]
-    ways = make_ways(case, base)
+    base, batches, ways = make_all(case, session.device, session.dtype)
     if checkpointing:
         for way in ways.values():
             way.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -197,7 +180,11 @@ def run_case(session: Session, case: Case, *, checkpointing: bool) -> bool:
     del results
     for name in list(ways):  # the moments come with the first step
         attempt(ways, name, lambda way: way.step(batches[0]))
-    timings = time_ways(session, ways, batches)
+    calls = {name: [partial(way.step, batch) for batch in batches] for name, way in ways.items()}
+    timings = session.time(calls, capture=False)  # the loss finds its answer tokens on the host
+    if session.on_cpu:
+        for name, call in calls.items():
+            timings[name] = timings[name]._replace(peak_bytes=cpu_peak_bytes(call[0]))
     flop = useful_flop(case, base, batches[0])
     each = {}
     for name, timing in timings.items():
@@ -208,8 +195,9 @@ def run_case(session: Session, case: Case, *, checkpointing: bool) -> bool:
             "resident_bytes": resident,
             "total_bytes": resident + (timing.peak_bytes or 0),
         }
+    columns = {name: getattr(case, name) for name in COLUMNS}
     session.record(
-        "step", timings, {**case.columns, "checkpointing": checkpointing},
+        "step", timings, {**columns, "checkpointing": checkpointing},
         flop=flop, moved=2.0 * storage_bytes(base.parameters()), base="frozen", each=each,
     )  # fmt: skip
     return True
