@@ -251,6 +251,12 @@ def test_the_check_writes_the_table_of_its_gpu(tmp_path, monkeypatch):
     assert table["threads"] == 0
 
 
+def test_the_check_names_tests_that_exist():
+    for named in (*gpu_check.SMALL, *gpu_check.SANITIZED):
+        path, _, test = named.partition("::")
+        assert f"def {test}" in (ROOT / path).read_text(), named
+
+
 def test_the_summary_shows_siblings(tmp_path):
     shown = row("nsru", "forward", 1.0, **GROUP, plan="", ratio="1.09", base="frozen")
     write(tmp_path, [shown], "siblings")

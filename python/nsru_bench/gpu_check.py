@@ -30,18 +30,16 @@ from nsru_kernels.environment import describe_environment, format_environment
 
 ROOT = rows.ROOT
 BUDGET_S = 540.0
-TESTS = ("tests/kernels",)
+TESTS = "tests/kernels"
 # Tests at small sizes run on the GPU where there is one, marked or not.
 SMALL = tuple(
-    f"tests/kernels/test_{name}.py"
-    for name in (
-        *("linear_triton", "linear_group_triton", "sketch_triton"),
-        *("fold_kernels", "linear_group_cuda"),
-    )
-)
+    f"{TESTS}/test_{name}.py"
+    for name in ("linear_triton", "linear_group_triton", "sketch_triton", "fold_kernels",
+                 "linear_group_cuda")
+)  # fmt: skip
 # Every kernel at small sizes.
 SANITIZED = tuple(
-    f"tests/kernels/test_{test}"
+    f"{TESTS}/test_{test}"
     for test in (
         "narrow_cuda.py::test_small_on_a_gpu",
         "sketch_cuda.py::test_small_sizes_on_a_gpu",
@@ -210,9 +208,9 @@ def main() -> None:
     check.note("commit", rows.commit())
 
     building = build(check)
-    run_tests(check, "triton-tests", 150, "-k", "triton", *TESTS)
+    run_tests(check, "triton-tests", 150, "-k", "triton", TESTS)
     if building is not None and check.finish("build", building, 240):
-        run_tests(check, "cuda-tests", 90, "-k", "cuda or Cuda", *TESTS)
+        run_tests(check, "cuda-tests", 90, "-k", "cuda or Cuda", TESTS)
     sanitize(check, 100)
     if check.left() > 40:
         run_benchmarks(check)

@@ -22,9 +22,8 @@ from nsru_kernels.ops.linear_group import projected_linear_group
 from nsru_kernels.ops.products import one_read_pays
 from nsru_kernels.ops.sketch import energy_limit
 from nsru_kernels.plans import CPU_WITH_AMX, FOLDER, slug
-from nsru_kernels.subspaces.factors import left_singular, nystrom_factor
 
-__all__ = ["CPU_WITH_AMX", "FOLDER", "left_singular", "nystrom_factor", "slug"]
+__all__ = ["CPU_WITH_AMX", "FOLDER", "slug"]
 
 
 def stack_projected(operands: Operands) -> Tensor:

@@ -53,9 +53,8 @@ PROVIDERS = {"full logits": Provider(full_logits), "chunked": Provider(token_nll
 def liger() -> Provider:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return Provider(
-        functools.partial(liger_fused_linear_cross_entropy, reduction="sum"), per_token=False
-    )
+    nll = functools.partial(liger_fused_linear_cross_entropy, reduction="sum")
+    return Provider(nll, per_token=False)
 
 
 def cut_cross_entropy() -> Provider:
@@ -69,30 +68,19 @@ def cut_cross_entropy() -> Provider:
 def find_providers(session: Session) -> dict[str, Provider]:
     """Ours, full logits, and those peers that can run here; the others are listed."""
     found = dict(PROVIDERS)
-    makers = {"liger-kernel": liger, "cut-cross-entropy": cut_cross_entropy}
-    for name, make in makers.items():
+    for name, make in (("liger-kernel", liger), ("cut-cross-entropy", cut_cross_entropy)):
         try:
             provider = make()
-        except ImportError as error:
-            print(f"{name} is not timed: {error}", flush=True)
-            continue
-        if session.device.type != "cuda":
-            print(f"{name} is not timed: it needs a GPU", flush=True)
-        elif name == "cut-cross-entropy" and session.dtype.itemsize != 2:
-            print(f"{name} is not timed: its backward takes 16-bit numbers only", flush=True)
-        elif runs(name, provider, session):
+            if session.on_cpu:
+                raise RuntimeError("it needs a GPU")
+            # A dtype may not suit it, and its kernels may be older than the Triton installed.
+            inputs = make_inputs(64, 512, 64, session.dtype, session.device)
+            forward_backward(provider, inputs)
+        except Exception as error:
+            print(f"{name} is not timed: {type(error).__name__}: {error}"[:300], flush=True)
+        else:
             found[name] = provider
     return found
-
-
-def runs(name: str, provider: Provider, session: Session) -> bool:
-    """Whether a peer gets through a call: its kernels may be older than the Triton installed."""
-    try:
-        forward_backward(provider, make_inputs(64, 512, 64, session.dtype, session.device))
-    except Exception as error:
-        print(f"{name} is not timed: {type(error).__name__}: {error}"[:300], flush=True)
-        return False
-    return True
 
 
 def make_inputs(

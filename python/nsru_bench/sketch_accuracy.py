@@ -107,34 +107,25 @@ def run_stream(
             assert claim_error <= CERTIFICATE_SLACK, (
                 f"{name} certifies {claim_error:.1e} more than it captured of {spectrum}"
             )
-        made.append(
-            {
-                "spectrum": spectrum,
-                "provider": name,
-                "plan": method.route,
-                "K": k,
-                "L": width,
-                "Q": rank,
-                "tokens": tokens,
-                "batch": batch,
-                "dtype": rows.dtype_name(x_MK.dtype),
-                "directions": basis_KQ.shape[1],
-                "residual": f"{residual:.6e}",
-                "optimum": f"{optimum:.6e}",
-                "ratio": round(residual / optimum, 5) if optimum > RESOLVED else "",
-                "claimed": f"{claimed:.9f}",
-                "claim_error": f"{claim_error:.3e}",
-                "certified": method.certified,
-                "centred": method.centred,
-                "state_bytes": method.state_bytes(),
-                "tiny": session.tiny,
-                **session.columns,
-            }
-        )
-        last = made[-1]
+        row = {"spectrum": spectrum, "provider": name, "plan": method.route}
+        row |= {"K": k, "L": width, "Q": rank, "tokens": tokens, "batch": batch}
+        row |= {
+            "dtype": rows.dtype_name(x_MK.dtype),
+            "directions": basis_KQ.shape[1],
+            "residual": f"{residual:.6e}",
+            "optimum": f"{optimum:.6e}",
+            "ratio": round(residual / optimum, 5) if optimum > RESOLVED else "",
+            "claimed": f"{claimed:.9f}",
+            "claim_error": f"{claim_error:.3e}",
+            "certified": method.certified,
+            "centred": method.centred,
+            "state_bytes": method.state_bytes(),
+            "tiny": session.tiny,
+        }
+        made.append(row | session.columns)
         print(
-            f"accuracy {spectrum:<24}{last['dtype']:<10}{name:<26}L={width:<6}residual "
-            f"{residual:.3e} = {last['ratio'] or '-':<8} × optimum  claim {claim_error:+.1e}",
+            f"accuracy {spectrum:<24}{row['dtype']:<10}{name:<26}L={width:<6}residual "
+            f"{residual:.3e} = {row['ratio'] or '-':<8} × optimum  claim {claim_error:+.1e}",
             flush=True,
         )
     rows.append(session.out / "sketch_accuracy.csv", made)

@@ -9,7 +9,7 @@ from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor
 
 import nsru_kernels as nk
-from nsru_bench.internals import left_singular, nystrom_factor, sketch_update
+from nsru_bench.internals import sketch_update
 
 NEVER = 2**62  # tokens between refreshes
 
@@ -80,13 +80,11 @@ class Sketch(Method):
 
 
 class Op(Method):
-    """The sketch's update on bare accumulators, by one backend and plan.
+    """The sketch's update on bare accumulators, by one backend and plan; it has no finish.
 
     Raises:
         BackendUnavailable: the backend cannot run here.
     """
-
-    certified = True
 
     def __init__(
         self, k: int, width: int, device: torch.device, backend: str, plan: str = ""
@@ -102,11 +100,6 @@ class Op(Method):
 
     def update(self, x_MK: Tensor) -> None:
         self.trace += self.add(x_MK, self.omega_KL, self.y_KL, self.h_LL)
-
-    def finish(self, rank: int) -> tuple[Tensor, float]:
-        factor_KF = nystrom_factor(self.y_KL.double(), self.h_LL.double())
-        basis_KL, values_L = left_singular(factor_KF)
-        return basis_KL[:, :rank].float(), (values_L[:rank].sum() / self.trace).item()
 
     def kept(self) -> Iterable[Tensor]:
         return self.omega_KL, self.y_KL, self.h_LL, self.trace

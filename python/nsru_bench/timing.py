@@ -62,24 +62,20 @@ def interleaved(
     for round_ in range(warmup + rounds):
         shuffled.shuffle(names)
         for name in names:
-            taken = timers[name].run(round_)
+            taken = timers[name][0](round_)
             if round_ >= warmup:
                 ms[name].append(taken)
-    return {name: Timing(ms[name], timers[name].method, peaks[name]) for name in calls}
+    return {name: Timing(ms[name], timers[name][1], peaks[name]) for name in calls}
 
 
-class _Timer(NamedTuple):
-    run: Callable[[int], float]  # round → milliseconds of a call
-    method: str
-
-
-def _timer(call: Call, device: torch.device, capture: bool) -> _Timer:
+def _timer(call: Call, device: torch.device, capture: bool) -> tuple[Callable[[int], float], str]:
+    """round → milliseconds of a call in it, and how they are taken."""
     if device.type != "cuda":
-        return _Timer(lambda round_: _clock(call[round_ % len(call)]), "clock")
+        return lambda round_: _clock(call[round_ % len(call)]), "clock"
     graph = _capture(call) if capture else None
     if graph is None:
-        return _Timer(lambda _: _events(lambda: [run() for run in call], len(call)), "events")
-    return _Timer(lambda _: _events(graph.replay, len(call)), "graph")
+        return lambda _: _events(lambda: [run() for run in call], len(call)), "events"
+    return lambda _: _events(graph.replay, len(call)), "graph"
 
 
 def _clock(run: Callable[[], object]) -> float:

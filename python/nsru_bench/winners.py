@@ -76,7 +76,7 @@ def whole_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
     kernel's entry would serve some of its calls.
     """
     entries = []
-    for sizes, passes in sorted(_by_shape(rows).items()):
+    for sizes, passes in _by_shape(rows):
         if times := passes.get("forward+backward"):
             winner = _fastest(times | {"eager": MARGIN * times["eager"]})
             entries.append({"sizes": list(sizes), "forward": winner, "backward": winner})
@@ -98,24 +98,32 @@ def linear_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "forward": _fastest(passes["forward"]),
             "backward": _fastest(passes["backward"]).split()[0],
         }
-        for sizes, passes in sorted(_by_shape(rows).items())
+        for sizes, passes in _by_shape(rows)
         if {"forward", "backward"} <= passes.keys()  # a run that was cut off has one of them
     ]
 
 
+def sketch_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """One entry per shape: the fastest plan of a batch's update."""
+    return [
+        {"sizes": list(sizes), "update_sketch": _fastest(passes["update"])}
+        for sizes, passes in _by_shape(rows, "MKL")
+        if "update" in passes
+    ]
+
+
 def _by_shape(
-    rows: Iterable[Row],
-) -> dict[tuple[int, ...], dict[str, dict[str, float]]]:
-    """Sizes → pass → plan → milliseconds."""
-    by_shape: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
+    rows: Iterable[Row], letters: str = "MKNR"
+) -> list[tuple[tuple[int, ...], dict[str, dict[str, float]]]]:
+    """(sizes, pass → plan → milliseconds), in order of the sizes."""
+    found: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
     for row in rows:
         if row["provider"].startswith(PREFIX):
-            sizes = tuple(int(row[size]) for size in "MKNR")
-            name = row["provider"].removeprefix(PREFIX)
+            times = found.setdefault(tuple(int(row[letter]) for letter in letters), {})
             # The same sizes at another Q: plans see no basis, so the first row says it all.
-            times = by_shape.setdefault(sizes, {}).setdefault(row["pass"], {})
-            times.setdefault(name, float(row["p50_ms"]))
-    return by_shape
+            plan = row["provider"].removeprefix(PREFIX)
+            times.setdefault(row["pass"], {}).setdefault(plan, float(row["p50_ms"]))
+    return sorted(found.items(), key=lambda item: item[0])
 
 
 def fold_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -139,20 +147,6 @@ def fold_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
                 total[backend] = sum(times.get(grouped, times[loop]) for times in bases.values())
         entries.append({"sizes": [count], "fold_many": _fastest(total)})
     return entries
-
-
-def sketch_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """One entry per shape: the fastest plan of a batch's update."""
-    by_shape: dict[tuple[int, ...], dict[str, float]] = {}
-    for row in rows:
-        if row["pass"] == "update" and row["provider"].startswith(PREFIX):
-            sizes = tuple(int(row[size]) for size in "MKL")
-            name = row["provider"].removeprefix(PREFIX)
-            by_shape.setdefault(sizes, {})[name] = float(row["p50_ms"])
-    return [
-        {"sizes": list(sizes), "update_sketch": _fastest(times)}
-        for sizes, times in sorted(by_shape.items())
-    ]
 
 
 def _fastest(times: dict[str, float]) -> str:
