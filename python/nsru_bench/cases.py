@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -100,22 +101,24 @@ class Operands:
         return self.lora_as[0].shape[0]
 
 
+def normal_numbers(device: torch.device | str = "cpu", seed: int = 0) -> Callable[..., Tensor]:
+    """Sizes → normal numbers in fp32, other ones at each call."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return partial(torch.randn, generator=generator, device=device)
+
+
 def make_operands(
     shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> Operands:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator) * scale).to(device)
-
+    normal = normal_numbers(device, seed)
     m, k, widths, r, q = shape
     return Operands(
         x=normal(m, k).to(dtype),
         basis=torch.linalg.qr(normal(k, q))[0].contiguous(),
         dys=[normal(m, n).to(dtype) for n in widths],
-        weights=[normal(n, k, k**-0.5).to(dtype) for n in widths],
-        lora_as=[normal(r, k, k**-0.5) for _ in widths],
-        lora_bs=[normal(n, r, r**-0.5) for n in widths],
+        weights=[(normal(n, k) * k**-0.5).to(dtype) for n in widths],
+        lora_as=[normal(r, k) * k**-0.5 for _ in widths],
+        lora_bs=[normal(n, r) * r**-0.5 for n in widths],
     )
 
 
@@ -155,10 +158,11 @@ def tolerance(dtype: torch.dtype) -> float:
 SUM_TOLERANCE = {torch.float32: 1e-5, torch.float16: 8 * 2.0**-11, torch.bfloat16: 8 * 2.0**-9}
 
 
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Frobenius norm of the difference over that of the reference, in float64."""
-    reference = reference.double()
-    return ((value.double() - reference).norm() / reference.norm()).item()
+def assert_near(what: str, value: Tensor, exact: Tensor, bound: float) -> None:
+    """AssertionError where the difference has more than ``bound`` of exact's Frobenius norm."""
+    exact = exact.double()
+    error = ((value.double() - exact).norm() / exact.norm()).item()
+    assert error <= bound, f"{what} is off by {error:.1e} > {bound:.1e}"
 
 
 def check(operands: Operands, name: str, provider: Provider) -> None:
@@ -193,5 +197,4 @@ def check(operands: Operands, name: str, provider: Provider) -> None:
     pairs["dX"] = dx, exact_dx
     bound = tolerance(operands.x.dtype)
     for label, (value, exact) in pairs.items():
-        error = relative_error(value, exact)
-        assert error <= bound, f"{name}: {label} is off by {error:.1e} > {bound:.1e}"
+        assert_near(f"{name}: {label}", value, exact, bound)

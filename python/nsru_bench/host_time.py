@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import nsru_kernels as nk
 from nsru_bench import providers, rows, timing
-from nsru_bench.cases import Provider, Shape, check, make_operands
+from nsru_bench.cases import Provider, Shape, check, make_operands, normal_numbers
 from nsru_bench.linear import work
 from nsru_bench.session import Session
 
@@ -49,8 +49,7 @@ def make_providers() -> dict[str, Provider]:
 
 
 def make_input() -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(SHAPE.M, SHAPE.K, generator=generator).requires_grad_()
+    return normal_numbers()(SHAPE.M, SHAPE.K).requires_grad_()
 
 
 def make_call(provider: Provider, which: str) -> Callable[[], object]:

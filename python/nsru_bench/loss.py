@@ -16,14 +16,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nsru_bench import timing
-from nsru_bench.cases import SUM_TOLERANCE, relative_error
+from nsru_bench.cases import SUM_TOLERANCE, assert_near, normal_numbers
 from nsru_bench.session import Session
 from nsru_train.losses.nll import token_nll
 
@@ -87,11 +87,11 @@ def make_inputs(
     tokens: int, vocabulary: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Inputs:
     """hidden [T, D] that wants a gradient, a frozen head [V, D], targets [T]."""
-    generator = torch.Generator(device).manual_seed(0)
-    options: dict[str, Any] = {"generator": generator, "device": device}
-    hidden = torch.randn(tokens, width, **options).to(dtype).requires_grad_()
-    head = (torch.randn(vocabulary, width, **options) * width**-0.5).to(dtype)
-    return hidden, head, torch.randint(vocabulary, (tokens,), **options)
+    normal = normal_numbers(device)
+    hidden = normal(tokens, width).to(dtype).requires_grad_()
+    head = (normal(vocabulary, width) * width**-0.5).to(dtype)
+    generator = torch.Generator(device).manual_seed(1)
+    return hidden, head, torch.randint(vocabulary, (tokens,), generator=generator, device=device)
 
 
 def forward_backward(provider: Provider, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -114,8 +114,7 @@ def check(providers: dict[str, Provider], inputs: Inputs) -> None:
             ("NLL", nll, expected, bound),
             ("gradient", gradient, exact_gradient, max(bound, provider.tolerance)),
         ):
-            error = relative_error(value, wanted)
-            assert error <= allowed, f"{name}: {what} is off by {error:.1e} > {allowed:.1e}"
+            assert_near(f"{name}: {what}", value, wanted, allowed)
 
 
 def run(session: Session) -> None:

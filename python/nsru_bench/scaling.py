@@ -13,10 +13,9 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from nsru_bench import internals, linear, providers, step, training_ways
-from nsru_bench.cases import TINY, Shape, check, make_operands
+from nsru_bench.cases import TINY, Shape, check, make_operands, normal_numbers
 from nsru_bench.session import Session
 from nsru_bench.sketch import check_first_batch
 from nsru_bench.sketch_methods import NEVER, Sketch
@@ -101,11 +100,8 @@ def linear_point(session: Session, shape: Shape) -> Point:
 
 def sketch_point(session: Session, shape: Shape) -> Point:
     m, k, _, _, q = shape
-    generator = torch.Generator(session.device).manual_seed(0)
-    inputs = [
-        torch.randn(m, k, generator=generator, device=session.device).to(session.dtype)
-        for _ in range(2)
-    ]
+    normal = normal_numbers(session.device)
+    inputs = [normal(m, k).to(session.dtype) for _ in range(2)]
     method = Sketch(k, q, session.device, refresh_every=NEVER)
     assert method.route == "nystrom", f"width {q} is too large for K={k}"
     method.update(inputs[0])

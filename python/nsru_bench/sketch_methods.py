@@ -9,6 +9,7 @@ from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor
 
 import nsru_kernels as nk
+from nsru_bench.cases import normal_numbers
 from nsru_bench.internals import sketch_update
 
 NEVER = 2**62  # tokens between refreshes
@@ -91,9 +92,7 @@ class Op(Method):
     ) -> None:
         self.add = sketch_update(backend, plan, device)
         self.waits = backend == "eager"
-        generator = torch.Generator().manual_seed(0)
-        omega_KL = torch.randn(k, width, generator=generator) * k**-0.5
-        self.omega_KL = omega_KL.to(device, torch.bfloat16)
+        self.omega_KL = (normal_numbers(device)(k, width) * k**-0.5).to(torch.bfloat16)
         self.y_KL = torch.zeros(k, width, device=device)
         self.h_LL = torch.zeros(width, width, device=device)
         self.trace = torch.zeros((), device=device, dtype=torch.float64)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import nsru_kernels as nk
+from nsru_bench.cases import normal_numbers
 from nsru_train.data.encode import Encoded
 from nsru_train.losses.nll import answer_nll
 from nsru_train.losses.objective import FORGET, RETAIN, SAFE, Objective
@@ -124,10 +125,8 @@ def make_bases(model: nn.Module, width: int) -> dict[str, Tensor]:
             continue
         key = (parent, SHARED.get(child, child))
         if key not in bases:
-            device = linear.weight.device
-            generator = torch.Generator(device).manual_seed(len(bases))
-            normal = torch.randn(linear.in_features, width, generator=generator, device=device)
-            bases[key] = torch.linalg.qr(normal)[0].contiguous()
+            normal = normal_numbers(linear.weight.device, len(bases))
+            bases[key] = torch.linalg.qr(normal(linear.in_features, width))[0].contiguous()
         found[name] = bases[key]
     return found
 
@@ -179,12 +178,11 @@ def make_nsru(case: Case, base: nn.Module) -> Way:
     model, bases = shared_copy(base), make_bases(base, case.Q)
     nk.swap_linears(model, list(bases), rank=case.R, alpha=SCALING * case.R, subspaces=bases)
     for index, module in enumerate(nsru_modules(model).values()):
-        device, dtype = module.weight.device, module.weight.dtype
-        generator = torch.Generator(device).manual_seed(index)
+        normal = normal_numbers(module.weight.device, index)
         # B makes about a tenth of a frozen linear's output.
         for adapter, scale in ((module.lora_A, case.hidden**-0.5), (module.lora_B, 0.02)):
-            normal = torch.randn(adapter.shape, generator=generator, device=device)
-            adapter.copy_((normal * scale).to(dtype))  # exact in the dtype: all ways start equal
+            # Exact in the dtype of the run: all ways start equal.
+            adapter.copy_((normal(adapter.shape) * scale).to(module.weight.dtype))
     return make_way(model)
 
 
