@@ -87,7 +87,8 @@ class Session:
         self, calls: Mapping[str, timing.Call], *, capture: bool = True
     ) -> dict[str, timing.Timing]:
         """Interleaved milliseconds of every call on this device; see ``timing.interleaved``."""
-        return timing.interleaved(calls, self.device, self.rounds, capture=capture)
+        warmup = 1 if self.tiny else 3
+        return timing.interleaved(calls, self.device, self.rounds, warmup, capture=capture)
 
     def time_few_rounds(
         self, calls: Mapping[str, timing.Call], rounds: int = 3
@@ -97,6 +98,12 @@ class Session:
         return timing.interleaved(calls, self.device, rounds, warmup=1, capture=False)
 
     def record(
+        self, op: str, timings: Mapping[str, timing.Timing], shape: Mapping[str, Any], **more: Any
+    ) -> None:
+        """Append one row per provider to ``<op>.csv`` and print it; see ``make_rows``."""
+        rows.append(self.out / f"{op}.csv", self.make_rows(op, timings, shape, **more))
+
+    def make_rows(
         self,
         op: str,
         timings: Mapping[str, timing.Timing],
@@ -108,11 +115,11 @@ class Session:
         plans: Mapping[str, str] | None = None,
         each: Mapping[str, Mapping[str, Any]] | None = None,
         run: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Append one row per provider to ``<op>.csv`` and print it.
+    ) -> list[dict[str, Any]]:
+        """One row per provider, which is printed too.
 
         Args:
-            op: name of the file.
+            op: what is measured.
             timings: provider → timing.
             shape: columns that say what was computed.
             flop: useful FLOP of a call, the same for every provider.
@@ -151,7 +158,7 @@ class Session:
             name = f"{provider} {row['plan']}".strip()
             times = f"{row['p50_ms']:10.4f} ms" + (f"{ratio:8.3f} × {base}" if base else "")
             print(f"{op:<10}{sizes:<44} {name:<34}{times}", flush=True)
-        rows.append(self.out / f"{op}.csv", made)
+        return made
 
     def _measure_limits(self) -> Limits:
         """The fastest square matrix product and copy, by the same timer as everything else."""

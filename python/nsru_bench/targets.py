@@ -8,18 +8,15 @@ knows no projection. Frozen linears compute y and dX only.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from nsru_bench import cases, providers, rows
 from nsru_bench.cases import Operands, Provider, Shape
-from nsru_bench.linear import calls
+from nsru_bench.linear import calls, work
 from nsru_bench.session import Session
 from nsru_bench.timing import Timing, interleaved
 
 WHICH = "forward+backward"
-CPU = torch.device("cpu")
 # provider, base, largest ratio
 LINEAR_TARGETS = (
     ("nsru", "frozen", 1.12),
@@ -27,24 +24,25 @@ LINEAR_TARGETS = (
     ("nsru", "eager activation", 0.80),
 )
 SIBLING_TARGETS = (("group", "frozen", 1.08),)
+RENAMED = {"ratio": "ratio_to_frozen", "tflops": "frozen_tflops"}  # of every benchmark's columns
+COLUMNS = ("provider", "pass", "dtype", *"MKNRQ", "p20_ms", "p50_ms", "p80_ms", "ratio", "rounds")
+LINEAR_COLUMNS = (*COLUMNS[:-1], "tflops", "rounds")
 
 
 def run(session: Session) -> None:
-    tiny = cases.TINY
-    shape = tiny if session.tiny else cases.CPU
+    linear, siblings = cases.CPU, cases.CPU_SIBLINGS
+    if session.tiny:
+        linear, siblings = cases.TINY, cases.TINY._replace(widths=(96, 32, 32))
     if session.fits("linear_cpu", 2 if session.tiny else 40):
-        operands = cases.make_operands(shape, session.dtype)
-        timings = time_checked(session, operands, linear_providers(operands))
-        flop = 4.0 * shape.M * shape.K * sum(shape.widths)  # y and dX: the useful work
-        tflops = {n: round(flop / t.median / 1e9, 4) for n, t in timings.items()}
-        write(session, "linear_cpu", shape, timings, {"frozen_tflops": tflops})
-        report(timings, LINEAR_TARGETS)
-    shape = tiny._replace(widths=(96, 32, 32)) if session.tiny else cases.CPU_SIBLINGS
+        operands = cases.make_operands(linear, session.dtype)
+        timed = time_all(session, operands, linear_providers(operands))
+        write(session, "linear_cpu", linear, timed, LINEAR_COLUMNS)
+        report(timed, LINEAR_TARGETS)
     if session.fits("siblings_cpu", 2 if session.tiny else 60):
-        operands = cases.make_operands(shape, session.dtype)
-        timings = time_checked(session, operands, sibling_providers(operands))
-        write(session, "siblings_cpu", shape, timings, {})
-        report(timings, SIBLING_TARGETS)
+        operands = cases.make_operands(siblings, session.dtype)
+        timed = time_all(session, operands, sibling_providers(operands))
+        write(session, "siblings_cpu", siblings, timed, COLUMNS)
+        report(timed, SIBLING_TARGETS)
 
 
 def linear_providers(operands: Operands) -> dict[str, Provider]:
@@ -70,39 +68,30 @@ def sibling_providers(operands: Operands) -> dict[str, Provider]:
     }
 
 
-def time_checked(
-    session: Session, operands: Operands, made: dict[str, Provider]
-) -> dict[str, Timing]:
+def time_all(session: Session, operands: Operands, made: dict[str, Provider]) -> dict[str, Timing]:
     for name, provider in made.items():
         cases.check(operands, name, provider)
     timed = {name: calls(operands, provider, WHICH, 1) for name, provider in made.items()}
-    return interleaved(timed, CPU, session.rounds if session.tiny else 10 * session.rounds)
+    rounds = session.rounds if session.tiny else 10 * session.rounds
+    return interleaved(timed, torch.device("cpu"), rounds)
 
 
 def write(
-    session: Session,
-    name: str,
-    shape: Shape,
-    timings: dict[str, Timing],
-    more: dict[str, dict[str, Any]],
+    session: Session, name: str, shape: Shape, timed: dict[str, Timing], columns: tuple[str, ...]
 ) -> None:
-    """One row for each provider; more: column → provider → value."""
-    sizes = {**shape._asdict(), "N": "+".join(map(str, shape.widths))}
-    identity, made = rows.run_columns("peft"), []
-    for provider, timing in timings.items():
-        row = {"provider": provider, "pass": WHICH, "dtype": rows.dtype_name(session.dtype)}
-        row |= {letter: sizes[letter] for letter in "MKNRQ"}
-        row |= {column: round(ms, 4) for column, ms in timing.quantiles().items()}
-        row["ratio_to_frozen"] = round(timing.median / timings["frozen"].median, 4)
-        row |= {column: values[provider] for column, values in more.items()}
-        made.append(row | {"rounds": len(timing.ms)} | identity)
-        print(f"{provider:<30}{row['p50_ms']:9.3f} ms{row['ratio_to_frozen']:8.3f} × frozen")
-    rows.replace(session.out / f"{name}.csv", made)
+    """A row for each provider."""
+    widths, identity = "+".join(map(str, shape.widths)), rows.run_columns("peft")
+    flop = 4.0 * shape.M * shape.K * sum(shape.widths)  # y and dX: the useful work
+    _, moved = work(shape, WHICH, session.dtype.itemsize)
+    sizes = {"pass": WHICH, **shape._asdict(), "N": widths}
+    made = session.make_rows(name, timed, sizes, flop=flop, moved=moved, base="frozen")
+    short = [{RENAMED.get(column, column): row[column] for column in columns} for row in made]
+    rows.replace(session.out / f"{name}.csv", [row | identity for row in short])
 
 
-def report(timings: dict[str, Timing], targets: tuple[tuple[str, str, float], ...]) -> None:
+def report(timed: dict[str, Timing], targets: tuple[tuple[str, str, float], ...]) -> None:
     for ours, base, bar in targets:
         for name in (ours, f"{ours}, fold cached"):
-            ratio = timings[name].median / timings[base].median
+            ratio = timed[name].median / timed[base].median
             verdict = "met" if ratio <= bar else "missed"
             print(f"{name} / {base}: {ratio:.3f} (target {bar:.2f}: {verdict})")
