@@ -80,8 +80,10 @@ class TritonPlan(torch.autograd.Function):
 
 
 def triton_plans(operands: Operands) -> dict[str, Provider]:
-    """Plan → the one linear by it, for those that can serve. The adapter is projected beforehand
-    and its gradient is not, as PEFT's is not."""
+    """Plan → the one linear by it, for those that can serve here. The adapter is projected
+    beforehand and its gradient is not, as PEFT's is not."""
+    if launch.unavailable(operands.x.device) is not None:
+        return {}
     from nsru_kernels.ops.linear import triton
 
     x, weight = operands.x, operands.weights[0]

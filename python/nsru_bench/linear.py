@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+import nsru_kernels as nk
 from nsru_bench import internals, providers
 from nsru_bench.cases import Operands, Provider, Shape, check, linear_shapes, make_operands
 from nsru_bench.rows import PREFIX
@@ -58,6 +59,9 @@ def run_shape(
     for name, provider in list(made.items()):
         try:
             check(operands, name, provider)
+        except nk.BackendUnavailable as error:
+            print(f"no {name}: {error}", flush=True)
+            del made[name]
         except Exception as error:  # what is wrong is not timed, the others are
             session.fail(f"{op} {shape}, {name}", error)
             del made[name]

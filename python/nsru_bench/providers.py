@@ -98,21 +98,15 @@ def backend(operands: Operands, name: str, *, together: bool) -> Provider:
 
 
 def plans(operands: Operands, *, together: bool) -> dict[str, Provider]:
-    """What a plan table can name: every backend that can run here, Triton's plans one by one."""
-    found = {}
-    for name in BACKENDS:
-        provider = backend(operands, name, together=together)
-        try:
-            provider.forward(operands.x)
-        except nk.BackendUnavailable as error:
-            print(f"no {name} plans: {error}", flush=True)
-            continue
-        if name == "triton" and not together:
-            plans = triton_plans(operands)
-            found |= {f"{PREFIX}triton {plan}": way for plan, way in plans.items()}
-        else:
-            found[f"{PREFIX}{name}"] = provider
-    return found
+    """What a plan table can name: every backend, Triton's plans for one linear each. Those that
+    cannot run here raise ``BackendUnavailable``."""
+    found = {f"{PREFIX}{name}": backend(operands, name, together=together) for name in BACKENDS}
+    if together or f"{PREFIX}triton" not in found:
+        return found
+    by_plan = triton_plans(operands)
+    if by_plan:
+        del found[f"{PREFIX}triton"]
+    return found | {f"{PREFIX}triton {plan}": provider for plan, provider in by_plan.items()}
 
 
 def peft_linears(operands: Operands, *, fp32_adapters: bool) -> Provider:
