@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,7 +15,6 @@ import nsru_kernels as nk
 from nsru_bench.cases import Operands, Provider, copies
 from nsru_bench.internals import triton_plans
 from nsru_bench.rows import PREFIX
-from nsru_bench.session import Session
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 
@@ -162,10 +160,6 @@ def eager(operands: Operands, *, materialised: bool) -> Provider:
     return Provider(forward, lora_as, lora_bs)
 
 
-def compiled(provider: Provider) -> Provider:
-    return replace(provider, forward=torch.compile(provider.forward))
-
-
 def unsloth(operands: Operands) -> Provider:
     """unsloth's fused function for one linear (no bias, no dropout)."""
     from unsloth.kernels.fast_lora import LoRA_W
@@ -179,14 +173,3 @@ def unsloth(operands: Operands) -> Provider:
         return [LoRA_W.apply(x[None], weight, None, lora_as[0], lora_bs[0], scaling)[0]]
 
     return Provider(forward, lora_as, lora_bs, projects=False)
-
-
-def add_unsloth(found: dict[str, Provider], operands: Operands, session: Session) -> None:
-    """unsloth's way, where it can be imported."""
-    if importlib.util.find_spec("unsloth") is None:
-        print("unsloth is not installed: its way is not timed", flush=True)
-        return
-    try:
-        found["unsloth"] = unsloth(operands)
-    except Exception as error:
-        session.fail("unsloth does not import", error)
