@@ -83,13 +83,13 @@ class PythonCalls(NamedTuple):
     """What a call ran through: Python frames entered, and the most that were open at once.
 
     Attributes:
-        count, deepest: of all frames.
-        own_count, own_deepest: of the frames of nsru_kernels among them.
+        calls, deepest: of all frames.
+        own_calls, own_deepest: of the frames of nsru_kernels among them.
     """
 
-    count: int
+    calls: int
     deepest: int
-    own_count: int
+    own_calls: int
     own_deepest: int
 
 
