@@ -32,7 +32,7 @@ lint: install
 	$(PY) -m mypy
 
 GPU_CHECK_SECONDS ?= 540
-CHECK := benchmarks/gpu_check.py --seconds $(GPU_CHECK_SECONDS)
+CHECK := -m nsru_bench.gpu_check --seconds $(GPU_CHECK_SECONDS)
 
 ifdef DRY
 gpu-check: install

@@ -152,10 +152,9 @@ with_cuda = cuda_extension()
 setup(
     packages=[
         *find_packages(str(ROOT), include=["nsru_kernels", "nsru_kernels.*"]),
-        *find_packages(str(ROOT / "python"), include=["nsru_train", "nsru_train.*"]),
-        "nsru_bench",
+        *find_packages(str(ROOT / "python"), include=["nsru_train", "nsru_train.*", "nsru_bench"]),
     ],
-    package_dir={"nsru_train": "python/nsru_train", "nsru_bench": "benchmarks"},
+    package_dir={name: f"python/{name}" for name in ("nsru_train", "nsru_bench")},
     ext_modules=[*with_cuda, *cpu_extension()],
     setup_requires=cutlass_requirement(with_cuda),
     cmdclass={"build_ext": CMakeBuild},

@@ -1,6 +1,5 @@
 """Benchmarks walk through on a CPU: sane rows, pictures, and no figure for a wrong provider."""
 
-import csv
 import dataclasses
 import functools
 import sys
@@ -12,16 +11,19 @@ import torch
 from nsru_bench import (
     bench,
     cases,
+    host_time,
+    internals,
     linear,
     loss,
-    plot,
+    nll_memory,
+    plots,
+    providers,
     siblings,
-    siblings_cpu,
     sketch,
     sketch_accuracy,
     sketch_methods,
 )
-from nsru_bench.linear_cpu import Case
+from nsru_bench.rows import read
 from nsru_bench.session import Session
 from nsru_kernels.dispatch import cpu_extension
 
@@ -35,17 +37,12 @@ def tiny_session(out, dtype=torch.float32):
     return Session(CPU, dtype, tiny=True, rounds=2, out=out)
 
 
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
     """The folder that a tiny run of some benchmarks leaves."""
     out = tmp_path_factory.mktemp("bench")
     session = tiny_session(out)
-    bench.run(session, ("narrow", "sketch", "loss"))
+    bench.run(session, ("narrow", "sketch", "loss", "host_time"))
     assert not session.failed
     return out
 
@@ -67,13 +64,7 @@ def assert_timed(rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_rows(tmp_path, monkeypatch, capsys, op, dtype):
     """The CPU kernels are timed where they can run, and are no failure where not."""
-    found = linear.backends
-
-    def without_triton(*args):  # the interpreter is slow
-        return {name: module for name, module in found(*args).items() if name != "triton"}
-
-    for module in (linear, siblings):
-        monkeypatch.setattr(module, "backends", without_triton)
+    monkeypatch.setattr(providers, "BACKENDS", ("eager", "cpu"))  # Triton's interpreter is slow
     session = tiny_session(tmp_path, dtype)
     bench.run(session, (op,))
     assert not session.failed
@@ -82,14 +73,14 @@ def test_linear_rows(tmp_path, monkeypatch, capsys, op, dtype):
     assert {row["pass"] for row in rows} == set(linear.PASSES)
     served = dtype == torch.bfloat16 and cpu_extension.unavailable(op, CPU) is None
     for which in linear.PASSES:
-        providers = {row["provider"] for row in rows if row["pass"] == which}
-        assert {"frozen", "nsru", "peft bf16", "plan eager"} <= providers
-        assert ("plan cpu" in providers) == served
-    assert ("no cpu plans" in capsys.readouterr().out) == (not served)
+        names = {row["provider"] for row in rows if row["pass"] == which}
+        assert {"frozen", "nsru", "peft bf16", "plan eager"} <= names
+        assert ("plan cpu" in names) == served
+    assert ("no plan cpu" in capsys.readouterr().out) == (not served)
 
 
 def test_siblings_rows_have_sums(tmp_path, monkeypatch):
-    monkeypatch.setattr(siblings, "backends", lambda *args: {})
+    monkeypatch.setattr(providers, "BACKENDS", ())
     siblings.run(tiny_session(tmp_path))
     rows = read(tmp_path / "siblings.csv")
     sizes = {tuple(row[name] for name in ("M", "K", "N", "R", "Q", "widths")) for row in rows}
@@ -101,8 +92,7 @@ def test_siblings_rows_have_sums(tmp_path, monkeypatch):
 
 
 def test_siblings_read_x_and_write_dx_once():
-    shape = cases.SiblingShape(512, 2048, (8192, 8192))
-    alone = cases.Shape(512, 2048, 8192)
+    shape, alone = cases.Shape(512, 2048, (8192, 8192)), cases.Shape(512, 2048, (8192,))
     of_x = 2 * 512 * 2048
     for which, shared in (
         ("forward", of_x),
@@ -110,21 +100,21 @@ def test_siblings_read_x_and_write_dx_once():
         ("forward+backward", 3 * of_x),
     ):
         flop, moved = linear.work(alone, which, 2)
-        assert siblings.work(shape, which, 2) == (2 * flop, 2 * moved - shared)
+        assert linear.work(shape, which, 2) == (2 * flop, 2 * moved - shared)
 
 
-def wrong_group(*args, right=siblings.projected_linear_group):
+def wrong_group(*args, right=internals.projected_linear_group):
     first, *others = right(*args)
     return [first, *(y * 1.02 for y in others)]
 
 
 def test_a_wrong_sibling_is_reported_and_not_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(siblings, "backends", lambda *args: {})
-    monkeypatch.setattr(siblings, "projected_linear_group", wrong_group)
+    monkeypatch.setattr(providers, "BACKENDS", ())
+    monkeypatch.setattr(internals, "projected_linear_group", wrong_group)
     session = tiny_session(tmp_path)
     siblings.run(session)
-    providers = {row["provider"] for row in read(tmp_path / "siblings.csv")}
-    assert providers == {"frozen", "single nsru", "peft bf16"}
+    names = {row["provider"] for row in read(tmp_path / "siblings.csv")}
+    assert names == {"frozen", "single nsru", "peft bf16"}
     assert len(session.failed) == 2
     assert all("nsru: y of 1 is off by" in failed for failed in session.failed)
 
@@ -157,12 +147,22 @@ def unprojected(provider):
     [(swapped, "y of 1"), (without_shared_gradient, "dX"), (unprojected, "dA of 0")],
 )
 def test_a_wrong_provider_of_siblings_is_noticed(change, what):
-    case = Case(M=16, K=64, R=4, Q=8, dtype=torch.float32)
-    made = siblings_cpu.make_siblings(case, (48, 32, 32))
-    provider = siblings.make_group_op(*made)
-    siblings_cpu.check(*made, "nsru", provider)
+    operands = cases.make_operands(cases.Shape(16, 64, (48, 32, 32), 4, 8), torch.float32)
+    provider = internals.group_op(operands)
+    cases.check(operands, "nsru", provider)
     with pytest.raises(AssertionError, match=f"nsru: {what} is off by"):
-        siblings_cpu.check(*made, "nsru", change(provider))
+        cases.check(operands, "nsru", change(provider))
+
+
+def test_targets_rows(tmp_path):
+    bench.run(session := tiny_session(tmp_path), ("targets",))
+    assert not session.failed
+    for name, ours in (("linear_cpu", "nsru"), ("siblings_cpu", "group")):
+        rows = read(tmp_path / f"{name}.csv")
+        assert list(rows[0]) == list(read(ROOT / "benchmarks" / "results" / f"{name}.csv")[0])
+        ratios = {row["provider"]: float(row["ratio_to_frozen"]) for row in rows}
+        assert ratios["frozen"] == 1
+        assert {ours, f"{ours}, fold cached", "peft bf16"} <= ratios.keys()
 
 
 def test_narrow_rows(walked):
@@ -231,6 +231,53 @@ def test_centring_loses_the_mean(walked):
     assert ratios["RetainSketch"] < 1.1
 
 
+def test_host_time_rows(walked):
+    rows = read(walked / "host_time.csv")
+    assert_timed(rows)
+    for which in host_time.PASSES:
+        providers = {row["provider"] for row in rows if row["pass"] == which}
+        assert providers == {"frozen", "peft", "nsru alone", "nsru group"}
+    assert {(row["dtype"], row["threads"], row["base"]) for row in rows} == {
+        ("float32", "1", "peft")
+    }
+    assert len({(row["provider"], row["python_calls"]) for row in rows}) == 4
+
+
+class Counted(torch.nn.Module):
+    """Six entries: two of ``__call__``, forward, its generator twice, and ``below``."""
+
+    def forward(self, x):
+        return sum(self.parts(x))
+
+    def parts(self, x):
+        yield self.below(x)
+
+    def below(self, x):
+        return x
+
+
+def test_python_calls_are_counted():
+    layer = Counted()
+    counted = host_time.count_python_calls([layer, layer], torch.zeros(2))
+    assert counted == (2 * 6, 5, 0, 0)
+    assert sys.getprofile() is None
+    providers = host_time.make_providers()
+    calls = host_time.count_forwards(providers)
+    assert 0 < calls["nsru alone"].own_calls < calls["nsru alone"].calls
+    assert 0 < calls["nsru alone"].own_deepest < calls["nsru alone"].deepest
+    assert calls["peft"].own_calls == calls["frozen"].own_calls == 0
+
+
+def test_a_wrong_adapter_is_not_timed_for_its_host_time(monkeypatch, tmp_path):
+    def project(lora_a, basis, right=providers.nk.project_adapter):
+        return 1.01 * right(lora_a, basis)
+
+    monkeypatch.setattr(providers.nk, "project_adapter", project)
+    with pytest.raises(AssertionError, match="peft: y of 0 is off by"):
+        host_time.run(tiny_session(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_loss_rows(walked):
     rows = read(walked / "loss.csv")
     assert_timed(rows)
@@ -240,7 +287,7 @@ def test_loss_rows(walked):
 
 
 def test_pictures_are_small(walked):
-    pictures = plot.main(walked)
+    pictures = plots.main(walked)
     assert {path.name for path in pictures} == {"sketch_accuracy.png", "loss.png"}
     for path in pictures:
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -298,7 +345,7 @@ def wrong_gradient(nll, hidden, head, targets):
 
 @pytest.mark.parametrize("change", [wrong_value, wrong_gradient])
 def test_a_wrong_loss_is_not_timed(monkeypatch, tmp_path, change):
-    provider = loss.Provider(functools.partial(change, loss.chunked))
+    provider = loss.Provider(functools.partial(change, loss.token_nll))
     monkeypatch.setitem(loss.PROVIDERS, "chunked", provider)
     with pytest.raises(AssertionError, match=r"chunked: (NLL|gradient) is off by"):
         loss.run(tiny_session(tmp_path))
@@ -309,9 +356,9 @@ def test_resident_memory_of_the_script(tmp_path):
     if sys.platform != "linux":
         pytest.skip("resident memory is read from /proc")
     out = tmp_path / "nll_memory.csv"
-    loss.main(["--tokens", "512", "--vocabulary", "16384", "--width", "16", "--out", str(out)])
+    nll_memory.measure([(512, 16384, 16)], torch.bfloat16, out)
     peaks = {row["provider"]: int(row["peak_bytes"]) for row in read(out)}
     assert list(read(out)[0]) == list(read(ROOT / "benchmarks" / "results" / out.name)[0])
     # Chunks of 2^25 logits hold all 512 tokens here: neither is far above the other.
     assert 0 < peaks["chunked"] <= 2 * peaks["full logits"]
-    assert plot.draw(out).stat().st_size < 150_000
+    assert plots.draw(out).stat().st_size < 150_000

@@ -14,7 +14,7 @@ from nsru_bench.winners import (
     sketch_entries,
     whole_entries,
 )
-from nsru_kernels import plans
+from nsru_kernels.dispatch import plans
 
 ROOT = Path(__file__).parents[1]
 
@@ -249,6 +249,12 @@ def test_the_check_writes_the_table_of_its_gpu(tmp_path, monkeypatch):
         "linear": 2, "linear_group": 1, "fold": 0, "sketch": 0,
     }  # fmt: skip
     assert table["threads"] == 0
+
+
+def test_the_check_names_tests_that_exist():
+    for named in (*gpu_check.SMALL, *gpu_check.SANITIZED):
+        path, _, test = named.partition("::")
+        assert f"def {test}" in (ROOT / path).read_text(), named
 
 
 def test_the_summary_shows_siblings(tmp_path):

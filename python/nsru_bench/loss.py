@@ -1,43 +1,37 @@
 """Per-token NLL of a large vocabulary, forward and backward; see ``bench.py``.
 
-    python benchmarks/loss.py                  # resident memory on a CPU, vocabulary 128256
-
 The head is frozen, as while unlearning, and the gradient is that of the summed NLL: all that
 liger-kernel offers, whose loss has no gradient for each token. Every provider's NLL and gradient
 are compared with float64 before anything is timed.
 
-A CPU has no allocator to ask for a peak. There each provider runs once more, in a process of its
-own, and its peak is what the resident memory grew by (Linux); run as a script, this module writes
-those figures alone to ``nll_memory.csv``.
+A CPU has no allocator to ask for a peak. There each provider runs once more in a process of its
+own, whose heap nothing else has grown; its peak is what the resident memory grew by (Linux).
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import multiprocessing
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsru_bench import measure, timing
-from nsru_bench.cases import element_size
+from nsru_bench import timing
+from nsru_bench.cases import SUM_TOLERANCE, assert_near, normal_numbers
 from nsru_bench.session import Session
 from nsru_train.losses.nll import token_nll
 
 VOCABULARY = 128256  # Llama 3
 GPU_TOKENS, CPU_TOKENS, TINY_TOKENS = (1024, 2048, 4096, 8192, 16384), (256, 512, 1024, 2048), (64,)
-CPU_ROUNDS = 3  # calls of seconds
-# Logits and gradient are rounded to the inputs' dtype once or twice.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 8 * 2.0**-11, torch.bfloat16: 8 * 2.0**-9}
 
 Inputs = tuple[Tensor, Tensor, Tensor]
+Sizes = tuple[int, int, int]  # tokens, vocabulary, hidden size
 
 
 class Provider(NamedTuple):
@@ -53,19 +47,14 @@ def full_logits(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy((hidden @ head_weight.T).float(), targets, reduction="none")
 
 
-def chunked(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-    return token_nll(hidden, head_weight, targets)
-
-
-PROVIDERS = {"full logits": Provider(full_logits), "chunked": Provider(chunked)}
+PROVIDERS = {"full logits": Provider(full_logits), "chunked": Provider(token_nll)}
 
 
 def liger() -> Provider:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return Provider(
-        functools.partial(liger_fused_linear_cross_entropy, reduction="sum"), per_token=False
-    )
+    nll = functools.partial(liger_fused_linear_cross_entropy, reduction="sum")
+    return Provider(nll, per_token=False)
 
 
 def cut_cross_entropy() -> Provider:
@@ -79,41 +68,30 @@ def cut_cross_entropy() -> Provider:
 def find_providers(session: Session) -> dict[str, Provider]:
     """Ours, full logits, and those peers that can run here; the others are listed."""
     found = dict(PROVIDERS)
-    makers = {"liger-kernel": liger, "cut-cross-entropy": cut_cross_entropy}
-    for name, make in makers.items():
+    for name, make in (("liger-kernel", liger), ("cut-cross-entropy", cut_cross_entropy)):
         try:
             provider = make()
-        except ImportError as error:
-            print(f"{name} is not timed: {error}", flush=True)
-            continue
-        if session.device.type != "cuda":
-            print(f"{name} is not timed: it needs a GPU", flush=True)
-        elif name == "cut-cross-entropy" and session.dtype.itemsize != 2:
-            print(f"{name} is not timed: its backward takes 16-bit numbers only", flush=True)
-        elif runs(name, provider, session):
+            if session.on_cpu:
+                raise RuntimeError("it needs a GPU")
+            # A dtype may not suit it, and its kernels may be older than the Triton installed.
+            inputs = make_inputs(64, 512, 64, session.dtype, session.device)
+            forward_backward(provider, inputs)
+        except Exception as error:
+            print(f"{name} is not timed: {type(error).__name__}: {error}"[:300], flush=True)
+        else:
             found[name] = provider
     return found
-
-
-def runs(name: str, provider: Provider, session: Session) -> bool:
-    """Whether a peer gets through a call: its kernels may be older than the Triton installed."""
-    try:
-        forward_backward(provider, make_inputs(64, 512, 64, session.dtype, session.device))
-    except Exception as error:
-        print(f"{name} is not timed: {type(error).__name__}: {error}"[:300], flush=True)
-        return False
-    return True
 
 
 def make_inputs(
     tokens: int, vocabulary: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Inputs:
     """hidden [T, D] that wants a gradient, a frozen head [V, D], targets [T]."""
-    generator = torch.Generator(device).manual_seed(0)
-    options: dict[str, Any] = {"generator": generator, "device": device}
-    hidden = torch.randn(tokens, width, **options).to(dtype).requires_grad_()
-    head = (torch.randn(vocabulary, width, **options) * width**-0.5).to(dtype)
-    return hidden, head, torch.randint(vocabulary, (tokens,), **options)
+    normal = normal_numbers(device)
+    hidden = normal(tokens, width).to(dtype).requires_grad_()
+    head = (normal(vocabulary, width) * width**-0.5).to(dtype)
+    generator = torch.Generator(device).manual_seed(1)
+    return hidden, head, torch.randint(vocabulary, (tokens,), generator=generator, device=device)
 
 
 def forward_backward(provider: Provider, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -127,7 +105,7 @@ def check(providers: dict[str, Provider], inputs: Inputs) -> None:
     hidden, head, targets = inputs
     exact = hidden.detach().double().requires_grad_(), head.double(), targets
     exact_nll, exact_gradient = forward_backward(PROVIDERS["full logits"], exact)
-    bound = TOLERANCE[hidden.dtype]
+    bound = SUM_TOLERANCE[hidden.dtype]
     for name, provider in providers.items():
         nll, gradient = forward_backward(provider, inputs)
         expected = exact_nll if provider.per_token else exact_nll.sum()
@@ -136,12 +114,11 @@ def check(providers: dict[str, Provider], inputs: Inputs) -> None:
             ("NLL", nll, expected, bound),
             ("gradient", gradient, exact_gradient, max(bound, provider.tolerance)),
         ):
-            error = measure.relative_error(value, wanted)
-            assert error <= allowed, f"{name}: {what} is off by {error:.1e} > {allowed:.1e}"
+            assert_near(f"{name}: {what}", value, wanted, allowed)
 
 
 def run(session: Session) -> None:
-    on_cpu = session.device.type == "cpu"
+    on_cpu = session.on_cpu
     vocabulary, width = (512, 64) if session.tiny else (VOCABULARY, 512 if on_cpu else 4096)
     sizes = TINY_TOKENS if session.tiny else CPU_TOKENS if on_cpu else GPU_TOKENS
     providers = find_providers(session)
@@ -167,16 +144,17 @@ def run_tokens(
             print(f"{name} is out of memory at {tokens} tokens", flush=True)
         else:
             calls[name] = [call]
-    # Peers wait for the device, and a graph would keep the full logits' memory for itself.
-    if session.device.type == "cuda":
-        timings, peak = session.time(calls, capture=False), "allocated"
+    if session.on_cpu:
+        timings, peak = session.time_few_rounds(calls), "resident"
+        if sys.platform == "linux":
+            shape = tokens, vocabulary, width
+            for name in calls:
+                alone = measure_alone(name, shape, session.dtype)
+                timings[name] = timings[name]._replace(peak_bytes=int(alone["peak_bytes"]))
     else:
-        rounds = min(session.rounds, CPU_ROUNDS)
-        timings = timing.interleaved(calls, session.device, rounds, warmup=1)
-        shape = tokens, vocabulary, width
-        timings = {name: with_resident_peak(name, timings[name], shape, session) for name in calls}
-        peak = "resident"
-    size = element_size(session.dtype)
+        # Peers wait for the device, and a graph would keep the full logits' memory for itself.
+        timings, peak = session.time(calls, capture=False), "allocated"
+    size = session.dtype.itemsize
     session.record(
         "loss", timings, {"T": tokens, "V": vocabulary, "D": width},
         flop=4.0 * tokens * width * vocabulary,  # logits, and the gradient in hidden
@@ -186,30 +164,17 @@ def run_tokens(
     )  # fmt: skip
 
 
-def with_resident_peak(
-    name: str, result: timing.Timing, shape: tuple[int, int, int], session: Session
-) -> timing.Timing:
-    if sys.platform != "linux":
-        return result
-    alone = measure_alone(name, shape, session.dtype, torch.get_num_threads())
-    return result._replace(peak_bytes=int(alone["peak_bytes"]))
-
-
-def measure_alone(
-    provider: str, shape: tuple[int, int, int], dtype: torch.dtype, threads: int
-) -> dict[str, float]:
-    """``run_alone`` in a fresh process, whose heap nothing else has grown."""
+def measure_alone(provider: str, sizes: Sizes, dtype: torch.dtype) -> dict[str, float]:
+    """``run_alone`` in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(run_alone, (provider, *shape, dtype, threads))
+        return pool.apply(run_alone, (provider, sizes, dtype, torch.get_num_threads()))
 
 
-def run_alone(
-    provider: str, tokens: int, vocabulary: int, width: int, dtype: torch.dtype, threads: int
-) -> dict[str, float]:
+def run_alone(provider: str, sizes: Sizes, dtype: torch.dtype, threads: int) -> dict[str, float]:
     """Peak bytes above the inputs, seconds and the NLL of one forward and backward."""
     torch.set_num_threads(threads)
     nll_of = PROVIDERS[provider].nll
-    hidden, head, targets = make_inputs(tokens, vocabulary, width, dtype)
+    hidden, head, targets = make_inputs(*sizes, dtype)
     nll_of(hidden[:8], head[:64], targets[:8] % 64).sum().backward()  # warm up
     hidden.grad = None
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at VmRSS
@@ -227,47 +192,3 @@ def resident_bytes(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status holds no {field}: peak memory is measured on Linux only")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 2048])
-    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
-    parser.add_argument(
-        "--width", type=int, default=512, help="hidden size; adds no memory of note"
-    )
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=measure.RESULTS / "nll_memory.csv")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    check(PROVIDERS, make_inputs(37, 1001, 64, torch.float32))
-    dtype, columns = getattr(torch, options.dtype), measure.run_columns("transformers")
-    rows: list[dict[str, Any]] = []
-    print(f"V={options.vocabulary}, D={options.width}, {options.dtype}, forward + backward")
-    print(f"{'tokens':>8}  {'provider':<14}{'peak MiB':>10}{'seconds':>10}")
-    for tokens in options.tokens:
-        shape = (tokens, options.vocabulary, options.width)
-        results = {name: measure_alone(name, shape, dtype, options.threads) for name in PROVIDERS}
-        nlls = [result["nll"] for result in results.values()]
-        assert max(nlls) - min(nlls) <= 1e-2, f"the providers disagree on the NLL: {nlls}"
-        for name, result in results.items():
-            mebibytes, seconds = result["peak_bytes"] / 2**20, result["seconds"]
-            print(f"{tokens:>8}  {name:<14}{mebibytes:10.0f}{seconds:10.2f}", flush=True)
-            rows.append(
-                {
-                    "provider": name,
-                    "dtype": options.dtype,
-                    **dict(zip("TVD", shape, strict=True)),
-                    "peak_bytes": int(result["peak_bytes"]),
-                    "seconds": round(seconds, 3),
-                    **columns,
-                }
-            )
-    measure.write_rows(options.out, rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -32,11 +32,8 @@ class Timing(NamedTuple):
 
     def quantiles(self) -> dict[str, float]:
         """p20, p50 and p80 in milliseconds."""
-        p20, _, _, p80 = (
-            statistics.quantiles(self.ms, n=5, method="inclusive")
-            if len(self.ms) > 1
-            else self.ms * 4
-        )
+        ms = self.ms if len(self.ms) > 1 else self.ms * 2
+        p20, _, _, p80 = statistics.quantiles(ms, n=5, method="inclusive")
         values = {"p20_ms": p20, "p50_ms": self.median, "p80_ms": p80}
         return {name: round(value, 6) for name, value in values.items()}
 
@@ -51,7 +48,12 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time every call; each round runs all of them in a new random order.
 
-    Without ``capture`` no CUDA graph is tried, for what waits for the device in between.
+    Args:
+        calls: name → call.
+        device: whose clock counts.
+        rounds: timed rounds.
+        warmup: rounds before them.
+        capture: whether to try a CUDA graph; not for what waits for the device in between.
     """
     peaks = {name: _peak_bytes(call, device) for name, call in calls.items()}
     timers = {name: _timer(call, device, capture) for name, call in calls.items()}
@@ -60,24 +62,20 @@ def interleaved(
     for round_ in range(warmup + rounds):
         shuffled.shuffle(names)
         for name in names:
-            taken = timers[name].run(round_)
+            taken = timers[name][0](round_)
             if round_ >= warmup:
                 ms[name].append(taken)
-    return {name: Timing(ms[name], timers[name].method, peaks[name]) for name in calls}
+    return {name: Timing(ms[name], timers[name][1], peaks[name]) for name in calls}
 
 
-class _Timer(NamedTuple):
-    run: Callable[[int], float]
-    method: str
-
-
-def _timer(call: Call, device: torch.device, capture: bool) -> _Timer:
+def _timer(call: Call, device: torch.device, capture: bool) -> tuple[Callable[[int], float], str]:
+    """round → milliseconds of a call in it, and how they are taken."""
     if device.type != "cuda":
-        return _Timer(lambda round_: _clock(call[round_ % len(call)]), "clock")
+        return lambda round_: _clock(call[round_ % len(call)]), "clock"
     graph = _capture(call) if capture else None
     if graph is None:
-        return _Timer(lambda _: _events(lambda: [run() for run in call], len(call)), "events")
-    return _Timer(lambda _: _events(graph.replay, len(call)), "graph")
+        return lambda _: _events(lambda: [run() for run in call], len(call)), "events"
+    return lambda _: _events(graph.replay, len(call)), "graph"
 
 
 def _clock(run: Callable[[], object]) -> float:
@@ -125,3 +123,8 @@ def _peak_bytes(call: Call, device: torch.device) -> int | None:
     before = torch.cuda.memory_allocated(device)
     call[0]()
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def copies_beyond_caches(device: torch.device, moved: int) -> int:
+    """How many inputs of ``moved`` bytes a call rotates over, so that none is still in a cache."""
+    return 2 if device.type == "cpu" else max(2, min(16, 2**28 // moved))

@@ -1,13 +1,19 @@
-"""Every benchmark from one entry: ``python benchmarks/bench.py [OPS]``, or ``nsru bench [OPS]``.
+"""Every benchmark from one entry: ``nsru bench [OPS]``, or ``python -m nsru_bench.bench [OPS]``.
 
-    linear    forward and backward: every plan of ours and every peer, against the frozen layer
-    siblings  q/k/v and gate/up, which read one x, against the separate frozen layers
-    narrow    S, dS, dB and dA against the bandwidth of a copy
-    fold      all adapters of a model in one launch
-    sketch    the streaming retain subspace: time, memory, residual
-    loss      per-token NLL without logits
-    step      a whole training step
-    scaling   cost against tokens, ranks, layers
+    linear      forward and backward: every plan of ours and every peer, against the frozen layer
+    siblings    q/k/v and gate/up, which read one x, against the separate frozen layers
+    narrow      S, dS, dB and dA against the bandwidth of a copy
+    fold        all adapters of a model in one launch
+    host_time   Python around the kernels, against PEFT's
+    sketch      the streaming retain subspace: time, memory, residual
+    loss        per-token NLL without logits
+    step        a whole training step
+    scaling     cost against tokens, ranks, layers
+
+Only when named:
+
+    targets     NSRULinear, alone and as q/k/v, against this repository's targets on a CPU
+    nll_memory  resident memory of the NLL on a CPU
 
 Correctness is asserted before anything is timed; variants are interleaved and compared by ratio.
 """
@@ -22,22 +28,25 @@ from pathlib import Path
 
 import torch
 
-from nsru_bench import measure
+from nsru_bench import rows
 from nsru_bench.session import Session
 
-# In order of value: op → its share of the budget. What one leaves goes to those after it.
+# Each op is the module of its name. In order of value: op → its share of the budget. What one
+# leaves goes to those after it.
 SHARES = {
-    "linear": 8, "siblings": 2, "narrow": 1, "fold": 1,
+    "linear": 8, "siblings": 2, "narrow": 1, "fold": 1, "host_time": 1,
     "sketch": 3, "loss": 2, "step": 4, "scaling": 2,
 }  # fmt: skip
 OPS = tuple(SHARES)
+ALL_OPS = (*OPS, "targets", "nll_memory")
 
 
 def run(session: Session, ops: tuple[str, ...] = OPS) -> None:
     """Run ``ops``; each writes its rows as they come."""
+    shares = [SHARES.get(op, 1) for op in ops]
     for i, op in enumerate(ops):
         module = importlib.import_module(f"nsru_bench.{op}")
-        session.grant(SHARES[op] / sum(SHARES[later] for later in ops[i:]))
+        session.grant(shares[i] / sum(shares[i:]))
         if not session.fits(op, 0):
             continue
         try:
@@ -53,17 +62,17 @@ def parse(
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("ops", nargs="*", metavar="OPS", help=f"any of {', '.join(OPS)}")
+    parser.add_argument("ops", nargs="*", metavar="OPS", help=f"any of {', '.join(ALL_OPS)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--tiny", action="store_true", help="sizes to walk through, not to quote")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds of every call")
     parser.add_argument("--seconds", type=float, help="budget; what does not fit is listed")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of peers")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS / "bench")
+    parser.add_argument("--out", type=Path, default=rows.RESULTS / "bench")
     options = parser.parse_args(arguments)
-    if unknown := set(options.ops) - set(OPS):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(OPS)}")
+    if unknown := set(options.ops) - set(ALL_OPS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(ALL_OPS)}")
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     if options.seconds is not None and not options.seconds > 0:

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import peft
 import psutil
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import nsru_kernels as nk
+from nsru_bench.cases import normal_numbers
 from nsru_train.data.encode import Encoded
 from nsru_train.losses.nll import answer_nll
 from nsru_train.losses.objective import FORGET, RETAIN, SAFE, Objective
@@ -45,11 +46,6 @@ class Case(NamedTuple):
     R: int = 16
     Q: int = 256
 
-    @property
-    def columns(self) -> dict[str, object]:
-        names = ("model", "layers", "vocabulary", "tokens", "length", "R", "Q")
-        return {name: getattr(self, name) for name in names}
-
 
 LLAMA_1B = Case("Llama-3.2-1B", 16, 2048, 32, 8, 8192, 128256, True, 8192, 512)
 LLAMA_8B = Case("Llama-3-8B", 32, 4096, 32, 8, 14336, 128256, False, 8192, 512)
@@ -72,16 +68,13 @@ class Way:
     prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: batch
     held: tuple[Tensor, ...] = ()
 
-    def trained(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         return unlearning_loss(self.model, self.prepare(batch), OBJECTIVE)[0]
 
     def step(self, batch: dict[str, Tensor]) -> None:
         self.loss(batch).backward()
         if self.optimizer is not None:
-            torch.nn.utils.clip_grad_norm_(self.trained(), 1.0)  # as the trainer does
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # as the trainer does
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -132,11 +125,8 @@ def make_bases(model: nn.Module, width: int) -> dict[str, Tensor]:
             continue
         key = (parent, SHARED.get(child, child))
         if key not in bases:
-            generator = torch.Generator(linear.weight.device).manual_seed(len(bases))
-            normal = torch.randn(
-                linear.in_features, width, generator=generator, device=linear.weight.device
-            )
-            bases[key] = torch.linalg.qr(normal)[0].contiguous()
+            normal = normal_numbers(linear.weight.device, len(bases))
+            bases[key] = torch.linalg.qr(normal(linear.in_features, width))[0].contiguous()
         found[name] = bases[key]
     return found
 
@@ -175,31 +165,25 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def require_input_gradient(model: nn.Module) -> None:
-    def require(module: nn.Module, args: object, output: Tensor) -> Tensor:
-        return output.requires_grad_()
-
-    model.get_input_embeddings().register_forward_hook(require)
-
-
-def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(list(parameters), lr=1e-5, weight_decay=0.0, fused=True)
+def make_way(model: nn.Module, **options: Any) -> Way:
+    """Train what wants a gradient, and go back to the embedding's output in any case."""
+    model.get_input_embeddings().register_forward_hook(lambda _, args, y: y.requires_grad_())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-5, weight_decay=0.0, fused=True) if trained else None
+    return Way(model, optimizer, **options)
 
 
-def make_nsru(case: Case, base: nn.Module, bases: Mapping[str, Tensor]) -> Way:
-    model = shared_copy(base)
+@torch.no_grad()
+def make_nsru(case: Case, base: nn.Module) -> Way:
+    model, bases = shared_copy(base), make_bases(base, case.Q)
     nk.swap_linears(model, list(bases), rank=case.R, alpha=SCALING * case.R, subspaces=bases)
     for index, module in enumerate(nsru_modules(model).values()):
-        device, dtype = module.weight.device, module.weight.dtype
-        generator = torch.Generator(device).manual_seed(index)
-        with torch.no_grad():  # values that the dtype of the run can hold: all ways start equal
-            a_RK = torch.randn(module.lora_A.shape, generator=generator, device=device)
-            module.lora_A.copy_((a_RK * case.hidden**-0.5).to(dtype))
-            # About a tenth of a frozen linear's output.
-            b_NR = torch.randn(module.lora_B.shape, generator=generator, device=device)
-            module.lora_B.copy_((b_NR * 0.02).to(dtype))
-    require_input_gradient(model)
-    return Way(model, adamw(p for p in model.parameters() if p.requires_grad))
+        normal = normal_numbers(module.weight.device, index)
+        # B makes about a tenth of a frozen linear's output.
+        for adapter, scale in ((module.lora_A, case.hidden**-0.5), (module.lora_B, 0.02)):
+            # Exact in the dtype of the run: all ways start equal.
+            adapter.copy_((normal(adapter.shape) * scale).to(module.weight.dtype))
+    return make_way(model)
 
 
 def nsru_modules(model: nn.Module) -> dict[str, nk.NSRULinear]:
@@ -207,27 +191,26 @@ def nsru_modules(model: nn.Module) -> dict[str, nk.NSRULinear]:
 
 
 def make_peft(case: Case, base: nn.Module, like: nn.Module, *, projected: bool) -> Way:
-    """PEFT with the adapters of ``like``: folded, or projecting the activations in a hook."""
+    """PEFT with the adapters of ``like``: projected, or projecting the activations in a hook."""
+    modules = nsru_modules(like)
     config = peft.LoraConfig(
-        r=case.R,
-        lora_alpha=round(SCALING * case.R),
-        target_modules=list(nsru_modules(like)),
-        lora_dropout=0.0,
+        r=case.R, lora_alpha=round(SCALING * case.R), target_modules=list(modules), lora_dropout=0.0
     )
     model = peft.get_peft_model(shared_copy(base), config, autocast_adapter_dtype=False).train()
     bases: dict[int, Tensor] = {}
-    for name, module in nsru_modules(like).items():
+    for name, module in modules.items():
         layer = model.get_base_model().get_submodule(name)
-        with torch.no_grad():
-            a_RK = module.lora_A if projected else module.folded_adapter()
-            layer.lora_A["default"].weight.copy_(a_RK)
-            layer.lora_B["default"].weight.copy_(module.lora_B)
+        lora_a, lora_b = layer.lora_A["default"], layer.lora_B["default"]
+        a_RK = module.lora_A
         if projected:
             basis = bases.setdefault(id(module.basis), module.basis.to(module.weight.dtype))
-            layer.lora_A["default"].register_forward_pre_hook(projection(basis))
-    require_input_gradient(model.get_base_model())
-    return Way(model, adamw(p for p in model.parameters() if p.requires_grad),
-               held=tuple(bases.values()))  # fmt: skip
+            lora_a.register_forward_pre_hook(projection(basis))
+        else:
+            a_RK = nk.project_adapter(a_RK, module.basis)
+        with torch.no_grad():
+            lora_a.weight.copy_(a_RK)
+            lora_b.weight.copy_(module.lora_B)
+    return make_way(model, held=tuple(bases.values()))
 
 
 def projection(basis: Tensor) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
@@ -238,21 +221,11 @@ def projection(basis: Tensor) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tens
     return project
 
 
-def make_frozen(base: nn.Module) -> Way:
-    model = shared_copy(base)
-    require_input_gradient(model)
-    return Way(model, None)
-
-
 def make_full(base: nn.Module) -> Way:
     """Every weight trained; the base model itself is the copy that serves as reference."""
     model = copy.deepcopy(base).requires_grad_(True)
-    return Way(
-        model,
-        adamw(model.parameters()),
-        prepare=lambda batch: with_reference(base, batch),
-        held=tuple(base.parameters()),
-    )
+    held = tuple(base.parameters())
+    return make_way(model, prepare=lambda batch: with_reference(base, batch), held=held)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -266,21 +239,17 @@ def has_room_for_full(base: nn.Module) -> bool:
     """Whether weights, gradients and both moments of a trained copy fit; says so if not."""
     needed = 4 * storage_bytes(base.parameters())
     free = free_bytes(next(base.parameters()).device)
-    if needed <= free:
-        return True
-    print(
-        f"{FULL} is not timed: weights, gradients and moments take {needed / 1e9:.1f} GB, "
-        f"{free / 1e9:.1f} GB are free",
-        flush=True,
-    )
-    return False
+    if needed > free:
+        sizes = f"weights, gradients and moments take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB"
+        print(f"{FULL} is not timed: {sizes} are free", flush=True)
+    return needed <= free
 
 
 def make_ways(case: Case, base: nn.Module, names: Iterable[str] | None = None) -> dict[str, Way]:
     """Name → way; of ``names`` only, if given."""
-    nsru = make_nsru(case, base, make_bases(base, case.Q))
+    nsru = make_nsru(case, base)
     makers: dict[str, Callable[[], Way]] = {
-        "frozen": lambda: make_frozen(base),
+        "frozen": lambda: make_way(shared_copy(base)),
         "nsru": lambda: nsru,
         "peft bf16": lambda: make_peft(case, base, nsru.model, projected=False),
         "peft + eager projection": lambda: make_peft(case, base, nsru.model, projected=True),
@@ -290,3 +259,12 @@ def make_ways(case: Case, base: nn.Module, names: Iterable[str] | None = None) -
     if FULL in wanted and not has_room_for_full(base):
         wanted.remove(FULL)
     return {name: makers[name]() for name in wanted}
+
+
+def make_all(
+    case: Case, device: torch.device, dtype: torch.dtype, names: Iterable[str] | None = None
+) -> tuple[nn.Module, list[dict[str, Tensor]], dict[str, Way]]:
+    """The frozen model, two batches and the ways, with the reference NLL in the batches."""
+    base = make_model(case, device, dtype)
+    batches = [with_reference(base, batch) for batch in make_batches(case, device, count=2)]
+    return base, batches, make_ways(case, base, names)

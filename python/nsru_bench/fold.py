@@ -7,7 +7,7 @@ import functools
 import torch
 
 import nsru_kernels as nk
-from nsru_bench import measure
+from nsru_bench.cases import assert_near, normal_numbers
 from nsru_bench.session import Session
 
 # (K, adapters on one basis) of a Llama-3-8B layer: q/k/v, o, gate/up, down.
@@ -21,7 +21,7 @@ def run(session: Session) -> None:
     rank, width = (4, 8) if session.tiny else (16, 256)
     layer, one = (((64, 3), (96, 1)), ((64, 1),)) if session.tiny else (LAYER, ONE)
     models = [layer * count for count in LAYERS]
-    if session.device.type == "cpu":
+    if session.on_cpu:
         models = models[1:]  # a CPU takes long to draw the bases of the whole model
     if session.tiny:
         models = [layer * 2]
@@ -33,14 +33,12 @@ def run(session: Session) -> None:
 
 
 def run_model(session: Session, inputs, rank, width, basis_dtype) -> None:
-    generator = torch.Generator(device=session.device).manual_seed(0)
+    normal = normal_numbers(session.device)
     lora_as, bases = [], []
     for k, count in inputs:
-        normal = torch.randn(k, width, device=session.device, generator=generator)
-        basis = torch.linalg.qr(normal)[0].contiguous().to(basis_dtype)
-        for _ in range(count):
-            lora_as.append(torch.randn(rank, k, device=session.device, generator=generator))
-            bases.append(basis)
+        basis = torch.linalg.qr(normal(k, width))[0].contiguous().to(basis_dtype)
+        lora_as += [normal(rank, k) for _ in range(count)]
+        bases += [basis] * count
     pairs = list(zip(lora_as, bases, strict=True))
     calls = {"eager, a loop": [lambda: nk.project_adapters(lora_as, bases, backend="eager")]}
     for backend in ("cpu", "triton", "cuda"):
@@ -55,11 +53,9 @@ def run_model(session: Session, inputs, rank, width, basis_dtype) -> None:
         each = [functools.partial(nk.project_adapter, a, u, backend=backend) for a, u in pairs]
         calls[f"{backend}, one launch"] = [fold]
         calls[f"{backend}, a launch each"] = [lambda each=each: [one() for one in each]]
-    for call in calls.values():
+    for name, call in calls.items():
         for (a, u), folded in list(zip(pairs, call[0](), strict=True))[:: max(1, len(pairs) // 8)]:
-            exact = nk.project_adapter(a.double(), u)
-            error = measure.relative_error(folded, exact)
-            assert error <= 1e-5, f"fold is off by {error:.1e}"
+            assert_near(f"fold by {name}", folded, nk.project_adapter(a.double(), u), 1e-5)
     distinct = {u.data_ptr(): u for u in bases}.values()
     session.record(
         # By events, host included, as a step waits for it: a graph would write the table anew.

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-import nsru_kernels as nk
-from nsru_bench import linear, measure, step, training_ways
-from nsru_bench.cases import TINY, Shape, element_size
-from nsru_bench.linear_cpu import Case, Provider, check, make_nsru, make_tensors
+from nsru_bench import internals, linear, providers, step, training_ways
+from nsru_bench.cases import TINY, Shape, check, make_operands, normal_numbers
 from nsru_bench.session import Session
+from nsru_bench.sketch import check_first_batch
+from nsru_bench.sketch_methods import NEVER, Sketch
 from nsru_bench.timing import Call
-from nsru_kernels.ops.linear import projected_linear
 
 COLUMNS = ("M", "K", "N", "R", "Q", "layers")
 
@@ -48,28 +47,22 @@ class Sweep(NamedTuple):
 
 def sweeps(session: Session) -> list[Sweep]:
     """In order of value."""
+    values = {"M": (2048, 4096, 8192, 16384, 32768), "K": (2048, 4096, 8192, 16384)}
+    values |= {"Q": (64, 128, 256, 512, 1024), "R": (8, 16, 32, 64, 128)}
+    linear_start, sketch_start = Shape(8192, 4096, (4096,)), Shape(8192, 4096, (), 0, 512)
+    sketch_values = values
     if session.tiny:
-        linear_start = sketch_start = TINY._replace(K=64)
+        linear_start = sketch_start = TINY
         values = {"M": (16, 32, 64), "Q": (4, 8, 16), "R": (2, 4, 8), "K": (64, 128, 256)}
         sketch_values = values
-    elif session.device.type == "cpu":
-        linear_start, sketch_start = Shape(256, 1024, 1024, 16, 128), Shape(256, 2048, 0, 0, 128)
-        values = {
-            "M": (64, 128, 256, 512, 1024),
-            "Q": (32, 64, 128, 256, 512),
-            "R": (4, 8, 16, 32, 64),
-            "K": (256, 512, 1024, 2048, 4096),
-        }
+    elif session.on_cpu:
+        linear_start, sketch_start = (
+            Shape(256, 1024, (1024,), 16, 128),
+            Shape(256, 2048, (), 0, 128),
+        )
+        values = {"M": (64, 128, 256, 512, 1024), "K": (256, 512, 1024, 2048, 4096)}
+        values |= {"Q": (32, 64, 128, 256, 512), "R": (4, 8, 16, 32, 64)}
         sketch_values = {**values, "K": (512, 1024, 2048, 4096, 8192)}
-    else:
-        linear_start, sketch_start = Shape(8192, 4096, 4096), Shape(8192, 4096, 0, 0, 512)
-        values = {
-            "M": (2048, 4096, 8192, 16384, 32768),
-            "Q": (64, 128, 256, 512, 1024),
-            "R": (8, 16, 32, 64, 128),
-            "K": (2048, 4096, 8192, 16384),
-        }
-        sketch_values = values
     made = [Sweep("linear", linear_start, name, values[name]) for name in "MQRK"]
     return made + [Sweep("sketch", sketch_start, name, sketch_values[name]) for name in "MQK"]
 
@@ -77,7 +70,7 @@ def sweeps(session: Session) -> list[Sweep]:
 def layer_cases(session: Session) -> list[training_ways.Case]:
     if session.tiny:
         return [training_ways.TINY._replace(layers=layers) for layers in (1, 2, 4)]
-    if session.device.type == "cpu":
+    if session.on_cpu:
         small = training_ways.Case("Llama, narrow", 0, 512, 8, 2, 1408, 2048, False, 128, 32)
         return [small._replace(layers=layers, Q=64) for layers in (1, 2, 4, 8)]
     return [training_ways.LLAMA_1B._replace(layers=layers, tokens=4096) for layers in (2, 4, 8, 16)]
@@ -93,82 +86,43 @@ def fit_power(values: Sequence[float], costs: Sequence[float]) -> tuple[float, f
 
 
 def linear_point(session: Session, shape: Shape) -> Point:
-    case = Case(*shape, dtype=session.dtype, device=session.device)
-    tensors = make_tensors(case)
-    included = make_nsru(case, tensors, cached=False)
-    layer = included.forward
-    folded = layer.folded_adapter().to(session.dtype)
-
-    # The module's forward with the fold at hand. The module itself folds anew in a graph, where its
-    # cache cannot be asked.
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return projected_linear(
-            x, layer.weight, layer.lora_A, layer.lora_B, layer.basis, None, folded,
-            layer.scaling, 0.0, "auto",
-        )  # fmt: skip
-
-    cached = Provider(forward, layer.lora_A, layer.lora_B)
-    providers = {"fold cached": cached, "fold included": included}
-    for name, provider in providers.items():
-        check(case, tensors, f"{name} {shape}", provider)
-        layer.zero_grad()
-    flop, moved = linear.work(shape, "forward+backward", element_size(session.dtype))
-    calls = {
-        name: linear.calls(tensors.x, [tensors.dy], provider, "forward+backward", 2)
-        for name, provider in providers.items()
+    operands = make_operands(shape, session.dtype, session.device)
+    made = {
+        "fold cached": internals.linear_op(operands),
+        "fold included": providers.modules(operands, cached=False),
     }
+    for name, provider in made.items():
+        check(operands, f"{name} {shape}", provider)
+    flop, moved = linear.work(shape, "forward+backward", session.dtype.itemsize)
+    calls = {n: linear.calls(operands, p, "forward+backward", 2) for n, p in made.items()}
     return Point(shape.columns, calls, flop, moved)
 
 
 def sketch_point(session: Session, shape: Shape) -> Point:
     m, k, _, _, q = shape
-    generator = torch.Generator(session.device).manual_seed(0)
-    inputs = [
-        torch.randn(m, k, generator=generator, device=session.device).to(session.dtype)
-        for _ in range(2)
-    ]
-    sketch = nk.RetainSketch(k, q, refresh_every=2**62, device=session.device)
-    assert sketch.route == "nystrom", f"width {q} is too large for K={k}"
-    check_sketch(sketch, inputs[0])
-    size = element_size(session.dtype)
+    normal = normal_numbers(session.device)
+    inputs = [normal(m, k).to(session.dtype) for _ in range(2)]
+    method = Sketch(k, q, session.device, refresh_every=NEVER)
+    assert method.route == "nystrom", f"width {q} is too large for K={k}"
+    method.update(inputs[0])
+    check_first_batch("RetainSketch", method, inputs[0], q)
+    size = session.dtype.itemsize
     return Point(
         {"M": m, "K": k, "Q": q},
-        {"update": [lambda x=x: sketch.update(x) for x in inputs]},
+        {"update": [partial(method.update, x) for x in inputs]},
         4.0 * m * k * q + 2.0 * m * q * q,
         size * m * k + 8.0 * (k * q + q * q),
     )
 
 
-def check_sketch(sketch: nk.RetainSketch, x: torch.Tensor) -> None:
-    """AssertionError unless a first update leaves Σ‖x‖² and Y = xᵀ(xΩ) behind."""
-    sketch.update(x)
-    error = abs(sketch.trace / x.double().square().sum().item() - 1)
-    assert error <= 1e-5, f"sketch: the trace is off by {error:.1e}"
-    state = sketch.state_dict()
-    few = slice(0, 64)  # float64 on all of it would take longer than the timing
-    expected = x[:, few].double().T @ (x.double() @ state["omega"].double())
-    y = (state["y.fp32"].double() + state["y.fp64"])[few]
-    error = measure.relative_error(y, expected)
-    assert error <= 8 * 2.0**-9, f"sketch: Y is off by {error:.1e}"
-
-
 def step_point(session: Session, case: training_ways.Case) -> Point:
-    base = training_ways.make_model(case, session.device, session.dtype)
-    batches = [
-        training_ways.with_reference(base, batch)
-        for batch in training_ways.make_batches(case, session.device, 2)
-    ]
-    ways = training_ways.make_ways(case, base, ("frozen", "nsru"))
+    names = ("frozen", "nsru")
+    base, batches, ways = training_ways.make_all(case, session.device, session.dtype, names)
     step.check(ways, step.evaluate_ways(ways, batches[0]), session.dtype)
-    calls = {
-        name: [lambda way=way, batch=batch: way.step(batch) for batch in batches]
-        for name, way in ways.items()
-    }
+    calls = {name: [partial(way.step, batch) for batch in batches] for name, way in ways.items()}
     sizes = {"M": case.tokens, "K": case.hidden, "R": case.R, "Q": case.Q, "layers": case.layers}
-    return Point(
-        sizes, calls, step.useful_flop(case, base, batches[0]),
-        2.0 * training_ways.storage_bytes(base.parameters()),
-    )  # fmt: skip
+    moved = 2.0 * training_ways.storage_bytes(base.parameters())
+    return Point(sizes, calls, step.useful_flop(case, base, batches[0]), moved)
 
 
 def run(session: Session) -> None:

@@ -13,7 +13,6 @@ loses only what it had not reached. The GEMM is built where CUTLASS_DIR or nvidi
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import json
 import os
@@ -25,24 +24,22 @@ from pathlib import Path
 
 import torch
 
-from nsru_bench import measure, winners
+from nsru_bench import rows, winners
+from nsru_bench.internals import slug
 from nsru_kernels.environment import describe_environment, format_environment
-from nsru_kernels.plans import slug
 
-ROOT = measure.ROOT
+ROOT = rows.ROOT
 BUDGET_S = 540.0
-TESTS = ("tests/kernels",)
+TESTS = "tests/kernels"
 # Tests at small sizes run on the GPU where there is one, marked or not.
 SMALL = tuple(
-    f"tests/kernels/test_{name}.py"
-    for name in (
-        *("linear_triton", "linear_group_triton", "sketch_triton"),
-        *("fold_kernels", "linear_group_cuda"),
-    )
-)
+    f"{TESTS}/test_{name}.py"
+    for name in ("linear_triton", "linear_group_triton", "sketch_triton", "fold_kernels",
+                 "linear_group_cuda")
+)  # fmt: skip
 # Every kernel at small sizes.
 SANITIZED = tuple(
-    f"tests/kernels/test_{test}"
+    f"{TESTS}/test_{test}"
     for test in (
         "narrow_cuda.py::test_small_on_a_gpu",
         "sketch_cuda.py::test_small_sizes_on_a_gpu",
@@ -151,7 +148,7 @@ def sanitize(check: Check, seconds: float) -> None:
 def run_benchmarks(check: Check) -> None:
     """All of bench.py in one process; what does not fit is listed by it."""
     seconds = check.left() - 15  # for plans, pictures and the table
-    command = [sys.executable, "benchmarks/bench.py", "--out", str(check.out)]
+    command = [sys.executable, "-m", "nsru_bench.bench", "--out", str(check.out)]
     command += ["--seconds", f"{seconds - 20:.0f}"]
     if check.dry:
         command += ["--tiny", "--dtype", "float32", "--rounds", "2", "--device", "cpu"]
@@ -177,19 +174,15 @@ def write_plans(check: Check) -> None:
 def table(out: Path) -> str:
     """The ratios that matter, from the rows on disk."""
     lines = []
-    for op in ("linear", "siblings", "narrow", "fold", "sketch", "loss", "step"):
-        path = out / f"{op}.csv"
-        if not path.is_file():
-            continue
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("ratio")]
-        for row in rows:
-            sizes = " ".join(
-                row[c] for c in ("pass", "product", "M", "K", "C", "N", "R", "L") if row.get(c)
-            )
+    for op in ("linear", "siblings", "narrow", "fold", "host_time", "sketch", "loss", "step"):
+        for row in rows.read(out / f"{op}.csv"):
+            if not row.get("ratio"):
+                continue
+            names = ("pass", "product", "M", "K", "C", "N", "R", "L")
+            sizes = " ".join(row[name] for name in names if row.get(name))
             who = f"{row['provider']} {row['plan']}".strip()
             lines.append(
-                f"{op:<9}{sizes:<40}{who:<32}{float(row['p50_ms']):10.4f} ms"
+                f"{op:<10}{sizes:<40}{who:<32}{float(row['p50_ms']):10.4f} ms"
                 f"{float(row['ratio']):8.3f} × {row['base']}"
             )
     return "\n".join(lines)
@@ -206,18 +199,18 @@ def main() -> None:
     if not options.dry and not torch.cuda.is_available():
         sys.exit("gpu-check: torch sees no CUDA device. `make gpu-check DRY=1` walks on a CPU.")
     device = "dry" if options.dry else torch.cuda.get_device_name()
-    out = (options.out or measure.RESULTS / slug(device)).resolve()
+    out = (options.out or rows.RESULTS / slug(device)).resolve()
     check = Check(out, options.seconds, options.dry)
 
     described = describe_environment()
     (out / "environment.json").write_text(json.dumps(described, indent=1))
     print(format_environment(described))
-    check.note("commit", measure.commit())
+    check.note("commit", rows.commit())
 
     building = build(check)
-    run_tests(check, "triton-tests", 150, "-k", "triton", *TESTS)
+    run_tests(check, "triton-tests", 150, "-k", "triton", TESTS)
     if building is not None and check.finish("build", building, 240):
-        run_tests(check, "cuda-tests", 90, "-k", "cuda or Cuda", *TESTS)
+        run_tests(check, "cuda-tests", 90, "-k", "cuda or Cuda", TESTS)
     sanitize(check, 100)
     if check.left() > 40:
         run_benchmarks(check)

@@ -13,15 +13,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nsru_bench.session import Session, append_rows
+from nsru_bench import rows
+from nsru_bench.session import Session
 from nsru_bench.sketch_methods import (
     NEVER,
     Covariance,
     LowRankSVD,
     Method,
+    PeftPCA,
     Sketch,
     assert_orthonormal,
-    incremental_pcas,
     residual_energy,
 )
 
@@ -83,8 +84,7 @@ def make_cases(
         yield "RetainSketch, no refresh", width, fixed
         yield "svd_lowrank", width, partial(LowRankSVD, width)
     for width in widths[PCA_WIDTHS]:
-        for name, make in incremental_pcas(k, width, batch).items():
-            yield name, width, make
+        yield "peft IncrementalPCA", width, partial(PeftPCA, k, width, batch)
 
 
 def run_stream(
@@ -94,7 +94,7 @@ def run_stream(
     wide_MK = x_MK.double()
     values_K = torch.linalg.eigvalsh(wide_MK.T @ wide_MK).clamp_(min=0)
     optimum = (values_K[:-rank].sum() / values_K.sum()).item()
-    rows = []
+    made = []
     for name, width, make in make_cases(k, widths, batch, x_MK.device):
         method = make()
         for part_MK in x_MK.split(batch):
@@ -107,35 +107,25 @@ def run_stream(
             assert claim_error <= CERTIFICATE_SLACK, (
                 f"{name} certifies {claim_error:.1e} more than it captured of {spectrum}"
             )
-        rows.append(
-            {
-                "spectrum": spectrum,
-                "provider": name,
-                "plan": method.route,
-                "K": k,
-                "L": width,
-                "Q": rank,
-                "tokens": tokens,
-                "batch": batch,
-                "dtype": str(x_MK.dtype).removeprefix("torch."),
-                "directions": basis_KQ.shape[1],
-                "residual": f"{residual:.6e}",
-                "optimum": f"{optimum:.6e}",
-                "ratio": round(residual / optimum, 5) if optimum > RESOLVED else "",
-                "claimed": f"{claimed:.9f}",
-                "claim_error": f"{claim_error:.3e}",
-                "certified": method.certified,
-                "centred": method.centred,
-                "state_bytes": method.state_bytes(),
-                "tiny": session.tiny,
-                **session.columns,
-            }
-        )
-        last = rows[-1]
+        row = {"spectrum": spectrum, "provider": name, "plan": method.route}
+        row |= {"K": k, "L": width, "Q": rank, "tokens": tokens, "batch": batch}
+        row |= {
+            "dtype": rows.dtype_name(x_MK.dtype),
+            "directions": basis_KQ.shape[1],
+            "residual": f"{residual:.6e}",
+            "optimum": f"{optimum:.6e}",
+            "ratio": round(residual / optimum, 5) if optimum > RESOLVED else "",
+            "claimed": f"{claimed:.9f}",
+            "claim_error": f"{claim_error:.3e}",
+            "certified": method.certified,
+            "centred": method.centred,
+            "state_bytes": method.state_bytes(),
+            "tiny": session.tiny,
+        }
+        made.append(row | session.columns)
         print(
-            f"accuracy {spectrum:<24}{last['dtype']:<10}{name:<26}L={width:<6}residual "
-            f"{residual:.3e} = {last['ratio'] or '-':<8} × optimum  claim {claim_error:+.1e}",
+            f"accuracy {spectrum:<24}{row['dtype']:<10}{name:<26}L={width:<6}residual "
+            f"{residual:.3e} = {row['ratio'] or '-':<8} × optimum  claim {claim_error:+.1e}",
             flush=True,
         )
-    session.rows += rows
-    append_rows(session.out / "sketch_accuracy.csv", rows)
+    rows.append(session.out / "sketch_accuracy.csv", made)

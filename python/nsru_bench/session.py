@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nsru_bench import measure, timing
+from nsru_bench import rows, timing
 
 
 @dataclass(frozen=True)
@@ -46,17 +45,20 @@ class Session:
     tiny: bool = False
     rounds: int = 20
     seconds: float | None = None
-    out: Path = measure.RESULTS
+    out: Path = rows.RESULTS
     compile: bool = False
     skipped: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
         self.until = float("inf") if self.seconds is None else self.started + self.seconds
-        self.columns = measure.run_columns("triton", "transformers", "peft", device=self.device)
-        self.limits = measure_limits(self)
+        self.columns = rows.run_columns("triton", "transformers", "peft", device=self.device)
+        self.limits = self._measure_limits()
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
 
     def left(self) -> float:
         """Seconds that are left to the op that runs."""
@@ -85,9 +87,23 @@ class Session:
         self, calls: Mapping[str, timing.Call], *, capture: bool = True
     ) -> dict[str, timing.Timing]:
         """Interleaved milliseconds of every call on this device; see ``timing.interleaved``."""
-        return timing.interleaved(calls, self.device, self.rounds, capture=capture)
+        warmup = 1 if self.tiny else 3
+        return timing.interleaved(calls, self.device, self.rounds, warmup, capture=capture)
+
+    def time_few_rounds(
+        self, calls: Mapping[str, timing.Call], rounds: int = 3
+    ) -> dict[str, timing.Timing]:
+        """As ``time``, for calls of seconds; the row says how many rounds there were."""
+        rounds = min(self.rounds, rounds)
+        return timing.interleaved(calls, self.device, rounds, warmup=1, capture=False)
 
     def record(
+        self, op: str, timings: Mapping[str, timing.Timing], shape: Mapping[str, Any], **more: Any
+    ) -> None:
+        """Append one row per provider to ``<op>.csv`` and print it; see ``make_rows``."""
+        rows.append(self.out / f"{op}.csv", self.make_rows(op, timings, shape, **more))
+
+    def make_rows(
         self,
         op: str,
         timings: Mapping[str, timing.Timing],
@@ -98,12 +114,12 @@ class Session:
         base: str | None = None,
         plans: Mapping[str, str] | None = None,
         each: Mapping[str, Mapping[str, Any]] | None = None,
-        **extra: Any,
-    ) -> None:
-        """Append one row per provider to ``<op>.csv`` and print it.
+        run: Mapping[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """One row per provider, which is printed too.
 
         Args:
-            op: name of the file.
+            op: what is measured.
             timings: provider → timing.
             shape: columns that say what was computed.
             flop: useful FLOP of a call, the same for every provider.
@@ -111,78 +127,52 @@ class Session:
             base: the provider that ratios refer to.
             plans: provider → plan, where one has several.
             each: provider → more columns, the same ones for every provider.
-            extra: more columns.
+            run: what of this run's columns is otherwise for this op.
         """
-        floor = self.limits.floor_ms(flop, moved)
-        rows = []
+        made = []
         for provider, result in timings.items():
             seconds = result.median / 1e3
-            ratio = result.median / timings[base].median if base else None
-            rows.append(
-                {
-                    "op": op,
-                    "provider": provider,
-                    "plan": (plans or {}).get(provider, ""),
-                    **shape,
-                    "dtype": str(self.dtype).removeprefix("torch."),
-                    **result.quantiles(),
-                    "ratio": "" if ratio is None else round(ratio, 4),
-                    "base": base or "",
-                    "floor_ms": round(floor, 6),
-                    "tflops": round(flop / seconds / 1e12, 4),
-                    "gbytes_per_s": round(moved / seconds / 1e9, 3),
-                    "peak_bytes": "" if result.peak_bytes is None else result.peak_bytes,
-                    "timing": result.method,
-                    "rounds": len(result.ms),
-                    "tiny": self.tiny,
-                    **(each or {}).get(provider, {}),
-                    **extra,
-                    **self.columns,
-                }
-            )
-            print(_line(rows[-1], shape), flush=True)
-        self.rows += rows
-        append_rows(self.out / f"{op}.csv", rows)
+            ratio = round(result.median / timings[base].median, 4) if base else ""
+            row = {
+                "op": op,
+                "provider": provider,
+                "plan": (plans or {}).get(provider, ""),
+                **shape,
+                "dtype": rows.dtype_name(self.dtype),
+                **result.quantiles(),
+                "ratio": ratio,
+                "base": base or "",
+                "floor_ms": round(self.limits.floor_ms(flop, moved), 6),
+                "tflops": round(flop / seconds / 1e12, 4),
+                "gbytes_per_s": round(moved / seconds / 1e9, 3),
+                "peak_bytes": "" if result.peak_bytes is None else result.peak_bytes,
+                "timing": result.method,
+                "rounds": len(result.ms),
+                "tiny": self.tiny,
+                **(each or {}).get(provider, {}),
+                **self.columns,
+                **(run or {}),
+            }
+            made.append(row)
+            sizes = " ".join(f"{name}={value}" for name, value in shape.items())
+            name = f"{provider} {row['plan']}".strip()
+            times = f"{row['p50_ms']:10.4f} ms" + (f"{ratio:8.3f} × {base}" if base else "")
+            print(f"{op:<10}{sizes:<44} {name:<34}{times}", flush=True)
+        return made
 
-
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a CSV file, which is complete after every call."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.is_file() or not path.stat().st_size
-    if not new:
-        with path.open(newline="") as file:
-            header = next(csv.reader(file))
-        if header != list(rows[0]):
-            raise ValueError(f"{path} has other columns; move it away or choose another --out.")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def measure_limits(session: Session) -> Limits:
-    """The fastest square matrix product and copy, by the same timer as everything else."""
-    sizes = (
-        (256,) if session.tiny else (4096, 8192) if session.device.type == "cuda" else (2048, 4096)
-    )
-    count = 2**20 if session.tiny else 2**28 if session.device.type == "cuda" else 2**25
-    a, b = (
-        torch.randn(sizes[-1], sizes[-1], device=session.device, dtype=session.dtype)
-        for _ in range(2)
-    )
-    products = {f"{n}": [partial(torch.mm, a[:n, :n], b[:n, :n])] for n in sizes}
-    source = torch.randn(count, device=session.device)
-    target = torch.empty_like(source)
-    timings = session.time({**products, "copy": [lambda: target.copy_(source)]})
-    return Limits(
-        max(2 * n**3 / (min(timings[f"{n}"].ms) / 1e3) for n in sizes),
-        2 * source.nbytes / (min(timings["copy"].ms) / 1e3),
-    )
-
-
-def _line(row: Mapping[str, Any], shape: Mapping[str, Any]) -> str:
-    sizes = " ".join(f"{name}={value}" for name, value in shape.items())
-    ratio = "" if row["ratio"] == "" else f"{row['ratio']:8.3f} × {row['base']}"
-    name = f"{row['provider']} {row['plan']}".strip()
-    return f"{row['op']:<9}{sizes:<44} {name:<34}{row['p50_ms']:10.4f} ms{ratio}"
+    def _measure_limits(self) -> Limits:
+        """The fastest square matrix product and copy, by the same timer as everything else."""
+        sizes = (256,) if self.tiny else (2048, 4096) if self.on_cpu else (4096, 8192)
+        count = 2**20 if self.tiny else 2**25 if self.on_cpu else 2**28
+        a, b = (
+            torch.randn(sizes[-1], sizes[-1], device=self.device, dtype=self.dtype)
+            for _ in range(2)
+        )
+        products = {f"{n}": [partial(torch.mm, a[:n, :n], b[:n, :n])] for n in sizes}
+        source = torch.randn(count, device=self.device)
+        target = torch.empty_like(source)
+        timings = self.time({**products, "copy": [lambda: target.copy_(source)]})
+        return Limits(
+            max(2 * n**3 / (min(timings[f"{n}"].ms) / 1e3) for n in sizes),
+            2 * source.nbytes / (min(timings["copy"].ms) / 1e3),
+        )

@@ -1,6 +1,6 @@
 """How much room to leave: unlearning at several editability floors, and without projection.
 
-    python benchmarks/editability_sweep.py --out benchmarks/results/editability/fictitious.csv
+    python -m nsru_bench.editability_sweep --out benchmarks/results/editability/fictitious.csv
 
 Uses the demo's model and questions (made in runs/sweep when absent). One row a floor and seed: what
 is left of the forgotten answers, and what each group of retain answers lost, the least among the
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nsru_bench.measure import run_columns, write_rows
+from nsru_bench import rows
 from nsru_train.config import LoraConfig, Objective, SubspaceConfig, TrainConfig
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.demo.run import FICTITIOUS, TOFU, Probe, base_model
@@ -45,7 +45,7 @@ def main() -> None:
     probe = Probe(tokenizer, sets, safe)
     before = probe(0, model)
     data = Data(sets.forget, sets.retain, {}, safe)
-    rows = []
+    made = []
     for floor in (None, *FLOORS):
         subspaces = None
         if floor is not None:
@@ -71,8 +71,8 @@ def main() -> None:
                 **_summary(outcome.evaluations, before),
             }
             print(row, flush=True)
-            rows.append({**row, **run_columns("transformers")})
-    write_rows(args.out, rows)
+            made.append({**row, **rows.run_columns("transformers")})
+    rows.replace(args.out, made)
 
 
 def _mean(subspaces: Any, name: str) -> float | None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
+from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor
 
 import nsru_kernels as nk
-from nsru_kernels import dispatch
-from nsru_kernels.ops.sketch import energy_limit
-from nsru_kernels.subspaces.factors import left_singular, nystrom_factor
+from nsru_bench.cases import normal_numbers
+from nsru_bench.internals import sketch_update
 
 NEVER = 2**62  # tokens between refreshes
 
@@ -82,36 +81,24 @@ class Sketch(Method):
 
 
 class Op(Method):
-    """update_sketch on bare accumulators, by one backend and plan.
+    """The sketch's update on bare accumulators, by one backend and plan; it has no finish.
 
     Raises:
         BackendUnavailable: the backend cannot run here.
     """
 
-    certified = True
-
     def __init__(
-        self, k: int, width: int, device: torch.device, backend: str, plan: str | None = None
+        self, k: int, width: int, device: torch.device, backend: str, plan: str = ""
     ) -> None:
-        module = dispatch.implementation("sketch", backend, device)
-        options = {} if plan is None else {"plan": plan}
-        self.add = functools.partial(module.update_sketch, **options)
+        self.add = sketch_update(backend, plan, device)
         self.waits = backend == "eager"
-        generator = torch.Generator().manual_seed(0)
-        omega_KL = torch.randn(k, width, generator=generator) * k**-0.5
-        self.omega_KL = omega_KL.to(device, torch.bfloat16)
+        self.omega_KL = (normal_numbers(device)(k, width) * k**-0.5).to(torch.bfloat16)
         self.y_KL = torch.zeros(k, width, device=device)
         self.h_LL = torch.zeros(width, width, device=device)
         self.trace = torch.zeros((), device=device, dtype=torch.float64)
 
     def update(self, x_MK: Tensor) -> None:
-        limit = energy_limit(self.y_KL.dtype)
-        self.trace += self.add(x_MK, self.omega_KL, self.y_KL, self.h_LL, None, False, limit)
-
-    def finish(self, rank: int) -> tuple[Tensor, float]:
-        factor_KF = nystrom_factor(self.y_KL.double(), self.h_LL.double())
-        basis_KL, values_L = left_singular(factor_KF)
-        return basis_KL[:, :rank].float(), (values_L[:rank].sum() / self.trace).item()
+        self.trace += self.add(x_MK, self.omega_KL, self.y_KL, self.h_LL)
 
     def kept(self) -> Iterable[Tensor]:
         return self.omega_KL, self.y_KL, self.h_LL, self.trace
@@ -189,8 +176,6 @@ class PeftPCA(Method):
     centred = True
 
     def __init__(self, k: int, width: int, tokens: int) -> None:
-        from peft.utils.incremental_pca import IncrementalPCA
-
         # Its default of 2·width asks for more directions than a small batch has.
         oversampled = min(2 * width, tokens, k)
         self.pca = IncrementalPCA(width, lowrank=True, lowrank_q=oversampled, lowrank_seed=42)
@@ -204,53 +189,6 @@ class PeftPCA(Method):
 
     def kept(self) -> Iterable[Tensor]:
         return [value for value in vars(self.pca).values() if torch.is_tensor(value)]
-
-
-class SklearnPCA(Method):
-    """scikit-learn's IncrementalPCA: on the host, whatever the device."""
-
-    centred = True
-
-    def __init__(self, width: int) -> None:
-        from sklearn.decomposition import IncrementalPCA
-
-        self.pca = IncrementalPCA(width)
-        self.device = torch.device("cpu")
-
-    def update(self, x_MK: Tensor) -> None:
-        self.device = x_MK.device
-        self.pca.partial_fit(x_MK.float().cpu().numpy())
-
-    def finish(self, rank: int) -> tuple[Tensor, float]:
-        basis_KQ = torch.from_numpy(self.pca.components_[:rank].T).to(self.device)
-        return basis_KQ, float(self.pca.explained_variance_ratio_[:rank].sum())
-
-    def kept(self) -> Iterable[Tensor]:
-        arrays = [value for value in vars(self.pca).values() if hasattr(value, "nbytes")]
-        return [torch.as_tensor(array) for array in arrays]
-
-
-def incremental_pcas(k: int, width: int, tokens: int) -> dict[str, Callable[[], Method]]:
-    """Those that are installed; the others are named once."""
-    makers: dict[str, Callable[[], Method]] = {
-        "sklearn IncrementalPCA": lambda: SklearnPCA(width),
-        "peft IncrementalPCA": lambda: PeftPCA(k, width, tokens),
-    }
-    found = {}
-    for name, make in makers.items():
-        try:
-            make()
-        except ImportError as error:
-            note(f"no {name}: {error}")
-        else:
-            found[name] = make
-    return found
-
-
-@functools.cache
-def note(line: str) -> None:
-    """Print a line the first time it comes up."""
-    print(line, flush=True)
 
 
 def residual_energy(x_MK: Tensor, basis_KQ: Tensor) -> float:

@@ -16,15 +16,15 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from nsru_bench import measure
+from nsru_bench.cases import assert_near
 from nsru_bench.session import Session
-from nsru_bench.timing import Timing
 from nsru_bench.training_ways import (
     ADAPTED,
     FULL,
@@ -33,20 +33,19 @@ from nsru_bench.training_ways import (
     TINY,
     Case,
     Way,
-    make_batches,
-    make_model,
-    make_ways,
+    make_all,
     nsru_modules,
     storage_bytes,
-    with_reference,
 )
+
+COLUMNS = ("model", "layers", "vocabulary", "tokens", "length", "R", "Q")
 
 
 def cases(session: Session) -> list[Case]:
     """In order of value."""
     if session.tiny:
         return [TINY]
-    if session.device.type == "cpu":
+    if session.on_cpu:
         small = {"layers": 1, "vocabulary": 8192, "tokens": 256, "length": 64}
         return [LLAMA_1B._replace(**small), LLAMA_8B._replace(**small)]
     half = {"tokens": 4096}
@@ -116,9 +115,8 @@ def check(ways: Mapping[str, Way], results: Mapping[str, Result], dtype: torch.d
     if "nsru" not in results:
         return
     ours = results["nsru"].gradients  # dA and dB in turns, in model order
-    for (name, module), d_a in zip(
-        nsru_modules(ways["nsru"].model).items(), ours[::2], strict=True
-    ):
+    modules = nsru_modules(ways["nsru"].model)
+    for (name, module), d_a in zip(modules.items(), ours[::2], strict=True):
         d_a = d_a.double()
         leak = ((d_a @ module.basis.double()).norm() / d_a.norm()).item()
         assert leak <= 1e-3, f"nsru: {leak:.1e} of dA of {name} is inside the retain subspace"
@@ -126,11 +124,10 @@ def check(ways: Mapping[str, Way], results: Mapping[str, Result], dtype: torch.d
         return
     theirs = results["peft + eager projection"].gradients
     for label, start in (("dA", 0), ("dB", 1)):
-        error = measure.relative_error(*(_flat(grads[start::2]) for grads in (ours, theirs)))
+        found, wanted = (_flat(grads[start::2]) for grads in (ours, theirs))
         # bf16 models of many layers drift apart by a few percent; an unprojected dA is off by a
         # fifth and more.
-        bound = 1e-3 if exact else 0.15
-        assert error <= bound, f"nsru: {label} is off by {error:.1e} > {bound}"
+        assert_near(f"nsru: {label}", found, wanted, 1e-3 if exact else 0.15)
 
 
 def _flat(gradients: list[Tensor]) -> Tensor:
@@ -157,25 +154,10 @@ def cpu_peak_bytes(run: Callable[[], object]) -> int:
     return max(itertools.accumulate(sizes), default=0)
 
 
-def time_ways(
-    session: Session, ways: Mapping[str, Way], batches: list[dict[str, Tensor]]
-) -> dict[str, Timing]:
-    calls = {
-        name: [lambda way=way, batch=batch: way.step(batch) for batch in batches]
-        for name, way in ways.items()
-    }
-    timings = session.time(calls, capture=False)  # the loss finds its answer tokens on the host
-    if session.device.type == "cpu":
-        for name, call in calls.items():
-            timings[name] = timings[name]._replace(peak_bytes=cpu_peak_bytes(call[0]))
-    return timings
-
-
 def run(session: Session) -> None:
     for case in cases(session):
-        on_gpu = session.device.type == "cuda"
         size = 1 if case.hidden <= 2048 else 4
-        seconds = 2 if session.tiny else size * (15 if on_gpu else 5 * session.rounds)
+        seconds = 2 if session.tiny else size * (5 * session.rounds if session.on_cpu else 15)
         if session.fits(f"step {case.model}, {case.tokens} tokens", seconds):
             # Where the frozen model's activations do not fit, all recompute them.
             if not run_case(session, case, checkpointing=False):
@@ -185,9 +167,7 @@ def run(session: Session) -> None:
 
 def run_case(session: Session, case: Case, *, checkpointing: bool) -> bool:
     """Check, time and record one case; False where not even the frozen step fits the memory."""
-    base = make_model(case, session.device, session.dtype)
-    batches = [with_reference(base, batch) for batch in make_batches(case, session.device, count=2)]
-    ways = make_ways(case, base)
+    base, batches, ways = make_all(case, session.device, session.dtype)
     if checkpointing:
         for way in ways.values():
             way.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -198,7 +178,11 @@ def run_case(session: Session, case: Case, *, checkpointing: bool) -> bool:
     del results
     for name in list(ways):  # the moments come with the first step
         attempt(ways, name, lambda way: way.step(batches[0]))
-    timings = time_ways(session, ways, batches)
+    calls = {name: [partial(way.step, batch) for batch in batches] for name, way in ways.items()}
+    timings = session.time(calls, capture=False)  # the loss finds its answer tokens on the host
+    if session.on_cpu:
+        for name, call in calls.items():
+            timings[name] = timings[name]._replace(peak_bytes=cpu_peak_bytes(call[0]))
     flop = useful_flop(case, base, batches[0])
     each = {}
     for name, timing in timings.items():
@@ -209,8 +193,9 @@ def run_case(session: Session, case: Case, *, checkpointing: bool) -> bool:
             "resident_bytes": resident,
             "total_bytes": resident + (timing.peak_bytes or 0),
         }
+    columns = {name: getattr(case, name) for name in COLUMNS}
     session.record(
-        "step", timings, {**case.columns, "checkpointing": checkpointing},
+        "step", timings, {**columns, "checkpointing": checkpointing},
         flop=flop, moved=2.0 * storage_bytes(base.parameters()), base="frozen", each=each,
     )  # fmt: skip
     return True

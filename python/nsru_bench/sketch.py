@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import nsru_kernels as nk
-from nsru_bench import measure, sketch_accuracy, timing
-from nsru_bench.cases import element_size
+from nsru_bench import sketch_accuracy, timing
+from nsru_bench.cases import SUM_TOLERANCE, assert_near, normal_numbers
+from nsru_bench.rows import PREFIX
 from nsru_bench.session import Session
 from nsru_bench.sketch_methods import (
     NEVER,
@@ -23,29 +24,22 @@ from nsru_bench.sketch_methods import (
     LowRankSVD,
     Method,
     Op,
+    PeftPCA,
     Sketch,
     assert_orthonormal,
-    incremental_pcas,
-    note,
     residual_energy,
 )
-from nsru_bench.winners import PREFIX
 
 # (K, L): two inputs of Llama-3-8B, one narrow enough for a single read of x, and Llama-3.2-1B's.
 SHAPES = [(4096, 576), (14336, 576), (4096, 128), (2048, 320)]
 CPU_SHAPES = [(1024, 144), (2048, 320), (1024, 64)]
 TINY_SHAPES = [(96, 16)]
-# What a host SVD of M x K numbers may cost, and a K x K eigh on a GPU.
-SKLEARN_NUMBERS, EIGH_FEATURES = 2**21, 8192
-SLOW_ROUNDS = 3
-# S is rounded once to x's dtype (2^-9 relative in bf16); fp32 sums run over thousands of tokens.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 8 * 2.0**-11, torch.bfloat16: 8 * 2.0**-9}
+EIGH_FEATURES = 8192  # of a K x K matrix that can be waited for
 
 
 def run(session: Session) -> None:
-    on_cpu = session.device.type == "cpu"
-    tokens = 48 if session.tiny else 512 if on_cpu else 8192
-    shapes = TINY_SHAPES if session.tiny else CPU_SHAPES if on_cpu else SHAPES
+    tokens = 48 if session.tiny else 512 if session.on_cpu else 8192
+    shapes = TINY_SHAPES if session.tiny else CPU_SHAPES if session.on_cpu else SHAPES
     for k, width in shapes:
         if session.fits(f"sketch K={k} L={width}", 1 if session.tiny else 30):
             run_update(session, tokens, k, width)
@@ -60,8 +54,7 @@ def rank_of(width: int) -> int:
 
 def make_batch(session: Session, tokens: int, k: int) -> Tensor:
     """Gaussian rows x [M, K]; the energy of feature i falls as 1/i."""
-    generator = torch.Generator(session.device).manual_seed(0)
-    x_MK = torch.randn(tokens, k, device=session.device, generator=generator)
+    x_MK = normal_numbers(session.device)(tokens, k)
     x_MK *= torch.arange(1, k + 1, device=session.device).rsqrt()
     return x_MK.to(session.dtype)
 
@@ -82,42 +75,32 @@ def make_streaming(session: Session, tokens: int, k: int, width: int) -> dict[st
         try:
             sixteen.update(torch.zeros(1, k, device=device, dtype=session.dtype))
         except TypeError:
-            note("no covariance from 16-bit products: torch.mm has no out_dtype")
+            print("no covariance from 16-bit products: torch.mm has no out_dtype", flush=True)
         else:
             methods["covariance, 16-bit product"] = sixteen
     for name in ("triton one_read", "triton two_reads", "cuda"):
         backend, _, plan = name.partition(" ")
         if device.type == "cpu" and session.dtype == torch.bfloat16:
-            note(f"no {backend} plans: Triton's interpreter has wrong bf16 products")
+            print(f"no {name}: Triton's interpreter has wrong bf16 products", flush=True)
             continue
         try:
-            op = Op(k, width, device, backend, plan or None)
+            op = Op(k, width, device, backend, plan)
             op.update(torch.zeros(1, k, device=device, dtype=session.dtype))
         except nk.BackendUnavailable as error:
-            note(f"no {PREFIX}{name}: {error}")
+            print(f"no {PREFIX}{name}: {error}", flush=True)
         else:
             methods[f"{PREFIX}{name}"] = op
     return methods
 
 
-def make_slow(session: Session, tokens: int, k: int, width: int) -> dict[str, Method]:
-    """SVDs of a batch: fewer rounds."""
-    found = incremental_pcas(k, width, tokens)
-    if tokens * k > SKLEARN_NUMBERS and found.pop("sklearn IncrementalPCA", None):
-        print(f"sklearn's SVD runs on the host: not timed at {tokens} x {k}", flush=True)
-    return {name: make() for name, make in found.items()}
-
-
-def check_sums(name: str, method: Method, x_MK: Tensor, tolerance: float) -> bool:
-    """AssertionError unless what ``method`` holds after a first batch x is exact enough.
-
-    Returns: whether it holds sums at all.
-    """
+def check_first_batch(name: str, method: Method, x_MK: Tensor, rank: int) -> None:
+    """AssertionError unless what ``method`` holds after a first batch x is exact enough: its sums,
+    or its directions where it holds no sums."""
     sums = method.sums(x_MK)
-    for value, expected in sums:
-        error = measure.relative_error(value, expected)
-        assert error <= tolerance, f"{name} is off by {error:.1e} > {tolerance:.1e}"
-    return bool(sums)
+    for value, exact in sums:
+        assert_near(name, value, exact, SUM_TOLERANCE[x_MK.dtype])
+    if not sums:
+        check_basis(name, method, x_MK, rank)
 
 
 def check_basis(name: str, method: Method, x_MK: Tensor, rank: int) -> None:
@@ -132,31 +115,26 @@ def check_basis(name: str, method: Method, x_MK: Tensor, rank: int) -> None:
 def run_update(session: Session, tokens: int, k: int, width: int) -> None:
     rank = rank_of(width)
     x_MK = make_batch(session, tokens, k)
-    copies = 2 if session.device.type == "cpu" else max(2, min(16, 2**28 // x_MK.nbytes))
+    copies = timing.copies_beyond_caches(session.device, x_MK.nbytes)
     batches = [x_MK, *(x_MK.clone() for _ in range(copies - 1))]
     fast = make_streaming(session, tokens, k, width)
-    slow = make_slow(session, tokens, k, width)
-    for name, method in (fast | slow).items():
+    # Nothing can be added to svd_lowrank: a batch stands for the whole matrix.
+    pca, whole = PeftPCA(k, width, tokens), LowRankSVD(width)
+    methods = fast | {"peft IncrementalPCA": pca, "svd_lowrank of the batch": whole}
+    for name, method in methods.items():
         method.update(x_MK)
-        if not check_sums(name, method, x_MK, TOLERANCE[session.dtype]):
-            check_basis(name, method, x_MK, rank)
+        check_first_batch(name, method, x_MK, rank)
     timings = {}
     for waits in (False, True):
         some = {name: updates(m, batches) for name, m in fast.items() if m.waits == waits}
         timings |= session.time(some, capture=not waits)
-    calls = {name: updates(method, batches[:1]) for name, method in slow.items()}
-    # Nothing can be added to it: a batch stands for the whole matrix.
-    whole = LowRankSVD(width)
-    whole.update(x_MK)
-    check_basis("svd_lowrank", whole, x_MK, rank)
-    calls["svd_lowrank of the batch"] = [whole.decompose]
-    timings |= few_rounds(session, calls)
-    methods = fast | slow | {"svd_lowrank of the batch": whole}
+    slow = {"peft IncrementalPCA": updates(pca, batches[:1])}
+    timings |= session.time_few_rounds({**slow, "svd_lowrank of the batch": [whole.decompose]})
     y_bytes = 4 * k * width
     session.record(
         "sketch", timings, {"pass": "update", "M": tokens, "K": k, "L": width, "Q": rank},
         flop=2.0 * tokens * k * width * 2 + 2.0 * tokens * width**2,
-        moved=element_size(session.dtype) * tokens * k + 2 * y_bytes,
+        moved=session.dtype.itemsize * tokens * k + 2 * y_bytes,
         base="covariance",
         plans={name: method.route for name, method in methods.items()}, each=columns(methods),
     )  # fmt: skip
@@ -179,7 +157,7 @@ def run_finish(session: Session, tokens: int, k: int, width: int) -> None:
         check_basis(name, method, x_MK, rank)
         calls[name] = [functools.partial(method.finish, rank)]
     session.record(
-        "sketch", few_rounds(session, calls),
+        "sketch", session.time_few_rounds(calls),
         {"pass": "finish", "M": tokens, "K": k, "L": width, "Q": rank},
         # A Gram matrix of the factor and one rotation of it.
         flop=4.0 * k * width**2,
@@ -198,9 +176,3 @@ def columns(methods: dict[str, Method]) -> dict[str, dict[str, object]]:
         name: {"state_bytes": method.state_bytes(), "centred": method.centred}
         for name, method in methods.items()
     }
-
-
-def few_rounds(session: Session, calls: dict[str, timing.Call]) -> dict[str, timing.Timing]:
-    """For calls of seconds; the row says how many rounds there were."""
-    rounds = min(session.rounds, SLOW_ROUNDS)
-    return timing.interleaved(calls, session.device, rounds, warmup=1, capture=False)

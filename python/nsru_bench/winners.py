@@ -1,6 +1,6 @@
 """The plan table of a device from the rows that were measured on it; see ``nsru_kernels/plans``.
 
-    python benchmarks/winners.py FOLDER        # of the CSV files that `nsru bench` wrote
+    python -m nsru_bench.winners FOLDER        # of the CSV files that `nsru bench` wrote
 
 Writes the table where ``auto`` finds it: for a GPU by its name, for a CPU as that of CPUs with AMX.
 """
@@ -8,7 +8,6 @@ Writes the table where ``auto`` finds it: for a GPU by its name, for a CPU as th
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Iterable
@@ -16,9 +15,9 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from nsru_kernels.plans import CPU_WITH_AMX, FOLDER, slug
+from nsru_bench.internals import CPU_WITH_AMX, FOLDER, slug
+from nsru_bench.rows import PREFIX, Row, read
 
-PREFIX = "plan "  # of providers that are one backend's functions, by one plan
 MARGIN = 0.95  # of eager's time, for a kernel on a CPU
 COLUMNS = ("device", "torch", "triton", "commit", "dtype")
 
@@ -46,7 +45,7 @@ def plan_table(folder: Path) -> dict[str, Any]:
             CPU that cannot run the kernels.
     """
     ops = ("linear", "siblings", "fold", "sketch")
-    linear, siblings, fold, sketch = (_rows(folder / f"{op}.csv") for op in ops)
+    linear, siblings, fold, sketch = (read(folder / f"{op}.csv") for op in ops)
     linears = [*linear, *siblings]
     on_cpu = any(row["timing"] == "clock" for row in linears)  # GPUs are timed by graphs or events
     rows, columns = [*linears, *fold, *sketch], COLUMNS
@@ -68,7 +67,7 @@ def plan_table(folder: Path) -> dict[str, Any]:
     return table | {"threads": int(table["threads"])}
 
 
-def whole_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
+def whole_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """One entry per shape: the fastest backend of forward and backward together, for on a CPU what
     one of them leaves in the caches decides about the other.
 
@@ -77,7 +76,7 @@ def whole_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
     kernel's entry would serve some of its calls.
     """
     entries = []
-    for sizes, passes in sorted(_by_shape(rows).items()):
+    for sizes, passes in _by_shape(rows):
         if times := passes.get("forward+backward"):
             winner = _fastest(times | {"eager": MARGIN * times["eager"]})
             entries.append({"sizes": list(sizes), "forward": winner, "backward": winner})
@@ -90,7 +89,7 @@ def _overlap(sizes: list[int], others: list[int]) -> bool:
     return all(max(a, b) <= 4 * min(a, b) for a, b in zip(sizes, others, strict=True))
 
 
-def linear_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
+def linear_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """One entry per shape: the fastest plan forward, the fastest backend backward. The rows of
     siblings have ΣN and ΣR as N and R."""
     return [
@@ -99,27 +98,35 @@ def linear_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
             "forward": _fastest(passes["forward"]),
             "backward": _fastest(passes["backward"]).split()[0],
         }
-        for sizes, passes in sorted(_by_shape(rows).items())
+        for sizes, passes in _by_shape(rows)
         if {"forward", "backward"} <= passes.keys()  # a run that was cut off has one of them
     ]
 
 
+def sketch_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """One entry per shape: the fastest plan of a batch's update."""
+    return [
+        {"sizes": list(sizes), "update_sketch": _fastest(passes["update"])}
+        for sizes, passes in _by_shape(rows, "MKL")
+        if "update" in passes
+    ]
+
+
 def _by_shape(
-    rows: Iterable[dict[str, str]],
-) -> dict[tuple[int, ...], dict[str, dict[str, float]]]:
-    """Sizes → pass → plan → milliseconds."""
-    by_shape: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
+    rows: Iterable[Row], letters: str = "MKNR"
+) -> list[tuple[tuple[int, ...], dict[str, dict[str, float]]]]:
+    """(sizes, pass → plan → milliseconds), in order of the sizes."""
+    found: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
     for row in rows:
         if row["provider"].startswith(PREFIX):
-            sizes = tuple(int(row[size]) for size in "MKNR")
-            name = row["provider"].removeprefix(PREFIX)
+            times = found.setdefault(tuple(int(row[letter]) for letter in letters), {})
             # The same sizes at another Q: plans see no basis, so the first row says it all.
-            times = by_shape.setdefault(sizes, {}).setdefault(row["pass"], {})
-            times.setdefault(name, float(row["p50_ms"]))
-    return by_shape
+            plan = row["provider"].removeprefix(PREFIX)
+            times.setdefault(row["pass"], {}).setdefault(plan, float(row["p50_ms"]))
+    return sorted(found.items(), key=lambda item: item[0])
 
 
-def fold_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
+def fold_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """For each number of adapters: the grouped launch that beats the loop for every dtype of the
     basis, by most in sum; else the loop. CPU kernels are asked about float32 only, see MARGIN."""
     by_count: dict[int, dict[str, dict[str, float]]] = {}
@@ -142,29 +149,8 @@ def fold_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
     return entries
 
 
-def sketch_entries(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
-    """One entry per shape: the fastest plan of a batch's update."""
-    by_shape: dict[tuple[int, ...], dict[str, float]] = {}
-    for row in rows:
-        if row["pass"] == "update" and row["provider"].startswith(PREFIX):
-            sizes = tuple(int(row[size]) for size in "MKL")
-            name = row["provider"].removeprefix(PREFIX)
-            by_shape.setdefault(sizes, {})[name] = float(row["p50_ms"])
-    return [
-        {"sizes": list(sizes), "update_sketch": _fastest(times)}
-        for sizes, times in sorted(by_shape.items())
-    ]
-
-
 def _fastest(times: dict[str, float]) -> str:
     return min(times, key=times.__getitem__)
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,1 +1,0 @@
-"""Benchmarks, importable as ``nsru_bench``; ``bench.py`` is the entry."""

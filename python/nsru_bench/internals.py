@@ -1,0 +1,171 @@
+"""What benchmarks use of nsru_kernels beyond its public functions, in one place.
+
+Plans one by one, which the public ops choose themselves, and the ops with the adapter projected
+beforehand, as modules call them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import nsru_kernels as nk
+from nsru_bench.cases import Operands, Provider, copies
+from nsru_kernels.dispatch import choose, extension, launch
+from nsru_kernels.dispatch.plans import CPU_WITH_AMX, FOLDER, slug
+from nsru_kernels.ops.linear import projected_linears
+from nsru_kernels.ops.products import one_read_pays
+from nsru_kernels.ops.sketch import energy_limit
+from nsru_kernels.ops.sketch.backends import SKETCH
+
+__all__ = ["CPU_WITH_AMX", "FOLDER", "slug"]
+
+
+def stack_projected(operands: Operands) -> Tensor:
+    stacked = torch.cat(operands.lora_as)
+    return nk.project_adapter(stacked, operands.basis).to(operands.x.dtype)
+
+
+def linear_op(operands: Operands) -> Provider:
+    """One ``nsru_linear`` each, as ``NSRULinear`` calls it after the first micro-batch of a step.
+    The module itself would project again inside a CUDA graph, which must not go stale."""
+    weights, s = [w.clone() for w in operands.weights], operands.scaling
+    lora_as, lora_bs = copies(operands.lora_as), copies(operands.lora_bs)
+    folds = stack_projected(operands).split(operands.rank)
+
+    def forward(x: Tensor) -> list[Tensor]:
+        return [
+            projected_linears(x, [w], [a], [b], operands.basis, [None], fold, [s], 0.0, "auto")[0]
+            for w, a, b, fold in zip(weights, lora_as, lora_bs, folds, strict=True)
+        ]
+
+    return Provider(forward, lora_as, lora_bs)
+
+
+def group_op(operands: Operands) -> Provider:
+    """All in one ``nsru_linear_group``, likewise."""
+    weights, count = [w.clone() for w in operands.weights], len(operands.weights)
+    lora_as, lora_bs = copies(operands.lora_as), copies(operands.lora_bs)
+    fold, scalings, biases = stack_projected(operands), [operands.scaling] * count, [None] * count
+
+    def forward(x: Tensor) -> Sequence[Tensor]:
+        return projected_linears(
+            x, weights, lora_as, lora_bs, operands.basis, biases, fold, scalings, 0.0, "auto"
+        )
+
+    return Provider(forward, lora_as, lora_bs)
+
+
+class TritonPlan(torch.autograd.Function):
+    """A linear by one plan of the Triton kernels, without the op around them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, a_RK, b_NR, scaling, module, plan):
+        args = (x, [weight], a_RK, [b_NR], [None], [scaling], 0.0, None)
+        (y,), s_MR = module.forward(*args, plan=plan)
+        ctx.save_for_backward(x, weight, a_RK, b_NR, s_MR)
+        ctx.scaling, ctx.module = scaling, module
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, a_RK, b_NR, s_MR = ctx.saved_tensors
+        needs = [True, True, False, False, True]
+        args = (x, [weight], a_RK, [b_NR], s_MR, [ctx.scaling], 0.0, None, needs)
+        dx, da, _, _, db = ctx.module.backward([dy], *args)
+        return dx, None, da, db, None, None, None
+
+
+def triton_plans(operands: Operands) -> dict[str, Provider]:
+    """Plan → the one linear by it, for those that can serve here. The adapter is projected
+    beforehand and its gradient is not, as PEFT's is not."""
+    if launch.unavailable(operands.x.device) is not None:
+        return {}
+    from nsru_kernels.ops.linear import triton
+
+    x, weights, bs = operands.x, operands.weights[:1], operands.lora_bs[:1]
+    plans = [plan for plan in triton.PLANS if triton.serves(plan, x, weights, bs)]
+    return {plan: triton_plan(operands, triton, plan) for plan in plans}
+
+
+def triton_plan(operands: Operands, module: Any, plan: str) -> Provider:
+    a_RK, weight = nn.Parameter(stack_projected(operands)), operands.weights[0].clone()
+    (b_NR,) = copies(operands.lora_bs, operands.x.dtype)
+
+    def forward(x: Tensor) -> Sequence[Tensor]:
+        return [TritonPlan.apply(x, weight, a_RK, b_NR, operands.scaling, module, plan)]
+
+    return Provider(forward, [a_RK], [b_NR], projects=False)
+
+
+class TritonProducts:
+    """The products of ``narrow.py`` by our Triton kernels."""
+
+    def __init__(self) -> None:
+        from nsru_kernels.ops.linear import triton_products
+
+        self.products: Any = triton_products
+
+    def rows(self, x_MC: Tensor, v_RC: Tensor) -> Tensor:
+        return self.products.rows_product(x_MC, v_RC.T)
+
+    def both(self, x_MC: Tensor, p_MR: Tensor, v_CR: Tensor) -> tuple[Tensor, Tensor]:
+        if not one_read_pays(p_MR.shape[1]):
+            d = self.products.columns_product(x_MC, p_MR, 1.0, rank_first=False)
+            return self.rows(x_MC, v_CR.T.contiguous()), d
+        rows = torch.empty_like(p_MR)
+        d = self.products.columns_product(
+            x_MC, p_MR, 1.0, rank_first=False, v_CR=v_CR, rows_out=rows
+        )
+        return rows, d
+
+    def columns(self, x_MC: Tensor, p_MR: Tensor) -> Tensor:
+        return self.products.columns_product(x_MC, p_MR, 1.0, rank_first=True)
+
+
+class CudaProducts(TritonProducts):
+    """The same by our CUDA kernels."""
+
+    def __init__(self) -> None:
+        from nsru_kernels.ops.linear import cuda_products
+
+        self.products = cuda_products
+
+    def rows(self, x_MC: Tensor, v_RC: Tensor) -> Tensor:
+        return self.products.rows_product(x_MC, v_RC)
+
+
+def narrow_products(device: torch.device) -> dict[str, TritonProducts]:
+    """Those that can run here; the others are named."""
+    found: dict[str, TritonProducts] = {}
+    for name, reason, make in (
+        ("triton", launch.unavailable(device), TritonProducts),
+        ("cuda", extension.unavailable("linear", device), CudaProducts),
+    ):
+        if reason is None:
+            found[name] = make()
+        else:
+            print(f"no {name} products: {reason}", flush=True)
+    return found
+
+
+def sketch_update(
+    backend: str, plan: str, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """(x, Ω, Y, H) → the energy of x, added to Y and H by one backend and plan.
+
+    Raises:
+        BackendUnavailable: the backend cannot run here.
+    """
+    requested = (backend, device, "sketch", "update_sketch", (), (), torch.get_num_threads())
+    module = choose(SKETCH, *requested).module
+    add = functools.partial(module.update_sketch, **({"plan": plan} if plan else {}))
+
+    def update(x_MK: Tensor, omega_KL: Tensor, y_KL: Tensor, h_LL: Tensor) -> Tensor:
+        return add(x_MK, omega_KL, y_KL, h_LL, None, False, energy_limit(y_KL.dtype))
+
+    return update

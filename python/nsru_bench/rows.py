@@ -1,0 +1,97 @@
+"""Rows of results: the columns that identify a run, and the CSV files."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsru_kernels.environment import describe_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+IN_CHECKOUT = (ROOT / "setup.py").is_file()  # else installed from a wheel
+RESULTS = ROOT / "benchmarks" / "results" if IN_CHECKOUT else Path("runs")
+
+PREFIX = "plan "  # of providers that are one backend, by one plan
+
+Row = dict[str, str]
+
+
+def run_columns(*packages: str, device: torch.device | None = None) -> dict[str, Any]:
+    """Device, versions and commit of this run, the same in each of its rows."""
+    cpu = describe_environment()["cpu"]
+    columns = {
+        "device": f"{cpu['model']} ({cpu['cores']} cores)",
+        "capability": " ".join([cpu["capability"], *cpu["flags"]]),
+        "threads": cpu["threads"],
+    }
+    if device is not None and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        columns["device"] = torch.cuda.get_device_name(device)
+        columns["capability"] = f"{major}.{minor}"
+    return {
+        **columns,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", *packages)},
+        "commit": commit(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def commit() -> str:
+    """Short hash of the sources, with "-dirty" where files differ from it."""
+    if not IN_CHECKOUT:
+        return "unknown"
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV file; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a CSV file, which is complete after every call.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.is_file() or not path.stat().st_size
+    if not new:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+        if header != list(rows[0]):
+            raise ValueError(f"{path} has other columns; move it away or choose another --out.")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def replace(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a CSV file anew."""
+    path.unlink(missing_ok=True)
+    append(path, rows)
+    print(f"wrote {path}")
