@@ -71,7 +71,7 @@ def test_linear_rows(tmp_path, monkeypatch, capsys, op, dtype):
     rows = read(tmp_path / f"{op}.csv")
     assert_timed(rows)
     assert {row["pass"] for row in rows} == set(linear.PASSES)
-    served = dtype == torch.bfloat16 and cpu_extension.unavailable(op, CPU) is None
+    served = dtype == torch.bfloat16 and cpu_extension.unavailable(CPU) is None
     for which in linear.PASSES:
         names = {row["provider"] for row in rows if row["pass"] == which}
         assert {"frozen", "nsru", "peft bf16", "plan eager"} <= names
@@ -103,14 +103,14 @@ def test_siblings_read_x_and_write_dx_once():
         assert linear.work(shape, which, 2) == (2 * flop, 2 * moved - shared)
 
 
-def wrong_group(*args, right=internals.projected_linear_group):
+def wrong_group(*args, right=internals.projected_linears):
     first, *others = right(*args)
     return [first, *(y * 1.02 for y in others)]
 
 
 def test_a_wrong_sibling_is_reported_and_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(providers, "BACKENDS", ())
-    monkeypatch.setattr(internals, "projected_linear_group", wrong_group)
+    monkeypatch.setattr(internals, "projected_linears", wrong_group)
     session = tiny_session(tmp_path)
     siblings.run(session)
     names = {row["provider"] for row in read(tmp_path / "siblings.csv")}

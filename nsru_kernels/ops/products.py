@@ -14,7 +14,10 @@ def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
 
 def rank_columns(s_MR: Tensor, bs_NR: list[Tensor]) -> tuple[Tensor, ...]:
     """The columns of S, or of dS, that belong to each B_i; views."""
-    return s_MR.split_with_sizes([b_NR.shape[1] for b_NR in bs_NR], dim=1)
+    ranks = []
+    for b_NR in bs_NR:
+        ranks.append(b_NR.shape[1])
+    return s_MR.split_with_sizes(ranks, dim=1)
 
 
 def frozen_gradients(

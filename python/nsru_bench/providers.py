@@ -33,13 +33,20 @@ class InTurn(NamedTuple):
         return [layer(x) for layer in self.layers]
 
 
-def frozen_linears(operands: Operands) -> nn.ModuleDict:
+class Block(nn.ModuleDict):
+    """The linears as a model, which shows ``swap_linears`` that they read one x."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.values()]
+
+
+def frozen_linears(operands: Operands) -> Block:
     linears = {}
     for i, weight in enumerate(operands.weights):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
         linears[f"linear_{i}"] = linear
-    return nn.ModuleDict(linears)
+    return Block(linears)
 
 
 def frozen(operands: Operands) -> Provider:
@@ -54,7 +61,7 @@ def modules(operands: Operands, *, cached: bool, together: bool = True) -> Provi
     names = list(block)
     nk.swap_linears(
         block, names, rank=rank, alpha=operands.scaling * rank, siblings=together,
-        subspaces=dict.fromkeys(names, operands.basis),
+        subspaces=dict.fromkeys(names, operands.basis), batch={"x": operands.x},
     )  # fmt: skip
     layers = list(block.values())
     lora_as, lora_bs = [layer.lora_A for layer in layers], [layer.lora_B for layer in layers]
@@ -69,8 +76,7 @@ def modules(operands: Operands, *, cached: bool, together: bool = True) -> Provi
             lora_a.mul_(1.0)
 
     forward = InTurn(layers)
-    for _ in range(2):  # a group may have to see who reads x
-        ys = forward(operands.x.clone())
+    ys = forward(operands.x.clone())
     assert (len({id(y.grad_fn) for y in ys}) == 1) == (together or len(ys) == 1)
     return Provider(forward, lora_as, lora_bs, (lambda: None) if cached else change_adapters)
 

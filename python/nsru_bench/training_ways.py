@@ -176,7 +176,11 @@ def make_way(model: nn.Module, **options: Any) -> Way:
 @torch.no_grad()
 def make_nsru(case: Case, base: nn.Module) -> Way:
     model, bases = shared_copy(base), make_bases(base, case.Q)
-    nk.swap_linears(model, list(bases), rank=case.R, alpha=SCALING * case.R, subspaces=bases)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    nk.swap_linears(
+        model, list(bases), rank=case.R, alpha=SCALING * case.R, subspaces=bases,
+        batch={"input_ids": ids},
+    )  # fmt: skip
     for index, module in enumerate(nsru_modules(model).values()):
         normal = normal_numbers(module.weight.device, index)
         # B makes about a tenth of a frozen linear's output.
