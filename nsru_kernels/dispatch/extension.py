@@ -15,7 +15,7 @@ DTYPES = {**SHORT, torch.float32: "fp32"}
 ALIGNED = 8
 _INTERFACE = 2  # of csrc/bindings.cpp
 # Ops whose kernels use wgmma and TMA as sm_90a code has them; such code runs on 9.0 only.
-_HOPPER_ONLY = ("linear", "linear_group")
+_HOPPER_ONLY = ("linear",)
 _OLD = "Update the driver, rebuild with an older nvcc, or use 'triton'."
 _REBUILD = "Rebuild it (`make cuda` in a checkout), or use 'triton'."
 

@@ -92,11 +92,13 @@ class LinearGroup:
         # group, for once: that is not worth a second cache.
         if len(modules) == len(self._members) and not (
             torch.compiler.is_compiling()
+            or x.is_meta
             or lora_as[0].is_meta
             or lora_as[0].is_inference()
             or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         ):
-            dtype = compute_dtype(x) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            device = x.device.type
+            dtype = compute_dtype(x) if torch.is_autocast_enabled(device) else x.dtype
             known = self.projected
             if known is None or known[0] != projection_key(dtype, lora_as, basis):
                 known = self.projections.refresh(self, dtype)
@@ -203,7 +205,7 @@ def _context(x: Tensor) -> tuple:
         x.grad_fn,  # itself, not its identity, which another could get
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type),
+        not x.is_meta and torch.is_autocast_enabled(x.device.type) and compute_dtype(x),
         steps.count,
         stream,
     )

@@ -34,9 +34,8 @@ TESTS = "tests/kernels"
 # Tests at small sizes run on the GPU where there is one, marked or not.
 SMALL = tuple(
     f"{TESTS}/test_{name}.py"
-    for name in ("linear_triton", "linear_group_triton", "sketch_triton", "fold_kernels",
-                 "linear_group_cuda")
-)  # fmt: skip
+    for name in ("linear_triton", "sketch_triton", "fold_kernels", "linear_group_cuda")
+)
 # Every kernel at small sizes.
 SANITIZED = tuple(
     f"{TESTS}/test_{test}"
@@ -46,8 +45,7 @@ SANITIZED = tuple(
         "linear_cuda.py::test_gemm_every_config",
         "fold_kernels.py::test_odd_sizes",
         "fold_kernels.py::test_short_adapters",
-        "linear_triton.py::test_value_and_every_gradient",
-        "linear_group_triton.py::test_values_and_every_gradient",
+        "linear_triton.py::test_values_and_every_gradient",
         "sketch_triton.py::test_update_is_its_formula",
     )
 )

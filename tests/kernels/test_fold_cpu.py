@@ -11,7 +11,7 @@ import nsru_kernels as nk
 from nsru_kernels.dispatch import cpu_extension
 from nsru_kernels.ops.fold import cpu, reference
 
-UNAVAILABLE = cpu_extension.unavailable("fold", torch.device("cpu"))
+UNAVAILABLE = cpu_extension.unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
 by_cpu = functools.partial(nk.project_adapters, backend="cpu")
 
