@@ -10,8 +10,8 @@ from nsru_kernels.nn import (
     merge_adapters,
     swap_linears,
 )
-from nsru_kernels.ops.fold import project_adapter, project_adapters
 from nsru_kernels.ops.linear import nsru_linear, nsru_linear_group
+from nsru_kernels.ops.project import project_adapter, project_adapters
 from nsru_kernels.subspaces import RetainSketch, RetainSubspace, estimate_retain_subspaces
 
 __version__ = "0.1.0"

@@ -40,8 +40,8 @@ def test_forward_and_backward(benchmark, shape, cached):
 
 def test_fold_of_a_model(benchmark, operands):
     lora_as, basis = operands.lora_as * 28, operands.basis
-    folded = benchmark(nk.project_adapters, lora_as, [basis] * 28)
-    assert (folded[0] @ basis).norm() <= 1e-5 * lora_as[0].norm()
+    projected = benchmark(nk.project_adapters, lora_as, [basis] * 28)
+    assert (projected[0] @ basis).norm() <= 1e-5 * lora_as[0].norm()
 
 
 @pytest.mark.parametrize("width", [48, 192], ids=["nystrom", "covariance"])

@@ -29,7 +29,7 @@ class Op:
     """What an op says about itself.
 
     Attributes:
-        name: its folder in nsru_kernels/ops.
+        name: by which logs and the CUDA extension know it.
         callers: key in the plan tables → the public function whose calls it holds.
         load: backend → the module that serves under this name.
         dtypes: backend → the dtypes that its kernels take. A backend that is missing here has no

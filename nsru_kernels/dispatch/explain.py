@@ -18,16 +18,16 @@ from nsru_kernels.dispatch.choice import (
     wrong_dtype,
 )
 from nsru_kernels.dispatch.config import BACKENDS, requested_backend
-from nsru_kernels.ops.fold import backends as fold
 from nsru_kernels.ops.linear import backends as linear
+from nsru_kernels.ops.project import backends as project
 from nsru_kernels.ops.sketch import backends as sketch
 
 # public function → its op, and what a call with these arguments is looked up by
 OPS: dict[str, tuple[Op, Callable[[tuple], Query]]] = {
     "nsru_linear": (linear.LINEAR, linear.query_of_one),
     "nsru_linear_group": (linear.LINEAR, linear.query_of_group),
-    "project_adapter": (fold.PROJECT, fold.query_of_call),
-    "project_adapters": (fold.PROJECT, fold.query_of_call),
+    "project_adapter": (project.PROJECT, project.query_of_call),
+    "project_adapters": (project.PROJECT, project.query_of_call),
     "RetainSketch.update": (sketch.SKETCH, sketch.query_of_call),
 }
 

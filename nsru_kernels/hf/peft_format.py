@@ -25,7 +25,7 @@ def save_lora_adapter(
 ) -> Path:
     """Write the adapters as PEFT does: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-    The projection is folded in, so PEFT, vLLM and ``merge_and_unload`` take the folder as it is.
+    The projection is projected in, so PEFT, vLLM and ``merge_and_unload`` take the folder as it is.
     ``nsru.json`` beside them says how much of each adapter leaks into its retain subspace. An
     adapter that was there before stays whole when writing fails.
 
@@ -49,7 +49,7 @@ def save_lora_adapter(
         raise ValueError(f"save_lora_adapter: {merged[0]} is merged; call unmerge() first.")
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = module.folded_adapter().cpu().contiguous()
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = module.projected_adapter().cpu().contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

@@ -14,7 +14,7 @@ from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.nn.group import LinearGroup
 from nsru_kernels.nn.projections import Projections
 from nsru_kernels.nn.subspace import RetainSubspace
-from nsru_kernels.ops.fold import project_adapter
+from nsru_kernels.ops.project import project_adapter
 
 
 class NSRULinear(nn.Module):
@@ -188,14 +188,14 @@ class NSRULinear(nn.Module):
         return F.linear(x, weight, self.bias)
 
     @torch.no_grad()
-    def folded_adapter(self) -> Tensor:
+    def projected_adapter(self) -> Tensor:
         """Ā [R, K] in A's dtype: what a plain LoRA adapter of this module has as its A."""
         return project_adapter(self.lora_A, self.basis, backend=self.backend).clone()
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """s B Ā [N, K] in float32 (float64 for float64 adapters)."""
-        a_RK = self.folded_adapter()
+        a_RK = self.projected_adapter()
         dtype = torch.promote_types(a_RK.dtype, torch.float32)
         with torch.autocast(a_RK.device.type, enabled=False):
             return self.scaling * (self.lora_B.to(dtype) @ a_RK.to(dtype))
@@ -213,7 +213,7 @@ class NSRULinear(nn.Module):
         """‖Ā U‖_F / ‖A‖_F, Ā rounded to weight's dtype, then in float64; 0.0 without a basis."""
         if self.basis is None:
             return 0.0
-        a_RK = self.folded_adapter().to(self.weight.dtype).double()
+        a_RK = self.projected_adapter().to(self.weight.dtype).double()
         norm = self.lora_A.double().norm()
         return float((a_RK @ self.basis.double()).norm() / norm) if norm else 0.0
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nsru_kernels.ops.fold import project_adapters
+from nsru_kernels.ops.project import project_adapters
 
 if TYPE_CHECKING:
     from nsru_kernels.nn.group import LinearGroup

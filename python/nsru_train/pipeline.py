@@ -298,5 +298,5 @@ def unlearn(
 
 
 def rounding(weight: torch.Tensor) -> float:
-    """Leakage that rounding the folded adapter to the weight's dtype can cause at most."""
+    """Leakage that rounding the projected adapter to the weight's dtype can cause at most."""
     return torch.finfo(weight.dtype).eps / 2

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OPS = ("linear", "fold", "sketch")
+OPS = ("linear", "project", "sketch")
 TOKEN_OPS = ("linear", "sketch")
 # Around multiples of 16, for which sizes are otherwise specialised; 2^31 elements and more.
 TOKENS = (17, 32, 1000, 1008, 8192, 8191, 2**20)

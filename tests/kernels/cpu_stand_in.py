@@ -59,13 +59,13 @@ def backward(x, a, s, ds, dx, da, siblings, threads):
         at(da, torch.float32).copy_(ds.float().T @ x.float())
 
 
-def fold(basis, adapters, threads):
+def project(basis, adapters, threads):
     """Ā = A - (A U) Uᵀ of (address of A, address of Ā, rank)."""
     assert threads == torch.get_num_threads()
     u = at(basis, torch.float32)
     for source, target, rank in adapters:
-        a, folded = (
+        a, projected = (
             at((address, rank, u.shape[0], u.shape[0], 1), torch.float32)
             for address in (source, target)
         )
-        folded.copy_(a - a @ u @ u.T)
+        projected.copy_(a - a @ u @ u.T)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import nsru_kernels as nk
-from nsru_kernels.ops.fold import core
+from nsru_kernels.ops.project import gram
 
 opcheck = functools.partial(
     torch.library.opcheck,
@@ -55,12 +55,12 @@ def test_opcheck_linear(dtype, m, dropout_p):
         )
 
 
-def test_opcheck_fold_and_core():
+def test_opcheck_project_and_gram_inverse():
     a = [torch.randn(3, 16), torch.randn(16, 2).T.bfloat16(), torch.randn(4, 8).double()]
     basis = [make_basis(16, 4).float(), make_basis(16, 5).bfloat16(), make_basis(8, 2)]
-    cores = [None, torch.eye(5), None]
-    opcheck(torch.ops.nsru.fold, (a, basis, cores, "auto"))
-    opcheck(torch.ops.nsru.gram_core, (basis[1],))
+    gram_inverses = [None, torch.eye(5), None]
+    opcheck(torch.ops.nsru.project, (a, basis, gram_inverses, "auto"))
+    opcheck(torch.ops.nsru.gram_inverse, (basis[1],))
 
 
 @pytest.mark.parametrize("basis_dtype", [None, torch.float32, torch.bfloat16], ids=str)
@@ -146,8 +146,8 @@ def test_batch_sizes_share_one_dynamic_graph():
 
 def test_compiled_graph_computes_the_correction_of_a_bf16_basis_once(monkeypatch):
     calls = []
-    gram_core = core.gram_core
-    monkeypatch.setattr(core, "gram_core", lambda basis: calls.append(1) or gram_core(basis))
+    gram_inverse = gram.gram_inverse
+    monkeypatch.setattr(gram, "gram_inverse", lambda basis: calls.append(1) or gram_inverse(basis))
     model = two_layers(torch.bfloat16, torch.bfloat16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, 16).bfloat16()
@@ -179,9 +179,9 @@ def test_inductor():
 def test_the_fold_is_recorded_and_needs_no_memory():
     a, u = torch.randn(4, 24), make_basis(24, 6).float()
     graph = make_fx(lambda a: nk.project_adapter(a, u))(a)
-    assert torch.ops.nsru.fold.default in {node.target for node in graph.graph.nodes}
+    assert torch.ops.nsru.project.default in {node.target for node in graph.graph.nodes}
     other = torch.randn(4, 24)
     assert torch.equal(graph(other), nk.project_adapter(other, u))
     with FakeTensorMode() as mode:
-        folded = nk.project_adapter(mode.from_tensor(a), mode.from_tensor(u))
-    assert folded.shape == (4, 24)
+        projected = nk.project_adapter(mode.from_tensor(a), mode.from_tensor(u))
+    assert projected.shape == (4, 24)

@@ -93,8 +93,8 @@ def test_files_and_their_contents(base, tmp_path):
     assert config["task_type"] == "CAUSAL_LM"
     layer = adapted.model.layers[0].self_attn.q_proj
     stored = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
-    assert torch.equal(stored, layer.folded_adapter())
-    assert (stored @ layer.basis).norm() / layer.lora_A.norm() <= 1e-6, "the basis is folded in"
+    assert torch.equal(stored, layer.projected_adapter())
+    assert (stored @ layer.basis).norm() / layer.lora_A.norm() <= 1e-6, "the basis is projected in"
     sidecar = json.loads((tmp_path / SIDECAR).read_text())
     assert sidecar["fingerprint"] == "abc"
     assert set(sidecar["leakage"]) == set(config["target_modules"])

@@ -1,4 +1,4 @@
-"""NSRULinear and its folds: drop-in behaviour, freshness, copies, state, merging."""
+"""NSRULinear and its projections: drop-in behaviour, freshness, copies, state, merging."""
 
 import copy
 import gc
@@ -61,8 +61,8 @@ def assert_fresh(layer, x):
 
 
 @pytest.fixture
-def folds(monkeypatch):
-    """How many adapters each fold of the cache took, call by call."""
+def projected(monkeypatch):
+    """How many adapters each projection of the cache took, call by call."""
     calls = []
     project = projections.project_adapters
 
@@ -143,7 +143,7 @@ def test_adapters_disabled_is_the_frozen_layer_merged_or_not():
     assert layer.enabled
 
 
-def test_one_fold_for_the_whole_model_per_optimizer_step(folds):
+def test_one_projection_for_the_whole_model_per_optimizer_step(projected):
     """Also under gradient accumulation, checkpointing and evaluation in between."""
     model = make_model(3)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -155,12 +155,12 @@ def test_one_fold_for_the_whole_model_per_optimizer_step(folds):
             h.square().sum().backward()
         with torch.no_grad():
             model(x)
-        assert folds == [3] * step
+        assert projected == [3] * step
         optimizer.step()
         optimizer.zero_grad()
 
 
-def test_a_model_of_two_dtypes_does_not_refold_at_each_call(folds):
+def test_a_model_of_two_dtypes_does_not_project_at_each_call(projected):
     model = make_model(4)
     model[1].bfloat16()
     model[3].bfloat16()
@@ -168,7 +168,7 @@ def test_a_model_of_two_dtypes_does_not_refold_at_each_call(folds):
         h = x
         for layer in model:
             h = layer(h.to(layer.weight.dtype))
-    assert sum(folds) <= 4 + 2, "once each, and once more for those first folded in another dtype"
+    assert sum(projected) <= 4 + 2, "once each, and once more for those in another dtype"
 
 
 class DataWriter(torch.optim.Optimizer):
@@ -272,7 +272,7 @@ def test_optimizers_are_watched_only_while_a_module_is_there():
 
 
 @pytest.mark.parametrize("foreign", [torch.inference_mode, torch.no_grad])
-def test_a_fold_made_in_inference_mode_serves_training(foreign):
+def test_a_projection_made_in_inference_mode_serves_training(foreign):
     layer = make_layer()
     with foreign():
         layer(x)
@@ -351,7 +351,7 @@ def save_and_load(model):
 
 
 @pytest.mark.parametrize("copied", [copy_deep, save_and_load])
-def test_copies_are_independent_and_share_inside(copied, folds):
+def test_copies_are_independent_and_share_inside(copied, projected):
     model = make_model(3)
     y = model(x)
     other = copied(model)
@@ -360,7 +360,7 @@ def test_copies_are_independent_and_share_inside(copied, folds):
     assert other[0].subspace is not model[0].subspace
     assert other[0].basis.data_ptr() != model[0].basis.data_ptr()
     assert other.state_dict().keys() == model.state_dict().keys()
-    assert folds == [3, 3], "the copy folds all its layers at once, like the original"
+    assert projected == [3, 3], "the copy projects all its layers at once, like the original"
     edit_in_place(other[0])
     assert torch.equal(model(x), y)
     assert not torch.equal(other(x), y)
@@ -384,7 +384,7 @@ def test_model_to_dtype_still_projects_exactly(dtype):
     y = model(x.to(dtype))
     assert y.dtype == dtype
     for layer in model:
-        a_RK = layer.folded_adapter().float()
+        a_RK = layer.projected_adapter().float()
         # bf16 adapters round once after an exact projection
         assert (a_RK @ layer.basis.float()).norm() / a_RK.norm() < 5e-3
         assert_close = torch.testing.assert_close
@@ -432,12 +432,12 @@ def test_fp32_adapters_in_a_bf16_model_learn():
     assert (layer.lora_A.grad @ u).norm() / layer.lora_A.grad.norm() < 1e-5
 
 
-def test_autocast_uses_and_refreshes_the_cached_fold(folds):
+def test_autocast_uses_and_refreshes_the_cached_projection(projected):
     layer = make_layer()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(x).float().square().sum().backward()
         layer(x)
-        assert folds == [1]
+        assert projected == [1]
         edit_data(layer)
         y = layer(x)
     assert y.dtype == torch.bfloat16

@@ -286,13 +286,13 @@ def test_uncentred():
 def test_fp64_masters_take_the_accumulators(monkeypatch):
     monkeypatch.setattr("nsru_kernels.subspaces.sketch._FOLD_EVERY", 4)
     x = stream(harmonic(100), 640)
-    folded = sketch_of(x, 8, batch=16, refresh_every=10_000)
-    assert folded.pending == 0
-    assert not folded.state_dict()["y.fp32"].any()
+    projected = sketch_of(x, 8, batch=16, refresh_every=10_000)
+    assert projected.pending == 0
+    assert not projected.state_dict()["y.fp32"].any()
     monkeypatch.undo()
     plain = sketch_of(x, 8, batch=16, refresh_every=10_000)
     assert plain.pending == 40
-    assert distance(folded.finalize(), plain.finalize()) < 1e-5
+    assert distance(projected.finalize(), plain.finalize()) < 1e-5
 
 
 # The stream: chunks, masks, resume, merging

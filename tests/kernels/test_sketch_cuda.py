@@ -17,8 +17,7 @@ import torch
 from sketch_cases import check_update, inputs, updated
 
 import nsru_kernels as nk
-from nsru_kernels import dispatch
-from nsru_kernels.dispatch import extension
+from nsru_kernels.dispatch import choose, extension
 from nsru_kernels.ops.sketch import cuda, energy_limit, update_sketch
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -288,13 +287,10 @@ def test_refusals_name_the_reason_and_the_other_backend():
 def serves_the_cpu(kernel, monkeypatch):
     """As if the emulated extension were a GPU's."""
 
-    def forget():
-        dispatch._choose.cache_clear()
-
-    monkeypatch.setitem(dispatch._UNAVAILABLE, "cuda", lambda op, device: None)
-    forget()
+    monkeypatch.setattr(extension, "unavailable", lambda op, device: None)
+    choose.cache_clear()
     yield
-    forget()
+    choose.cache_clear()
 
 
 @pytest.mark.parametrize("masked", [False, True])

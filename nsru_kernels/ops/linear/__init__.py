@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nsru_kernels.dispatch.launch import capturing
-from nsru_kernels.ops.fold import check_fold
-from nsru_kernels.ops.fold.core import core_of
 from nsru_kernels.ops.linear.autograd import Call, ProjectedLinear
 from nsru_kernels.ops.linear.backends import compute_dtype
+from nsru_kernels.ops.project import check_projection
+from nsru_kernels.ops.project.gram import gram_inverse_of
 
 __all__ = ["compute_dtype", "nsru_linear", "nsru_linear_group", "projected_linears"]
 
@@ -53,7 +53,7 @@ def nsru_linear(
         TypeError: weight is a DTensor.
         RuntimeError: dropout_p > 0 while a CUDA graph is captured.
         BackendUnavailable: a backend named explicitly cannot run here.
-    Source: design after arXiv 2606.10989; the folded form is exact because x P Aᵀ = x (A P)ᵀ.
+    Source: design after arXiv 2606.10989; the projected form is exact because x P Aᵀ = x (A P)ᵀ.
 
     >>> x, w = torch.randn(5, 32), torch.randn(16, 32)
     >>> a, b, u = torch.randn(4, 32), torch.randn(16, 4), torch.linalg.qr(torch.randn(32, 8)).Q
@@ -172,7 +172,9 @@ def projected_linears(
                 "replay. Train without LoRA dropout, or call model.eval() before capturing."
             )
         seed = torch.randint(2**62, (), device="cpu")
-    gram_inverse = core_of(basis) if basis is not None and basis.element_size() < 4 else None
+    gram_inverse = (
+        gram_inverse_of(basis) if basis is not None and basis.element_size() < 4 else None
+    )
     call = Call(
         weights, biases, basis, gram_inverse, projected, scalings, dropout_p, seed, backend
     )  # fmt: skip
@@ -227,7 +229,7 @@ def _check(
             f"{op}: lora_a must be [R ≥ 1, K={k}] like weight's in_features, "
             f"got {tuple(lora_a.shape)}."
         )
-    check_fold(op, lora_a, basis)
+    check_projection(op, lora_a, basis)
     r = lora_a.shape[0]
     if tuple(lora_b.shape) != (n, r) or not lora_b.is_floating_point():
         raise ValueError(

@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from nsru_kernels.dispatch.choice import as_op, choose
 from nsru_kernels.dispatch.config import BackendUnavailable, requested_backend
-from nsru_kernels.ops.fold.autograd import fold_one
-from nsru_kernels.ops.fold.reference import accumulate_dtype
 from nsru_kernels.ops.linear import reference
 from nsru_kernels.ops.linear.backends import LINEAR
+from nsru_kernels.ops.project.autograd import project_one
+from nsru_kernels.ops.project.reference import accumulate_dtype
 
 _library = torch.library.Library("nsru", "FRAGMENT")
 _library.define(
@@ -217,7 +217,7 @@ def _project(
     """Ā rounded once to ``dtype``; A itself where there is no basis. No autograd."""
     if basis_KQ is None or not a_RK.numel():
         return _to(a_RK, dtype).contiguous()
-    return _to(fold_one(a_RK, basis_KQ, gram_inverse_QQ, backend), dtype)
+    return _to(project_one(a_RK, basis_KQ, gram_inverse_QQ, backend), dtype)
 
 
 def _stack(lora_as: Sequence[Tensor]) -> Tensor:

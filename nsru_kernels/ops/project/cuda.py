@@ -1,5 +1,5 @@
-"""The grouped fold with the CUDA extension: Ā = A - (A U) C Uᵀ for every adapter of a model in one
-launch."""
+"""The grouped projection with the CUDA extension: Ā = A - (A U) C Uᵀ for every adapter of a model
+in one launch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 from nsru_kernels.dispatch import extension, launch
 from nsru_kernels.dispatch.extension import DTYPES
-from nsru_kernels.ops.fold.tables import Kind, Problem, Tiles, arguments, group
+from nsru_kernels.ops.project.tables import Kind, Problem, Tiles, arguments, group
 
 # As compiled: csrc/host/fold_plan.h
 _TILES = Tiles(rows=32, out=64)
 _VALUES_PER_WRITE = 4000
 
 
-def fold_many(
-    as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None]
+def project_many(
+    as_RK: list[Tensor], bases_KQ: list[Tensor], gram_inverses_QQ: list[Tensor | None]
 ) -> list[Tensor]:
     """Ā_i [R_i, K_i] in float32, contiguous; in as few launches as ``tables.group`` makes.
 
@@ -24,7 +24,7 @@ def fold_many(
         BackendUnavailable: a dtype that the kernels do not hold, float64 above all.
     """
     launch.check_dtypes("project_adapters", *as_RK, *bases_KQ, backend="cuda")
-    outputs, launches = group(as_RK, bases_KQ, cores_QQ)
+    outputs, launches = group(as_RK, bases_KQ, gram_inverses_QQ)
     for kind, problems in launches.items():
         _launch(kind, problems)
     return outputs
@@ -47,7 +47,7 @@ def _launch(kind: Kind, problems: list[Problem]) -> None:
             workspace_bytes=args.workspace.nbytes,
             adapter=DTYPES[kind.adapter_dtype],
             basis=DTYPES[kind.basis_dtype],
-            has_core=kind.has_core,
+            has_core=kind.has_gram_inverse,
             aligned=kind.is_aligned,
         )
 

@@ -14,18 +14,18 @@ from nsru_kernels.dispatch.choice import Op, Query
 def _load(backend: str) -> ModuleType:
     match backend:
         case "cpu":
-            from nsru_kernels.ops.fold import cpu
+            from nsru_kernels.ops.project import cpu
 
             return cpu
         case "triton":
-            from nsru_kernels.ops.fold import triton
+            from nsru_kernels.ops.project import triton
 
             return triton
         case "cuda":
-            from nsru_kernels.ops.fold import cuda
+            from nsru_kernels.ops.project import cuda
 
             return cuda
-    from nsru_kernels.ops.fold import reference
+    from nsru_kernels.ops.project import reference
 
     return reference
 

@@ -1,4 +1,4 @@
-"""What both grouped fold kernels are told in int64: problems, addresses of rows, order of items."""
+"""What both grouped kernels are told in int64: problems, addresses of rows, order of items."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Problem(NamedTuple):
     """A basis, and the adapters and outputs that it is removed from."""
 
     basis: Tensor  # [K, Q]
-    core: Tensor | None  # [Q, Q]
+    gram_inverse: Tensor | None  # [Q, Q]
     adapters: list[Tensor]  # [R, K] each, as are the outputs
     outputs: list[Tensor]
 
@@ -29,7 +29,7 @@ class Problem(NamedTuple):
     def size(self) -> Size:
         K, Q = self.basis.shape
         rows = sum(a.shape[0] for a in self.adapters)
-        return Size(K, Q, rows, self.core is not None, self.basis.element_size())
+        return Size(K, Q, rows, self.gram_inverse is not None, self.basis.element_size())
 
 
 class Size(NamedTuple):
@@ -38,7 +38,7 @@ class Size(NamedTuple):
     K: int
     Q: int
     rows: int
-    has_core: bool
+    has_gram_inverse: bool
     basis_itemsize: int
 
     @property
@@ -52,7 +52,7 @@ class Kind(NamedTuple):
 
     adapter_dtype: torch.dtype
     basis_dtype: torch.dtype
-    has_core: bool
+    has_gram_inverse: bool
     is_aligned: bool
 
 
@@ -85,7 +85,7 @@ class Arguments(NamedTuple):
 
 
 def group(
-    as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None]
+    as_RK: list[Tensor], bases_KQ: list[Tensor], gram_inverses_QQ: list[Tensor | None]
 ) -> tuple[list[Tensor], dict[Kind, list[Problem]]]:
     """(outputs, the problems that fill them by launch); outputs without a problem are filled.
 
@@ -94,16 +94,16 @@ def group(
     """
     outputs: list[Tensor] = []
     problems: dict[tuple, Problem] = {}
-    for a_RK, basis_KQ, core_QQ in zip(as_RK, bases_KQ, cores_QQ, strict=True):
+    for a_RK, basis_KQ, gram_inverse_QQ in zip(as_RK, bases_KQ, gram_inverses_QQ, strict=True):
         if not a_RK.numel() or not basis_KQ.shape[1]:
             outputs.append(a_RK.to(torch.float32, copy=True).contiguous())
             continue
         output_RK = torch.empty(a_RK.shape, dtype=torch.float32, device=a_RK.device)
         outputs.append(output_RK)
-        key = (a_RK.dtype, *_identity(basis_KQ), *_identity(core_QQ))
+        key = (a_RK.dtype, *_identity(basis_KQ), *_identity(gram_inverse_QQ))
         if key not in problems:
-            core_QQ = None if core_QQ is None else core_QQ.contiguous()
-            problems[key] = Problem(basis_KQ, core_QQ, [], [])
+            gram_inverse_QQ = None if gram_inverse_QQ is None else gram_inverse_QQ.contiguous()
+            problems[key] = Problem(basis_KQ, gram_inverse_QQ, [], [])
         problems[key].adapters.append(a_RK if a_RK.stride(1) == 1 else a_RK.contiguous())
         problems[key].outputs.append(output_RK)
 
@@ -111,7 +111,7 @@ def group(
     for problem in problems.values():
         kind = Kind(
             *(problem.adapters[0].dtype, problem.basis.dtype),
-            *(problem.core is not None, aligned(problem)),
+            *(problem.gram_inverse is not None, aligned(problem)),
         )
         launches.setdefault(kind, []).append(problem)
     return outputs, launches
@@ -188,7 +188,7 @@ def schedule(sizes: tuple[Size, ...], tiles: Tiles, lag: int) -> Schedule:
         items.append((i << 32) + np.arange(along + remove))
         position += length
         workspace_offsets.append(workspace)
-        workspace += (chunks + 1 + size.has_core) * size.rows * q_tiles * tiles.out
+        workspace += (chunks + 1 + size.has_gram_inverse) * size.rows * q_tiles * tiles.out
         counter_offsets.append(counters)
         counters += blocks * (1 + q_tiles)
     order = np.argsort(np.concatenate(keys), kind="stable")
@@ -201,9 +201,13 @@ def describe(problems: Sequence[Problem], plan: Schedule) -> tuple[Tensor, int]:
     """(table, number of rows): problems, addresses of adapter rows, of output rows, items."""
     fields, row = [], 0
     for i, problem in enumerate(problems):
-        basis, core, size = problem.basis, problem.core, problem.size
+        basis, gram_inverse, size = problem.basis, problem.gram_inverse, problem.size
         fields += [
-            *(basis.data_ptr(), *basis.stride(), 0 if core is None else core.data_ptr()),
+            *(
+                basis.data_ptr(),
+                *basis.stride(),
+                0 if gram_inverse is None else gram_inverse.data_ptr(),
+            ),
             *(size.K, size.Q, size.chunk, row, size.rows),
             *(plan.workspace_offsets[i], plan.counter_offsets[i]),
         ]
@@ -225,9 +229,9 @@ def row_addresses(tensors: Sequence[Tensor]) -> np.ndarray:
 
 def aligned(problem: Problem) -> bool:
     """Whether 16-byte accesses serve all of a problem."""
-    basis, core = problem.basis, problem.core
+    basis, gram_inverse = problem.basis, problem.gram_inverse
     sizes = (*basis.shape, basis.stride(0))
-    addresses = [basis.data_ptr(), 0 if core is None else core.data_ptr()]
+    addresses = [basis.data_ptr(), 0 if gram_inverse is None else gram_inverse.data_ptr()]
     for tensor in (*problem.adapters, *problem.outputs):
         addresses += [tensor.data_ptr(), tensor.stride(0) * tensor.element_size()]
     return basis.stride(1) == 1 and not any(n % 16 for n in (*sizes, *addresses))

@@ -1,4 +1,4 @@
-"""The fold for autograd and for torch.compile. P is symmetric, so backward is the fold of dĀ."""
+"""The projection for autograd and for torch.compile. P is symmetric: backward projects dĀ."""
 
 from __future__ import annotations
 
@@ -8,37 +8,41 @@ from torch.autograd.function import once_differentiable
 
 from nsru_kernels.dispatch.choice import as_op, choose
 from nsru_kernels.dispatch.config import BackendUnavailable, requested_backend
-from nsru_kernels.ops.fold import reference
-from nsru_kernels.ops.fold.backends import PROJECT, query
+from nsru_kernels.ops.project import reference
+from nsru_kernels.ops.project.backends import PROJECT, query
 
 _library = torch.library.Library("nsru", "FRAGMENT")
-_library.define("fold(Tensor[] a, Tensor[] basis, Tensor?[] core, str backend) -> Tensor[]")
+_library.define(
+    "project(Tensor[] a, Tensor[] basis, Tensor?[] gram_inverse, str backend) -> Tensor[]"
+)
 
 
-def fold_many(
-    as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None], backend: str
+def project_many(
+    as_RK: list[Tensor], bases_KQ: list[Tensor], gram_inverses_QQ: list[Tensor | None], backend: str
 ) -> list[Tensor]:
     """Ā_i, unrounded (float32, or float64 for float64 adapters); no autograd."""
     if as_op(as_RK[0]):
-        return torch.ops.nsru.fold(as_RK, bases_KQ, cores_QQ, backend)
-    return _fold_many(as_RK, bases_KQ, cores_QQ, backend)
+        return torch.ops.nsru.project(as_RK, bases_KQ, gram_inverses_QQ, backend)
+    return _project_many(as_RK, bases_KQ, gram_inverses_QQ, backend)
 
 
-def fold_one(a_RK: Tensor, basis_KQ: Tensor, core_QQ: Tensor | None, backend: str) -> Tensor:
-    """``fold_many`` of one adapter, in few steps."""
+def project_one(
+    a_RK: Tensor, basis_KQ: Tensor, gram_inverse_QQ: Tensor | None, backend: str
+) -> Tensor:
+    """``project_many`` of one adapter, in few steps."""
     if as_op(a_RK) or torch.is_autocast_enabled(a_RK.device.type):
-        return fold_many([a_RK], [basis_KQ], [core_QQ], backend)[0]
+        return project_many([a_RK], [basis_KQ], [gram_inverse_QQ], backend)[0]
     requested, threads = requested_backend(backend), torch.get_num_threads()
     dtypes = a_RK.dtype, basis_KQ.dtype
     chosen = choose(PROJECT, requested, a_RK.device, "fold", "fold_many", (1,), dtypes, threads)
     if chosen.backend == "eager":
-        return reference.fold(a_RK, basis_KQ, core_QQ)
-    return _fold_many([a_RK], [basis_KQ], [core_QQ], backend)[0]
+        return reference.project(a_RK, basis_KQ, gram_inverse_QQ)
+    return _project_many([a_RK], [basis_KQ], [gram_inverse_QQ], backend)[0]
 
 
-@torch.library.impl(_library, "fold", "CompositeExplicitAutograd")
-def _fold_many(
-    as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None], backend: str
+@torch.library.impl(_library, "project", "CompositeExplicitAutograd")
+def _project_many(
+    as_RK: list[Tensor], bases_KQ: list[Tensor], gram_inverses_QQ: list[Tensor | None], backend: str
 ) -> list[Tensor]:
     requested, threads = requested_backend(backend), torch.get_num_threads()
     chosen = choose(PROJECT, requested, as_RK[0].device, *query(as_RK, bases_KQ), threads)
@@ -46,46 +50,46 @@ def _fold_many(
     try:
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return chosen.module.fold_many(as_RK, bases_KQ, cores_QQ)
-        return chosen.module.fold_many(as_RK, bases_KQ, cores_QQ)
+                return chosen.module.project_many(as_RK, bases_KQ, gram_inverses_QQ)
+        return chosen.module.project_many(as_RK, bases_KQ, gram_inverses_QQ)
     except BackendUnavailable:  # tensors without memory of their own, say
         if chosen.named:
             raise
-        return reference.fold_many(as_RK, bases_KQ, cores_QQ)
+        return reference.project_many(as_RK, bases_KQ, gram_inverses_QQ)
 
 
-@torch.library.register_fake("nsru::fold")
-def _(a, basis, core, backend):
+@torch.library.register_fake("nsru::project")
+def _(a, basis, gram_inverse, backend):
     return [
         torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32)).contiguous()
         for x in a
     ]
 
 
-class Fold(torch.autograd.Function):
+class Projection(torch.autograd.Function):
     """Ā_i = A_i P_i; dA_i = dĀ_i P_i."""
 
     @staticmethod
-    def forward(ctx, backend, bases, cores, *lora_as):
+    def forward(ctx, backend, bases, gram_inverses, *lora_as):
         ctx.backend = backend
         ctx.count = len(bases)
         ctx.dtypes = [a.dtype for a in lora_as]
-        ctx.save_for_backward(*bases, *cores)
-        folded = fold_many(list(lora_as), bases, cores, backend)
-        return tuple(f.to(dtype) for f, dtype in zip(folded, ctx.dtypes, strict=True))
+        ctx.save_for_backward(*bases, *gram_inverses)
+        projected = project_many(list(lora_as), bases, gram_inverses, backend)
+        return tuple(f.to(dtype) for f, dtype in zip(projected, ctx.dtypes, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         saved = ctx.saved_tensors
         wanted = [i for i in range(ctx.count) if ctx.needs_input_grad[3 + i]]
-        folded = fold_many(
+        projected = project_many(
             [grads[i] for i in wanted],
             [saved[i] for i in wanted],
             [saved[ctx.count + i] for i in wanted],
             ctx.backend,
         )
         result: list[Tensor | None] = [None] * ctx.count
-        for i, grad in zip(wanted, folded, strict=True):
+        for i, grad in zip(wanted, projected, strict=True):
             result[i] = grad.to(ctx.dtypes[i])
         return None, None, None, *result

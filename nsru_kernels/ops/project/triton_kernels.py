@@ -1,4 +1,4 @@
-"""Device code of the grouped fold: every adapter of a model in one persistent launch.
+"""Device code of the grouped projection: every adapter of a model in one persistent launch.
 
 A *problem* is a basis with the rows of all adapters that use it. Its rows are cut into blocks of
 BLOCK_R, and each block is worked off in items:
@@ -23,7 +23,7 @@ SUMMED_AT_ONCE = tl.constexpr(2)
 
 
 @triton.jit(do_not_specialize=["first_row", "n_rows", "first_item", "n_items"])
-def fold_kernel(
+def project_kernel(
     table_ptr,  # int64: problems [FIELDS each] | adapter rows | output rows | items
     workspace_ptr,  # float32: T of every problem, in parts
     counters_ptr,  # int32, zero: ticket | for each problem its blocks, then its blocks x tiles
@@ -34,7 +34,7 @@ def fold_kernel(
     first_item,
     n_items,
     FIELDS: tl.constexpr,
-    HAS_CORE: tl.constexpr,
+    HAS_GRAM_INVERSE: tl.constexpr,
     ALIGNED: tl.constexpr,  # all sizes, strides and addresses are multiples of 16; stride_q is 1
     BLOCK_R: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -52,13 +52,13 @@ def fold_kernel(
             work_off(
                 *(table_ptr, workspace_ptr, counters_ptr, adapter_ptr, basis_ptr),
                 *(problem_ptr, index, first_row, n_rows),
-                *(HAS_CORE, ALIGNED, BLOCK_R, FEW_ROWS, BLOCK_IN, BLOCK_OUT),
+                *(HAS_GRAM_INVERSE, ALIGNED, BLOCK_R, FEW_ROWS, BLOCK_IN, BLOCK_OUT),
             )
         else:
             work_off(
                 *(table_ptr, workspace_ptr, counters_ptr, adapter_ptr, basis_ptr),
                 *(problem_ptr, index, first_row, n_rows),
-                *(HAS_CORE, ALIGNED, BLOCK_R, BLOCK_R, BLOCK_IN, BLOCK_OUT),
+                *(HAS_GRAM_INVERSE, ALIGNED, BLOCK_R, BLOCK_R, BLOCK_IN, BLOCK_OUT),
             )
         ticket = take_ticket(counters_ptr)
 
@@ -74,7 +74,7 @@ def work_off(
     index,
     first_row,
     n_rows,
-    HAS_CORE: tl.constexpr,
+    HAS_GRAM_INVERSE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HEIGHT: tl.constexpr,  # of the tile that holds this block's rows
@@ -134,7 +134,7 @@ def work_off(
             total = sum_parts(sum_ptrs, row_mask, chunks, part_size, HEIGHT, BLOCK_OUT)
             tl.store(sum_ptrs + chunks * part_size, total, mask=row_mask)
             summed = signal(done_ptr)
-            if HAS_CORE:  # noqa: SIM102 - known when compiling, the other is not
+            if HAS_GRAM_INVERSE:  # noqa: SIM102 - known when compiling, the other is not
                 if summed == tiles - 1:
                     wait_for(done_ptr, tiles)
                     core_ptr = tl.load(problem_ptr + 3).to(tl.pointer_type(tl.float32))
@@ -151,9 +151,9 @@ def work_off(
         out_ptrs = out_ptrs.to(tl.pointer_type(tl.float32))
         if ALIGNED:
             out_ptrs = tl.multiple_of(out_ptrs, 16)
-        wait_for(done_ptr, tiles + HAS_CORE)
+        wait_for(done_ptr, tiles + HAS_GRAM_INVERSE)
         remove(
-            *(a_ptrs, out_ptrs, row_mask, part_ptrs + (chunks + HAS_CORE) * part_size),
+            *(a_ptrs, out_ptrs, row_mask, part_ptrs + (chunks + HAS_GRAM_INVERSE) * part_size),
             *(u_ptr, stride_k, stride_q, K, Q),
             *((index - tiles * chunks) * BLOCK_OUT, HEIGHT, BLOCK_IN, BLOCK_OUT),
         )

@@ -1,4 +1,4 @@
-"""Fold: Ā = A (I - U Uᵀ), the projector never formed."""
+"""Projection: Ā = A (I - U Uᵀ), the projector never formed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nsru_kernels.ops.fold.autograd import Fold
-from nsru_kernels.ops.fold.core import core_of
+from nsru_kernels.ops.project.autograd import Projection
+from nsru_kernels.ops.project.gram import gram_inverse_of
 
-__all__ = ["check_fold", "project_adapter", "project_adapters"]
+__all__ = ["check_projection", "project_adapter", "project_adapters"]
 
 
 def project_adapter(lora_a: Tensor, basis: Tensor | None, *, backend: str = "auto") -> Tensor:
     """Ā = A - (A U) Uᵀ, the adapter confined to the null space of the retain subspace.
 
-    Since x P Aᵀ = x (A P)ᵀ, folding the adapter equals projecting the activations, at M/R times
+    Since x P Aᵀ = x (A P)ᵀ, projecting the adapter equals projecting the activations, at M/R times
     less work.
 
     Args:
@@ -43,7 +43,7 @@ def project_adapter(lora_a: Tensor, basis: Tensor | None, *, backend: str = "aut
 def project_adapters(
     lora_as: Sequence[Tensor], bases: Sequence[Tensor | None], *, backend: str = "auto"
 ) -> list[Tensor]:
-    """Fold every adapter of a model: one launch where the backend has a grouped kernel.
+    """Project every adapter of a model: one launch where the backend has a grouped kernel.
 
     Args:
         lora_as: A_i [R_i, K_i], any mix of sizes and floating dtypes, all on one device.
@@ -61,24 +61,24 @@ def project_adapters(
             f"got {len(bases)}. Use None for an adapter without a basis."
         )
     for lora_a, basis in zip(lora_as, bases, strict=True):
-        check_fold("project_adapters", lora_a, basis)
-    folded = list(lora_as)
+        check_projection("project_adapters", lora_a, basis)
+    projected = list(lora_as)
     projected = [i for i, basis in enumerate(bases) if basis is not None and lora_as[i].numel()]
     if projected:
         pairs = [(lora_as[i], bases[i]) for i in projected]
-        outputs = Fold.apply(
+        outputs = Projection.apply(
             backend,
             [basis for _, basis in pairs],
-            [core_of(basis) for _, basis in pairs],
+            [gram_inverse_of(basis) for _, basis in pairs],
             *[lora_a for lora_a, _ in pairs],
         )
         for i, output in zip(projected, outputs, strict=True):
-            folded[i] = output
-    return folded
+            projected[i] = output
+    return projected
 
 
-def check_fold(op: str, lora_a: Tensor, basis: Tensor | None) -> None:
-    """Refuse what no backend can fold. Raises ValueError or TypeError."""
+def check_projection(op: str, lora_a: Tensor, basis: Tensor | None) -> None:
+    """Refuse what no backend can project. Raises ValueError or TypeError."""
     if lora_a.dim() != 2 or not lora_a.is_floating_point():
         raise ValueError(
             f"{op}: lora_a must be a floating [R, K] matrix, got {tuple(lora_a.shape)} "

@@ -13,42 +13,42 @@ _UNIT_TOLERANCE = 2.0**-7
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a fold of ``dtype`` adapters computes in: float64 for float64, else float32."""
+    """The dtype in which ``dtype`` adapters are projected: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def fold(a_RK: Tensor, basis_KQ: Tensor, core_QQ: Tensor | None) -> Tensor:
+def project(a_RK: Tensor, basis_KQ: Tensor, gram_inverse_QQ: Tensor | None) -> Tensor:
     """The adapter with its component along the basis removed, unrounded [R, K]."""
     if not a_RK.dtype == basis_KQ.dtype == torch.float32:
         dtype = accumulate_dtype(a_RK.dtype)
         a_RK, basis_KQ = a_RK.to(dtype), basis_KQ.to(dtype)
     along_RQ = a_RK @ basis_KQ
-    if core_QQ is not None:
-        along_RQ = along_RQ @ core_QQ.to(a_RK.dtype)
+    if gram_inverse_QQ is not None:
+        along_RQ = along_RQ @ gram_inverse_QQ.to(a_RK.dtype)
     return torch.addmm(a_RK, along_RQ, basis_KQ.T, alpha=-1)
 
 
-def fold_many(
-    as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None]
+def project_many(
+    as_RK: list[Tensor], bases_KQ: list[Tensor], gram_inverses_QQ: list[Tensor | None]
 ) -> list[Tensor]:
-    """``fold`` of every adapter; those in a row with one basis are folded in one pass over it."""
+    """``project`` of every adapter; those in a row with one basis in one pass over it."""
     if len(as_RK) == 1:
-        return [fold(as_RK[0], bases_KQ[0], cores_QQ[0])]
-    folded: list[Tensor] = []
+        return [project(as_RK[0], bases_KQ[0], gram_inverses_QQ[0])]
+    projected: list[Tensor] = []
     pairs = zip(as_RK, bases_KQ, strict=True)
     for _, run in itertools.groupby(pairs, key=lambda pair: (id(pair[1]), pair[0].dtype)):
         rows = [a_RK for a_RK, _ in run]
-        basis_KQ, core_QQ = bases_KQ[len(folded)], cores_QQ[len(folded)]
+        basis_KQ, gram_inverse_QQ = bases_KQ[len(projected)], gram_inverses_QQ[len(projected)]
         if len(rows) == 1:
-            folded.append(fold(rows[0], basis_KQ, core_QQ))
+            projected.append(project(rows[0], basis_KQ, gram_inverse_QQ))
             continue
-        stacked_RK = fold(torch.cat(rows), basis_KQ, core_QQ)
+        stacked_RK = project(torch.cat(rows), basis_KQ, gram_inverse_QQ)
         # Copies: an op's outputs must not share storage.
-        folded += [a.clone() for a in stacked_RK.split([a.shape[0] for a in rows])]
-    return folded
+        projected += [a.clone() for a in stacked_RK.split([a.shape[0] for a in rows])]
+    return projected
 
 
-def gram_core(basis_KQ: Tensor) -> Tensor:
+def gram_inverse(basis_KQ: Tensor) -> Tensor:
     """C [Q, Q] with which Ũ C Ũᵀ is the intended projector, though Ũ was rounded to bf16 or fp16.
 
     With D the column norms of Ũ and G = (Ũ/D)ᵀ(Ũ/D), C = D⁻¹ G^-½ D² G^-½ D⁻¹. For an orthonormal
@@ -63,5 +63,5 @@ def gram_core(basis_KQ: Tensor) -> Tensor:
     eigenvalues, vectors = torch.linalg.eigh(unit.T @ unit)
     positive = eigenvalues > basis.shape[1] * torch.finfo(torch.float32).eps
     root = (vectors * torch.where(positive, eigenvalues.clamp(min=0).rsqrt(), 0.0)) @ vectors.T
-    core = root @ (norms.square()[:, None] * root)
-    return (inverse[:, None] * core * inverse).float()
+    scaled = root @ (norms.square()[:, None] * root)
+    return (inverse[:, None] * scaled * inverse).float()

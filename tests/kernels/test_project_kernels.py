@@ -1,4 +1,4 @@
-"""Both grouped fold kernels against float64: any mix of sizes, dtypes, strides and shared bases.
+"""Both grouped kernels against float64: any mix of sizes, dtypes, strides and shared bases.
 
 Without a GPU Triton's is interpreted and CUDA's emulated, thread by thread.
 """
@@ -9,10 +9,11 @@ from linear_cases import make_basis
 from tolerance import assert_close_to_exact
 
 import nsru_kernels as nk
-from nsru_kernels import BackendUnavailable, dispatch
-from nsru_kernels.dispatch import extension
-from nsru_kernels.ops.fold import reference, tables
-from nsru_kernels.ops.fold.core import core_of
+from nsru_kernels import BackendUnavailable
+from nsru_kernels.dispatch import choose, extension
+from nsru_kernels.ops.project import reference, tables
+from nsru_kernels.ops.project.backends import PROJECT
+from nsru_kernels.ops.project.gram import gram_inverse_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHORT = [torch.float16, torch.bfloat16]
@@ -37,22 +38,22 @@ def backend(request, monkeypatch):
         pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     elif DEVICE == "cpu":
         request.getfixturevalue("emulated")
-        monkeypatch.setitem(dispatch._UNAVAILABLE, "cuda", lambda op, device: None)
+        monkeypatch.setattr(extension, "unavailable", lambda op, device: None)
     elif reason := extension.unavailable("fold", torch.device(DEVICE)):
         pytest.skip(reason)
-    dispatch._choose.cache_clear()
+    choose.cache_clear()
     yield request.param
-    dispatch._choose.cache_clear()
+    choose.cache_clear()
 
 
 @pytest.fixture
-def fold_many(backend):
-    return dispatch.implementation("fold", backend, torch.device(DEVICE)).fold_many
+def project_many(backend):
+    return PROJECT.load(backend).project_many
 
 
 @pytest.fixture
 def write_table(backend):
-    return dispatch.implementation("fold", backend, torch.device(DEVICE)).write_table
+    return PROJECT.load(backend).write_table
 
 
 def draw(r, k, dtype=torch.float32, seed=0):
@@ -64,42 +65,42 @@ def basis(k, q, dtype=torch.float32, seed=0):
     return make_basis(k, q, seed).to(DEVICE, dtype)
 
 
-def check(fold_many, adapters, bases):
+def check(project_many, adapters, bases):
     """fold_many of a kernel against float64, entry by entry."""
-    cores = [core_of(u) for u in bases]
-    folded = fold_many(adapters, bases, cores)
-    for i, (got, a, u, core) in enumerate(zip(folded, adapters, bases, cores, strict=True)):
+    cores = [gram_inverse_of(u) for u in bases]
+    projected = project_many(adapters, bases, cores)
+    for i, (got, a, u, core) in enumerate(zip(projected, adapters, bases, cores, strict=True)):
         assert got.dtype == torch.float32
         assert got.is_contiguous()
-        exact = reference.fold(a.double(), u.double(), core)
-        assert_close_to_exact(got, reference.fold(a, u, core), exact, f"adapter {i}")
-    return folded
+        exact = reference.project(a.double(), u.double(), core)
+        assert_close_to_exact(got, reference.project(a, u, core), exact, f"adapter {i}")
+    return projected
 
 
 @pytest.mark.parametrize("k", [17, 63, 130])
 @pytest.mark.parametrize("r", [1, 3, 16, 40])
-def test_odd_sizes(fold_many, k, r):
+def test_odd_sizes(project_many, k, r):
     """One launch per call: a full-rank basis, tiny ones, and more columns than one tile holds."""
     ranks = [q for q in (1, 5, 70) if q <= k]
-    check(fold_many, [draw(r, k, seed=q) for q in ranks], [basis(k, q) for q in ranks])
+    check(project_many, [draw(r, k, seed=q) for q in ranks], [basis(k, q) for q in ranks])
 
 
-def test_aligned_sizes_in_several_chunks(fold_many):
+def test_aligned_sizes_in_several_chunks(project_many):
     check(
-        fold_many,
+        project_many,
         [draw(16, 576), draw(33, 576), draw(4, 80)],
         [basis(576, 80), basis(576, 16), basis(80, 64)],
     )
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-def test_adapters_that_share_a_basis_become_one_problem(fold_many, monkeypatch, aligned):
+def test_adapters_that_share_a_basis_become_one_problem(project_many, monkeypatch, aligned):
     problems = []
     describe = tables.describe
     monkeypatch.setattr(tables, "describe", lambda p, plan: problems.append(p) or describe(p, plan))
     k = 64 if aligned else 63
     shared, own = basis(k, 16), basis(k, 16, seed=5)
-    check(fold_many, [draw(r, k) for r in (16, 3, 7, 16, 2)], [shared, shared, own, shared, own])
+    check(project_many, [draw(r, k) for r in (16, 3, 7, 16, 2)], [shared, shared, own, shared, own])
     (group,) = problems
     assert [problem.size.rows for problem in group] == [35, 9]
     assert all(tables.aligned(problem) == aligned for problem in group)
@@ -107,34 +108,34 @@ def test_adapters_that_share_a_basis_become_one_problem(fold_many, monkeypatch, 
 
 @pytest.mark.parametrize("basis_dtype", SHORT, ids=str)
 @pytest.mark.parametrize(("k", "q"), [(130, 70), (320, 96)])
-def test_rounded_bases_with_their_core(fold_many, basis_dtype, k, q):
+def test_rounded_bases_with_their_core(project_many, basis_dtype, k, q):
     adapters = [draw(3, k), draw(17, k, seed=1)]
     bases = [basis(k, q, basis_dtype), basis(k, q, basis_dtype, seed=3)]
-    folded = check(fold_many, adapters, bases)
-    for a, u, got in zip(adapters, bases, folded, strict=True):
+    projected = check(project_many, adapters, bases)
+    for a, u, got in zip(adapters, bases, projected, strict=True):
         assert leakage(got, u, a) <= 1e-6
-        uncorrected = fold_many([a], [u], [None])[0]
+        uncorrected = project_many([a], [u], [None])[0]
         assert leakage(uncorrected, u, a) > 1e-5, "the core does something"
 
 
 @pytest.mark.parametrize("adapter_dtype", SHORT, ids=str)
-def test_short_adapters(fold_many, adapter_dtype):
+def test_short_adapters(project_many, adapter_dtype):
     """Every pair of dtypes in one call, aligned or not: several launches."""
     adapters, bases = [], []
     for basis_dtype in (torch.float32, *SHORT):
         for k, q in ((64, 16), (63, 5)):
             adapters.append(draw(4, k, adapter_dtype))
             bases.append(basis(k, q, basis_dtype))
-    check(fold_many, [*adapters, draw(2, 64)], [*bases, bases[0]])
+    check(project_many, [*adapters, draw(2, 64)], [*bases, bases[0]])
 
 
-def test_weighted_basis(fold_many):
+def test_weighted_basis(project_many):
     u, weights = make_basis(130, 20), torch.linspace(0, 1, 20, dtype=torch.float64)
     soft = u * weights.sqrt()
-    check(fold_many, [draw(5, 130)] * 2, [soft.float().to(DEVICE), soft.bfloat16().to(DEVICE)])
+    check(project_many, [draw(5, 130)] * 2, [soft.float().to(DEVICE), soft.bfloat16().to(DEVICE)])
 
 
-def test_strides(fold_many):
+def test_strides(project_many):
     wide, k, q = draw(12, 200), 65, 33
     rows = wide[::3, 7 : 7 + k]
     transposed = draw(k, 4).T
@@ -142,22 +143,22 @@ def test_strides(fold_many):
     column_major = basis(k, q).T.contiguous().T
     sliced = torch.cat([basis(k, q)] * 2, dim=1)[:, 3 : 3 + q]
     sliced_aligned = torch.cat([basis(64, 16), torch.full((64, 16), 9.0, device=DEVICE)], dim=1)
-    check(fold_many, [rows, transposed, expanded], [column_major, sliced, column_major])
-    check(fold_many, [wide[::2, 16:80]], [sliced_aligned[:, :16]])
+    check(project_many, [rows, transposed, expanded], [column_major, sliced, column_major])
+    check(project_many, [wide[::2, 16:80]], [sliced_aligned[:, :16]])
 
 
 @pytest.mark.parametrize(("k", "q", "offset"), [(63, 20, 3), (80, 48, 16)])
-def test_nothing_beyond_the_operands_is_read(fold_many, k, q, offset):
+def test_nothing_beyond_the_operands_is_read(project_many, k, q, offset):
     """Neighbours in memory are NaN: a load that is not masked shows."""
     surrounded_a = torch.full((9, k + 2 * offset), float("nan"), device=DEVICE)
     surrounded_u = torch.full((k + 40, q + 2 * offset), float("nan"), device=DEVICE)
     a, u = surrounded_a[2:5, offset : offset + k], surrounded_u[:k, offset : offset + q]
     a.copy_(draw(3, k))
     u.copy_(basis(k, q))
-    check(fold_many, [a], [u])
+    check(project_many, [a], [u])
 
 
-def test_empty_operands(fold_many):
+def test_empty_operands(project_many):
     adapters = [
         draw(3, 8),
         draw(3, 8)[:0],
@@ -165,8 +166,8 @@ def test_empty_operands(fold_many):
         draw(2, 8, torch.float16),
     ]
     bases = [basis(8, 2)[:, :0], basis(8, 2), torch.ones(0, 0, device=DEVICE), basis(8, 1)[:, :0]]
-    folded = fold_many(adapters, bases, [None] * 4)
-    for got, a in zip(folded, adapters, strict=True):
+    projected = project_many(adapters, bases, [None] * 4)
+    for got, a in zip(projected, adapters, strict=True):
         assert torch.equal(got, a.float())
         assert got.data_ptr() != a.data_ptr() or not a.numel()
 
@@ -174,12 +175,12 @@ def test_empty_operands(fold_many):
 def test_public_call_with_and_without_bases(backend):
     adapters = [draw(4, 40), draw(3, 40, torch.float16), draw(2, 40)]
     bases = [basis(40, 6), None, basis(40, 8, torch.bfloat16)]
-    folded = nk.project_adapters(adapters, bases, backend=backend)
-    assert folded[1] is adapters[1]
+    projected = nk.project_adapters(adapters, bases, backend=backend)
+    assert projected[1] is adapters[1]
     for i in (0, 2):
         exact = nk.project_adapter(adapters[i].double(), bases[i], backend="eager")
         eager = nk.project_adapter(adapters[i], bases[i], backend="eager")
-        assert_close_to_exact(folded[i], eager, exact)
+        assert_close_to_exact(projected[i], eager, exact)
 
 
 def test_gradients(backend):
@@ -189,8 +190,8 @@ def test_gradients(backend):
 
     def gradients(by, dtype=None):
         inputs = [(a if dtype is None else a.to(dtype)).requires_grad_() for a in leaves]
-        folded = nk.project_adapters(inputs, bases, backend=by)
-        loss = sum((f.float() if dtype is None else f).square().sum() * 0.5 for f in folded)
+        projected = nk.project_adapters(inputs, bases, backend=by)
+        loss = sum((f.float() if dtype is None else f).square().sum() * 0.5 for f in projected)
         return torch.autograd.grad(loss, inputs)
 
     leaves = [a.detach() for a in leaves]
@@ -202,31 +203,31 @@ def test_gradients(backend):
         assert_close_to_exact(got, eager, exact)
 
 
-def leakage(folded, u, adapter):
-    return ((folded.double() @ u.double()).norm() / adapter.double().norm()).item()
+def leakage(projected, u, adapter):
+    return ((projected.double() @ u.double()).norm() / adapter.double().norm()).item()
 
 
-def test_leakage_gate(fold_many):
+def test_leakage_gate(project_many):
     a, u = draw(16, 1024), basis(1024, 64)
-    folded = fold_many([a], [u], [None])[0]
-    assert leakage(folded, u, a) <= 1e-6
+    projected = project_many([a], [u], [None])[0]
+    assert leakage(projected, u, a) <= 1e-6
     assert leakage(a, u, a) > 0.1, "there was something to remove"
 
 
-def test_many_problems_in_one_call(fold_many):
+def test_many_problems_in_one_call(project_many):
     """More items than blocks are on the device at a time, and blocks that wait for others."""
     shared = [basis(k, q, dtype) for k, q in ((528, 80), (272, 144)) for dtype in SHORT]
     own = [basis(48, 16, seed=i) for i in range(12)]
     adapters = [draw(r, len(u), seed=r) for u in shared for r in (16, 8, 20)]
-    check(fold_many, [*adapters, *(draw(4, 48, seed=i) for i in range(12))],
+    check(project_many, [*adapters, *(draw(4, 48, seed=i) for i in range(12))],
           [*(u for u in shared for _ in range(3)), *own])  # fmt: skip
 
 
-def test_launches_are_bit_identical(fold_many):
+def test_launches_are_bit_identical(project_many):
     adapters, bases = [draw(20, 576), draw(3, 63)], [basis(576, 70), basis(63, 5, torch.bfloat16)]
-    cores = [core_of(u) for u in bases]
-    first = fold_many(adapters, bases, cores)
-    second = fold_many(adapters, bases, cores)
+    cores = [gram_inverse_of(u) for u in bases]
+    first = project_many(adapters, bases, cores)
+    second = project_many(adapters, bases, cores)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
@@ -252,24 +253,24 @@ def test_items_wait_only_for_smaller_tickets(lag):
         assert first_phase.max() < position[mine & (index >= along)].min()
 
 
-def test_table_handed_over_as_arguments_equals_a_copy(fold_many, write_table, monkeypatch):
+def test_table_handed_over_as_arguments_equals_a_copy(project_many, write_table, monkeypatch):
     """The way into a CUDA graph, which may not copy from host memory that is gone at replay."""
     a, u = draw(3, 63), basis(63, 5)
-    expected = fold_many([a], [u], [None])[0]
+    expected = project_many([a], [u], [None])[0]
     for values in ([1, 0, -5, 2**40, 2**33, 7, 2**62, 16, 3], range(5000)):
         table = torch.tensor(values)
         written = write_table(table, torch.device(DEVICE))
         assert torch.equal(written[: len(table)].cpu(), table)
     monkeypatch.setattr(tables, "to_device", lambda table, device, write, _: write(table, device))
-    assert torch.equal(fold_many([a], [u], [None])[0], expected)
+    assert torch.equal(project_many([a], [u], [None])[0], expected)
 
 
-def test_a_default_device_does_not_matter(fold_many):
+def test_a_default_device_does_not_matter(project_many):
     a, u = draw(3, 63), basis(63, 5)
     tables.schedule.cache_clear()
     with torch.device("meta"):
-        folded = fold_many([a], [u], [None])[0]
-    assert torch.equal(folded, fold_many([a], [u], [None])[0])
+        projected = project_many([a], [u], [None])[0]
+    assert torch.equal(projected, project_many([a], [u], [None])[0])
 
 
 def test_refuses_float64(backend):
@@ -283,15 +284,15 @@ def test_refuses_float64(backend):
 def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    dispatch._choose.cache_clear()
+    choose.cache_clear()
     with pytest.raises(BackendUnavailable, match="CUDA device"):
         nk.project_adapter(torch.ones(2, 8), make_basis(8, 2).float(), backend="triton")
-    dispatch._choose.cache_clear()
+    choose.cache_clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("basis_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_whole_8b_model(fold_many, basis_dtype):
+def test_whole_8b_model(project_many, basis_dtype):
     torch.manual_seed(0)
     adapters, bases = [], []
     for _ in range(32):
@@ -299,38 +300,38 @@ def test_whole_8b_model(fold_many, basis_dtype):
             u = torch.linalg.qr(torch.randn(k, 256, device=DEVICE)).Q.contiguous().to(basis_dtype)
             adapters += [torch.randn(16, k, device=DEVICE) for _ in range(sharing)]
             bases += [u] * sharing
-    cores = [core_of(u) for u in bases]
-    folded = fold_many(adapters, bases, cores)
-    for a, u, core, got in zip(adapters, bases, cores, folded, strict=True):
-        exact = reference.fold(a.double(), u, core)
-        assert_close_to_exact(got, reference.fold(a, u, core), exact)
+    cores = [gram_inverse_of(u) for u in bases]
+    projected = project_many(adapters, bases, cores)
+    for a, u, core, got in zip(adapters, bases, cores, projected, strict=True):
+        exact = reference.project(a.double(), u, core)
+        assert_close_to_exact(got, reference.project(a, u, core), exact)
         assert leakage(got, u, a) <= 1e-6
-    again = fold_many(adapters, bases, cores)
-    assert all(torch.equal(x, y) for x, y in zip(folded, again, strict=True))
+    again = project_many(adapters, bases, cores)
+    assert all(torch.equal(x, y) for x, y in zip(projected, again, strict=True))
 
 
 @pytest.mark.gpu
-def test_replay_of_a_cuda_graph_reads_the_new_adapter(fold_many):
+def test_replay_of_a_cuda_graph_reads_the_new_adapter(project_many):
     a, u = draw(16, 576), basis(576, 70)
-    fold_many([a], [u], [None])
+    project_many([a], [u], [None])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        (got,) = fold_many([a], [u], [None])
+        (got,) = project_many([a], [u], [None])
     a.copy_(draw(16, 576, seed=4))
     torch.empty(1 << 20, dtype=torch.int64, pin_memory=True)  # what a freed table would become
     graph.replay()
-    assert torch.equal(got, fold_many([a], [u], [None])[0])
+    assert torch.equal(got, project_many([a], [u], [None])[0])
 
 
 @pytest.mark.gpu
-def test_streams_do_not_meet(fold_many):
+def test_streams_do_not_meet(project_many):
     pairs = [(draw(16, 4096, seed=i), basis(4096, 256, seed=i)) for i in range(4)]
-    expected = [fold_many([a], [u], [None])[0] for a, u in pairs]
+    expected = [project_many([a], [u], [None])[0] for a, u in pairs]
     torch.cuda.synchronize()
     streams, got = [torch.cuda.Stream() for _ in pairs], []
     for stream, (a, u) in zip(streams, pairs, strict=True):
         with torch.cuda.stream(stream):
-            got.append([fold_many([a], [u], [None])[0] for _ in range(8)])
+            got.append([project_many([a], [u], [None])[0] for _ in range(8)])
     torch.cuda.synchronize()
     for runs, value in zip(got, expected, strict=True):
         assert all(torch.equal(run, value) for run in runs)

@@ -6,14 +6,14 @@ from linear_cases import make_basis
 from tolerance import assert_close_to_exact
 
 import nsru_kernels as nk
-from nsru_kernels.ops.fold import core
-from nsru_kernels.ops.fold.reference import gram_core
+from nsru_kernels.ops.project import gram
+from nsru_kernels.ops.project.reference import gram_inverse
 
 K_LARGE = 4096
 
 
-def leakage(folded, basis, adapter):
-    return ((folded.double() @ basis.double()).norm() / adapter.double().norm()).item()
+def leakage(projected, basis, adapter):
+    return ((projected.double() @ basis.double()).norm() / adapter.double().norm()).item()
 
 
 def projected(adapter, projector_factor):
@@ -27,9 +27,9 @@ def test_definition(dtype):
     a = torch.randn(5, 40).to(dtype)
     basis = make_basis(40, 8).to(torch.float64 if dtype == torch.float64 else torch.float32)
     eager = (a.to(basis.dtype) - (a.to(basis.dtype) @ basis) @ basis.T).to(dtype)
-    folded = nk.project_adapter(a, basis)
-    assert_close_to_exact(folded, eager, projected(a, basis))
-    assert folded.is_contiguous()
+    projected = nk.project_adapter(a, basis)
+    assert_close_to_exact(projected, eager, projected(a, basis))
+    assert projected.is_contiguous()
 
 
 @pytest.mark.parametrize("basis_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -38,9 +38,9 @@ def test_leakage_gates(basis_dtype):
     torch.manual_seed(0)
     a = torch.randn(16, K_LARGE)
     basis = torch.linalg.qr(torch.randn(K_LARGE, 256)).Q.to(basis_dtype)
-    folded = nk.project_adapter(a, basis)
-    assert leakage(folded, basis, a) <= 1e-6
-    assert leakage(folded.bfloat16(), basis, a) <= 5e-4
+    projected = nk.project_adapter(a, basis)
+    assert leakage(projected, basis, a) <= 1e-6
+    assert leakage(projected.bfloat16(), basis, a) <= 5e-4
 
 
 def test_a_rounded_basis_without_its_correction_would_miss_the_gate():
@@ -77,7 +77,7 @@ def test_gram_core_of_degenerate_bases():
     a = torch.randn(3, 32)
     got = nk.project_adapter(a, degenerate.bfloat16())
     assert leakage(got, degenerate.bfloat16(), a) < 1e-5
-    assert torch.isfinite(gram_core(degenerate.bfloat16())).all()
+    assert torch.isfinite(gram_inverse(degenerate.bfloat16())).all()
 
 
 def test_project_adapters_equals_one_by_one_in_any_mix():
@@ -85,8 +85,8 @@ def test_project_adapters_equals_one_by_one_in_any_mix():
     adapters = [torch.randn(r, k) for r, k in ((2, 24), (7, 24), (3, 10), (1, 6))]
     adapters[2] = adapters[2].bfloat16()
     bases = [shared, shared, make_basis(10, 2).bfloat16(), None]
-    folded = nk.project_adapters(adapters, bases)
-    for got, a, basis in zip(folded, adapters, bases, strict=True):
+    projected = nk.project_adapters(adapters, bases)
+    for got, a, basis in zip(projected, adapters, bases, strict=True):
         assert got.dtype == a.dtype
         # Not bit by bit: a GEMM of more rows rounds differently on some CPUs.
         torch.testing.assert_close(got, nk.project_adapter(a, basis))
@@ -102,8 +102,8 @@ def test_empty_basis_projects_nothing():
 def test_autocast_does_not_touch_the_fold():
     a, basis = torch.randn(4, 64), make_basis(64, 8).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        folded = nk.project_adapter(a, basis)
-    assert torch.equal(folded, nk.project_adapter(a, basis))
+        projected = nk.project_adapter(a, basis)
+    assert torch.equal(projected, nk.project_adapter(a, basis))
 
 
 def test_gradcheck_and_subsets():
@@ -124,7 +124,7 @@ def test_the_gradient_stays_in_the_null_space_for_a_rounded_basis():
 
 def test_correction_is_computed_once_and_again_after_an_edit(monkeypatch):
     calls = []
-    monkeypatch.setattr(core, "gram_core", lambda basis: calls.append(1) or gram_core(basis))
+    monkeypatch.setattr(gram, "gram_inverse", lambda basis: calls.append(1) or gram_inverse(basis))
     a, basis = torch.randn(4, 32), make_basis(32, 4).bfloat16()
     for _ in range(3):
         nk.project_adapters([a, a.bfloat16()], [basis, basis])

@@ -1,10 +1,10 @@
-"""The grouped fold of the CUDA extension: what test_fold_kernels.py does not ask of both."""
+"""The projection by the CUDA extension: what test_project_kernels.py does not ask of both."""
 
 import pytest
 import torch
 from linear_cases import make_basis
 
-from nsru_kernels.ops.fold import cuda, tables
+from nsru_kernels.ops.project import cuda, tables
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def launched(emulated, monkeypatch):
     return calls, changes
 
 
-def fold(dtype=torch.float32):
-    return cuda.fold_many([torch.ones(3, 32)], [make_basis(32, 16).to(dtype)], [None])[0]
+def project(dtype=torch.float32):
+    return cuda.project_many([torch.ones(3, 32)], [make_basis(32, 16).to(dtype)], [None])[0]
 
 
 @pytest.mark.parametrize(
@@ -44,11 +44,11 @@ def fold(dtype=torch.float32):
 )
 def test_refusals_name_the_argument_and_its_value(launched, argument, wrong, reason):
     calls, changes = launched
-    fold()
+    project()
     assert (calls[0]["problems"], calls[0]["rows"], calls[0]["items"]) == (1, 3, 2)
     changes[argument] = wrong
     with pytest.raises(ValueError, match=reason):
-        fold()
+        project()
 
 
 def test_a_table_that_cannot_be_written_is_refused(emulated):
@@ -69,16 +69,16 @@ def test_tiles_are_those_of_the_kernel(launched):
     """Else items would be counted in other units than the kernel works them off in."""
     calls, _ = launched
     a, u = torch.ones(2 * cuda._TILES.rows + 1, 320), make_basis(320, 2 * cuda._TILES.out).float()
-    folded = cuda.fold_many([a], [u], [None])[0]
+    projected = cuda.project_many([a], [u], [None])[0]
     assert calls[0]["items"] == 3 * (2 * 2 + 5)
-    assert (folded @ u).abs().max() < 1e-5
+    assert (projected @ u).abs().max() < 1e-5
 
 
 def test_each_pair_of_dtypes_takes_one_launch_and_unaligned_problems_another(launched):
     calls, _ = launched
     u = make_basis(32, 16)
     bases = [u.float(), u.bfloat16(), u.float(), u[:, :5].float().contiguous()]
-    cuda.fold_many([torch.ones(3, 32)] * 4, bases, [None] * 4)
+    cuda.project_many([torch.ones(3, 32)] * 4, bases, [None] * 4)
     kinds = [(c["adapter"], c["basis"], c["aligned"], c["problems"]) for c in calls]
     assert kinds == [
         ("fp32", "fp32", True, 2), ("fp32", "bf16", True, 1), ("fp32", "fp32", False, 1)
@@ -88,13 +88,13 @@ def test_each_pair_of_dtypes_takes_one_launch_and_unaligned_problems_another(lau
 def test_three_products_lose_no_more_than_float32(emulated):
     """A full basis leaves nothing of A but errors; cut instead of rounded operands lose 7e-7."""
     a, u = torch.randn(4, 128), make_basis(128, 128).float()
-    assert cuda.fold_many([a], [u], [None])[0].norm() < 3e-7 * a.norm()
+    assert cuda.project_many([a], [u], [None])[0].norm() < 3e-7 * a.norm()
 
 
 def test_order_does_not_change_the_result(emulated, monkeypatch):
     """Sums are added in the order of their parts, whoever makes them when."""
     a, u = torch.randn(20, 576), make_basis(576, 80).float()
-    expected = cuda.fold_many([a], [u], [None])[0]
+    expected = cuda.project_many([a], [u], [None])[0]
     schedule = tables.schedule
 
     def shuffled(sizes, tiles, lag):
@@ -105,4 +105,4 @@ def test_order_does_not_change_the_result(emulated, monkeypatch):
 
     monkeypatch.setattr(tables, "schedule", shuffled)
     for _ in range(3):
-        assert torch.equal(cuda.fold_many([a], [u], [None])[0], expected)
+        assert torch.equal(cuda.project_many([a], [u], [None])[0], expected)

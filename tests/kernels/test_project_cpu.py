@@ -1,4 +1,4 @@
-"""The fold for CPUs with AMX, where there is one: float32 against float64, no worse than eager."""
+"""The projection on CPUs with AMX: float32 against float64, no worse than eager."""
 
 import functools
 
@@ -9,7 +9,7 @@ from tolerance import assert_close_to_exact
 
 import nsru_kernels as nk
 from nsru_kernels.dispatch import cpu_extension
-from nsru_kernels.ops.fold import cpu, reference
+from nsru_kernels.ops.project import cpu
 
 UNAVAILABLE = cpu_extension.unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
@@ -19,10 +19,10 @@ by_cpu = functools.partial(nk.project_adapters, backend="cpu")
 def check(lora_as, bases):
     eager = nk.project_adapters(lora_as, bases, backend="eager")
     exact = nk.project_adapters([a.double() for a in lora_as], bases, backend="eager")
-    for name, *folded in zip(
+    for name, *projected in zip(
         range(len(lora_as)), by_cpu(lora_as, bases), eager, exact, strict=True
     ):
-        assert_close_to_exact(*folded, f"adapter {name}")
+        assert_close_to_exact(*projected, f"adapter {name}")
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -56,9 +56,9 @@ def test_any_strides(poisoned_memory):
 
 def test_no_adapter_rows_no_features_no_directions():
     assert by_cpu([torch.ones(0, 8)], [make_basis(8, 2).float()])[0].shape == (0, 8)
-    assert cpu.fold_many([torch.ones(2, 0)], [torch.ones(0, 3)], [None])[0].shape == (2, 0)
+    assert cpu.project_many([torch.ones(2, 0)], [torch.ones(0, 3)], [None])[0].shape == (2, 0)
     a = torch.randn(3, 8)
-    assert torch.equal(cpu.fold_many([a], [torch.ones(8, 0)], [None])[0], a)
+    assert torch.equal(cpu.project_many([a], [torch.ones(8, 0)], [None])[0], a)
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads(threads):
@@ -70,31 +70,24 @@ def test_the_result_does_not_depend_on_the_number_of_threads(threads):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_other_dtypes_are_left_to_library_gemms(monkeypatch):
-    ran = []
-    monkeypatch.setattr(
-        reference, "fold_many", lambda *args, run=reference.fold_many: ran.append(1) or run(*args)
-    )
+def test_other_dtypes_are_refused():
     a, basis = torch.randn(4, 64), make_basis(64, 8)
     for lora_a, u in ((a, basis.bfloat16()), (a.double(), basis), (a.bfloat16(), basis.float())):
-        check([lora_a], [u])
-    assert len(ran) == 9, "eager, float64 and this backend, three times"
-    ran.clear()
-    by_cpu([a], [basis.float()])
-    assert not ran
+        with pytest.raises(nk.BackendUnavailable, match="kernels take float32"):
+            by_cpu([lora_a], [u])
 
 
 def test_what_lies_around_the_operands_is_neither_read_nor_written():
     basis = torch.full((52, 30), torch.nan)
     basis[1:-1, 1:-1] = make_basis(50, 28).float()
     around = torch.full((2, 5, 50), torch.nan)
-    a, folded = around[:, 1:-1]
+    a, projected = around[:, 1:-1]
     a.copy_(torch.randn(3, 50))
     take = cpu_extension.Arguments()
-    adapters = [(a.data_ptr(), folded.data_ptr(), 3)]
+    adapters = [(a.data_ptr(), projected.data_ptr(), 3)]
     cpu_extension.load().fold(take.matrix(basis[1:-1, 1:-1]), adapters, 2)
-    assert folded.isfinite().all()
-    assert around.isfinite().sum() == a.numel() + folded.numel()
+    assert projected.isfinite().all()
+    assert around.isfinite().sum() == a.numel() + projected.numel()
 
 
 def test_infinite_numbers_stay_in_their_rows():

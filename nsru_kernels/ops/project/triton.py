@@ -1,4 +1,4 @@
-"""The grouped fold in Triton: Ā = A - (A U) C Uᵀ for every adapter of a model in one launch."""
+"""The projection in Triton: Ā = A - (A U) C Uᵀ for every adapter of a model in one launch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nsru_kernels.dispatch import launch
-from nsru_kernels.ops.fold.tables import FIELDS, Kind, Problem, Tiles, arguments, group
-from nsru_kernels.ops.fold.triton_kernels import fold_kernel, write_table_kernel
+from nsru_kernels.ops.project.tables import FIELDS, Kind, Problem, Tiles, arguments, group
+from nsru_kernels.ops.project.triton_kernels import project_kernel, write_table_kernel
 
 # Small tiles: three programs share a multiprocessor's registers and hide each other's waiting, and
 # 4 KiB loads in several stages keep memory busy. At most 168 registers for aligned
@@ -24,8 +24,8 @@ _PROGRAMS_PER_MULTIPROCESSOR = 3
 _VALUES_PER_WRITE = 8
 
 
-def fold_many(
-    as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None]
+def project_many(
+    as_RK: list[Tensor], bases_KQ: list[Tensor], gram_inverses_QQ: list[Tensor | None]
 ) -> list[Tensor]:
     """Ā_i [R_i, K_i] in float32, contiguous; in as few launches as ``tables.group`` makes.
 
@@ -33,7 +33,7 @@ def fold_many(
         BackendUnavailable: a dtype that the kernels do not hold, float64 above all.
     """
     launch.check_dtypes("project_adapters", *as_RK, *bases_KQ)
-    outputs, launches = group(as_RK, bases_KQ, cores_QQ)
+    outputs, launches = group(as_RK, bases_KQ, gram_inverses_QQ)
     for kind, problems in launches.items():
         _launch(kind, problems)
     return outputs
@@ -49,7 +49,7 @@ def _launch(kind: Kind, problems: list[Problem]) -> None:
         args = arguments(problems, tiles, write_table, _VALUES_PER_WRITE)
         programs = _PROGRAMS_PER_MULTIPROCESSOR * launch.multiprocessors(device)
         first_row = FIELDS * args.problems
-        fold_kernel[(min(args.items, programs),)](
+        project_kernel[(min(args.items, programs),)](
             args.table,
             args.workspace,
             args.counters,
@@ -60,7 +60,7 @@ def _launch(kind: Kind, problems: list[Problem]) -> None:
             first_row + 2 * args.rows,
             args.items,
             FIELDS=FIELDS,
-            HAS_CORE=kind.has_core,
+            HAS_GRAM_INVERSE=kind.has_gram_inverse,
             ALIGNED=kind.is_aligned,
             **config.options,
         )

@@ -1,6 +1,6 @@
 """Ā = A - (A U) Uᵀ on a CPU with AVX-512: float32 adapters and bases.
 
-Adapters in a row with one basis are folded in one pass over it.
+Adapters in a row with one basis are projected in one pass over it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from nsru_kernels.dispatch import cpu_extension
 from nsru_kernels.dispatch.cpu_extension import Arguments
 
 
-def fold_many(
-    as_RK: list[Tensor], bases_KQ: list[Tensor], cores_QQ: list[Tensor | None]
+def project_many(
+    as_RK: list[Tensor], bases_KQ: list[Tensor], gram_inverses_QQ: list[Tensor | None]
 ) -> list[Tensor]:
     """Ā_i, unrounded; see reference.py."""
-    take, folded = Arguments(), [a_RK.new_empty(a_RK.shape) for a_RK in as_RK]
+    take, projected = Arguments(), [a_RK.new_empty(a_RK.shape) for a_RK in as_RK]
     adapters = [
         (take.vector(a_RK), take.vector(out_RK), a_RK.shape[0])
-        for a_RK, out_RK in zip(as_RK, folded, strict=True)
+        for a_RK, out_RK in zip(as_RK, projected, strict=True)
     ]
     first = 0
     for i, basis_KQ in enumerate(bases_KQ, start=1):
@@ -28,4 +28,4 @@ def fold_many(
             basis = take.matrix(basis_KQ if rows else basis_KQ.contiguous())
             cpu_extension.load().fold(basis, adapters[first:i], torch.get_num_threads())
             first = i
-    return folded
+    return projected

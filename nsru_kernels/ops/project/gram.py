@@ -7,21 +7,21 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsru_kernels.dispatch.choice import as_op
-from nsru_kernels.ops.fold.reference import gram_core
+from nsru_kernels.ops.project.reference import gram_inverse
 
 _library = torch.library.Library("nsru", "FRAGMENT")
-_library.define("gram_core(Tensor basis) -> Tensor")
+_library.define("gram_inverse(Tensor basis) -> Tensor")
 
-_cores = WeakTensorKeyDictionary()  # basis → (its key when the core was computed, core)
+_known = WeakTensorKeyDictionary()  # basis → (its key then, C)
 
 
-def core_of(basis: Tensor | None) -> Tensor | None:
+def gram_inverse_of(basis: Tensor | None) -> Tensor | None:
     """The [Q, Q] correction of a basis stored in bf16 or fp16; None where none is needed."""
     if basis is None or basis.dtype in (torch.float32, torch.float64):
         return None
     if as_op(basis):
-        return torch.ops.nsru.gram_core(basis)
-    return _core(basis)
+        return torch.ops.nsru.gram_inverse(basis)
+    return _current(basis)
 
 
 def tensor_key(tensor: Tensor) -> tuple:
@@ -30,20 +30,20 @@ def tensor_key(tensor: Tensor) -> tuple:
     return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
-@torch.library.impl(_library, "gram_core", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "gram_inverse", "CompositeExplicitAutograd")
 def _(basis: Tensor) -> Tensor:
-    return _core(basis).clone()  # a compiled graph may write over what an op returned
+    return _current(basis).clone()  # a compiled graph may write over what an op returned
 
 
-@torch.library.register_fake("nsru::gram_core")
+@torch.library.register_fake("nsru::gram_inverse")
 def _(basis):
     return basis.new_empty(basis.shape[1], basis.shape[1], dtype=torch.float32)
 
 
-def _core(basis: Tensor) -> Tensor:
+def _current(basis: Tensor) -> Tensor:
     key = tensor_key(basis)
-    known = _cores.get(basis)
+    known = _known.get(basis)
     if known is None or known[0] != key:
         with torch.inference_mode(False), torch.no_grad():
-            known = _cores[basis] = (key, gram_core(basis))
+            known = _known[basis] = (key, gram_inverse(basis))
     return known[1]
