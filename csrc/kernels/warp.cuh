@@ -1,6 +1,6 @@
 // What our own kernels ask of the hardware (sm_80 and newer): 16-bit elements, matrix fragments of
-// a warp, asynchronous copies, order between blocks. Up to the last #endif, tests/emulator/warp.h is
-// its twin for a CPU.
+// a warp, asynchronous copies, order between blocks. Up to the last #endif, tests/emulator/warp.h
+// is its twin for a CPU.
 //
 // Fragments, with g = lane / 4 and t = lane % 4, as the PTX ISA numbers them:
 //   16-bit a [16, 16]: rows g, g+8 at columns 2t..2t+1, then both again at columns 2t+8..2t+9
