@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "device.h"
-#include "fold.h"
+#include "project.h"
 #include "narrow.h"
 #include "sketch.h"
 #ifdef NSRU_KEXT_GEMM
@@ -172,17 +172,17 @@ PYBIND11_MODULE(NSRU_MODULE, m) {
            Field{"limit", &Sketch::limit}, Field{"panel_bytes", &Sketch::panel_bytes},
            Field{"dtype", &Sketch::dtype});
 
-    using Fold = nsru::FoldArgs;
-    define(m, "launch_fold", &nsru::launch_fold,
+    using Project = nsru::ProjectArgs;
+    define(m, "launch_project", &nsru::launch_project,
            "A - (A·U)·C·Uᵀ for every adapter that the table in device memory describes, on a "
            "stream; counters start as zeros.",
-           Field{"table", &Fold::table_gmem}, Field{"table_size", &Fold::table_size},
-           Field{"problems", &Fold::problems}, Field{"rows", &Fold::rows},
-           Field{"items", &Fold::items}, Field{"counters", &Fold::counters_gmem},
-           Field{"counters_size", &Fold::counters_size}, Field{"workspace", &Fold::workspace_gmem},
-           Field{"workspace_bytes", &Fold::workspace_bytes}, Field{"adapter", &Fold::adapter},
-           Field{"basis", &Fold::basis}, Field{"has_core", &Fold::has_core},
-           Field{"aligned", &Fold::aligned});
+           Field{"table", &Project::table_gmem}, Field{"table_size", &Project::table_size},
+           Field{"problems", &Project::problems}, Field{"rows", &Project::rows},
+           Field{"items", &Project::items}, Field{"counters", &Project::counters_gmem},
+           Field{"counters_size", &Project::counters_size}, Field{"workspace", &Project::workspace_gmem},
+           Field{"workspace_bytes", &Project::workspace_bytes}, Field{"adapter", &Project::adapter},
+           Field{"basis", &Project::basis}, Field{"has_gram_inverse", &Project::has_gram_inverse},
+           Field{"aligned", &Project::aligned});
 
     using Table = nsru::WriteTableArgs;
     define(m, "launch_write_table", &nsru::launch_write_table,

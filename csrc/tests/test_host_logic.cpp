@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../host/fold_plan.h"
+#include "../host/project_plan.h"
 #include "../host/kext_plan.h"
 #include "../host/narrow_plan.h"
 #include "../host/sketch_plan.h"
@@ -346,8 +346,8 @@ void test_the_sketch_refuses_what_it_cannot_read() {
 }
 
 // One problem of 3 rows in 2 items.
-FoldArgs fold_args() {
-    FoldArgs args{};
+ProjectArgs project_args() {
+    ProjectArgs args{};
     args.table_gmem = reinterpret_cast<const int64_t*>(0x1008);
     args.table_size = 11 + 2 * 3 + 2;
     args.problems = 1, args.rows = 3, args.items = 2;
@@ -358,21 +358,21 @@ FoldArgs fold_args() {
     return args;
 }
 
-void test_fold_blocks_share_a_multiprocessor() {
+void test_projection_blocks_share_a_multiprocessor() {
     constexpr int kReserved = 1024;  // by the system, for each block
-    CHECK(3 * (kFoldShared + kReserved) <= 228 * 1024);
-    CHECK(2 * (kFoldShared + kReserved) <= 164 * 1024);
+    CHECK(3 * (kProjectShared + kReserved) <= 228 * 1024);
+    CHECK(2 * (kProjectShared + kReserved) <= 164 * 1024);
     for (const int bytes : {2, 4}) {
-        CHECK(fold_stages(bytes) >= 3);
-        CHECK(fold_stages(bytes) * fold_stage(bytes) <= kFoldRing);
+        CHECK(project_stages(bytes) >= 3);
+        CHECK(project_stages(bytes) * project_stage(bytes) <= kProjectRing);
     }
     CHECK(sizeof(int64_t) * kTableValues + 16 <= 32764);
 }
 
-void test_the_fold_refuses_what_does_not_fit_together() {
-    using Args = FoldArgs;
+void test_the_projection_refuses_what_does_not_fit_together() {
+    using Args = ProjectArgs;
     check_refusals<Args>(
-        fold_args(),
+        project_args(),
         {
             {[](Args& a) { a.adapter = static_cast<Dtype>(3); }, "adapter must be bf16, fp16"},
             {[](Args& a) { a.basis = static_cast<Dtype>(-1); }, "basis must be bf16, fp16"},
@@ -410,7 +410,7 @@ int main() {
     test_sketch_plans_cover_everything_once();
     test_a_panel_of_the_sketch_has_work_for_every_multiprocessor();
     test_the_sketch_refuses_what_it_cannot_read();
-    test_fold_blocks_share_a_multiprocessor();
-    test_the_fold_refuses_what_does_not_fit_together();
+    test_projection_blocks_share_a_multiprocessor();
+    test_the_projection_refuses_what_does_not_fit_together();
     return failures;
 }

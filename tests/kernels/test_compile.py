@@ -176,7 +176,7 @@ def test_inductor():
         torch.testing.assert_close(grads[name], eager[name])
 
 
-def test_the_fold_is_recorded_and_needs_no_memory():
+def test_the_projection_is_recorded_and_needs_no_memory():
     a, u = torch.randn(4, 24), make_basis(24, 6).float()
     graph = make_fx(lambda a: nk.project_adapter(a, u))(a)
     assert torch.ops.nsru.project.default in {node.target for node in graph.graph.nodes}

@@ -131,10 +131,10 @@ def test_two_blocks_of_the_sketch_share_a_multiprocessor_up_to_128_columns(resou
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_folds_copy_wide_words_ahead_of_tensor_cores_where_all_is_aligned(arch):
+def test_projections_copy_wide_words_ahead_of_tensor_cores_where_all_is_aligned(arch):
     if arch.removeprefix("sm_") not in cuda.build_info()["archs"].split(","):
         pytest.skip(f"the extension was built without {arch}")
-    found = {n: sass for n, sass in instructions(arch).items() if "fold_kernelI" in n}
+    found = {n: sass for n, sass in instructions(arch).items() if "project_kernelI" in n}
     assert len(found) == 3 * 3 + 1, "one for every pair of dtypes, and one for the rest"
     for name, sass in found.items():
         assert len(re.findall(r"\bHMMA\b", sass)) >= 16, name
@@ -142,9 +142,9 @@ def test_folds_copy_wide_words_ahead_of_tensor_cores_where_all_is_aligned(arch):
         assert wide >= 16 if "Lb1E" in name else wide == 0, name
 
 
-def test_three_blocks_of_the_fold_share_a_multiprocessor(resources):
+def test_three_blocks_of_the_projection_share_a_multiprocessor(resources):
     for name, fields in resources:
-        assert "fold_kernelI" not in name or 3 * 128 * fields["REG"] <= REGISTERS, name
+        assert "project_kernelI" not in name or 3 * 128 * fields["REG"] <= REGISTERS, name
 
 
 def test_no_symbol_of_torch_or_of_the_driver_is_needed():

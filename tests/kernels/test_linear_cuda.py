@@ -70,12 +70,12 @@ def test_unusual_strides(stand_in):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_public_function_folds_and_multiplies_in_cuda(stand_in, monkeypatch, dtype):
+def test_the_public_function_projects_and_multiplies_in_cuda(stand_in, monkeypatch, dtype):
     monkeypatch.setattr(extension, "unavailable", lambda op, device: None)
     launched = []
-    launch = extension.load().launch_fold
+    launch = extension.load().launch_project
     monkeypatch.setattr(
-        extension.load(), "launch_fold", lambda **call: launched.append(1) or launch(**call)
+        extension.load(), "launch_project", lambda **call: launched.append(1) or launch(**call)
     )
     choose.cache_clear()
     try:

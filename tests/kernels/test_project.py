@@ -99,7 +99,7 @@ def test_empty_basis_projects_nothing():
     assert torch.equal(nk.project_adapter(a, torch.empty(8, 0).bfloat16()), a)
 
 
-def test_autocast_does_not_touch_the_fold():
+def test_autocast_does_not_touch_the_projection():
     a, basis = torch.randn(4, 64), make_basis(64, 8).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         projected = nk.project_adapter(a, basis)

@@ -11,13 +11,13 @@ from nsru_kernels.ops.project import cuda, tables
 def launched(emulated, monkeypatch):
     """The arguments of every launch, which are changed by what the test leaves in ``changes``."""
     calls, changes = [], {}
-    launch = emulated.launch_fold
+    launch = emulated.launch_project
 
-    def launch_fold(**call):
+    def launch_project(**call):
         calls.append(call)
         launch(**{**call, **changes})
 
-    monkeypatch.setattr(emulated, "launch_fold", launch_fold)
+    monkeypatch.setattr(emulated, "launch_project", launch_project)
     return calls, changes
 
 

@@ -39,7 +39,7 @@ def backend(request, monkeypatch):
     elif DEVICE == "cpu":
         request.getfixturevalue("emulated")
         monkeypatch.setattr(extension, "unavailable", lambda op, device: None)
-    elif reason := extension.unavailable("fold", torch.device(DEVICE)):
+    elif reason := extension.unavailable("project", torch.device(DEVICE)):
         pytest.skip(reason)
     choose.cache_clear()
     yield request.param

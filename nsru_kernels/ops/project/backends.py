@@ -31,7 +31,7 @@ def _load(backend: str) -> ModuleType:
 
 
 PROJECT = Op(
-    name="fold",
+    name="project",
     callers={"fold": "project_adapter"},
     load=_load,
     dtypes={

@@ -10,7 +10,7 @@ from nsru_kernels.dispatch import extension, launch
 from nsru_kernels.dispatch.extension import DTYPES
 from nsru_kernels.ops.project.tables import Kind, Problem, Tiles, arguments, group
 
-# As compiled: csrc/host/fold_plan.h
+# As compiled: csrc/host/project_plan.h
 _TILES = Tiles(rows=32, out=64)
 _VALUES_PER_WRITE = 4000
 
@@ -34,7 +34,7 @@ def _launch(kind: Kind, problems: list[Problem]) -> None:
     with torch.cuda.device_of(problems[0].basis):  # whose stream may be capturing
         args = arguments(problems, _TILES, write_table, _VALUES_PER_WRITE)
         extension.launch(
-            "fold",
+            "project",
             args.table,
             table=args.table.data_ptr(),
             table_size=args.table.numel(),
@@ -47,7 +47,7 @@ def _launch(kind: Kind, problems: list[Problem]) -> None:
             workspace_bytes=args.workspace.nbytes,
             adapter=DTYPES[kind.adapter_dtype],
             basis=DTYPES[kind.basis_dtype],
-            has_core=kind.has_gram_inverse,
+            has_gram_inverse=kind.has_gram_inverse,
             aligned=kind.is_aligned,
         )
 

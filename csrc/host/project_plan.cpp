@@ -1,4 +1,4 @@
-#include "fold_plan.h"
+#include "project_plan.h"
 
 #include <algorithm>
 
@@ -21,12 +21,12 @@ void check_dtype(const char* name, Dtype dtype) {
 
 }  // namespace
 
-FoldPlan plan(const FoldArgs& args, int multiprocessors) {
-    return {std::min<int64_t>(args.items, kFoldBlocksPerMultiprocessor * multiprocessors),
-            kFoldShared};
+ProjectPlan plan(const ProjectArgs& args, int multiprocessors) {
+    return {std::min<int64_t>(args.items, kProjectBlocksPerMultiprocessor * multiprocessors),
+            kProjectShared};
 }
 
-void check_args(const FoldArgs& args) {
+void check_args(const ProjectArgs& args) {
     check_dtype("adapter", args.adapter);
     check_dtype("basis", args.basis);
     check_sizes({{"problems", args.problems},
@@ -36,7 +36,7 @@ void check_args(const FoldArgs& args) {
     check_address("table", args.table_gmem, kTableAlignment);
     check_address("counters", args.counters_gmem, sizeof(int));
     check_address("workspace", args.workspace_gmem, kAlignment);
-    const int64_t described = kFoldFields * args.problems + 2 * args.rows + args.items;
+    const int64_t described = kProjectFields * args.problems + 2 * args.rows + args.items;
     if (args.table_size != described) {
         refuse(value("table_size", args.table_size) + " must be " + std::to_string(described) +
                ": 11 values a problem, two addresses a row, and the items");
@@ -44,7 +44,7 @@ void check_args(const FoldArgs& args) {
     check_least("counters_size", args.counters_size, 1 + 2 * args.problems,
                 "the ticket and two for every problem");
     // A part of T and its sum for every row, in one tile at least.
-    const int64_t parts = 2 * args.rows * kFoldColumns * static_cast<int64_t>(sizeof(float));
+    const int64_t parts = 2 * args.rows * kProjectColumns * static_cast<int64_t>(sizeof(float));
     check_least("workspace_bytes", static_cast<int64_t>(args.workspace_bytes), parts,
                 "two tiles for every row");
 }

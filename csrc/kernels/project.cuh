@@ -1,7 +1,7 @@
-// Device code of the grouped fold: every adapter of a model in one persistent launch.
+// Device code of the grouped projection: every adapter of a model in one persistent launch.
 //
 // A problem is a basis U [K, Q] with the rows of all adapters that use it. Its rows are cut into
-// blocks of kFoldRows, and each block is worked off in items, in the order of tickets:
+// blocks of kProjectRows, and each block is worked off in items, in the order of tickets:
 //
 //     along    part of T = A[:, chunk] U[chunk, 64 columns]   → workspace
 //              the last chunk to arrive adds up the parts of its columns in order, and the last
@@ -22,31 +22,31 @@
 // lane reads four neighbours of U: lane (g, t) holds terms 4t..4t+3 and columns 4g..4g+3.
 #pragma once
 
-#include "../host/fold_plan.h"
+#include "../host/project_plan.h"
 #include "warp.cuh"
 
 namespace nsru {
 
-struct FoldParams {
+struct ProjectParams {
     const int64_t* table_gmem;
     float* workspace_gmem;
     int* counters_gmem;  // ticket | for each problem its blocks, then its blocks x tiles
     int first_row, first_out, first_item;  // in the table
     int items;
     Dtype adapter, basis;
-    bool has_core;
+    bool has_gram_inverse;
 };
 
 // As tables.py describes it.
-struct FoldProblem {
+struct ProjectProblem {
     int64_t basis, stride_k, stride_q, core;
     int64_t k, q, chunk, row, rows;
     int64_t workspace, counters;
 };
-static_assert(sizeof(FoldProblem) == kFoldFields * sizeof(int64_t), "fields of a problem");
+static_assert(sizeof(ProjectProblem) == kProjectFields * sizeof(int64_t), "fields of a problem");
 
 // The right-hand side of a product: U or C.
-struct FoldMatrix {
+struct ProjectMatrix {
     int64_t gmem;
     int64_t stride_k, stride_q;
     int k, q;  // elements from here on count as zeros
@@ -54,14 +54,14 @@ struct FoldMatrix {
 };
 
 // Terms of a product's sum, and the first column of its tile.
-struct FoldRange {
+struct ProjectRange {
     int start, stop, column;
 };
 
 // What a block works on, the same for all of its threads.
-struct FoldItem {
-    FoldMatrix u, core;
-    FoldRange range;
+struct ProjectItem {
+    ProjectMatrix u, core;
+    ProjectRange range;
     bool is_along;
     int rows;                  // of the block
     const int64_t* row_gmem;   // addresses of the adapter's
@@ -73,13 +73,13 @@ struct FoldItem {
 };
 
 // A block's shared memory. What all threads know lies here: registers are for sums.
-struct FoldMemory {
-    unsigned char rings[kFoldWarps][kFoldRing];
-    int64_t rows[kFoldRows];  // addresses of a product's left-hand side; 0: a row of zeros
-    FoldItem item;
+struct ProjectMemory {
+    unsigned char rings[kProjectWarps][kProjectRing];
+    int64_t rows[kProjectRows];  // addresses of a product's left-hand side; 0: a row of zeros
+    ProjectItem item;
     int ticket, signal_slot;
 };
-static_assert(sizeof(FoldMemory) <= kFoldShared, "the launcher asks for enough");
+static_assert(sizeof(ProjectMemory) <= kProjectShared, "the launcher asks for enough");
 
 template <class T>
 constexpr bool kTf32Exact = sizeof(typename T::Bits) == 2;
@@ -126,8 +126,8 @@ __device__ Split split(float x) {
 template <class U, bool REMOVE>
 struct BasisStage {
     static constexpr int kWord = 16 / sizeof(typename U::Bits);  // elements of 16 bytes
-    static constexpr int kWidth = REMOVE ? kFoldStep : kFoldColumns;
-    static constexpr int kPlaces = REMOVE ? kFoldColumns : kFoldStep;
+    static constexpr int kWidth = REMOVE ? kProjectStep : kProjectColumns;
+    static constexpr int kPlaces = REMOVE ? kProjectColumns : kProjectStep;
     static constexpr int kWords = kWidth / kWord;
 
     static __device__ int channel_at(int place) {
@@ -146,14 +146,14 @@ struct BasisStage {
 // Fills one warp's stage with 16 terms from `term` on.
 template <class X, class U, int ROW_TILES, bool ALIGNED, bool REMOVE>
 __device__ void load_stage(typename X::Bits* x_smem, typename U::Bits* u_smem,
-                           const int64_t* rows_smem, const FoldMatrix& u, Dtype x_dtype,
-                           const FoldRange& range, int term) {
+                           const int64_t* rows_smem, const ProjectMatrix& u, Dtype x_dtype,
+                           const ProjectRange& range, int term) {
     using Stage = BasisStage<U, REMOVE>;
     const int lane = threadIdx.x % 32;
     const int first_k = REMOVE ? range.column : term, first_q = REMOVE ? term : range.column;
     const int last_k = REMOVE ? u.k : range.stop, last_q = u.q, last_x = range.stop;
     if (ALIGNED) {
-        constexpr int kWord = 16 / sizeof(typename X::Bits), kWords = kFoldStep / kWord;
+        constexpr int kWord = 16 / sizeof(typename X::Bits), kWords = kProjectStep / kWord;
 #pragma unroll
         for (int i = 0; i < 16 * ROW_TILES * kWords / 32; ++i) {
             const int at = lane + 32 * i, x = term + at % kWords * kWord;
@@ -176,9 +176,9 @@ __device__ void load_stage(typename X::Bits* x_smem, typename U::Bits* u_smem,
         }
     } else {
 #pragma unroll 1
-        for (int i = lane; i < 16 * ROW_TILES * kFoldStep; i += 32) {
-            const int64_t row = rows_smem[i / kFoldStep];
-            const int x = term + i % kFoldStep;
+        for (int i = lane; i < 16 * ROW_TILES * kProjectStep; i += 32) {
+            const int64_t row = rows_smem[i / kProjectStep];
+            const int x = term + i % kProjectStep;
             const bool inside = row && x < last_x;
             x_smem[i] = X::round(inside ? load_one(row, x, x_dtype) : 0.0f);
         }
@@ -216,7 +216,7 @@ __device__ void multiply(float (&sum)[ROW_TILES][8][4], const typename X::Bits* 
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 float x[4];
-                load_four<X>(x, x_smem + (16 * i + 8 * j + g) * kFoldStep + 4 * t);
+                load_four<X>(x, x_smem + (16 * i + 8 * j + g) * kProjectStep + 4 * t);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const Split parts = split<X>(x[e]);
@@ -288,19 +288,19 @@ struct Share {
 
 // A tile of X U (along) or X Uᵀ (remove) over a range of terms, X being memory.rows.
 template <class X, class U, int ROW_TILES, bool ALIGNED, bool REMOVE>
-__device__ Share<ROW_TILES> product(FoldMemory& memory, const FoldMatrix& u, Dtype x_dtype,
-                                    const FoldRange& range) {
-    constexpr int kBytes = sizeof(typename U::Bits), kStages = fold_stages(kBytes);
+__device__ Share<ROW_TILES> product(ProjectMemory& memory, const ProjectMatrix& u, Dtype x_dtype,
+                                    const ProjectRange& range) {
+    constexpr int kBytes = sizeof(typename U::Bits), kStages = project_stages(kBytes);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     unsigned char* const ring = memory.rings[warp];
     const auto u_stage = [&](int step) {
-        return reinterpret_cast<typename U::Bits*>(ring + step % kStages * fold_stage(kBytes));
+        return reinterpret_cast<typename U::Bits*>(ring + step % kStages * project_stage(kBytes));
     };
     const auto x_stage = [&](int step) {
-        return reinterpret_cast<typename X::Bits*>(u_stage(step) + kFoldStep * kFoldColumns);
+        return reinterpret_cast<typename X::Bits*>(u_stage(step) + kProjectStep * kProjectColumns);
     };
     const auto load = [&](int step) {
-        const int term = range.start + (step * kFoldWarps + warp) * kFoldStep;
+        const int term = range.start + (step * kProjectWarps + warp) * kProjectStep;
         if (term < range.stop) {
             load_stage<X, U, ROW_TILES, ALIGNED, REMOVE>(x_stage(step), u_stage(step), memory.rows,
                                                          u, x_dtype, range, term);
@@ -311,7 +311,7 @@ __device__ Share<ROW_TILES> product(FoldMemory& memory, const FoldMatrix& u, Dty
     __syncthreads();  // addresses of rows are there, and the rings are read no more
     for (int step = 0; step < kStages - 1; ++step) load(step);
     float sum[ROW_TILES][8][4] = {};
-    for (int step = 0; range.start + (step * kFoldWarps + warp) * kFoldStep < range.stop; ++step) {
+    for (int step = 0; range.start + (step * kProjectWarps + warp) * kProjectStep < range.stop; ++step) {
         wait_for_copies<kStages - 2>();
         __syncwarp();  // the copies of all lanes; and the stage to fill next is read no more
         load(step + kStages - 1);
@@ -319,8 +319,8 @@ __device__ Share<ROW_TILES> product(FoldMemory& memory, const FoldMatrix& u, Dty
     }
 
     // An odd number of 16-byte words, so that eight rows lie in different banks.
-    constexpr int kWidth = kFoldColumns + 4, kSize = 16 * ROW_TILES * kWidth;
-    static_assert(kFoldWarps * kSize * 4 <= kFoldWarps * kFoldRing, "sums fit into the rings");
+    constexpr int kWidth = kProjectColumns + 4, kSize = 16 * ROW_TILES * kWidth;
+    static_assert(kProjectWarps * kSize * 4 <= kProjectWarps * kProjectRing, "sums fit into the rings");
     float* const sums_smem = reinterpret_cast<float*>(memory.rings);
     wait_for_copies<0>();
     __syncthreads();
@@ -338,32 +338,32 @@ __device__ Share<ROW_TILES> product(FoldMemory& memory, const FoldMatrix& u, Dty
 #pragma unroll
     for (int i = 0; i < 2 * ROW_TILES; ++i) {
         const float* const from = sums_smem + share.row(i) * kWidth + share.column();
-        add_parts(share.values[i], from, kFoldWarps, kSize);
+        add_parts(share.values[i], from, kProjectWarps, kSize);
     }
     return share;
 }
 
 // What the table says about the item with this number.
-__device__ inline FoldItem item_of(const FoldParams& params, int ticket) {
+__device__ inline ProjectItem item_of(const ProjectParams& params, int ticket) {
     const int64_t number = params.table_gmem[params.first_item + ticket];
-    const FoldProblem problem =
-        reinterpret_cast<const FoldProblem*>(params.table_gmem)[number >> 32];
-    FoldItem item;
+    const ProjectProblem problem =
+        reinterpret_cast<const ProjectProblem*>(params.table_gmem)[number >> 32];
+    ProjectItem item;
     const int k = static_cast<int>(problem.k), q = static_cast<int>(problem.q);
     const int chunk = static_cast<int>(problem.chunk);
     item.u = {problem.basis, problem.stride_k, problem.stride_q, k, q, params.basis};
     item.core = {problem.core, q, 1, q, q, Dtype::kFp32};
-    item.tiles = (q + kFoldColumns - 1) / kFoldColumns;
+    item.tiles = (q + kProjectColumns - 1) / kProjectColumns;
     item.chunks = (k + chunk - 1) / chunk;
-    item.width = static_cast<int64_t>(item.tiles) * kFoldColumns;
+    item.width = static_cast<int64_t>(item.tiles) * kProjectColumns;
     item.part_size = problem.rows * item.width;
 
-    const int blocks = static_cast<int>((problem.rows + kFoldRows - 1) / kFoldRows);
+    const int blocks = static_cast<int>((problem.rows + kProjectRows - 1) / kProjectRows);
     const int block = static_cast<int>(number & 0xFFFFFFFF) % blocks;
     const int index = static_cast<int>(number & 0xFFFFFFFF) / blocks;
-    const int64_t first = static_cast<int64_t>(block) * kFoldRows;
+    const int64_t first = static_cast<int64_t>(block) * kProjectRows;
     item.rows =
-        static_cast<int>(problem.rows - first < kFoldRows ? problem.rows - first : kFoldRows);
+        static_cast<int>(problem.rows - first < kProjectRows ? problem.rows - first : kProjectRows);
     item.row_gmem = params.table_gmem + params.first_row + problem.row + first;
     item.out_gmem = params.table_gmem + params.first_out + problem.row + first;
     item.parts_gmem = params.workspace_gmem + problem.workspace + first * item.width;
@@ -373,9 +373,9 @@ __device__ inline FoldItem item_of(const FoldParams& params, int ticket) {
     item.nth = index / item.tiles;
     if (item.is_along) {
         const int start = item.nth * chunk;
-        item.range = {start, start + chunk < k ? start + chunk : k, tile * kFoldColumns};
+        item.range = {start, start + chunk < k ? start + chunk : k, tile * kProjectColumns};
     } else {
-        item.range = {0, q, (index - item.tiles * item.chunks) * kFoldColumns};
+        item.range = {0, q, (index - item.tiles * item.chunks) * kProjectColumns};
     }
     int* const counters_gmem = params.counters_gmem + problem.counters;
     item.done_gmem = counters_gmem + block;
@@ -384,14 +384,14 @@ __device__ inline FoldItem item_of(const FoldParams& params, int ticket) {
 }
 
 // This block's rows of a part of T.
-__device__ inline float* part_of(const FoldItem& item, int part) {
+__device__ inline float* part_of(const ProjectItem& item, int part) {
     return item.parts_gmem + part * item.part_size;
 }
 
 // Makes them the left-hand side of a product.
 template <int ROW_TILES>
-__device__ void set_rows(FoldMemory& memory, int part) {
-    const FoldItem& item = memory.item;
+__device__ void set_rows(ProjectMemory& memory, int part) {
+    const ProjectItem& item = memory.item;
     const int i = threadIdx.x;
     if (i < 16 * ROW_TILES) {
         const float* const row_gmem = part_of(item, part) + i * item.width;
@@ -401,8 +401,8 @@ __device__ void set_rows(FoldMemory& memory, int part) {
 
 // Part of T; who comes last completes it.
 template <class A, class U, int ROW_TILES, bool ALIGNED>
-__device__ void add_along(const FoldParams& params, FoldMemory& memory) {
-    const FoldItem& item = memory.item;
+__device__ void add_along(const ProjectParams& params, ProjectMemory& memory) {
+    const ProjectItem& item = memory.item;
     const int i = threadIdx.x;
     if (i < 16 * ROW_TILES) memory.rows[i] = i < item.rows ? item.row_gmem[i] : 0;
     const Share<ROW_TILES> part =
@@ -419,11 +419,11 @@ __device__ void add_along(const FoldParams& params, FoldMemory& memory) {
     total.add_up(part_of(item, 0) + column, item.width, item.rows, item.chunks, item.part_size);
     total.store(part_of(item, item.chunks) + column, item.width, item.rows);
     const int summed = signal(item.done_gmem, &memory.signal_slot);
-    if (!params.has_core || summed != item.tiles - 1) return;
+    if (!params.has_gram_inverse || summed != item.tiles - 1) return;
 
     wait_for(item.done_gmem, item.tiles);
     set_rows<ROW_TILES>(memory, item.chunks);
-    for (int at = 0; at < item.core.q; at += kFoldColumns) {
+    for (int at = 0; at < item.core.q; at += kProjectColumns) {
         const Share<ROW_TILES> times_core = product<Fp32, Fp32, ROW_TILES, ALIGNED, false>(
             memory, item.core, Dtype::kFp32, {0, item.core.q, at});
         times_core.store(part_of(item, item.chunks + 1) + at, item.width, item.rows);
@@ -433,11 +433,11 @@ __device__ void add_along(const FoldParams& params, FoldMemory& memory) {
 
 // Ā for 64 channels.
 template <class A, class U, int ROW_TILES, bool ALIGNED>
-__device__ void remove(const FoldParams& params, FoldMemory& memory) {
-    const FoldItem& item = memory.item;
+__device__ void remove(const ProjectParams& params, ProjectMemory& memory) {
+    const ProjectItem& item = memory.item;
     const int i = threadIdx.x;
-    wait_for(item.done_gmem, item.tiles + params.has_core);
-    set_rows<ROW_TILES>(memory, item.chunks + params.has_core);
+    wait_for(item.done_gmem, item.tiles + params.has_gram_inverse);
+    set_rows<ROW_TILES>(memory, item.chunks + params.has_gram_inverse);
     const Share<ROW_TILES> taken =
         product<Fp32, U, ROW_TILES, ALIGNED, true>(memory, item.u, Dtype::kFp32, item.range);
     const int next = ask_for_ticket(params.counters_gmem);
@@ -466,7 +466,7 @@ __device__ void remove(const FoldParams& params, FoldMemory& memory) {
 }
 
 template <class A, class U, int ROW_TILES, bool ALIGNED>
-__device__ void work_off(const FoldParams& params, FoldMemory& memory) {
+__device__ void work_off(const ProjectParams& params, ProjectMemory& memory) {
     if (memory.item.is_along) {
         add_along<A, U, ROW_TILES, ALIGNED>(params, memory);
     } else {
@@ -476,9 +476,9 @@ __device__ void work_off(const FoldParams& params, FoldMemory& memory) {
 
 // Not ALIGNED: A and U are Fp32, and elements of other types are widened as they are loaded.
 template <class A, class U, bool ALIGNED>
-__global__ void __launch_bounds__(kFoldThreads, kFoldBlocksPerMultiprocessor)
-    fold_kernel(const FoldParams params) {
-    FoldMemory& memory = *reinterpret_cast<FoldMemory*>(shared_memory());
+__global__ void __launch_bounds__(kProjectThreads, kProjectBlocksPerMultiprocessor)
+    project_kernel(const ProjectParams params) {
+    ProjectMemory& memory = *reinterpret_cast<ProjectMemory*>(shared_memory());
     // A ticket is asked for before the item at hand is done. Whoever holds the smallest unfinished
     // one is still at work on it, so that waiting cannot deadlock.
     if (threadIdx.x == 0) memory.ticket = ask_for_ticket(params.counters_gmem);
@@ -503,8 +503,8 @@ struct WriteTableParams {
     int64_t values[kTableValues];
 };
 
-__global__ void __launch_bounds__(kFoldThreads) write_table_kernel(const WriteTableParams params) {
-    for (int i = threadIdx.x; i < params.size; i += kFoldThreads) {
+__global__ void __launch_bounds__(kProjectThreads) write_table_kernel(const WriteTableParams params) {
+    for (int i = threadIdx.x; i < params.size; i += kProjectThreads) {
         params.table_gmem[i] = params.values[i];
     }
 }
