@@ -16,7 +16,7 @@ def leakage(projected, basis, adapter):
     return ((projected.double() @ basis.double()).norm() / adapter.double().norm()).item()
 
 
-def projected(adapter, projector_factor):
+def by_definition(adapter, projector_factor):
     """A (I - F Fᵀ) in float64."""
     a, f = adapter.double(), projector_factor.double()
     return a - (a @ f) @ f.T
@@ -28,7 +28,7 @@ def test_definition(dtype):
     basis = make_basis(40, 8).to(torch.float64 if dtype == torch.float64 else torch.float32)
     eager = (a.to(basis.dtype) - (a.to(basis.dtype) @ basis) @ basis.T).to(dtype)
     projected = nk.project_adapter(a, basis)
-    assert_close_to_exact(projected, eager, projected(a, basis))
+    assert_close_to_exact(projected, eager, by_definition(a, basis))
     assert projected.is_contiguous()
 
 
@@ -47,7 +47,7 @@ def test_a_rounded_basis_without_its_correction_would_miss_the_gate():
     torch.manual_seed(0)
     a = torch.randn(16, K_LARGE)
     basis = torch.linalg.qr(torch.randn(K_LARGE, 64)).Q.bfloat16()
-    assert leakage(projected(a, basis), basis, a) > 1e-5
+    assert leakage(by_definition(a, basis), basis, a) > 1e-5
 
 
 def test_weighted_basis_is_a_soft_projector():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.dispatch.launch import capturing
 from nsru_kernels.ops.linear.autograd import Call, ProjectedLinear
 from nsru_kernels.ops.linear.backends import compute_dtype
@@ -176,8 +177,11 @@ def projected_linears(
         gram_inverse_of(basis) if basis is not None and basis.element_size() < 4 else None
     )
     call = Call(
-        weights, biases, basis, gram_inverse, projected, scalings, dropout_p, seed, backend
+        weights, biases, basis, gram_inverse, projected, scalings, dropout_p, seed,
+        requested_backend(backend),
     )  # fmt: skip
+    if not torch.is_grad_enabled():
+        return ProjectedLinear.forward(None, call, x, *lora_as, *lora_bs)
     for tensor in (*weights, *biases):
         if tensor is not None and tensor.requires_grad:
             return ProjectedLinear.apply(call, x, *lora_as, *lora_bs, *weights, *biases)

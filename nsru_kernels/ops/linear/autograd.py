@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsru_kernels.dispatch.choice import as_op, choose
-from nsru_kernels.dispatch.config import BackendUnavailable, requested_backend
+from nsru_kernels.dispatch.config import BackendUnavailable
 from nsru_kernels.ops.linear import reference
 from nsru_kernels.ops.linear.backends import LINEAR
 from nsru_kernels.ops.project.autograd import project_one
@@ -41,7 +41,7 @@ def _choose(function, x, weights, a, backend):
     else:
         table, n = "linear_group", sum([weight.shape[0] for weight in weights])
     return choose(
-        LINEAR, requested_backend(backend), x.device, table, function, (m, k, n, r), (x.dtype,),
+        LINEAR, backend, x.device, table, function, (m, k, n, r), (x.dtype,),
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -123,7 +123,8 @@ class ProjectedLinear(torch.autograd.Function):
     """y_i = x W_iᵀ + b_i + s_i S_i B_iᵀ, S = dropout(x) Āᵀ, Ā the stacked A_i P.
 
     ``variables`` are all A_i and all B_i, and, where one of them is not frozen, all W_i and b_i.
-    Few of them, for PyTorch walks through the arguments of each call.
+    Few of them, for PyTorch walks through the arguments of each call. Without gradients ``forward``
+    is called as it is, with None for ctx.
     """
 
     @staticmethod
@@ -144,11 +145,13 @@ class ProjectedLinear(torch.autograd.Function):
                 ys, s_MR = run(*args)
         else:
             ys, s_MR = run(*args)
-        ctx.save_for_backward(x_MK, projected, s_MR, basis, gram_inverse, seed, *weights, *bs_NR)
-        ctx.set_materialize_grads(False)
-        ctx.settings = x.shape, scalings, dropout_p, backend
-        ctx.adapters = lora_as, lora_bs  # whose dtypes the gradients take
-        ctx.spent = False
+        if ctx is not None:
+            saved = (x_MK, projected, s_MR, basis, gram_inverse, seed, *weights, *bs_NR)
+            ctx.save_for_backward(*saved)
+            ctx.set_materialize_grads(False)
+            ctx.settings = x.shape, scalings, dropout_p, backend
+            ctx.adapters = lora_as, lora_bs  # whose dtypes the gradients take
+            ctx.spent = False
         if x.dim() == 2:
             return tuple(ys)
         # Not views: autograd would refuse to let one of several be edited in place.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.ops.project.autograd import Projection
 from nsru_kernels.ops.project.gram import gram_inverse_of
 
@@ -67,7 +68,7 @@ def project_adapters(
     if projected:
         pairs = [(lora_as[i], bases[i]) for i in projected]
         outputs = Projection.apply(
-            backend,
+            requested_backend(backend),
             [basis for _, basis in pairs],
             [gram_inverse_of(basis) for _, basis in pairs],
             *[lora_a for lora_a, _ in pairs],

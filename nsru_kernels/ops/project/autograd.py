@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsru_kernels.dispatch.choice import as_op, choose
-from nsru_kernels.dispatch.config import BackendUnavailable, requested_backend
+from nsru_kernels.dispatch.config import BackendUnavailable
 from nsru_kernels.ops.project import reference
 from nsru_kernels.ops.project.backends import PROJECT, query
 
@@ -32,9 +32,8 @@ def project_one(
     """``project_many`` of one adapter, in few steps."""
     if as_op(a_RK) or torch.is_autocast_enabled(a_RK.device.type):
         return project_many([a_RK], [basis_KQ], [gram_inverse_QQ], backend)[0]
-    requested, threads = requested_backend(backend), torch.get_num_threads()
-    dtypes = a_RK.dtype, basis_KQ.dtype
-    chosen = choose(PROJECT, requested, a_RK.device, "fold", "fold_many", (1,), dtypes, threads)
+    dtypes, threads = (a_RK.dtype, basis_KQ.dtype), torch.get_num_threads()
+    chosen = choose(PROJECT, backend, a_RK.device, "fold", "fold_many", (1,), dtypes, threads)
     if chosen.backend == "eager":
         return reference.project(a_RK, basis_KQ, gram_inverse_QQ)
     return _project_many([a_RK], [basis_KQ], [gram_inverse_QQ], backend)[0]
@@ -44,12 +43,11 @@ def project_one(
 def _project_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], gram_inverses_QQ: list[Tensor | None], backend: str
 ) -> list[Tensor]:
-    requested, threads = requested_backend(backend), torch.get_num_threads()
-    chosen = choose(PROJECT, requested, as_RK[0].device, *query(as_RK, bases_KQ), threads)
-    device = as_RK[0].device.type
+    device, threads = as_RK[0].device, torch.get_num_threads()
+    chosen = choose(PROJECT, backend, device, *query(as_RK, bases_KQ), threads)
     try:
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
                 return chosen.module.project_many(as_RK, bases_KQ, gram_inverses_QQ)
         return chosen.module.project_many(as_RK, bases_KQ, gram_inverses_QQ)
     except BackendUnavailable:  # tensors without memory of their own, say
