@@ -64,16 +64,15 @@ def project_adapters(
     for lora_a, basis in zip(lora_as, bases, strict=True):
         check_projection("project_adapters", lora_a, basis)
     projected = list(lora_as)
-    projected = [i for i, basis in enumerate(bases) if basis is not None and lora_as[i].numel()]
-    if projected:
-        pairs = [(lora_as[i], bases[i]) for i in projected]
+    wanted = [i for i, basis in enumerate(bases) if basis is not None and lora_as[i].numel()]
+    if wanted:
         outputs = Projection.apply(
             requested_backend(backend),
-            [basis for _, basis in pairs],
-            [gram_inverse_of(basis) for _, basis in pairs],
-            *[lora_a for lora_a, _ in pairs],
+            [bases[i] for i in wanted],
+            [gram_inverse_of(bases[i]) for i in wanted],
+            *[lora_as[i] for i in wanted],
         )
-        for i, output in zip(projected, outputs, strict=True):
+        for i, output in zip(wanted, outputs, strict=True):
             projected[i] = output
     return projected
 
