@@ -1,4 +1,4 @@
-"""What runs here: versions, processors, the extensions and the backend that serves each op."""
+"""This machine: versions, processors, the extensions and the backend that serves each op."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which backend serves a call: ``config`` reads the environment, ``plans`` the measured tables,
+"""The choice of a backend: ``config`` reads the environment, ``plans`` the measured tables,
 ``choice`` decides, ``explain`` prints. Ops describe themselves to it; nothing here knows an op
 but ``explain``, which is therefore not imported from here."""
 

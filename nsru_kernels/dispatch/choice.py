@@ -26,7 +26,7 @@ _RECORDING = torch._C._TorchDispatchModeKey.PROXY  # make_fx
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """What an op says about itself.
+    """An op's description of itself.
 
     Attributes:
         name: by which logs and the CUDA extension know it.
@@ -50,7 +50,7 @@ class Op:
 
 
 class Query(NamedTuple):
-    """What a call is looked up by in the plan tables."""
+    """Key of a call in the plan tables."""
 
     table: str
     function: str
@@ -78,7 +78,7 @@ def choose(
     dtypes: tuple[torch.dtype, ...],
     threads: int,
 ) -> Choice:
-    """Who serves this call.
+    """The module that serves a call.
 
     Args:
         requested: from ``requested_backend``.
@@ -113,7 +113,7 @@ def measured(op: Op, device: torch.device, query: Query, threads: int) -> plans.
 
 
 def unavailable(op: Op, backend: str, device: torch.device) -> str | None:
-    """Why a backend of ``op`` cannot run on ``device`` and what to do; None where it can."""
+    """Reason and remedy where a backend of ``op`` cannot run on ``device``; None where it can."""
     match backend:
         case "cpu":
             return cpu_extension.unavailable(device)
@@ -125,7 +125,7 @@ def unavailable(op: Op, backend: str, device: torch.device) -> str | None:
 
 
 def wrong_dtype(op: Op, backend: str, dtypes: Iterable[torch.dtype]) -> str | None:
-    """Why the backend's kernels do not take ``dtypes``; None where they do."""
+    """Reason and remedy where the backend's kernels do not take ``dtypes``; else None."""
     refused = op.refuses(backend, dtypes)
     if refused is None:
         return None
@@ -134,12 +134,12 @@ def wrong_dtype(op: Op, backend: str, dtypes: Iterable[torch.dtype]) -> str | No
 
 
 def by_library(op: Op, backend: str) -> bool:
-    """Whether library GEMMs serve under this name."""
+    """True where library GEMMs serve under this name."""
     return backend not in op.dtypes
 
 
 def unmeasured(op: Op, backend: str) -> str:
-    """Why ``auto`` leaves a backend that could serve."""
+    """The reason why ``auto`` leaves a backend that could serve."""
     if by_library(op, backend):
         return "the same library GEMMs as 'eager'."
     limit, threads = plans.cpu_threads(), torch.get_num_threads()
@@ -152,8 +152,8 @@ def unmeasured(op: Op, backend: str) -> str:
 
 
 def as_op(tensor: torch.Tensor) -> bool:
-    """Whether a registered op must stand in for the direct call: there is a graph to be recorded,
-    or nothing to compute with."""
+    """True where a registered op must stand in for the direct call: a graph is being recorded,
+    or there is nothing to compute with."""
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return True
     return torch._C._get_dispatch_mode(_RECORDING) is not None

@@ -26,10 +26,10 @@ def requested_backend(backend: str) -> str:
 
 
 def autotune() -> bool:
-    """Whether Triton configs are timed instead of taken from the table."""
+    """True where Triton configs are timed instead of taken from the table."""
     return os.environ.get("NSRU_AUTOTUNE") == "1"
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter stands in for a GPU."""
+    """True where Triton's interpreter stands in for a GPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"

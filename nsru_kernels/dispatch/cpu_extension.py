@@ -19,7 +19,7 @@ _Matrix = tuple[int, int, int, int, int]  # address, shape, strides
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the kernels, of any op, cannot run on ``device`` and what to do; None where they can."""
+    """Reason and remedy where the kernels cannot run on ``device``; None where they can."""
     if device.type != "cpu":
         return "CPU kernels need tensors on the CPU. Use backend='eager'."
     return _unavailable()
@@ -69,7 +69,8 @@ class Arguments:
         self._read: list[Tensor] = []
 
     def matrix(self, tensor: Tensor) -> _Matrix:
-        """What has neither contiguous rows nor contiguous columns is copied, so no output may."""
+        """Address, shape and strides. Copies a tensor without contiguous rows or columns, so no
+        output may be one."""
         if tensor.is_neg():
             tensor = tensor.resolve_neg()
         strides = tensor.stride()

@@ -1,4 +1,4 @@
-"""What ``explain`` and ``nsru env`` print: every backend of an op, and why it serves or not."""
+"""Explanations for ``explain`` and ``nsru env``: every backend of an op, and why it serves or not."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Verdict(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What ``explain`` found; print it."""
+    """The findings of ``explain``; print it."""
 
     op: str
     device: str
@@ -65,7 +65,7 @@ class Explanation(NamedTuple):
 
 
 def explain(op: str, *args: object) -> Explanation:
-    """Which backend and plan would serve a call, and why not the others.
+    """Name the backend and plan that would serve a call, and say why not the others.
 
     Args:
         op: a public name: "nsru_linear", "nsru_linear_group", "project_adapter",

@@ -21,8 +21,8 @@ _REBUILD = "Rebuild it (`make cuda` in a checkout), or use 'triton'."
 
 
 def unavailable(op: str, device: torch.device) -> str | None:
-    """Why the extension's kernels of ``op`` cannot run on ``device`` and what to do; None where
-    they can."""
+    """Reason and remedy where the extension's kernels of ``op`` cannot run on ``device``; None
+    where they can."""
     if device.type != "cuda":
         return "CUDA kernels need tensors on a CUDA device. Use backend='eager'."
     if torch.version.hip:
@@ -96,12 +96,12 @@ def launch(name: str, near: Tensor, **call: Any) -> None:
 
 
 def aligned(matrix: Tensor) -> bool:
-    """Whether every row of a 16-bit matrix starts at a multiple of 16 bytes."""
+    """True where every row of a 16-bit matrix starts at a multiple of 16 bytes."""
     return matrix.stride(0) % ALIGNED == 0 and matrix.data_ptr() % 16 == 0
 
 
 def has_wide_rows(matrix: Tensor) -> bool:
-    """Whether kernels can read a 16-bit matrix row by row in words of 16 bytes."""
+    """True where kernels can read a 16-bit matrix row by row in words of 16 bytes."""
     return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] and aligned(matrix)
 
 

@@ -1,4 +1,4 @@
-"""What every Triton launcher shares: where Triton can run, configs per architecture, padding.
+"""Common parts of Triton launchers: where Triton can run, configs per architecture, padding.
 
 A kernel's configs are a small fixed table, one row per architecture, the first entry the default.
 ``NSRU_AUTOTUNE=1`` times all entries of the row once per key and keeps the fastest; keys hold no
@@ -42,7 +42,7 @@ class Config(NamedTuple):
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on ``device`` and what to do; None where they can."""
+    """Reason and remedy where Triton kernels cannot run on ``device``; None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed. `pip install triton`, or use backend='eager'."
     if device.type == "meta" or (device.type == "cpu" and interpreting()):
@@ -67,12 +67,12 @@ def architecture(device: torch.device) -> int:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on the current stream of ``device``."""
+    """True while a CUDA graph is being captured on the current stream of ``device``."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side, for choosing splits and persistent grids."""
+    """Number of programs that run side by side, for choosing splits and persistent grids."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,4 +1,4 @@
-"""Which backend and plan of an op was fastest where: one JSON file per GPU, and one for CPUs with
+"""Measured winners, backend and plan of an op: one JSON file per GPU, and one for CPUs with
 AMX, from measurements.
 
     {"device": "NVIDIA H200", "torch": …, "triton": …, "commit": …,
@@ -52,7 +52,7 @@ def choose(
 
 
 def cpu_threads() -> int:
-    """How many threads the CPUs' table was measured with; 0 without one."""
+    """Number of threads with which the CPUs' table was measured; 0 without one."""
     return _table(CPU_WITH_AMX).get("threads", 0)
 
 

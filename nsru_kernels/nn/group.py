@@ -116,7 +116,7 @@ class LinearGroup:
         asked: NSRULinear,
         x: Tensor,
     ) -> str | None:
-        """Why these cannot be computed together now; None if they can."""
+        """The reason against computing these together now; None if there is none."""
         if len(modules) < len(self._members) or modules[asked._position] is not asked:
             return "a member is gone"
         # Writes to an inference tensor are not counted, and a subclass may mean anything.
@@ -192,7 +192,7 @@ def _release(waiting: weakref.ref[_Waiting], _: object) -> None:
 
 
 def _context(x: Tensor) -> tuple:
-    """What an output depends on besides the values of x and its module."""
+    """State that an output depends on besides the values of x and its module."""
     stream = None
     if x.is_cuda:
         stream = torch.cuda.current_stream(x.device), torch.cuda.is_current_stream_capturing()
@@ -212,7 +212,7 @@ def _context(x: Tensor) -> tuple:
 
 
 def _state(module: NSRULinear, operands: Operands) -> tuple:
-    """What an output depends on in its module."""
+    """State of a module that its output depends on."""
     basis = module._subspace[0]._buffers["basis"] if module._subspace else None
     state: list = [
         module.enabled,

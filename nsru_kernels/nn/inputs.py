@@ -1,4 +1,4 @@
-"""What the linear layers of a model see: stream batches through it and hand their inputs on."""
+"""Inputs of a model's linear layers: stream batches through it and hand them on."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ class NSRULinear(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the update is inside ``weight`` at the moment."""
+        """True while the update is inside ``weight``."""
         return self._unmerged_weight is not None
 
     @torch.no_grad()

@@ -100,7 +100,7 @@ class Projections:
 
 
 def projection_key(dtype: torch.dtype, lora_as: tuple[Tensor, ...], basis: Tensor | None) -> tuple:
-    """What a projection depends on, as far as PyTorch counts it."""
+    """Identities and versions that a projection depends on, as far as PyTorch counts them."""
     key: list = [dtype, steps.count]
     for tensor in lora_as if basis is None else (*lora_as, basis):
         version = 0 if tensor.is_inference() else tensor._version
@@ -109,7 +109,7 @@ def projection_key(dtype: torch.dtype, lora_as: tuple[Tensor, ...], basis: Tenso
 
 
 def _stale_alike(asked: LinearGroup, other: LinearGroup, dtype: torch.dtype) -> bool:
-    """Whether ``other`` needs projecting too, in a dtype it is used with, in the same launch."""
+    """True where ``other`` needs projecting too, in a dtype it is used with, in this launch."""
     members = other.modules()
     if not members or other.backend != asked.backend:
         return False

@@ -22,7 +22,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass
 class SwapReport:
-    """What ``swap_linears`` did.
+    """The changes that ``swap_linears`` made.
 
     Attributes:
         swapped: module names, in model order.

@@ -42,7 +42,7 @@ def mix(bits):
 
 @triton.jit
 def kept(seed, rows, columns, dropout_p):
-    """Which elements [rows, columns] of x dropout keeps: a function of seed and position alone.
+    """Mask [rows, columns] of the elements that dropout keeps: by seed and position alone.
 
     A hash instead of Philox: ten rounds of that at a GEMM's tile size spill registers.
     """

@@ -1,4 +1,4 @@
-"""What several backends share about the small products."""
+"""The small products, as far as several backends share them."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def public_name(ws_NK: list[Tensor]) -> str:
 
 
 def one_read_pays(r: int) -> bool:
-    """Whether dB and dS should share one read of dY: beyond this rank the partial sums of dS,
+    """True where dB and dS should share one read of dY: beyond this rank the partial sums of dS,
     4 R bytes a row and block of 256 columns, move more than a second read."""
     return r <= 32

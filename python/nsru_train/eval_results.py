@@ -1,4 +1,4 @@
-"""What an evaluation holds, as results.json and as a table."""
+"""An evaluation's content, as results.json and as a table."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def _(dys, x, weights, a, bs, s, scalings, dropout_p, seed, needs, backend):
 
 
 class Call(NamedTuple):
-    """What a call hands over besides the variables of the graph.
+    """The arguments of a call besides the variables of the graph.
 
     ``projected`` is Ā in x's dtype where the caller has it cached, else None. It is a value, not a
     variable: the gradients go to the A_i.

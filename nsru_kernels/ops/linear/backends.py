@@ -1,4 +1,5 @@
-"""What the projected linear says of itself: who serves it, what they take, how plans are found."""
+"""The projected linear's description of itself: who serves it, what they take, how plans are
+found."""
 
 from __future__ import annotations
 

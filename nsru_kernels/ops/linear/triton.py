@@ -135,7 +135,7 @@ def backward(
 def serves(
     plan: str, x_MK: Tensor, ws_NK: list[Tensor], bs_NR: list[Tensor], dropout_p: float = 0.0
 ) -> bool:
-    """Whether ``plan`` can compute this call."""
+    """True where ``plan`` can compute this call."""
     if plan == "decode":
         few = x_MK.shape[0] <= DECODE_TOKENS
         return few and not dropout_p and all(b.shape[1] <= MAX_BLOCK_R for b in bs_NR)

@@ -21,7 +21,7 @@ def low_rank_tile(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """What the accumulator of a K-extended GEMM starts from: s P V (dropped) + bias."""
+    """Start of a K-extended GEMM's accumulator: s P V (dropped) + bias."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, R, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)

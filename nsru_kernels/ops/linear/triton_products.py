@@ -205,7 +205,7 @@ def kext_gemm(
 
 
 def fits_tma(x_MK: Tensor, w: Tensor) -> bool:
-    """Whether X, W and their product can be described to the copy engine of this GPU."""
+    """True where X, W and their product can be described to the copy engine of this GPU."""
     if x_MK.dtype == torch.float32 or launch.architecture(x_MK.device) < 90:
         return False
     strides = [size for t in (x_MK, w) for size in (t.stride(0), *w.shape)]
@@ -215,7 +215,7 @@ def fits_tma(x_MK: Tensor, w: Tensor) -> bool:
 
 
 def aligned(operand: Tensor) -> bool:
-    """Whether pointer kernels load it in wide words: Triton looks for multiples of 16 elements."""
+    """True where pointer kernels load wide words: Triton looks for multiples of 16 elements."""
     inner, outer = sorted(operand.stride())
     multiples = not outer % 16 and not operand.shape[1] % 16
     return inner == 1 and multiples and operand.data_ptr() % 16 == 0
@@ -255,7 +255,8 @@ def _persistent(out_MN: Tensor, config: Config) -> tuple[int]:
 
 
 def _splits(tensor: Tensor, blocks: int, steps: int, least: int) -> int:
-    """How often to cut a sum so that two programs per multiprocessor run, ``least`` steps each."""
+    """Number of parts of a sum with which two programs per multiprocessor run, of at least
+    ``least`` steps each."""
     wanted = triton.cdiv(2 * launch.multiprocessors(tensor.device), blocks)
     return max(1, min(wanted, steps // least))
 

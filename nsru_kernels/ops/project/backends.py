@@ -1,4 +1,4 @@
-"""What the projection of adapters says of itself: who serves it, and how plans are found."""
+"""The projection's description of itself: who serves it, and how plans are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both grouped kernels are told in int64: problems, addresses of rows, order of items."""
+"""The int64 tables of both grouped kernels: problems, addresses of rows, order of items."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Size(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What the problems of one launch share."""
+    """Properties that the problems of one launch share."""
 
     adapter_dtype: torch.dtype
     basis_dtype: torch.dtype
@@ -64,7 +64,7 @@ class Tiles(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What follows from the sizes alone."""
+    """The part of a launch that follows from the sizes alone."""
 
     items: np.ndarray  # int64
     workspace_offsets: list[int]
@@ -74,7 +74,7 @@ class Schedule(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """What a launch gets: the table, its parts, and memory."""
+    """Arguments of a launch: the table, its parts, and memory."""
 
     table: Tensor
     problems: int
@@ -228,7 +228,7 @@ def row_addresses(tensors: Sequence[Tensor]) -> np.ndarray:
 
 
 def aligned(problem: Problem) -> bool:
-    """Whether 16-byte accesses serve all of a problem."""
+    """True where 16-byte accesses serve all of a problem."""
     basis, gram_inverse = problem.basis, problem.gram_inverse
     sizes = (*basis.shape, basis.stride(0))
     addresses = [basis.data_ptr(), 0 if gram_inverse is None else gram_inverse.data_ptr()]

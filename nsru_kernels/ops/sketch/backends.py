@@ -1,4 +1,4 @@
-"""What the sketch update says of itself: who serves it, and how plans are found."""
+"""The sketch update's description of itself: who serves it, and how plans are found."""
 
 from __future__ import annotations
 

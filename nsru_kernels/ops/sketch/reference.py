@@ -36,7 +36,7 @@ def token_energy(wide_MK: Tensor) -> Tensor:
 
 
 def _rounded(s_ML: Tensor, dtype: torch.dtype, split: bool) -> Tensor:
-    """What a kernel keeps of S in `dtype`: one number an entry, or the sum of two."""
+    """S as a kernel keeps it in `dtype`: one number an entry, or the sum of two."""
     limits = torch.finfo(dtype)
     # Saturation keeps fp16 finite; whatever S holds, the estimate stays below xᵀ x.
     s_ML = s_ML.clamp(limits.min, limits.max)

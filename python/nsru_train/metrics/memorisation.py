@@ -1,4 +1,4 @@
-"""How much of an answer a model reproduces, token by token, when fed the answer's own prefix."""
+"""Share of an answer that a model reproduces, token by token, fed the answer's own prefix."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def matched_damage(results: Row, key: str = "retain_unseen_prob") -> list[dict[s
 
 
 def warnings(results: Row) -> list[str]:
-    """What a reader must know before trusting the run: collapse, leakage, ranks cut short."""
+    """Warnings before trusting the run: collapse, leakage, ranks cut short."""
     found = []
     for row in results.get("methods") or []:
         method, seed = row.get("method"), row.get("seed", 0)
@@ -218,7 +218,7 @@ def loss_series(metrics: Sequence[Row]) -> Curves:
 
 
 def curves(rows: Sequence[Row], titles: Mapping[str, str]) -> Curves:
-    """What has a title, over the steps.
+    """Curves under one title, over the steps.
 
     After a resume the same step can occur twice; the later line counts.
     """
