@@ -1,4 +1,4 @@
-"""Explanations for ``explain`` and ``nsru env``: every backend of an op, and why it serves or not."""
+"""Explanations for ``explain`` and ``nsru env``: each backend of an op, why it serves or not."""
 
 from __future__ import annotations
 
