@@ -12,7 +12,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nsru_kernels.ops.project import project_adapters
@@ -115,8 +115,12 @@ def _stale_alike(asked: LinearGroup, other: LinearGroup, dtype: torch.dtype) -> 
         return False
     device = asked.modules()[0].lora_A.device
     lora_as, basis = tuple(m.lora_A for m in members), members[0].basis
-    if any(a.device != device or a.is_inference() for a in lora_as):
-        return False
+    for a_RK in lora_as:
+        # FSDP holds shards of A until its layer is called.
+        if type(a_RK) not in (Tensor, nn.Parameter) or a_RK.device != device:
+            return False
+        if a_RK.is_inference():
+            return False
     if basis is not None and basis.device != device:
         return False
     if other.projected is None:
