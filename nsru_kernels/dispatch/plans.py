@@ -8,8 +8,8 @@ AMX, from measurements.
      "sketch": [{"sizes": [8192, 4096, 576], "update_sketch": "triton two_reads"}]}
 
 A call takes the nearest measured sizes, none of which may differ by more than a factor of two; on a
-CPU also only with at most as many threads as were measured ("threads"). ``nsru_bench.gpu_check``
-writes a GPU's file, ``nsru_bench.winners`` the CPUs'; without one nothing is assumed.
+CPU also only with at most as many threads as were measured ("threads"). ``nsru_bench.winners``
+writes the file, for a GPU at the end of ``make gpu-check``; without one nothing is assumed.
 """
 
 from __future__ import annotations

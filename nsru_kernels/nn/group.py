@@ -31,7 +31,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class LinearGroup:
-    """The handle that its members share.
+    """Linears that read one input; its members share it.
 
     Attributes:
         projected: (key, its sources, Ā [ΣR, K]), the members' projected adapters; see Projections.

@@ -21,8 +21,9 @@ class NSRULinear(nn.Module):
     """y = x Wᵀ + b + (alpha/rank) · dropout(x) Āᵀ Bᵀ with Ā = A (I - U Uᵀ); W and b frozen.
 
     ``lora_A`` [R, K] starts as in PEFT (Kaiming uniform) and ``lora_B`` [N, R] at zero, both
-    float32, so the module starts as its frozen linear. Nothing is kept between calls but Ā, which
-    is computed again whenever A or the basis changed.
+    float32, so the module starts as its frozen linear. Between calls it
+    keeps Ā, computed again whenever A or the basis changed, and in a group the outputs that its
+    members have yet to take.
 
     Args:
         in_features: K.

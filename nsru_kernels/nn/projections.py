@@ -51,7 +51,7 @@ steps = _Steps()
 
 
 class Projections:
-    """The projected adapters of a set of groups; one stale group refreshes all stale ones together.
+    """Keeps the projected adapters of a set of groups current; one stale group refreshes all.
 
     Each group holds its own, Ā of its members on top of each other in one dtype.
     """

@@ -222,7 +222,7 @@ def _match(
         raise ValueError("targets must name at least one linear layer, got an empty list.")
     if _looks_linear(model):
         raise ValueError("model is a linear layer itself; use NSRULinear.from_linear.")
-    # What a swap or a merge of one layer would silently miss or change in another place.
+    # Layers that a swap or a merge would silently miss, or change in another place.
     places = Counter(id(child) for m in model.modules() for child in m._modules.values())
     users = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     get_head = getattr(model, "get_output_embeddings", None)

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-
-
-def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """scaling · left @ right, scaled before the result is rounded."""
-    out = left.new_empty(left.shape[0], right.shape[1])
-    return torch.addmm(out, left, right, beta=0, alpha=scaling)
 
 
 def rank_columns(s_MR: Tensor, bs_NR: list[Tensor]) -> tuple[Tensor, ...]:

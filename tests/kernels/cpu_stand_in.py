@@ -59,7 +59,7 @@ def backward(x, a, s, ds, dx, da, siblings, threads):
         at(da, torch.float32).copy_(ds.float().T @ x.float())
 
 
-def project(basis, adapters, threads):
+def fold(basis, adapters, threads):
     """Ā = A - (A U) Uᵀ of (address of A, address of Ā, rank)."""
     assert threads == torch.get_num_threads()
     u = at(basis, torch.float32)

@@ -349,7 +349,7 @@ def test_in_one_compiled_graph():
         torch.testing.assert_close(grads[name], expected_grads[name])
 
 
-# Real sizes: the shapes of peers.md, decode, q/k/v and gate/up of a Llama layer.
+# Real sizes: single linears, decode, q/k/v and gate/up of Llama layers.
 REAL = [
     (8192, 4096, (4096,), (16,)),
     (4096, 4096, (14336,), (16,)),

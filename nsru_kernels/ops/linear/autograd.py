@@ -1,7 +1,7 @@
 """The projected linears for autograd and for torch.compile.
 
 In eager the backend is called directly; while compiling, the registered ops
-``nsru::linear_forward`` and ``nsru::linear_backward`` stand in the graph. Both run the same module.
+``nsru::linear_forward`` and ``nsru::linear_backward`` stand in the graph. Both choose a module alike.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
 
 def _flatten(x: Tensor) -> Tensor:
     """x [M, K], also where K is 0 and reshape(-1, K) would not know M."""
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:

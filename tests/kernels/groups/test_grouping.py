@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from linear_cases import make_basis
-from sibling_models import (
+from group_models import (
     WIDTHS,
     Attention,
     K,
@@ -15,6 +14,7 @@ from sibling_models import (
     make_model,
     step,
 )
+from linear_cases import make_basis
 from torch import nn
 
 import nsru_kernels as nk

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from sibling_models import (
+from group_models import (
     WIDTHS,
     adapted,
     alone,
@@ -186,7 +186,7 @@ def test_threads_do_not_take_each_others_outputs(groups):
 
 
 def test_replicas_work_alone(groups):
-    """Those of DataParallel live for one forward and share the handle of their originals."""
+    """Those of DataParallel live for one forward and share the group of their originals."""
     model, _ = make_model()
     groups.clear()
     reference, x = alone(model), batch()

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from sibling_models import (
+from group_models import (
     WIDTHS,
     K,
     R,
