@@ -1,7 +1,7 @@
 """The projected linears for autograd and for torch.compile.
 
 In eager the backend is called directly; while compiling, the registered ops
-``nsru::linear_forward`` and ``nsru::linear_backward`` stand in the graph. Both choose a module alike.
+``nsru::linear_forward`` and ``nsru::linear_backward`` stand in the graph. Both choose alike.
 """
 
 from __future__ import annotations

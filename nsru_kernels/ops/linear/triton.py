@@ -1,6 +1,7 @@
 """The functions of reference.py by Triton kernels.
 
-Forward: S of all linears from one read of x (plan decode: in the same launch as y); then for each linear, by plan:
+Forward: S of all linears from one read of x (plan decode: in the same launch as y); then for each
+linear, by plan:
     decode         M ≤ 16: one launch for its part of S and y
     kext           one GEMM [x ∣ S]·[W ∣ sB]ᵀ with two operand sources
     kext_tma       the same by TMA descriptors and persistent programs, sm_90 and newer
