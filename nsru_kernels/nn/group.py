@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, float]  # of one linear
 
 _PLAIN = (Tensor, nn.Parameter)
+# The hooks that see what a forward saves; a non-reentrant checkpoint sets some of its own. PyTorch
+# has no public way to ask for them.
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class LinearGroup:
@@ -56,8 +59,13 @@ class LinearGroup:
         return len(self._members) - 1
 
     def modules(self) -> list[NSRULinear]:
-        """The members that are still there."""
-        return [module for ref in self._members if (module := ref()) is not None]
+        """The members; those that were replaced in the model are forgotten."""
+        modules = [module for ref in self._members if (module := ref()) is not None]
+        if len(modules) < len(self._members):
+            self._members, self.projected = [], None
+            for module in modules:
+                module._position = self.add(module)
+        return modules
 
     @property
     def backend(self) -> str:
@@ -68,7 +76,13 @@ class LinearGroup:
         if len(self._members) == 1 or torch.compiler.is_compiling():
             return self._compute((module,), (module.operands(),), x)[0]
         waiting, position = _slot.waiting, module._position
-        if waiting is not None and waiting.group is self and position in waiting.outputs:
+        if (
+            waiting is not None
+            and waiting.group is self
+            and position in waiting.outputs
+            # What a checkpoint saves has to be computed inside it, also in its second forward.
+            and waiting.hooks == _saving_hooks(True)
+        ):
             y = waiting.take(position, module, x)
             return self._compute((module,), (module.operands(),), x)[0] if y is None else y
         modules = self.modules()
@@ -90,12 +104,14 @@ class LinearGroup:
         projected = None
         # Where the graph is recorded it has to project by itself. So does a member out of its
         # group, for once: that is not worth a second cache.
-        if len(modules) == len(self._members) and not (
-            torch.compiler.is_compiling()
-            or x.is_meta
-            or lora_as[0].is_meta
-            or lora_as[0].is_inference()
-            or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        if (
+            len(modules) == len(self._members)
+            and not torch.compiler.is_compiling()
+            and not x.is_meta
+            and not lora_as[0].is_meta
+            and self._members[first._position]() is first  # not a replica of DataParallel
+            and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+            and not any(map(Tensor.is_inference, lora_as))  # whose edits are not counted
         ):
             device = x.device.type
             dtype = compute_dtype(x) if torch.is_autocast_enabled(device) else x.dtype
@@ -117,8 +133,8 @@ class LinearGroup:
         x: Tensor,
     ) -> str | None:
         """The reason against computing these together now; None if there is none."""
-        if len(modules) < len(self._members) or modules[asked._position] is not asked:
-            return "a member is gone"
+        if asked not in modules:
+            return "not a member, but a copy of one"
         # Writes to an inference tensor are not counted, and a subclass may mean anything.
         if type(x) not in _PLAIN or x.is_inference():
             return "x cannot be watched"
@@ -137,6 +153,8 @@ class LinearGroup:
                 # FSDP and ZeRO hold shards, or nothing, until the module itself is called.
                 if type(tensor) not in _PLAIN or tensor.shape != shape:
                     return "weights are sharded"
+                if tensor.is_inference():
+                    return "edits of weights made in inference mode are not counted"
                 if tensor.device != x.device:
                     return "on different devices"
             if own[0].dtype != dtype:
@@ -156,7 +174,7 @@ class _Waiting:
         ys: tuple[Tensor, ...],
         taken: int,
     ) -> None:
-        self.group, self.context = group, _context(x)
+        self.group, self.context, self.hooks = group, _context(x), _saving_hooks(True)
         # With the tensors that the state names, so that nothing else gets their identities.
         self.outputs = {
             i: (ys[i], _state(modules[i], operands[i]), operands[i])
@@ -169,6 +187,8 @@ class _Waiting:
     def take(self, position: int, module: NSRULinear, x: Tensor) -> Tensor | None:
         """The output of ``module``, if it is still what would come out; None otherwise."""
         y, state, _ = self.outputs.pop(position)
+        if not self.outputs:
+            _slot.waiting = None
         if self.x() is not x or self.context != _context(x):
             return None
         if state != _state(module, module.operands()):
@@ -188,7 +208,8 @@ _slot = _Slot()
 
 def _release(waiting: weakref.ref[_Waiting], _: object) -> None:
     if (alive := waiting()) is not None:
-        alive.outputs.clear()
+        # The context names the graph that x came from.
+        alive.outputs, alive.context = {}, ()
 
 
 def _context(x: Tensor) -> tuple:

@@ -99,7 +99,7 @@ class ActivationStream:
                 )
             keep_BT = keep_BT.to(self.device, torch.bool)
         self.keep_BT = None if keep_BT is None or keep_BT.all() else keep_BT
-        self.module(**arguments, **self.extra)
+        self.module(**{**arguments, **self.extra})
 
     def _kept(self, x: Tensor) -> Tensor | None:
         if self.keep_BT is None:

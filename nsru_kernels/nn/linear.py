@@ -30,8 +30,7 @@ class NSRULinear(nn.Module):
         out_features: N.
         rank: R ≥ 1.
         alpha: the update is scaled by alpha / rank.
-        basis: U [K, Q], or a ``RetainSubspace`` that linears with the same input share. None: plain
-            LoRA.
+        basis: U [K, Q] or a ``RetainSubspace``. None: plain LoRA.
         bias: whether there is a bias.
         dropout: LoRA dropout on x. With p > 0 the null-space property holds in expectation only.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
@@ -147,22 +146,31 @@ class NSRULinear(nn.Module):
 
     def _set_basis(self, basis: Tensor | RetainSubspace | None) -> None:
         if isinstance(basis, Tensor):
-            basis = RetainSubspace(basis).to(self.lora_A.device)
-        if basis is not None and not isinstance(basis, RetainSubspace):
+            basis = RetainSubspace(basis)
+        elif isinstance(basis, RetainSubspace):
+            basis = basis.share()
+        elif basis is not None:
             raise TypeError(
                 f"NSRULinear: basis must be a tensor [K={self.in_features}, Q] or a "
                 f"RetainSubspace, got {type(basis).__name__}."
             )
-        if basis is not None and basis.in_features != self.in_features:
+        self.hold(None if basis is None else basis.to(self.lora_A.device))
+
+    def hold(self, subspace: RetainSubspace | None) -> None:
+        """Project by ``subspace`` itself, which linears with the same input share.
+
+        Raises: ValueError: it is of another size.
+        """
+        if subspace is not None and subspace.in_features != self.in_features:
             raise ValueError(
                 f"NSRULinear: basis must be [K={self.in_features}, Q] like in_features, "
-                f"got {tuple(basis.basis.shape)}. Was it estimated for another layer?"
+                f"got {tuple(subspace.basis.shape)}. Was it estimated for another layer?"
             )
         # In a tuple it is no child: only its first user registers (and saves) it.
-        self._subspace = () if basis is None else (basis,)
-        if basis is not None and not basis.owned:
-            basis.owned = True
-            self.subspace = basis
+        self._subspace = () if subspace is None else (subspace,)
+        if subspace is not None and not subspace.owned:
+            subspace.owned = True
+            self.subspace = subspace
 
     def join(self, group: LinearGroup) -> None:
         """Be computed with the members of ``group``, which read the same input."""
@@ -250,7 +258,13 @@ class NSRULinear(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._position = self.group.add(self)
+        copied = any(m.lora_A is self.lora_A for m in self.group.modules())
+        self.join(LinearGroup(Projections()) if copied else self.group)
+
+    def _apply(self, fn, recurse=True):
+        # Two casts can bring an address back, and neither is counted as an edit.
+        self.invalidate()
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

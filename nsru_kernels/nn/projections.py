@@ -95,8 +95,9 @@ class Projections:
                     (*lora_as, basis),  # kept alive, so that nothing new gets their identities
                     stacked.detach().to(dtype, copy=copy),
                 )
-        assert asked.projected is not None
-        return asked.projected
+                if group is asked:
+                    result = group.projected
+        return result
 
 
 def projection_key(dtype: torch.dtype, lora_as: tuple[Tensor, ...], basis: Tensor | None) -> tuple:

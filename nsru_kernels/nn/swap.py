@@ -120,15 +120,16 @@ def swap_linears(
         if hasattr(subspaces, "check_model"):
             subspaces.check_model(model)
     families = _families(model, dict(linears), subspaces, batch) if siblings else []
-    holders: dict[int, RetainSubspace] = {}
+    holders: dict[int, tuple[Any, RetainSubspace]] = {}
     modules: dict[str, NSRULinear] = {}
     for name, linear in linears:
         trainable_before = [p for p in linear.parameters() if p.requires_grad]
         try:
             holder = None if subspaces is None else _holder(subspaces[name], linear, holders)
             module = NSRULinear.from_linear(
-                linear, rank, alpha=alpha, basis=holder, dropout=dropout, backend=backend
+                linear, rank, alpha=alpha, dropout=dropout, backend=backend
             )
+            module.hold(holder)
         except (TypeError, ValueError) as error:
             raise type(error)(f"swap_linears: {name}: {error}") from error
         finally:
@@ -186,22 +187,27 @@ def _join(modules: Mapping[str, NSRULinear], families: list[list[str]]) -> list[
     projections, groups = Projections(), []
     single = dict(modules)
     for family in families:
+        # Of one parent, for cross-attention reads one tensor in all layers, with others in between.
         parts: dict[tuple, list[str]] = {}
         for name in family:
             if name in single:
-                module = single[name]
-                parts.setdefault((id(module.subspace), module.weight.dtype), []).append(name)
-        groups += [names for names in parts.values() if len(names) > 1]
-    for names in groups:
-        group = LinearGroup(projections)
-        for name in names:
-            single.pop(name).join(group)
+                module, parent = single[name], name.rpartition(".")[0]
+                key = (parent, id(module.subspace), module.weight.dtype)
+                parts.setdefault(key, []).append(name)
+        for names in parts.values():
+            if len(names) > 1:
+                groups.append(names)
+                group = LinearGroup(projections)
+                for name in names:
+                    single.pop(name).join(group)
     for module in single.values():
         module.join(LinearGroup(projections))
     return groups
 
 
-def _holder(subspace: Any, linear: nn.Linear, holders: dict[int, RetainSubspace]) -> RetainSubspace:
+def _holder(
+    subspace: Any, linear: nn.Linear, holders: dict[int, tuple[Any, RetainSubspace]]
+) -> RetainSubspace:
     """The one holder of this subspace's basis, on the device of the first linear that asks."""
     if id(subspace) not in holders:
         basis = getattr(subspace, "basis", subspace)
@@ -210,8 +216,9 @@ def _holder(subspace: Any, linear: nn.Linear, holders: dict[int, RetainSubspace]
                 f"expected a RetainSubspace or a tensor [K, Q], got {type(subspace).__name__}."
             )
         own = subspace.share() if isinstance(subspace, RetainSubspace) else RetainSubspace(basis)
-        holders[id(subspace)] = own.to(linear.weight.device)
-    return holders[id(subspace)]
+        # With the object itself, so that no other takes over its identity.
+        holders[id(subspace)] = subspace, own.to(linear.weight.device)
+    return holders[id(subspace)][1]
 
 
 def _match(

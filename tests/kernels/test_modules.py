@@ -483,9 +483,61 @@ def test_repr_names_the_sizes():
     assert "rank=3, alpha=6, retain_rank=5, dropout=0.0" in repr(make_layer())
 
 
-def test_holder_is_registered_by_its_first_user_only():
-    holder = nk.RetainSubspace(make_basis(K, Q).float())
-    first, second = (nk.NSRULinear(K, N, R, alpha=6, basis=holder) for _ in range(2))
+def test_a_subspace_is_registered_by_its_first_holder_only():
+    subspace = nk.RetainSubspace(make_basis(K, Q).float())
+    first, second = (nk.NSRULinear(K, N, R, alpha=6) for _ in range(2))
+    first.hold(subspace)
+    second.hold(subspace)
     assert "subspace.basis" in first.state_dict()
     assert "subspace.basis" not in second.state_dict()
     assert first.basis is second.basis
+
+
+def test_a_users_subspace_stays_as_it_is():
+    subspace = nk.RetainSubspace(make_basis(K, Q).float())
+    for _ in range(2):
+        layer = nk.NSRULinear(K, N, R, alpha=6, basis=subspace)
+        assert "subspace.basis" in layer.state_dict()
+        assert layer.to(torch.bfloat16).basis.dtype == torch.bfloat16
+        assert layer.to("meta").basis.is_meta
+    assert subspace.basis.dtype == torch.float32
+
+
+def test_a_replica_projects_its_own_adapter():
+    layer = make_layer()
+    layer(x)
+    replica = layer._replicate_for_data_parallel()
+    for name in ("weight", "bias", "lora_A", "lora_B"):
+        setattr(replica, name, getattr(layer, name).detach() * 2)
+    assert_fresh(replica, x)
+
+
+def test_a_shallow_copy_leaves_the_original_alone():
+    layer = make_layer()
+    other = copy.copy(layer)
+    assert layer.group.modules() == [layer]
+    assert other.group is not layer.group
+    assert_fresh(other, x)
+
+
+def test_two_casts_are_an_edit():
+    torch.manual_seed(0)
+    layer = nk.NSRULinear(512, 8, 8, alpha=8, basis=make_basis(512, 16).float())
+    nn.init.normal_(layer.lora_B)
+    h = torch.randn(4, 512)
+    for _ in range(10):
+        nn.init.normal_(layer.lora_A)
+        layer(h)
+        layer.to(torch.bfloat16).to(torch.float32)
+        y = layer(h)
+        layer.invalidate()
+        assert torch.equal(y, layer(h))
+
+
+def test_edits_of_an_adapter_made_in_inference_mode_are_seen():
+    layer = make_layer()
+    with torch.inference_mode():
+        layer.lora_A = nn.Parameter(torch.randn(R, K), requires_grad=False)
+        layer(x)
+        layer.lora_A.mul_(3)
+        assert_fresh(layer, x)

@@ -1,5 +1,6 @@
 """Groups go back: what is freed, checkpoints, threads, replicas."""
 
+import gc
 import threading
 import weakref
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from group_models import (
     WIDTHS,
+    K,
     adapted,
     alone,
     assert_same,
@@ -199,3 +201,35 @@ def test_replicas_work_alone(groups):
             torch.testing.assert_close(replica(x), getattr(reference[0], name)(x))
     assert not groups
     assert model[0].q.group.modules() == adapted(model)
+
+
+@pytest.mark.parametrize("inside", ["k", "kv"])
+def test_a_checkpoint_around_some_members(inside):
+    """What it saves is the same when it runs again, whoever was called before it."""
+
+    def call(model):
+        def some(x):
+            return torch.cat([getattr(model[0], name)(x).tanh() for name in inside], -1)
+
+        def forward(x):
+            q = model[0].q(x)
+            parts = [checkpoint(some, x, use_reentrant=False), model[0].v(x)]
+            return torch.cat([q, *parts, checkpoint(model[0].k, x, use_reentrant=False)], -1)
+
+        return forward
+
+    model = make_model()[0].double()
+    reference = alone(model)
+    for shape in ((5, K), (2, 3, K)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert_same(gradients(model, x, call(model)), gradients(reference, x, call(reference)))
+
+
+def test_the_graph_that_x_came_from_is_not_kept():
+    model, _ = make_model()
+    before = torch.nn.Linear(K, K)
+    weight = weakref.ref(before.weight)
+    y = model(before(batch()).tanh())
+    del before, y
+    gc.collect()
+    assert weight() is None

@@ -29,7 +29,7 @@ def test_those_that_read_one_tensor_are_computed_together(groups):
     for _ in range(3):
         assert_same(gradients(model, batch()), gradients(reference, batch()))
     assert groups == [3] * 6
-    assert not module_under_test._slot.waiting.outputs, "all were taken"
+    assert module_under_test._slot.waiting is None, "all were taken"
 
 
 @pytest.mark.parametrize("order", ["qkv", "kqv", "vkq", "qvk"])
@@ -111,6 +111,26 @@ def test_subspaces_carry_the_groups(groups):
     assert report.groups == [[f"{i}.{name}" for name in WIDTHS] for i in range(2)]
     model(batch())
     assert groups == [3, 3]
+
+
+def test_one_tensor_read_in_all_layers_makes_a_group_in_each():
+    """As cross-attention reads the encoder's output."""
+
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.ModuleDict({n: nn.Linear(K, K) for n in "qkv"})
+                                        for _ in range(2))  # fmt: skip
+
+        def forward(self, h, memory):
+            for layer in self.layers:
+                h = layer["q"](h) + layer["k"](memory) * layer["v"](memory)
+            return h
+
+    report = nk.swap_linears(
+        Cross(), "all-linear", rank=R, alpha=6, batch={"h": batch(), "memory": batch(seed=2)}
+    )
+    assert report.groups == [[f"layers.{i}.{n}" for n in "kv"] for i in range(2)]
 
 
 def test_a_group_shares_its_basis():
