@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 _PLAIN = (Tensor, nn.Parameter)
 # The hooks that see what a forward saves; a non-reentrant checkpoint sets some of its own. PyTorch
 # has no public way to ask for them.
-_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_saving_hooks = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None
+)
 
 
 class LinearGroup:
