@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, float]  # of one linear
 
 _PLAIN = (Tensor, nn.Parameter)
+_DROPOUT = "dropout draws a mask for each"
 # The hooks that see what a forward saves; a non-reentrant checkpoint sets some of its own. PyTorch
 # has no public way to ask for them.
 _saving_hooks = getattr(
@@ -104,10 +105,11 @@ class LinearGroup:
         basis = first._subspace[0]._buffers["basis"] if first._subspace else None
         weights, biases, lora_as, lora_bs, scalings = zip(*operands, strict=True)
         projected = None
+        together = len(modules) == len(self._members)
         # Where the graph is recorded it has to project by itself. So does a member out of its
-        # group, for once: that is not worth a second cache.
+        # group, for once; with dropout it always is, and takes its rows of what is kept.
         if (
-            len(modules) == len(self._members)
+            (together or self.obstacle == _DROPOUT)
             and not torch.compiler.is_compiling()
             and not x.is_meta
             and not lora_as[0].is_meta
@@ -117,10 +119,15 @@ class LinearGroup:
         ):
             device = x.device.type
             dtype = compute_dtype(x) if torch.is_autocast_enabled(device) else x.dtype
+            members = modules if together else self.modules()
+            of_all = lora_as if together else tuple([m.lora_A for m in members])
             known = self.projected
-            if known is None or known[0] != projection_key(dtype, lora_as, basis):
+            if known is None or known[0] != projection_key(dtype, of_all, basis):
                 known = self.projections.refresh(self, dtype)
             projected = known[2]
+            if not together:
+                start = sum([m.rank for m in members[: first._position]])
+                projected = projected[start : start + first.rank]
         dropout_p = first.dropout if first.training else 0.0
         return projected_linears(
             x, weights, lora_as, lora_bs, basis, biases, projected, scalings, dropout_p,
@@ -140,12 +147,10 @@ class LinearGroup:
         # Writes to an inference tensor are not counted, and a subclass may mean anything.
         if type(x) not in _PLAIN or x.is_inference():
             return "x cannot be watched"
-        subspace, dtype = asked._subspace, operands[0][0].dtype
+        subspace, dtype, dropping = asked._subspace, operands[0][0].dtype, False
         for module, own in zip(modules, operands, strict=True):
             if not module.enabled or module._buffers["_unmerged_weight"] is not None:
                 return "adapters are off or merged"
-            if module.dropout > 0 and module.training:
-                return "dropout draws a mask for each"
             if module._subspace != subspace or module.backend != asked.backend:
                 return "different bases or backends"
             n, k, r = module.out_features, module.in_features, module.rank
@@ -161,7 +166,8 @@ class LinearGroup:
                     return "on different devices"
             if own[0].dtype != dtype:
                 return "weights of different dtypes"
-        return None
+            dropping = dropping or (module.dropout > 0 and module.training)
+        return _DROPOUT if dropping else None
 
 
 class _Waiting:

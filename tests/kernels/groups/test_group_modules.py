@@ -23,6 +23,7 @@ from torch import nn
 
 import nsru_kernels as nk
 from nsru_kernels.nn import group as module_under_test
+from nsru_kernels.nn import projections
 
 
 def save_and_load(model):
@@ -86,6 +87,22 @@ def test_dropout_works_alone_in_training_only(groups):
     model.eval()
     torch.testing.assert_close(model(batch()), alone(model)(batch()))
     assert groups == [3]
+
+
+def test_dropout_projects_once_for_all(monkeypatch):
+    model, _ = make_model(dropout=0.5)
+    calls, project = [], projections.project_adapters
+    monkeypatch.setattr(
+        projections,
+        "project_adapters",
+        lambda *args, **options: calls.append(1) or project(*args, **options),
+    )
+    for _ in range(3):
+        torch.manual_seed(0)
+        y = model(batch())
+    assert len(calls) == 1
+    torch.manual_seed(0)
+    torch.testing.assert_close(y, alone(model)(batch()))
 
 
 def test_hooks_of_members_still_run(groups):
