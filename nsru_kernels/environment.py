@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nsru_kernels.dispatch import cpu_extension
+from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.dispatch.explain import backend_status
 
 PACKAGES = (
@@ -42,9 +43,9 @@ def describe_environment() -> dict[str, Any]:
         ``backends`` (one row per op and backend: op, backend, serves, reason) and ``variables``.
     """
     try:
-        backends, wrong = backend_status(), ""
+        chosen, wrong = requested_backend("auto"), ""
     except ValueError as error:  # NSRU_BACKEND names no backend
-        backends, wrong = [], f": {error}"
+        chosen, wrong = "auto", f": {error}"
     variables = {
         name: value
         for name, value in sorted(os.environ.items())
@@ -59,7 +60,7 @@ def describe_environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": _describe_cpu(),
         "cuda": _describe_cuda(),
-        "backends": [verdict._asdict() for verdict in backends],
+        "backends": [verdict._asdict() for verdict in backend_status(chosen)],
         "variables": variables,
     }
 

@@ -80,12 +80,15 @@ def explain(op: str, *args: object) -> Explanation:
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}.")
     device = next((tensor.device for tensor in _tensors(args)), default_device())
-    return Explanation(op, str(device), _verdicts(op, device, args))
+    return Explanation(op, str(device), _verdicts(op, device, args, requested_backend("auto")))
 
 
-def backend_status(device: torch.device | None = None) -> list[Verdict]:
-    """The verdict on every backend of every op, for ``nsru env``."""
-    return [v for op in OPS for v in _verdicts(op, device or default_device(), ())]
+def backend_status(chosen: str) -> list[Verdict]:
+    """The verdict on every backend of every op on the default device, for ``nsru env``.
+
+    ``chosen`` is what ``backend="auto"`` means.
+    """
+    return [v for op in OPS for v in _verdicts(op, default_device(), (), chosen)]
 
 
 def _tensors(args: Iterable[object]) -> Iterable[torch.Tensor]:
@@ -96,9 +99,9 @@ def _tensors(args: Iterable[object]) -> Iterable[torch.Tensor]:
         )  # fmt: skip
 
 
-def _verdicts(public: str, device: torch.device, args: tuple) -> list[Verdict]:
+def _verdicts(public: str, device: torch.device, args: tuple, chosen: str) -> list[Verdict]:
     op, query_of = OPS[public]
-    query, chosen, plan = query_of(args), requested_backend("auto"), None
+    query, plan = query_of(args), None
     against_others = f"NSRU_BACKEND={chosen} is set."
     if chosen == "auto":
         chosen, against_others = "eager", ""

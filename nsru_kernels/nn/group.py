@@ -154,7 +154,7 @@ class LinearGroup:
             if module._subspace != subspace or module.backend != asked.backend:
                 return "different bases or backends"
             n, k, r = module.out_features, module.in_features, module.rank
-            for tensor, shape in zip(own, ((n, k), (n,), (r, k), (n, r)), strict=False):
+            for tensor, shape in zip(own[:4], ((n, k), (n,), (r, k), (n, r)), strict=True):
                 if tensor is None:
                     continue
                 # FSDP and ZeRO hold shards, or nothing, until the module itself is called.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ class NSRULinear(nn.Module):
     torch.Size([2, 16])
     """
 
+    bias: nn.Parameter | None
     _unmerged_weight: Tensor | None
 
     def __init__(
@@ -124,12 +126,12 @@ class NSRULinear(nn.Module):
 
     def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
         """W, b, A, B and s as they are at this moment."""
-        held = self._parameters  # without nn.Module's search for attributes
+        held: dict[str, Any] = self._parameters  # without nn.Module's search for attributes
+        scaling = self.alpha / self.rank
         try:
-            tensors = held["weight"], held["bias"], held["lora_A"], held["lora_B"]
+            return held["weight"], held["bias"], held["lora_A"], held["lora_B"], scaling
         except KeyError:  # FSDP puts plain tensors in their places
-            tensors = self.weight, self.bias, self.lora_A, self.lora_B
-        return *tensors, self.alpha / self.rank  # type: ignore[return-value]
+            return self.weight, self.bias, self.lora_A, self.lora_B, scaling
 
     def _freeze(self) -> None:
         self.weight.requires_grad_(False)
@@ -170,7 +172,7 @@ class NSRULinear(nn.Module):
         self._subspace = () if subspace is None else (subspace,)
         if subspace is not None and not subspace.owned:
             subspace.owned = True
-            self.subspace = subspace
+            self.subspace = subspace  # type: ignore[misc] # registers a child
 
     def join(self, group: LinearGroup) -> None:
         """Be computed with the members of ``group``, which read the same input."""

@@ -32,6 +32,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         linear = nn.Linear(
             module.in_features, module.out_features, bias=module.bias is not None, device="meta"
         )
-        linear.weight, linear.bias = module.weight, module.bias
+        linear.weight = module.weight
+        linear.bias = module.bias  # type: ignore[assignment] # None without a bias
         replace_module(model, name, linear.train(module.training))
     return model

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from nsru_kernels.ops.project import project_adapters
 
@@ -29,7 +30,7 @@ class _Steps:
     def __init__(self) -> None:
         self.count = 0
         self._watchers = 0
-        self._hook = None
+        self._hook: RemovableHandle | None = None
 
     def watch(self, cache: Projections) -> None:
         if self._hook is None:

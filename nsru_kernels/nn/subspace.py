@@ -85,6 +85,10 @@ class RetainSubspace(nn.Module):
         eigenvalues = self._known_eigenvalues("captured_energy")
         return min(1.0, eigenvalues.sum().item() / self.trace) if self.trace else 1.0
 
+    def spectrum(self) -> list[float]:
+        """λ̂_i / trace of every direction, falling."""
+        return (self._known_eigenvalues("spectrum") / (self.trace or 1.0)).tolist()
+
     def truncate(self, rank: int | None = None, energy: float | None = None) -> RetainSubspace:
         """The leading directions only.
 

@@ -177,9 +177,8 @@ def _families(
     if batch is not None:
         with evaluating(model):
             return ActivationStream(model, linears).group_by_input(batch)
-    if hasattr(subspaces, "inputs"):
-        return [entry.modules for entry in subspaces.inputs]
-    return None
+    inputs = getattr(subspaces, "inputs", None)
+    return None if inputs is None else [entry.modules for entry in inputs]
 
 
 def _join(modules: Mapping[str, NSRULinear], families: list[list[str]]) -> list[list[str]]:

@@ -114,7 +114,7 @@ def estimate_retain_subspaces(
                 editability=shares[subspace.rank] if shares else None,
                 rank_limited=subspace.rank_limited,
                 tokens=subspace.tokens,
-                spectrum=(whole.eigenvalues / (whole.trace or 1.0)).tolist(),
+                spectrum=whole.spectrum(),
                 editability_by_rank=shares,
             )
         )

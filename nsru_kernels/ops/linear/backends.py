@@ -66,7 +66,7 @@ def _query_of_call(table: str, x: object, lists: list) -> Query:
     if not isinstance(x, Tensor):
         return Query(table, "forward")
     shapes = [
-        [getattr(tensor, "shape", ()) for tensor in tensors]
+        [getattr(tensor, "shape", torch.Size()) for tensor in tensors]
         for tensors in lists
         if isinstance(tensors, (list, tuple))
     ]

@@ -59,12 +59,10 @@ def backward(
     if need_x or need_a:
         parts = []
         for dy_MN, b_NR, s, scaling in zip(dys_MN, bs_NR, ss_MR, scalings, strict=True):
-            # With beta 0 addmm reads nothing of its first argument but the shape.
-            used = dy_MN is not None
-            ds = (
-                torch.addmm(s, dy_MN, b_NR, beta=0, alpha=scaling) if used else s.new_zeros(s.shape)
-            )
-            parts.append(ds)
+            if dy_MN is None:
+                parts.append(s.new_zeros(s.shape))
+            else:  # with beta 0 addmm reads nothing of its first argument but the shape
+                parts.append(torch.addmm(s, dy_MN, b_NR, beta=0, alpha=scaling))
         ds_MR = parts[0] if count == 1 else torch.cat(parts, 1)
     if need_x:
         dx = ds_MR @ a_RK
