@@ -129,14 +129,14 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
 
     Args:
         model: the base model, changed in place.
-        path: a folder in PEFT's format, with one rank and alpha for all modules.
+        path: a folder in PEFT's format, with one rank for all modules.
     Returns:
         the swap report.
     Raises:
         ValueError: damaged files, unsupported LoRA variants, or an adapter of another model.
     """
     config, tensors = read_adapter(path)
-    for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+    for option in ("use_rslora", "use_dora", "rank_pattern", "modules_to_save"):
         if config.get(option):
             raise ValueError(
                 f"adapter: {option}={config[option]!r} is not supported; load it with PEFT."
@@ -167,7 +167,13 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
                 f"{CONFIG} says {config['r']}."
             )
     check_fingerprint(model, Path(path) / SIDECAR)
-    report = swap_linears(model, names, rank=config["r"], alpha=config["lora_alpha"])
+    report = swap_linears(
+        model,
+        names,
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        alpha_pattern=config.get("alpha_pattern"),
+    )
     for name in names:
         module = model.get_submodule(name)
         assert isinstance(module, NSRULinear)

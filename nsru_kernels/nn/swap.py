@@ -72,6 +72,7 @@ def swap_linears(
     *,
     rank: int,
     alpha: float,
+    alpha_pattern: Mapping[str, float] | None = None,
     subspaces: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     siblings: bool = True,
@@ -91,6 +92,7 @@ def swap_linears(
             ("q_proj").
         rank: R of every adapter.
         alpha: updates are scaled by alpha / rank.
+        alpha_pattern: full module name → its own alpha, as in PEFT; see ``SubspaceSet.alphas``.
         subspaces: from ``estimate_retain_subspaces``: module name → ``RetainSubspace`` (or a basis
             tensor [K, Q]), one for every target. None: plain LoRA.
         dropout: LoRA dropout.
@@ -105,12 +107,19 @@ def swap_linears(
         the report; print it.
     Raises:
         ValueError: a target matches nothing (the closest names are given) or a layer that cannot be
-            swapped, a subspace is missing or of another size or from another model, or the model is
-            already swapped, wrapped by PEFT, or a linear layer itself.
+            swapped, alpha_pattern names another module, a subspace is missing or of another size or
+            from another model, or the model is already swapped, wrapped by PEFT, or a linear layer
+            itself.
         TypeError: an entry of ``subspaces`` has no basis tensor.
     """
     _refuse_adapted(model)
     linears, skipped = _match(model, targets)
+    alphas = dict(alpha_pattern or {})
+    if unknown := sorted(alphas.keys() - {name for name, _ in linears}):
+        raise ValueError(
+            f"swap_linears: alpha_pattern names {unknown[0]!r}, which is not among the "
+            f"{len(linears)} linears to swap. Give full module names."
+        )
     if subspaces is not None:
         if missing := [name for name, _ in linears if name not in subspaces]:
             raise ValueError(
@@ -127,7 +136,7 @@ def swap_linears(
         try:
             holder = None if subspaces is None else _holder(subspaces[name], linear, holders)
             module = NSRULinear.from_linear(
-                linear, rank, alpha=alpha, dropout=dropout, backend=backend
+                linear, rank, alpha=alphas.get(name, alpha), dropout=dropout, backend=backend
             )
             module.hold(holder)
         except (TypeError, ValueError) as error:

@@ -31,7 +31,8 @@ class InputDiagnostics:
         in_features: K.
         rank: Q.
         captured_energy: Σ_{i<=Q} λ̂_i / trace, a certified lower bound.
-        editability: ‖P x_f‖²/‖x_f‖² over the forget set; None without one.
+        editability: ‖P x_f‖²/‖x_f‖² over the forget set, of unit tokens where these were asked for;
+            None without one.
         rank_limited: the request could not be met within the sketch's width.
         tokens: retain tokens seen.
         spectrum: λ̂_i / trace of every direction of the sketch, also beyond Q.
@@ -67,6 +68,19 @@ class SubspaceSet(dict[str, RetainSubspace]):
         super().__init__(subspaces)
         self.inputs = inputs
         self.fingerprint = fingerprint
+
+    def alphas(self, alpha: float) -> dict[str, float]:
+        """Module name → alpha / √editability, for `swap_linears(alpha_pattern=...)`.
+
+        AdamW moves A and B by lr whatever the gradient's size, so what an update adds to the output
+        of a forget token goes with ‖P x‖. Divided by √editability it is, at the same lr, what it
+        would be without a projection. alpha itself where editability is 0 or was not measured.
+        """
+        return {
+            name: alpha / (entry.editability or 1.0) ** 0.5
+            for entry in self.inputs
+            for name in entry.modules
+        }
 
     def table(self) -> str:
         """The diagnostics as aligned text, one line per distinct input."""

@@ -34,6 +34,7 @@ def estimate_retain_subspaces(
     energy: float | None = None,
     forget_batches: Batches | None = None,
     min_editability: float | None = None,
+    unit_tokens: bool = False,
     refresh_every: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -57,7 +58,10 @@ def estimate_retain_subspaces(
         energy: for every input the smallest rank with this certified share of the energy.
         forget_batches: like `batches`; adds editability to the diagnostics, the share
             ‖P x‖²/‖x‖² of forget activation energy that the projector leaves open.
-        min_editability: for every input the largest rank with at least this editability.
+        min_editability: for every input the largest rank with at least this editability, and at
+            least 1, so that no input is left unprotected.
+        unit_tokens: scale every token to norm 1 first. One token with a massive activation, often
+            the first of a sequence, can otherwise hold all but a thousandth of an input's energy.
         refresh_every, seed: as for `RetainSketch`.
         progress: show progress bars (needs tqdm).
 
@@ -84,7 +88,8 @@ def estimate_retain_subspaces(
             )
             for index, modules in enumerate(groups)
         }
-        consumers: dict[str, Consumer] = {name: s.update for name, s in sketches.items()}
+        prepare = _unit if unit_tokens else _as_it_is
+        consumers = {name: prepare(sketch.update) for name, sketch in sketches.items()}
         stream.feed(batches, consumers, "retain activations" if progress else None)
         if is_distributed():
             for sketch in sketches.values():
@@ -94,7 +99,7 @@ def estimate_retain_subspaces(
         open_shares: dict[str, list[float]] = {}
         if forget_batches is not None:
             forget = {name: _ForgetEnergy(name, whole) for name, whole in wholes.items()}
-            consumers = {name: energies.update for name, energies in forget.items()}
+            consumers = {name: prepare(energies.update) for name, energies in forget.items()}
             stream.feed(forget_batches, consumers, "forget activations" if progress else None)
             open_shares = {name: energies.editability() for name, energies in forget.items()}
 
@@ -120,6 +125,21 @@ def estimate_retain_subspaces(
         )
     ordered = {name: subspaces[name] for name in linears}
     return SubspaceSet(ordered, inputs, fingerprint_weights(model))
+
+
+def _as_it_is(consume: Consumer) -> Consumer:
+    return consume
+
+
+def _unit(consume: Consumer) -> Consumer:
+    """Hand on every token scaled to norm 1; a token that is 0 stays 0, NaN and inf stay bad."""
+
+    def scaled(x: Tensor, keep: Tensor | None) -> None:
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        consume((wide / norm.clamp_min(torch.finfo(torch.float32).tiny)).to(x.dtype), keep)
+
+    return scaled
 
 
 class _ForgetEnergy:
@@ -162,7 +182,7 @@ def _truncate(
     if min_editability is None:
         return whole.truncate(rank, energy)
     assert shares is not None
-    largest = sum(share >= min_editability for share in shares) - 1
+    largest = max(1, sum(share >= min_editability for share in shares) - 1)
     # All directions leave enough open: a wider sketch would have offered more of them.
     ran_out = largest == whole.rank < whole.in_features
     subspace = whole.truncate(largest)

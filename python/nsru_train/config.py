@@ -79,8 +79,9 @@ class SubspaceConfig:
         width: of the sketch: the most directions that can be found.
         rank: fixed rank of every subspace.
         energy: captured share of the retain activations' energy, 0 to 1.
-        min_editability: share of the forget activations' energy that must stay open to edits; the
-            rank is the largest that leaves it. Used when none of the three is given.
+        min_editability: share of the forget answers' activations, every token counting alike, that
+            must stay open to edits; the rank is the largest that leaves it, at least 1. Used when
+            none of the three is given.
         max_tokens: of one batch, padding included.
     """
 
@@ -117,7 +118,8 @@ class LoraConfig:
 
     Args:
         rank: R.
-        alpha: updates are scaled by alpha / rank.
+        alpha: updates are scaled by alpha / rank, and where they are projected by 1 / √editability
+            besides, so that one lr suits every subspace and none.
         dropout: on the adapters' input; above 0 the null space holds in expectation only.
         project: confine the update to the null space of the retain subspaces; false is plain LoRA.
     """

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import nsru_kernels as nk
 from nsru_kernels.dispatch import default_device
 from nsru_kernels.subspaces.estimate import SubspaceSet
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
-from nsru_train.data.encode import collate, encode_qa, length_batches
+from nsru_train.data.encode import IGNORE_INDEX, collate, encode_qa, length_batches
 from nsru_train.data.records import QA, check_disjoint
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluate import SPLITS
@@ -99,20 +100,29 @@ def _device(name: str) -> torch.device:
 
 
 def token_batches(
-    model: nn.Module, tokenizer, records: Sequence[QA], *, max_tokens: int, max_length: int
+    model: nn.Module,
+    tokenizer,
+    records: Sequence[QA],
+    *,
+    max_tokens: int,
+    max_length: int,
+    answers_only: bool = False,
 ) -> list[dict[str, torch.Tensor]]:
-    """Questions with their answers as model inputs, batched by length."""
+    """Questions with their answers as model inputs, batched by length.
+
+    answers_only adds a token_mask of the positions that predict an answer's token or EOS.
+    """
     encoded = [
         encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in records
     ]
     device = next(model.parameters()).device
-    return [
-        {
-            name: tensor.to(device)
-            for name, tensor in collate([encoded[i] for i in ids], tokenizer.pad_token_id).items()
-        }
-        for ids in length_batches(encoded, max(max_tokens, max_length))
-    ]
+    batches = []
+    for ids in length_batches(encoded, max(max_tokens, max_length)):
+        batch = collate([encoded[i] for i in ids], tokenizer.pad_token_id)
+        if answers_only:
+            batch["token_mask"] = F.pad(batch["labels"][:, 1:] != IGNORE_INDEX, (0, 1))
+        batches.append({name: tensor.to(device) for name, tensor in batch.items()})
+    return batches
 
 
 def find_subspaces(
@@ -136,18 +146,22 @@ def find_subspaces(
         subspaces.check_model(model)
         _check_room(subspaces)
         return subspaces
+    # Protect every position, but measure the room where forgetting has to act: template and first
+    # token are the same in both sets, and with them a rank looks tighter than it is.
     retain_batches, forget_batches = (
         token_batches(
-            model, tokenizer, records, max_tokens=config.max_tokens, max_length=max_length
+            model, tokenizer, records,
+            max_tokens=config.max_tokens, max_length=max_length, answers_only=records is forget,
         )
         for records in (retain, forget)
-    )
+    )  # fmt: skip
     subspaces = nk.estimate_retain_subspaces(
         model,
         retain_batches,
         config.targets,
         width=config.width,
         forget_batches=forget_batches,
+        unit_tokens=True,
         seed=seed,
         progress=progress,
         **config.rule(),
@@ -214,9 +228,14 @@ def unlearn(
     resume: bool = False,
     on_eval: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
     eval_steps: int = 10,
+    stop_at: float | None = None,
     progress: bool = True,
 ) -> Outcome:
-    """Swap the model's linears and train; checkpoints and metrics.jsonl go to ``folder``."""
+    """Swap the model's linears and train; checkpoints and metrics.jsonl go to ``folder``.
+
+    on_eval is called before the first step, every eval_steps and at the end; training stops where
+    its forget_prob is at most stop_at.
+    """
     from transformers import TrainingArguments, set_seed
 
     from nsru_train.trainer import NSRUTrainer, make_train_dataset, reference_nll
@@ -231,6 +250,7 @@ def unlearn(
         targets,
         rank=lora.rank,
         alpha=lora.alpha,
+        alpha_pattern=_alphas(subspaces, lora) if lora.project else None,
         dropout=lora.dropout,
         subspaces=subspaces if lora.project else None,
         batch=first,
@@ -277,6 +297,7 @@ def unlearn(
         retain_stop_ratio=train.retain_stop_ratio,
         on_eval=on_eval,
         eval_steps=eval_steps,
+        stop_at=stop_at,
     )
     with PeakMemory(device) as peak:
         trainer.train(resume_from_checkpoint=resume or None)
@@ -295,6 +316,11 @@ def unlearn(
             if isinstance(module, nk.NSRULinear)
         ],
     )
+
+
+def _alphas(subspaces: Mapping[str, Any] | None, lora: LoraConfig) -> dict[str, float] | None:
+    """An alpha for each module where the subspaces know their editability."""
+    return subspaces.alphas(lora.alpha) if isinstance(subspaces, SubspaceSet) else None
 
 
 def rounding(weight: torch.Tensor) -> float:

@@ -148,6 +148,56 @@ def test_min_editability_takes_the_largest_rank(model):
     assert [(entry.rank, entry.rank_limited) for entry in limited.inputs] == [(16, True)] * 2
 
 
+def test_unit_tokens_count_alike(model):
+    retain, forget = make_batches(high=25), make_batches(seed=1, low=25)
+    options = {"rank": 5, "forget_batches": forget, "unit_tokens": True}
+    for entry in estimate(model, retain, **options).inputs:
+        x_r, x_f = (
+            torch.nn.functional.normalize(inputs_of(model, entry.name, batches), dim=1)
+            for batches in (retain, forget)
+        )
+        values, vectors = torch.linalg.eigh(x_r.T @ x_r)
+        assert entry.captured_energy == pytest.approx((values[-5:].sum() / len(x_r)).item(), 1e-4)
+        taken = (x_f @ vectors[:, -5:]).square().sum().item() / len(x_f)
+        assert entry.editability == pytest.approx(1 - taken, abs=1e-3)
+
+
+def test_one_massive_token_decides_only_without_unit_tokens():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 4))
+    x = torch.randn(1, 30, 12)
+    x[:, 0] *= 1e4
+    batches = [{"input": x}]
+    options = {"min_editability": 0.3, "forget_batches": batches}
+    by_energy = estimate(model, batches, ["0"], **options).inputs[0]
+    by_token = estimate(model, batches, ["0"], unit_tokens=True, **options).inputs[0]
+    assert by_energy.rank == 1, "never 0: something is always protected"
+    assert by_energy.editability < 1e-6
+    assert by_token.rank > 1
+    assert by_token.editability >= 0.3
+
+
+def test_unit_tokens_hide_no_bad_activation():
+    model = nn.Sequential(nn.Linear(4, 2))
+    for bad in (float("nan"), float("inf")):
+        x = torch.ones(1, 3, 4)
+        x[0, 1, 2] = bad
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            estimate(model, [{"input": x}], ["0"], rank=1, unit_tokens=True)
+
+
+def test_alphas_undo_what_the_projection_takes(model):
+    retain, forget = make_batches(high=25), make_batches(seed=1, low=25)
+    subspaces = estimate(model, retain, rank=5, forget_batches=forget)
+    alphas = subspaces.alphas(16.0)
+    assert list(alphas) == [module for entry in subspaces.inputs for module in entry.modules]
+    for entry in subspaces.inputs:
+        for module in entry.modules:
+            assert alphas[module] ** 2 * entry.editability == pytest.approx(16.0**2)
+    unmeasured = estimate(model, retain, rank=5)
+    assert set(unmeasured.alphas(16.0).values()) == {16.0}
+
+
 def test_token_mask_leaves_tokens_out(model):
     batches = make_batches()
     for batch in batches:

@@ -140,6 +140,17 @@ def test_load_gives_the_same_model_and_can_be_saved_again(base, llama, tmp_path)
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
 
 
+def test_an_alpha_of_each_module_goes_the_way_to_disk_and_back(base, llama, tmp_path):
+    adapted = adapt(base, alpha_pattern={"model.layers.1.mlp.up_proj": 30.0})
+    nk.save_lora_adapter(adapted, tmp_path)
+    again = copy.deepcopy(llama)
+    load_lora_adapter(again, tmp_path)
+    assert again.model.layers[1].mlp.up_proj.alpha == 30.0
+    torch.testing.assert_close(logits(again), logits(adapted), rtol=1e-5, atol=1e-6)
+    by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path).eval()
+    torch.testing.assert_close(logits(by_peft), logits(adapted), rtol=1e-5, atol=1e-6)
+
+
 def test_an_adapter_that_peft_wrote_loads(llama, tmp_path):
     config = peft.LoraConfig(r=3, lora_alpha=9, target_modules=["v_proj"], task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(copy.deepcopy(llama), config).eval()

@@ -1,0 +1,78 @@
+"""What the pipeline measures the subspaces on, and what it makes of their editability."""
+
+import math
+
+import pytest
+import torch
+from trainer_samples import FORGET, RETAIN, make_model, make_tokenizer
+
+import nsru_kernels as nk
+from nsru_train.config import LoraConfig, Objective, SubspaceConfig, TrainConfig
+from nsru_train.data.encode import encode_qa
+from nsru_train.data.safe_targets import SafeTargets
+from nsru_train.pipeline import Data, find_subspaces, token_batches, unlearn
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer):
+    return nk.merge_adapters(make_model(tokenizer))
+
+
+def _adapted(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, nk.NSRULinear)}
+
+
+def test_answers_only_keeps_the_positions_that_predict_the_answer(model, tokenizer):
+    sizes = {"max_tokens": 4096, "max_length": 64}
+    (batch,) = token_batches(model, tokenizer, FORGET, answers_only=True, **sizes)
+    assert "token_mask" not in token_batches(model, tokenizer, FORGET, **sizes)[0]
+    predicted = sorted(
+        batch["input_ids"][row, 1:][keep[:-1]].tolist()
+        for row, keep in enumerate(batch["token_mask"])
+    )
+    encoded = [encode_qa(tokenizer, qa.question, qa.answer) for qa in FORGET]
+    assert predicted == sorted(item.input_ids[item.answer_start :] for item in encoded)
+    assert not batch["token_mask"][:, -1].any(), "the last position predicts nothing"
+
+
+def test_editability_is_that_of_answers(model, tokenizer):
+    subspaces = find_subspaces(
+        model, tokenizer, FORGET, RETAIN, SubspaceConfig(rank=3), progress=False
+    )
+    seen = []
+    entry = subspaces.inputs[0]
+    handle = model.get_submodule(entry.name).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    for qa in FORGET:
+        item = encode_qa(tokenizer, qa.question, qa.answer)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([item.input_ids]))
+        seen[-1] = seen[-1][0, item.answer_start - 1 : -1]
+    handle.remove()
+    x = torch.nn.functional.normalize(torch.cat(seen), dim=1)
+    taken = (x @ subspaces[entry.name].basis).square().sum().item() / len(x)
+    assert entry.editability == pytest.approx(1 - taken, abs=1e-5)
+
+
+@pytest.mark.parametrize("project", [True, False])
+def test_alpha_follows_editability_only_where_it_projects(model, tokenizer, tmp_path, project):
+    subspaces = find_subspaces(
+        model, tokenizer, FORGET, RETAIN, SubspaceConfig(rank=3), progress=False
+    )
+    unlearn(
+        model, tokenizer, Data(FORGET, RETAIN, {}, SafeTargets.from_file()), tmp_path,
+        targets="all-linear", subspaces=subspaces, lora=LoraConfig(project=project),
+        objective=Objective(), train=TrainConfig(steps=1, batch_size=2, save_steps=0),
+        progress=False,
+    )  # fmt: skip
+    adapted = _adapted(model)
+    for entry in subspaces.inputs:
+        assert 0 < entry.editability < 1
+        want = 16 / math.sqrt(entry.editability) if project else 16
+        assert all(adapted[name].alpha == pytest.approx(want) for name in entry.modules)
