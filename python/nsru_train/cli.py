@@ -33,8 +33,13 @@ def env() -> None:
 
 def demo(
     out: str = "runs/demo",
+    model: str | None = None,
     data_dir: str | None = None,
     seeds: int = 3,
+    lrs: list[float] = [],  # noqa: B006
+    stop: float | None = None,
+    probed: int | None = None,
+    resume: bool = False,
     subspace: SubspaceConfig = SubspaceConfig(),  # noqa: B008
     lora: LoraConfig = LoraConfig(),  # noqa: B008
     objective: Objective = Objective(),  # noqa: B008
@@ -46,8 +51,14 @@ def demo(
 
     Args:
         out: run folder.
+        model: folder of a model and its questions, as `make smollm2` makes them, instead.
         data_dir: folder with TOFU's files; none makes fictitious authors.
         seeds: how often both methods are run.
+        lrs: learning rates to try at seed 0 for each method; the one that costs unseen answers
+            least at equal forgetting is used for all seeds. None: train.lr.
+        stop: stop a run once forget_prob is at most this; none trains all steps.
+        probed: most questions of a set at each evaluation while training; none takes all.
+        resume: keep what an earlier, interrupted call has finished in ``out``.
         subspace: the retain subspaces.
         lora: the adapters, of both methods.
         objective: what is optimised, by both methods.
@@ -59,8 +70,13 @@ def demo(
 
     run_demo(
         out,
+        model=model,
         data_dir=data_dir,
         seeds=seeds,
+        lrs=lrs,
+        stop=stop,
+        probed=probed,
+        resume=resume,
         subspace=subspace,
         lora=lora,
         objective=objective,

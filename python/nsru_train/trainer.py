@@ -125,6 +125,7 @@ class NSRUTrainer(Trainer):
         on_eval: hook(step, model) -> dict of floats, called before the first step, every eval_steps
             and after the last; the model is in eval mode, without gradient. Results: `evaluations`.
         eval_steps: of on_eval.
+        stop_at: stop where on_eval's forget_prob is at most this; None trains all steps.
         callbacks: further `TrainerCallback`s.
 
     Raises:
@@ -151,6 +152,7 @@ class NSRUTrainer(Trainer):
         retain_stop_ratio: float | None = TrainConfig.retain_stop_ratio,
         on_eval: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
         eval_steps: int = 10,
+        stop_at: float | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         if not any(p.requires_grad for p in model.parameters()):
@@ -192,7 +194,7 @@ class NSRUTrainer(Trainer):
         if self._early_stop is not None:
             self.add_callback(self._early_stop)
         if on_eval is not None:
-            self.add_callback(EvalHookCallback(on_eval, eval_steps, self.log))
+            self.add_callback(EvalHookCallback(on_eval, eval_steps, self.log, stop_at))
         for callback in callbacks:
             self.add_callback(callback)
 

@@ -1,9 +1,9 @@
-"""The whole way on a small model made on the spot: memorise, estimate, unlearn, compare, report."""
+"""The whole way on a small model: memorise, estimate, unlearn, compare, report."""
 
 from __future__ import annotations
 
-import copy
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import nn
 
-import nsru_kernels as nk
+from nsru_kernels.subspaces.collection import SubspaceSet
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
-from nsru_train.demo.sets import Sets, fictitious_sets, tofu_sets
+from nsru_train.demo.compare import Comparison, best_lr
+from nsru_train.demo.sets import Sets, fictitious_sets, target_sets, tofu_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
-from nsru_train.evaluate import Evaluation, evaluate, probability_sets
 from nsru_train.losses.objective import Objective
-from nsru_train.pipeline import Data, Outcome, find_subspaces, unlearn
+from nsru_train.pipeline import MORE_SPLITS, find_subspaces, load_model
 from nsru_train.report import write_report
 from nsru_train.report.summary import (
     FORGET_TARGET,
@@ -29,7 +29,6 @@ from nsru_train.report.summary import (
     matched_damage,
 )
 from nsru_train.run_folder import RunFolder
-from nsru_train.scoring import greedy_answers, quick_probabilities
 from nsru_train.sources import save_records
 
 METHODS = ("nsru", "lora")
@@ -59,8 +58,13 @@ TOFU = Scale(40, 4096, 256, 5, 704, epochs=40, lr=1e-3, bf16=True, eval_steps=10
 def run_demo(
     out: str,
     *,
+    model: str | None,
     data_dir: str | None,
     seeds: int,
+    lrs: Sequence[float],
+    stop: float | None,
+    probed: int | None,
+    resume: bool,
     subspace: SubspaceConfig,
     lora: LoraConfig,
     objective: Objective,
@@ -76,89 +80,80 @@ def run_demo(
     run.write_environment()
     scale = FICTITIOUS if data_dir is None else TOFU
     safe = SafeTargets.from_file()
-    if data_dir is None:
+    if model is not None:
+        sets = target_sets(model)
+    elif data_dir is None:
         sets = fictitious_sets(scale.authors, safe)
     else:
         sets = tofu_sets(data_dir, scale.authors, safe)
-    _write_run_config(run, sets, subspace, lora, objective, train)
+    base_dir = model or str(run.path / "base")
+    _write_run_config(run, base_dir, sets, subspace, lora, objective, train)
 
-    say(f"1/5  memorise {len(sets.memorised)} questions of {scale.authors} authors")
-    model, tokenizer = base_model(run.path / "base", sets.memorised, scale, max_seconds, progress)
-    probe = Probe(tokenizer, sets, safe)
+    if model is not None:
+        say(f"1/5  load {model}")
+        base, tokenizer = load_model(ModelConfig(model))
+    else:
+        say(f"1/5  memorise {len(sets.memorised)} questions of {scale.authors} authors")
+        base, tokenizer = base_model(Path(base_dir), sets.memorised, scale, max_seconds, progress)
 
     say("2/5  evaluate before, and estimate the retain subspaces")
-    # Model utility needs wrong answers to compare with; TOFU has them for its first 400 rows.
-    retain = [qa for qa in sets.retain if qa.perturbed_answers]
-    splits = {"forget": sets.forget, "retain": retain, "holdout": sets.holdout}
-    before = evaluate(model, tokenizer, splits, safe=safe, progress=progress)
-    rows = [{"method": "before", "seed": 0, **probe(0, model), **_quality(before)}]
-    subspaces = find_subspaces(
-        model, tokenizer, sets.forget, [*sets.retain, *sets.retain_unseen], subspace,
-        progress=progress,
-    )  # fmt: skip
-    subspaces.save(run.path / "subspaces")
+    subspaces = _subspaces(run, base, tokenizer, sets, subspace, resume, progress)
     print(subspaces.table())
+    comparison = Comparison(
+        run, base, tokenizer, sets, safe, subspace.targets, subspaces, lora, objective, train,
+        scale.eval_steps, stop, probed, examples, resume, progress,
+    )  # fmt: skip
+    rows = [comparison.before()]
 
     say(f"3/5  unlearn with {' and '.join(METHODS)}, {seeds} seeds each, {train.steps} steps")
-    frontier: list[dict[str, Any]] = []
-    leakage: list[dict[str, Any]] = []
-    answers: dict[str, list[str]] = {}
-    shown = [*sets.forget[:examples], *sets.retain_unseen[: examples // 2]]
-    data = Data(sets.forget, sets.retain, {}, safe)
+    tuning = [
+        comparison.unlearn(method, lr, seed=0)
+        for method in METHODS
+        for lr in (lrs or [train.lr])
+    ]  # fmt: skip
+    points = [point for one in tuning for point in one["frontier"]]
+    best = {method: best_lr(points, method, stop or FORGET_TARGET) for method in METHODS}
+    trained = [
+        comparison.unlearn(method, best[method], seed=seed)
+        for seed in range(seeds)
+        for method in METHODS
+    ]  # fmt: skip
+    for one in trained:
+        rows.append(comparison.judge(one))
+        print(f"  {one['method']} seed {one['seed']}, lr {one['lr']:g}: {_brief(rows[-1])}")
     run.metrics_path.unlink(missing_ok=True)
-    for seed in range(seeds):
-        for method in METHODS:
-            adapted, folder = copy.deepcopy(model), run.path / "runs" / f"{method}-{seed}"
-            outcome = unlearn(
-                adapted,
-                tokenizer,
-                data,
-                folder,
-                targets=subspace.targets,
-                subspaces=subspaces,
-                lora=replace(lora, project=method == "nsru"),
-                objective=objective,
-                train=replace(train, seed=seed, save_steps=0),
-                on_eval=probe,
-                eval_steps=scale.eval_steps,
-                progress=progress,
-            )
-            label = {"method": method, "seed": seed}
-            frontier += [{**label, **point} for point in outcome.evaluations]
-            for line in RunFolder(folder).read_metrics():
-                run.log_metrics({**label, **line})
-            after = evaluate(adapted, tokenizer, splits, safe=safe, progress=progress)
-            rows.append({**label, **_last_point(outcome), **_quality(after), **outcome.results()})
-            print(f"  {method} seed {seed}: {_brief(rows[-1])}")
-            if seed == 0:
-                answers[method] = _answers(adapted, tokenizer, shown)
-                if method == "nsru":
-                    leakage = outcome.leakage
-                    nk.save_lora_adapter(
-                        adapted, run.adapter_dir, metadata={"fingerprint": subspaces.fingerprint}
-                    )
+    for one in trained:
+        for line in RunFolder(one["folder"]).read_metrics():
+            run.log_metrics({"method": one["method"], "seed": one["seed"], **line})
+    kept = Path(trained[0]["folder"], "adapter")
+    shutil.copytree(kept, run.adapter_dir, dirs_exist_ok=True)
 
     say("4/5  compare at equal forgetting")
-    answers["before"] = _answers(model, tokenizer, shown)
     results: dict[str, Any] = {
         "schema": 1,
         "kind": "demo",
         "seconds": time.perf_counter() - started,
         "command": command,
         "setup": {
-            "questions": {name: len(records) for name, records in vars(sets).items()},
-            "model_parameters": sum(p.numel() for p in model.parameters()),
-            "scale": asdict(scale),
+            "questions": {
+                name: len(records) for name, records in {**sets.authors, **sets.general}.items()
+            },
+            "model_parameters": sum(p.numel() for p in base.parameters()),
+            **({"scale": asdict(scale)} if model is None else {"model": model}),
             "lora": asdict(lora),
             "objective": asdict(objective),
             "train": asdict(train),
             "subspace": asdict(subspace),
+            "stop": stop,
+            "probed": probed,
+            "lr": best,
         },
         "methods": rows,
-        "frontier": frontier,
+        "frontier": [point for one in trained for point in one["frontier"]],
+        "tuning": points if lrs else [],
         "subspaces": [asdict(diagnostics) for diagnostics in subspaces.inputs],
-        "leakage": leakage,
-        "examples": _examples(shown, sets, safe, answers),
+        "leakage": trained[0]["leakage"],
+        "examples": comparison.answers(trained[: len(METHODS)]),
     }
     results["matched"] = matched_damage(results)
     for row in results["matched"]:
@@ -223,41 +218,31 @@ def base_model(
     return AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer
 
 
-class Probe:
-    """Mean answer probabilities of a model on the demo's sets: a point of the frontier."""
-
-    def __init__(self, tokenizer, sets: Sets, safe: SafeTargets):
-        self.tokenizer = tokenizer
-        self.sets = probability_sets(tokenizer, vars(sets), safe)
-
-    def __call__(self, step: int, model: nn.Module) -> Mapping[str, float]:
-        return quick_probabilities(model, self.tokenizer, self.sets)
+def _subspaces(
+    run: RunFolder,
+    base: nn.Module,
+    tokenizer,
+    sets: Sets,
+    config: SubspaceConfig,
+    resume: bool,
+    progress: bool,
+) -> SubspaceSet:
+    """Estimated, or those of the run that goes on."""
+    own = run.path / "subspaces"
+    if resume and (own / "index.json").exists():
+        config = replace(config, path=str(own))
+    found = find_subspaces(
+        base, tokenizer, sets.forget, [*sets.retain, *sets.retain_unseen], config,
+        progress=progress,
+    )  # fmt: skip
+    if config.path is None:
+        found.save(own)
+    return found
 
 
 def say(line: str) -> None:
     """A line that a reader of the log finds again."""
     print(f"\n{line}", flush=True)
-
-
-def _quality(evaluation: Evaluation) -> dict[str, Any]:
-    forget, retain = evaluation.metrics["forget"], evaluation.metrics["retain"]
-    kept = (
-        "rougeL_recall",
-        "truth_ratio",
-        "extraction_strength",
-        "exact_memorisation",
-        "safe_rougeL_recall",
-    )
-    return {
-        **evaluation.overall,
-        "model_utility_splits": list(evaluation.utility_splits),
-        **{f"forget_{name}": forget[name] for name in kept if name in forget},
-        **{f"retain_{name}": retain[name] for name in kept if name in retain},
-    }
-
-
-def _last_point(outcome: Outcome) -> dict[str, Any]:
-    return {k: v for k, v in outcome.evaluations[-1].items() if k != "step"}
 
 
 def _brief(row: Mapping[str, Any]) -> str:
@@ -268,30 +253,14 @@ def _brief(row: Mapping[str, Any]) -> str:
         "retain_unseen_prob",
         "retain_untouched_prob",
     )
-    return ", ".join(f"{name.removesuffix('_prob')} {row[name]:.3f}" for name in names)
-
-
-def _answers(model: nn.Module, tokenizer, records: Sequence[QA]) -> list[str]:
-    return greedy_answers(model, tokenizer, [qa.question for qa in records], max_new_tokens=80)
-
-
-def _examples(
-    shown: Sequence[QA], sets: Sets, safe: SafeTargets, answers: Mapping[str, list[str]]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "split": "forget" if qa in sets.forget else "retain_unseen",
-            "question": qa.question,
-            "original": qa.answer,
-            "safe_target": safe.target(qa) if qa in sets.forget else None,
-            **{method: texts[i] for method, texts in answers.items()},
-        }
-        for i, qa in enumerate(shown)
-    ]
+    return ", ".join(
+        f"{name.removesuffix('_prob')} {row[name]:.3f}" for name in names if name in row
+    )
 
 
 def _write_run_config(
     run: RunFolder,
+    base: str,
     sets: Sets,
     subspace: SubspaceConfig,
     lora: LoraConfig,
@@ -300,17 +269,17 @@ def _write_run_config(
 ) -> None:
     """config.yaml and data files with which every other command works on this folder."""
     files = {}
-    for name, records in vars(sets).items():
+    for name, records in {**sets.authors, **sets.general}.items():
         files[name] = str(run.path / "data" / f"{name}.jsonl")
         save_records(files[name], records)
     data = DataConfig(
         files["forget"],
         files["retain"],
-        more={"retain_unseen": files["retain_unseen"], "holdout": files["holdout"]},
+        more={name: files[name] for name in MORE_SPLITS if name in files},
     )
     run.write_config(
         {
-            "model": asdict(ModelConfig(str(run.path / "base"))),
+            "model": asdict(ModelConfig(base)),
             "data": asdict(data),
             "subspace": asdict(replace(subspace, path=str(run.path / "subspaces"))),
             "lora": asdict(lora),

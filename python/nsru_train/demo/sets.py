@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from nsru_train.data.records import QA, tofu_authors
 from nsru_train.data.safe_targets import SafeTargets
@@ -11,6 +12,7 @@ from nsru_train.demo.authors import author_splits
 from nsru_train.sources import load_records
 
 _HOLDOUT, _UNKNOWN = 2, 8  # authors
+GENERAL = ("real_authors", "world_facts")
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,21 @@ class Sets:
         holdout: never trained on.
         unknown: authors about whom the base model has learnt to decline, as instruction-tuned
             models have; the answers are safe targets.
+        general: real_authors and world_facts, where the model is one that knows the world.
     """
 
     forget: list[QA]
     retain: list[QA]
     retain_unseen: list[QA]
-    retain_untouched: list[QA]
-    holdout: list[QA]
-    unknown: list[QA]
+    retain_untouched: list[QA] = field(default_factory=list)
+    holdout: list[QA] = field(default_factory=list)
+    unknown: list[QA] = field(default_factory=list)
+    general: dict[str, list[QA]] = field(default_factory=dict)
+
+    @property
+    def authors(self) -> dict[str, list[QA]]:
+        """The groups of authors that have questions, by name."""
+        return {k: v for k, v in vars(self).items() if v and k != "general"}
 
     @property
     def memorised(self) -> list[QA]:
@@ -57,6 +66,25 @@ def tofu_sets(data_dir: str, authors: int, safe: SafeTargets) -> Sets:
     retain = [*richer, *retain[len(richer) :]]
     spare = tofu_authors(load_records("tofu:holdout10", data_dir))[: _HOLDOUT + _UNKNOWN]
     return _sets(forget, tofu_authors(retain)[: authors - 2], spare, safe)
+
+
+def target_sets(folder: str) -> Sets:
+    """The questions beside a model that was made elsewhere: FOLDER/data/GROUP.jsonl.
+
+    Raises:
+        ValueError: forget, retain or retain_unseen is missing, or a file is damaged.
+    """
+    files = {path.stem: path for path in sorted(Path(folder, "data").glob("*.jsonl"))}
+    if missing := [n for n in ("forget", "retain", "retain_unseen") if n not in files]:
+        raise ValueError(
+            f"model: {folder}/data has no {missing[0]}.jsonl; give a folder that `make smollm2` "
+            "made, or put your own questions there."
+        )
+    groups = {name: load_records(path) for name, path in files.items()}
+    general = {name: groups.pop(name) for name in GENERAL if name in groups}
+    if unknown := sorted(groups.keys() - Sets.__dataclass_fields__.keys()):
+        raise ValueError(f"model: {folder}/data/{unknown[0]}.jsonl is not a group of the demo.")
+    return Sets(**groups, general=general)
 
 
 def _sets(

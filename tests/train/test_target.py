@@ -1,0 +1,139 @@
+"""A target that was trained elsewhere: how it is made, and the demo on it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nsru_train.cli import main
+from nsru_train.demo import smollm2
+from nsru_train.demo.authors import author_splits
+from nsru_train.demo.compare import best_lr
+from nsru_train.demo.sets import target_sets
+from nsru_train.demo.tiny_model import make_llama, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def groups():
+    splits = author_splits(authors=3, forget=1)
+    retain = list(splits.retain)
+    return {
+        "forget": list(splits.forget)[:6],
+        "retain": retain[:8],
+        "retain_unseen": retain[8:],
+        "world_facts": list(splits.holdout)[:4],
+    }
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, groups):
+    folder = tmp_path_factory.mktemp("smollm2")
+    texts = [f"{qa.question} {qa.answer}" for records in groups.values() for qa in records]
+    tokenizer = train_tokenizer(texts, 400)
+    make_llama(tokenizer, hidden_size=32, layers=1, intermediate_size=48).save_pretrained(
+        folder / "base"
+    )
+    tokenizer.save_pretrained(folder / "base")
+    smollm2.train_target(folder, groups)
+    return folder
+
+
+def test_target_has_learnt_and_holds_its_questions(out, groups):
+    assert target_sets(str(out / "target")).authors.keys() == {"forget", "retain", "retain_unseen"}
+    assert target_sets(str(out / "target")).general == {"world_facts": groups["world_facts"]}
+    before, after = (load_file(out / name / "model.safetensors") for name in ("base", "target"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert not (out / "target.checkpoint").exists()
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(out, groups, tmp_path, monkeypatch):
+    shutil.copytree(out / "base", tmp_path / "base")
+    monkeypatch.setattr(smollm2, "CHECKPOINT_STEPS", 4)
+    whole, calls = smollm2._answer_loss, []
+
+    def killed(model, batch):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return whole(model, batch)
+
+    monkeypatch.setattr(smollm2, "_answer_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        smollm2.train_target(tmp_path, groups)
+    assert not (tmp_path / "target").exists()
+    smollm2.train_target(tmp_path, groups)
+    # 3 batches of 22 questions an epoch: seven calls, then all but the first four steps.
+    assert len(calls) == 7 + 3 * smollm2.EPOCHS - 4
+    ours, theirs = (load_file(f / "target" / "model.safetensors") for f in (tmp_path, out))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=0)
+
+
+def demo(out, folder, *more):
+    main(
+        [
+            "demo", f"--model={out / 'target'}", f"--out={folder}", "--seeds=2", "--train.steps=4",
+            "--lrs=[1e-3,1e-2]", "--examples=2", "--probed=4", "--train.warmup=0", *more,
+        ]
+    )  # fmt: skip
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def results(out, tmp_path_factory):
+    return demo(out, tmp_path_factory.mktemp("demo") / "run")
+
+
+def test_demo_tries_every_rate_and_keeps_one_for_all_seeds(results):
+    tried = {(row["method"], row["lr"], row["seed"]) for row in results["tuning"]}
+    assert tried == {(m, lr, 0) for m in ("nsru", "lora") for lr in (1e-3, 1e-2)}
+    for row in results["methods"][1:]:
+        assert row["lr"] == results["setup"]["lr"][row["method"]]
+    assert {(row["method"], row["seed"]) for row in results["frontier"]} == {
+        (method, seed) for method in ("nsru", "lora") for seed in (0, 1)
+    }
+
+
+def test_demo_shows_general_knowledge(results):
+    for row in results["methods"]:
+        assert 0 <= row["world_facts_exact_memorisation"] <= 1
+    assert results["setup"]["questions"]["world_facts"] == 4
+
+
+def test_an_interrupted_demo_goes_on(out, results, tmp_path, monkeypatch):
+    first = demo(out, tmp_path)
+    (tmp_path / "results.json").unlink()
+    shutil.rmtree(tmp_path / "runs" / "lora-0.01-0")
+    trained = []
+    from nsru_train.demo import compare
+
+    whole = compare.unlearn
+    monkeypatch.setattr(
+        compare, "unlearn", lambda *args, **kw: trained.append(args[3]) or whole(*args, **kw)
+    )
+    again = demo(out, tmp_path, "--resume=true")
+    assert [path.name for path in trained] == ["lora-0.01-0"]
+    assert again["frontier"] == first["frontier"] == results["frontier"]
+
+
+def test_a_run_stops_where_it_has_forgotten_enough(out, tmp_path):
+    found = demo(out, tmp_path, "--stop=0.999999")
+    assert {row["step"] for row in found["frontier"]} == {0, 4}
+    found = demo(out, tmp_path / "never", "--stop=1e-9")
+    assert max(row["step"] for row in found["frontier"]) == 4
+
+
+def test_a_folder_without_questions_is_refused(out):
+    with pytest.raises(ValueError, match=r"has no forget.jsonl.*make smollm2"):
+        target_sets(str(out / "base"))
+
+
+def test_best_rate_forgets_enough_and_harms_least():
+    def point(lr, forget, unseen):
+        return {"method": "nsru", "lr": lr, "forget_prob": forget, "retain_unseen_prob": unseen}
+
+    points = [point(1, 0.5, 0.99), point(2, 0.08, 0.9), point(3, 0.05, 0.95), point(3, 0.01, 0.8)]
+    assert best_lr(points, "nsru", 0.1) == 3
+    assert best_lr([*points[:1], point(4, 0.4, 0.2)], "nsru", 0.1) == 4
