@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from trainer_samples import FORGET, RETAIN, make_model, make_tokenizer
+from samples import FORGET, RETAIN, make_model, make_tokenizer
 
 import nsru_kernels as nk
 from nsru_train.config import LoraConfig, Objective, SubspaceConfig, TrainConfig
