@@ -1,5 +1,6 @@
 """A target that was trained elsewhere: how it is made, and the demo on it."""
 
+import csv
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nsru_bench import scale
 from nsru_train.cli import main
 from nsru_train.demo import smollm2
 from nsru_train.demo.authors import author_splits
@@ -137,3 +139,25 @@ def test_best_rate_forgets_enough_and_harms_least():
     points = [point(1, 0.5, 0.99), point(2, 0.08, 0.9), point(3, 0.05, 0.95), point(3, 0.01, 0.8)]
     assert best_lr(points, "nsru", 0.1) == 3
     assert best_lr([*points[:1], point(4, 0.4, 0.2)], "nsru", 0.1) == 4
+
+
+def test_scale_tells_who_holds_the_energy_and_what_a_step_does(out, tmp_path):
+    scale.main([f"--model={out / 'target'}", "--layers=0", "--questions=12", f"--out={tmp_path}"])
+    energy, rules, steps = (
+        list(csv.DictReader((tmp_path / f"scale_{name}.csv").open(newline="")))
+        for name in ("energy", "rules", "steps")
+    )
+    by_input = {}
+    for row in energy:
+        by_input[row["input"]] = by_input.get(row["input"], 0) + float(row["energy"])
+    assert list(by_input.values()) == pytest.approx([1.0] * 7, abs=1e-5)
+    for row in rules:
+        assert float(row["editability"]) >= float(row["floor"]) or row["rank"] == "1"
+        if row["rule"] == "unit answers":  # measured once more, by another way
+            assert float(row["forget_open"]) == pytest.approx(float(row["editability"]), abs=1e-3)
+    plain, *projected = steps
+    assert plain["rule"] == "none"
+    whole = {row["floor"]: row for row in projected if row["power"] == "0.0"}
+    for row in projected:
+        assert float(row["forget_change"]) >= float(whole[row["floor"]]["forget_change"]) * 0.99
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
