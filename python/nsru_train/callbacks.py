@@ -168,7 +168,7 @@ class EarlyStopCallback(TrainerCallback):
 class EvalHookCallback(TrainerCallback):
     """Call hook(step, model) -> dict before the first step, every `steps` steps and at the end.
 
-    Training stops where the hook's forget_prob is at most `stop_at`.
+    Training stops where `stop_at` says so of the hook's results.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class EvalHookCallback(TrainerCallback):
         hook: Callable[[int, nn.Module], Mapping[str, float]],
         steps: int,
         log: Callable[[dict[str, float]], None],
-        stop_at: float | None = None,
+        stop_at: Callable[[Mapping[str, float]], bool] | None = None,
     ) -> None:
         if steps < 1:
             raise ValueError(f"eval_steps must be at least 1, got {steps}.")
@@ -190,7 +190,7 @@ class EvalHookCallback(TrainerCallback):
         if state.global_step % self.steps == 0:
             should_log = control.should_log
             results = self._evaluate(state, model)
-            if self.stop_at is not None and results["forget_prob"] <= self.stop_at:
+            if self.stop_at is not None and self.stop_at(results):
                 control.should_training_stop = True
             control.should_log = should_log  # else the step's own log would count as done
 

@@ -56,7 +56,8 @@ def demo(
         seeds: how often both methods are run.
         lrs: learning rates to try at seed 0 for each method; the one that costs unseen answers
             least at equal forgetting is used for all seeds. None: train.lr.
-        stop: stop a run once forget_prob is at most this; none trains all steps.
+        stop: stop a run once forget_prob is at most this and safe_prob at least one minus this;
+            none trains all steps.
         probed: most questions of a set at each evaluation while training; none takes all.
         resume: keep what an earlier, interrupted call has finished in ``out``.
         subspace: the retain subspaces.

@@ -228,13 +228,13 @@ def unlearn(
     resume: bool = False,
     on_eval: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
     eval_steps: int = 10,
-    stop_at: float | None = None,
+    stop_at: Callable[[Mapping[str, float]], bool] | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Swap the model's linears and train; checkpoints and metrics.jsonl go to ``folder``.
 
     on_eval is called before the first step, every eval_steps and at the end; training stops where
-    its forget_prob is at most stop_at.
+    stop_at says so of its results.
     """
     from transformers import TrainingArguments, set_seed
 

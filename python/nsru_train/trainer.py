@@ -125,7 +125,7 @@ class NSRUTrainer(Trainer):
         on_eval: hook(step, model) -> dict of floats, called before the first step, every eval_steps
             and after the last; the model is in eval mode, without gradient. Results: `evaluations`.
         eval_steps: of on_eval.
-        stop_at: stop where on_eval's forget_prob is at most this; None trains all steps.
+        stop_at: says of on_eval's results whether to stop there; None trains all steps.
         callbacks: further `TrainerCallback`s.
 
     Raises:
@@ -152,7 +152,7 @@ class NSRUTrainer(Trainer):
         retain_stop_ratio: float | None = TrainConfig.retain_stop_ratio,
         on_eval: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
         eval_steps: int = 10,
-        stop_at: float | None = None,
+        stop_at: Callable[[Mapping[str, float]], bool] | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         if not any(p.requires_grad for p in model.parameters()):

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 from nsru_bench import scale
 from nsru_train.cli import main
-from nsru_train.demo import smollm2
+from nsru_train.demo import run, smollm2
 from nsru_train.demo.authors import author_splits
 from nsru_train.demo.compare import best_lr
 from nsru_train.demo.sets import target_sets
@@ -120,11 +121,12 @@ def test_an_interrupted_demo_goes_on(out, results, tmp_path, monkeypatch):
     assert again["frontier"] == first["frontier"] == results["frontier"]
 
 
-def test_a_run_stops_where_it_has_forgotten_enough(out, tmp_path):
-    found = demo(out, tmp_path, "--stop=0.999999")
-    assert {row["step"] for row in found["frontier"]} == {0, 4}
-    found = demo(out, tmp_path / "never", "--stop=1e-9")
-    assert max(row["step"] for row in found["frontier"]) == 4
+def test_a_run_stops_where_it_has_forgotten_enough(out, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "FICTITIOUS", replace(run.FICTITIOUS, eval_steps=2))
+    found = demo(out, tmp_path / "early", "--stop=0.9999")
+    assert {row["step"] for row in found["frontier"]} == {0, 2}
+    found = demo(out, tmp_path / "late", "--stop=1e-9")
+    assert {row["step"] for row in found["frontier"]} == {0, 2, 4}
 
 
 def test_a_folder_without_questions_is_refused(out):

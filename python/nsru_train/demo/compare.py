@@ -100,7 +100,7 @@ class Comparison:
                 # Before the first step an adapter is zero.
                 on_eval=lambda step, model: self.probe(model) if step else self._start,
                 eval_steps=self.eval_steps,
-                stop_at=self.stop,
+                stop_at=self._enough if self.stop is not None else None,
                 progress=self.progress,
             )
             label = {"method": method, "lr": lr, "seed": seed}
@@ -143,6 +143,9 @@ class Comparison:
             }
             for i, qa in enumerate(self._shown)
         ]
+
+    def _enough(self, point: Mapping[str, float]) -> bool:
+        return point["forget_prob"] <= self.stop and point["safe_prob"] >= 1 - self.stop
 
     def _done(self, folder: RunFolder) -> bool:
         """Whether this command made the folder's results, or an earlier one that goes on."""
