@@ -36,7 +36,7 @@ def demo(
     model: str | None = None,
     data_dir: str | None = None,
     seeds: int = 3,
-    lrs: list[float] = [],  # noqa: B006
+    lrs: dict[str, list[float]] = {},  # noqa: B006
     stop: float | None = None,
     probed: int | None = None,
     resume: bool = False,
@@ -54,8 +54,9 @@ def demo(
         model: folder of a model and its questions, as `make smollm2` makes them, instead.
         data_dir: folder with TOFU's files; none makes fictitious authors.
         seeds: how often both methods are run.
-        lrs: learning rates to try at seed 0 for each method; the one that costs unseen answers
-            least at equal forgetting is used for all seeds. None: train.lr.
+        lrs: method: learning rates to try at seed 0, such as '{nsru: [5e-4, 1e-3], lora: [5e-4]}';
+            the one that costs unseen answers least at equal forgetting is used for all seeds.
+            train.lr where a method has none.
         stop: stop a run once forget_prob is at most this and safe_prob at least one minus this;
             none trains all steps.
         probed: most questions of a set at each evaluation while training; none takes all.

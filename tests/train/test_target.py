@@ -78,7 +78,8 @@ def demo(out, folder, *more):
     main(
         [
             "demo", f"--model={out / 'target'}", f"--out={folder}", "--seeds=2", "--train.steps=4",
-            "--lrs=[1e-3,1e-2]", "--examples=2", "--probed=4", "--train.warmup=0", *more,
+            "--lrs={nsru: [1e-3,1e-2], lora: [1e-3,1e-2]}", "--examples=2", "--probed=4",
+            "--train.warmup=0", *more,
         ]
     )  # fmt: skip
     return json.loads((folder / "results.json").read_text())
@@ -139,8 +140,12 @@ def test_best_rate_forgets_enough_and_harms_least():
         return {"method": "nsru", "lr": lr, "forget_prob": forget, "retain_unseen_prob": unseen}
 
     points = [point(1, 0.5, 0.99), point(2, 0.08, 0.9), point(3, 0.05, 0.95), point(3, 0.01, 0.8)]
-    assert best_lr(points, "nsru", 0.1) == 3
-    assert best_lr([*points[:1], point(4, 0.4, 0.2)], "nsru", 0.1) == 4
+
+    def enough(found):
+        return found["forget_prob"] <= 0.1
+
+    assert best_lr(points, "nsru", enough) == 3
+    assert best_lr([*points[:1], point(4, 0.4, 0.2)], "nsru", enough) == 4
 
 
 def test_scale_tells_who_holds_the_energy_and_what_a_step_does(out, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from nsru_train.demo.sets import Sets
 from nsru_train.evaluate import evaluate, probability_sets
 from nsru_train.losses.objective import Objective
 from nsru_train.pipeline import Data, unlearn
+from nsru_train.report.summary import FORGET_TARGET
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import greedy_answers, quick_probabilities
 
@@ -82,6 +83,12 @@ class Comparison:
         self._start = kept["start"]
         return kept["row"]
 
+    def is_enough(self, point: Mapping[str, float]) -> bool:
+        """Whether a point of the frontier has forgotten, and says the safe answer instead."""
+        if self.stop is None:
+            return point["forget_prob"] <= FORGET_TARGET
+        return point["forget_prob"] <= self.stop and point["safe_prob"] >= 1 - self.stop
+
     def unlearn(self, method: str, lr: float, seed: int) -> dict[str, Any]:
         """Train one adapter, or take the one trained before: its frontier, leakage and times."""
         folder = RunFolder(self.run.path / "runs" / f"{method}-{lr:g}-{seed}")
@@ -100,7 +107,7 @@ class Comparison:
                 # Before the first step an adapter is zero.
                 on_eval=lambda step, model: self.probe(model) if step else self._start,
                 eval_steps=self.eval_steps,
-                stop_at=self._enough if self.stop is not None else None,
+                stop_at=self.is_enough if self.stop is not None else None,
                 progress=self.progress,
             )
             label = {"method": method, "lr": lr, "seed": seed}
@@ -144,9 +151,6 @@ class Comparison:
             for i, qa in enumerate(self._shown)
         ]
 
-    def _enough(self, point: Mapping[str, float]) -> bool:
-        return point["forget_prob"] <= self.stop and point["safe_prob"] >= 1 - self.stop
-
     def _done(self, folder: RunFolder) -> bool:
         """Whether this command made the folder's results, or an earlier one that goes on."""
         path = folder.results_path
@@ -178,14 +182,17 @@ class Comparison:
         return row
 
 
-def best_lr(points: Sequence[Mapping[str, Any]], method: str, level: float) -> float:
-    """The learning rate with the least damage to unseen answers where forget_prob ≤ level.
+def best_lr(
+    points: Sequence[Mapping[str, Any]],
+    method: str,
+    is_enough: Callable[[Mapping[str, float]], bool],
+) -> float:
+    """The learning rate with the least damage to unseen answers where a point is enough.
 
     points are the ``frontier`` rows of runs at several rates; where none got so far, the rate that
     forgot most.
     """
     own = [point for point in points if point["method"] == method]
-    reached = [point for point in own if point["forget_prob"] <= level]
-    if reached:
+    if reached := [point for point in own if is_enough(point)]:
         return max(reached, key=lambda point: point["retain_unseen_prob"])["lr"]
     return min(own, key=lambda point: point["forget_prob"])["lr"]

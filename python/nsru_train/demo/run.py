@@ -61,7 +61,7 @@ def run_demo(
     model: str | None,
     data_dir: str | None,
     seeds: int,
-    lrs: Sequence[float],
+    lrs: Mapping[str, Sequence[float]],
     stop: float | None,
     probed: int | None,
     resume: bool,
@@ -75,6 +75,8 @@ def run_demo(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Run the comparison, write results.json and report.html into ``out``; see ``nsru demo -h``."""
+    if unknown := sorted(lrs.keys() - set(METHODS)):
+        raise ValueError(f"lrs: methods must be out of {', '.join(METHODS)}, got {unknown[0]!r}.")
     started = time.perf_counter()
     run = RunFolder(out)
     run.write_environment()
@@ -109,10 +111,10 @@ def run_demo(
     tuning = [
         comparison.unlearn(method, lr, seed=0)
         for method in METHODS
-        for lr in (lrs or [train.lr])
+        for lr in lrs.get(method, [train.lr])
     ]  # fmt: skip
     points = [point for one in tuning for point in one["frontier"]]
-    best = {method: best_lr(points, method, stop or FORGET_TARGET) for method in METHODS}
+    best = {method: best_lr(points, method, comparison.is_enough) for method in METHODS}
     trained = [
         comparison.unlearn(method, best[method], seed=seed)
         for seed in range(seeds)
