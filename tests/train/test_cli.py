@@ -184,7 +184,7 @@ def test_print_config_shows_every_field(setting, capsys):
     with pytest.raises(SystemExit):
         main(["train", *flags(setting), "--print_config"])
     config = yaml.safe_load(capsys.readouterr().out)
-    assert config["objective"]["suppression"] == "npo"
+    assert config["objective"]["suppression"] == "unlikelihood"
     assert config["subspace"]["targets"] == ["all-linear"]
 
 

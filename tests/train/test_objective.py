@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsru_train.losses.objective import FORGET, RETAIN, SAFE, Objective, nsru_loss
-from nsru_train.methods import suppress
+from nsru_train.methods import WEIGHTS, suppress
 
 KIND = torch.tensor([SAFE, FORGET, RETAIN, RETAIN, SAFE, FORGET, RETAIN])
 LENGTHS = [3, 5, 2, 4, 1, 2, 6]
@@ -20,7 +20,9 @@ def tokens():
 
 def test_terms_equal_a_loop_over_sequences():
     nll, kl = tokens().requires_grad_(), tokens()[KIND[ROWS] == RETAIN] / 7
-    objective = Objective(w_safe=2.0, w_suppress=0.5, w_retain=3.0, w_kl=0.25, beta=0.3)
+    objective = Objective(
+        w_safe=2.0, w_suppress=0.5, w_retain=3.0, w_kl=0.25, suppression="npo", beta=0.3
+    )
     loss, parts = nsru_loss(nll, ROWS, KIND, REFERENCE, objective, kl=kl)
 
     per_row = [nll[row == ROWS] for row in range(7)]
@@ -53,6 +55,19 @@ def test_a_zero_weight_leaves_its_rows_without_gradient(weight, kind):
     objective = dataclasses.replace(Objective(), **{weight: 0.0})
     nsru_loss(nll, ROWS, KIND, REFERENCE, objective)[0].backward()
     assert ((nll.grad == 0) == (KIND[ROWS] == kind)).all()
+
+
+@pytest.mark.parametrize(("suppression", "weight"), WEIGHTS.items())
+def test_a_suppression_has_a_weight_of_its_own(suppression, weight):
+    def loss(**options):
+        return nsru_loss(
+            tokens(), ROWS, KIND, REFERENCE, Objective(suppression=suppression, **options)
+        )
+
+    total, parts = loss()
+    assert total == parts["safe"] + weight * parts["suppress"] + parts["retain"]
+    total, parts = loss(w_suppress=2.0)
+    assert total == parts["safe"] + 2 * parts["suppress"] + parts["retain"]
 
 
 def test_absent_kinds_count_as_zero():

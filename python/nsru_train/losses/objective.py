@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsru_train.methods import SUPPRESSIONS, suppress
+from nsru_train.methods import SUPPRESSIONS, WEIGHTS, suppress
 
 SAFE, FORGET, RETAIN = 0, 1, 2
 
@@ -17,10 +17,11 @@ class Objective:
     """Weights and suppression of `nsru_loss`.
 
     Args:
-        w_safe, w_suppress, w_retain: λ_safe, λ_sup and λ_ret. NPO is a sum over an answer's tokens,
-            cross-entropy a mean: 0.05 puts both on one footing for answers of 20 tokens.
+        w_safe, w_suppress, w_retain: λ_safe, λ_sup and λ_ret. None for w_suppress puts the
+            suppression on one footing with cross-entropy, a mean over tokens: 1 for unlikelihood,
+            0.05 for npo and gradient_ascent, which are sums over some 20 tokens.
         w_kl: λ_kl, inside the retain term; above 0 a step needs one more forward, of retain rows.
-        suppression: "npo", "simnpo", "unlikelihood" or "gradient_ascent".
+        suppression: "unlikelihood", "npo", "simnpo" or "gradient_ascent".
         beta, delta: of the suppression; None is its own default.
 
     Raises:
@@ -28,19 +29,18 @@ class Objective:
     """
 
     w_safe: float = 1.0
-    w_suppress: float = 0.05
+    w_suppress: float | None = None
     w_retain: float = 1.0
     w_kl: float = 0.0
-    suppression: str = "npo"
+    suppression: str = "unlikelihood"
     beta: float | None = None
     delta: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("w_safe", "w_suppress", "w_retain", "w_kl"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"Objective: {name} must not be negative, got {getattr(self, name)}."
-                )
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"Objective: {name} must not be negative, got {value}.")
         if self.suppression not in SUPPRESSIONS:
             raise ValueError(
                 f"Objective: suppression must be one of {', '.join(SUPPRESSIONS)}, "
@@ -48,6 +48,11 @@ class Objective:
             )
         if self.beta is not None and not self.beta > 0:
             raise ValueError(f"Objective: beta must be positive or None, got {self.beta}.")
+
+    @property
+    def suppress_weight(self) -> float:
+        """λ_sup in use."""
+        return WEIGHTS[self.suppression] if self.w_suppress is None else self.w_suppress
 
 
 def nsru_loss(
@@ -105,7 +110,7 @@ def nsru_loss(
         parts["kl"] = _mean(kl_B[retained])
     total = (
         objective.w_safe * parts["safe"]
-        + objective.w_suppress * parts["suppress"]
+        + objective.suppress_weight * parts["suppress"]
         + objective.w_retain * (parts["retain"] + objective.w_kl * parts["kl"])
     )
     parts["total"] = total

@@ -11,9 +11,19 @@ from nsru_train.methods.simnpo import BETA as SIMNPO_BETA
 from nsru_train.methods.simnpo import simnpo
 from nsru_train.methods.unlikelihood import unlikelihood
 
-__all__ = ["SUPPRESSIONS", "gradient_ascent", "npo", "simnpo", "suppress", "unlikelihood"]
+__all__ = [
+    "SUPPRESSIONS",
+    "WEIGHTS",
+    "gradient_ascent",
+    "npo",
+    "simnpo",
+    "suppress",
+    "unlikelihood",
+]
 
 SUPPRESSIONS = ("npo", "simnpo", "unlikelihood", "gradient_ascent")
+# λ_sup of each, beside cross-entropies that are means over tokens. SimNPO's is its authors'.
+WEIGHTS = {"npo": 0.05, "simnpo": 0.125, "unlikelihood": 1.0, "gradient_ascent": 0.05}
 
 
 def suppress(
