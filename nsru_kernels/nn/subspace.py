@@ -19,7 +19,8 @@ class RetainSubspace(nn.Module):
     """Top eigenvectors U of the uncentred second moment XᵀX of retain activations.
 
     A module, so that its basis moves and is saved with the model whose linears share it; the rest
-    describes where it came from and stays as it is.
+    describes where it came from and stays as it is. A cast of the model to 16 bits leaves the basis
+    in its dtype.
 
     Args:
         basis: U [K, Q], orthonormal columns by falling eigenvalue; Q may be 0. A buffer.
@@ -78,7 +79,7 @@ class RetainSubspace(nn.Module):
         )
 
     def share(self) -> RetainSubspace:
-        """The same subspace for a model to hold: its basis may move and be cast, this one's not."""
+        """The same subspace for a model to hold: its basis may move, this one's not."""
         return RetainSubspace(
             self.basis, self.eigenvalues, self.trace, self.tokens, self.rank_limited
         )
@@ -194,9 +195,19 @@ class RetainSubspace(nn.Module):
         if energy > self.trace * (1 + 1e-6) or (self.rank and not self.trace):
             raise ValueError(f"eigenvalues sum to {energy:g}, above the trace {self.trace:g}")
 
+    def _apply(self, fn, recurse=True):
+        # A basis is for projecting in float32: rounded to 16 bits, its columns are not orthonormal.
+        exact = self.basis
+        super()._apply(fn, recurse)
+        if self.basis.element_size() < min(4, exact.element_size()):
+            self.basis = exact.to(self.basis.device)
+        return self
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if (loaded := state_dict.get(prefix + "basis")) is not None:
             _check_basis(loaded)
+            if loaded.element_size() < 4:  # keep the dtype that says that it is rounded
+                self.basis = self.basis.to(loaded.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

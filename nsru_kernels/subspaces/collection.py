@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from nsru_kernels.files import check_fields, read_json, whole_folder
+from nsru_kernels.nn.names import plain_name, unwrap
 from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.text_table import align_columns
 
@@ -208,7 +209,8 @@ def fingerprint_weights(model: nn.Module) -> str:
     model differs in thousands of them.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
+    weights = {plain_name(name): weight for name, weight in unwrap(model).named_parameters()}
+    for name, weight in sorted(weights.items()):
         if "lora_" in name:
             continue
         flat = weight.detach().reshape(-1)

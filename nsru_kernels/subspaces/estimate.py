@@ -17,6 +17,7 @@ from nsru_kernels.nn.inputs import (
     is_distributed,
     with_first,
 )
+from nsru_kernels.nn.names import unwrap
 from nsru_kernels.nn.subspace import RetainSubspace, check_share
 from nsru_kernels.nn.swap import match_linears
 from nsru_kernels.subspaces.collection import InputDiagnostics, SubspaceSet, fingerprint_weights
@@ -29,6 +30,7 @@ def estimate_retain_subspaces(
     batches: Batches,
     targets: str | Sequence[str],
     *,
+    exclude: str | Sequence[str] = (),
     width: int,
     rank: int | None = None,
     energy: float | None = None,
@@ -47,11 +49,12 @@ def estimate_retain_subspaces(
 
     Args:
         model: the model before `swap_linears`.
-        batches: dicts of model arguments, `input_ids` and such; read once, one batch in memory.
+        batches: arguments of the model, dicts (`input_ids` and such), tuples in the order of its
+            `forward`, or its only tensor; read once, one batch in memory.
             `attention_mask` [B, T] keeps padding out. An optional `token_mask` [B, T] is not passed
             to the model and takes the mask's place here, for instance to leave out an attention
             sink, whose massive norm dominates energy thresholds. `labels` are dropped.
-        targets: as for `swap_linears`.
+        targets, exclude: as for `swap_linears`.
         width: L of each sketch; at least `rank`, better rank + 64.
         rank: the same rank for every input.
         energy: for every input the smallest rank with this certified share of the energy.
@@ -68,7 +71,8 @@ def estimate_retain_subspaces(
             hold; an empty retain or forget set; NaN or infinite activations; a target without a
             match, or one that no batch reached.
     """
-    linears = dict(match_linears(model, targets))
+    model = unwrap(model)
+    linears = dict(match_linears(model, targets, exclude))
     _check_request(linears, width, rank, energy, min_editability, forget_batches is not None)
     stream = ActivationStream(model, linears)
     with evaluating(model):
