@@ -77,7 +77,7 @@ def save_lora_adapter(
     for name, module in modules.items():
         a_RK = module.projected_adapter()
         for side, tensor in (("A", a_RK), ("B", module.lora_B.detach().to(a_RK.dtype))):
-            tensors[f"{_PREFIX}{name}.lora_{side}.weight"] = tensor.cpu().contiguous()
+            tensors[f"{_PREFIX}{name}.lora_{side}.weight"] = tensor.cpu().contiguous().resolve_neg()
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(

@@ -49,7 +49,7 @@ class RetainSubspace(nn.Module):
         _check_basis(basis)
         with torch.inference_mode(False):  # autograd cannot save a tensor made in inference mode
             basis = basis.clone() if basis.is_inference() else basis.detach()
-            self.register_buffer("basis", basis.contiguous())
+            self.register_buffer("basis", basis.contiguous().resolve_neg())
         if eigenvalues is not None and eigenvalues.shape != basis.shape[1:]:
             raise ValueError(
                 f"RetainSubspace: eigenvalues must be [Q={self.rank}] like basis's columns, got "

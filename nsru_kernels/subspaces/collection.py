@@ -213,7 +213,7 @@ def fingerprint_weights(model: nn.Module) -> str:
     for name, weight in sorted(weights.items()):
         if "lora_" in name:
             continue
-        flat = weight.detach().reshape(-1)
+        flat = weight.detach().resolve_neg().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         sample = flat[::step].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(weight.shape)}".encode())

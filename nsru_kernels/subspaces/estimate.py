@@ -22,7 +22,7 @@ from nsru_kernels.nn.subspace import RetainSubspace, check_share
 from nsru_kernels.nn.swap import match_linears
 from nsru_kernels.subspaces.collection import InputDiagnostics, SubspaceSet, fingerprint_weights
 from nsru_kernels.subspaces.distributed import communication_device
-from nsru_kernels.subspaces.sketch import RetainSketch
+from nsru_kernels.subspaces.sketch import MIN_ENERGY, RetainSketch, lifted
 
 
 def estimate_retain_subspaces(
@@ -137,11 +137,16 @@ class _ForgetEnergy:
 
     def update(self, x: Tensor, keep: Tensor | None) -> None:
         x_MK = x.flatten(0, -2) if keep is None else x[keep]
-        x_MK = x_MK.float()
+        wide_MK, lift = x_MK.float(), 1.0
+        total = wide_MK.square().sum(1).sum(dtype=torch.float64)
+        if x_MK.numel() and total < MIN_ENERGY:
+            wide_MK, lift = lifted(x_MK)
+            wide_MK = wide_MK.float()
+            total = wide_MK.square().sum(1).sum(dtype=torch.float64)
         with torch.autocast(x.device.type, enabled=False):
-            along_MQ = x_MK @ self.basis_KQ
-        self.energy[:-1] += along_MQ.square().sum(0, dtype=torch.float64)
-        self.energy[-1] += x_MK.square().sum(1).sum(dtype=torch.float64)
+            along_MQ = wide_MK @ self.basis_KQ
+        self.energy[:-1] += along_MQ.square().sum(0, dtype=torch.float64) / lift**2
+        self.energy[-1] += total / lift**2
 
     def editability(self) -> list[float]:
         """The share of ‖X_f‖² left open at rank 0, 1, ... Q; never rising."""
