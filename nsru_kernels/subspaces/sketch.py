@@ -121,7 +121,7 @@ class RetainSketch:
         x_MK, keep_M, count = self._tokens_of(x, mask)
         if count == 0:
             return
-        room = self.refresh_every - self.segment_tokens
+        room = self._segment() - self.segment_tokens
         one_pass = self.route == "nystrom" and count <= room
         if one_pass:  # the op leaves the accumulators alone where the energy is bad
             total = self._add(x_MK, keep_M).item()
@@ -144,8 +144,9 @@ class RetainSketch:
             self._fp32["moment"].addmm_(wide_MK.T, wide_MK)
             self._count_batch(lift)
         else:
-            rest = () if one_pass else x_MK[room:].split(self.refresh_every)
-            for part_MK in (x_MK[:room], *rest):
+            while x_MK.shape[0]:
+                room = self._segment() - self.segment_tokens
+                part_MK, x_MK = x_MK[:room], x_MK[room:]
                 self._add(part_MK, None)
                 self._count_tokens(part_MK.shape[0], lift)
         self.trace += total
@@ -309,10 +310,18 @@ class RetainSketch:
     def _add(self, x_MK: Tensor, keep_M: Tensor | None) -> Tensor:
         return update_sketch(x_MK, self._omega_KL, self._fp32["y"], self._fp32["h"], keep_M)
 
+    def _segment(self) -> int:
+        """Tokens from the last refresh to the next: fewer at first, when any basis is a better one.
+
+        Short streams would else be sketched by random signs alone, and so would the first tokens of
+        every rank, which a merge does not mend.
+        """
+        return max(self.width, self.refresh_every >> max(0, 4 - self.refreshes))
+
     def _count_tokens(self, count: int, lift: float = 1.0) -> None:
         self._count_batch(lift)
         self.segment_tokens += count
-        if self.segment_tokens == self.refresh_every:
+        if self.segment_tokens == self._segment():
             self._restart(self.factor())
             self.refreshes += 1
 
