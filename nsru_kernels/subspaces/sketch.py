@@ -37,14 +37,19 @@ class RetainSketch:
     1.2 times the optimum to 1.03. Refreshes happen at fixed token counts (batches are split there),
     so the way a stream is cut into batches does not matter.
 
+    Sketches of parts of a stream merge. On the benchmark's spectra the residual energy is then at
+    most 1.05 times that of one sketch of the whole stream, for two to eight parts; what is not
+    certified as captured grows by at most 1.05 for two parts and 1.1 for eight.
+
     When L > K/4 the K x K second moment itself is exact and cheaper; `route` then is "covariance"
     instead of "nystrom", and every rank up to K is available.
 
     Args:
         in_features: K.
         width: L, the wanted rank plus oversampling; rank + 64 is a good choice.
-        refresh_every: tokens between refreshes; None means 16·L. A refresh takes 10·K·L² FLOP in
-            fp64, 16 % of the FLOP of the tokens between two.
+        refresh_every: tokens between refreshes; None means 16·L, and L, 2·L, 4·L and 8·L at first,
+            when any basis is better than random signs. A refresh takes 10·K·L² FLOP in fp64, 16 %
+            of the FLOP of 16·L tokens.
         seed: of the random test matrix.
         device: where activations will arrive; None means CPU.
 
@@ -75,6 +80,7 @@ class RetainSketch:
         self.in_features = in_features
         self.width = width
         self.refresh_every = 16 * width if refresh_every is None else refresh_every
+        self._early = refresh_every is None
         self.seed = seed
         # Through a tensor, so that "cuda" becomes the "cuda:0" that activations report.
         self.device = torch.empty(0, device="cpu" if device is None else device).device
@@ -121,8 +127,7 @@ class RetainSketch:
         x_MK, keep_M, count = self._tokens_of(x, mask)
         if count == 0:
             return
-        room = self._segment() - self.segment_tokens
-        one_pass = self.route == "nystrom" and count <= room
+        one_pass = self.route == "nystrom" and count <= self._room()
         if one_pass:  # the op leaves the accumulators alone where the energy is bad
             total = self._add(x_MK, keep_M).item()
         else:  # a refresh cannot be undone, so the whole batch is looked at before the first
@@ -145,7 +150,7 @@ class RetainSketch:
             self._count_batch(lift)
         else:
             while x_MK.shape[0]:
-                room = self._segment() - self.segment_tokens
+                room = self._room()
                 part_MK, x_MK = x_MK[:room], x_MK[room:]
                 self._add(part_MK, None)
                 self._count_tokens(part_MK.shape[0], lift)
@@ -310,18 +315,19 @@ class RetainSketch:
     def _add(self, x_MK: Tensor, keep_M: Tensor | None) -> Tensor:
         return update_sketch(x_MK, self._omega_KL, self._fp32["y"], self._fp32["h"], keep_M)
 
-    def _segment(self) -> int:
-        """Tokens from the last refresh to the next: fewer at first, when any basis is a better one.
+    def _room(self) -> int:
+        """Tokens to the next refresh.
 
-        Short streams would else be sketched by random signs alone, and so would the first tokens of
-        every rank, which a merge does not mend.
+        Were the first as rare as the later ones, random signs would sketch a large part of a short
+        stream or of what a rank sees, and a merge does not mend that.
         """
-        return max(self.width, self.refresh_every >> max(0, 4 - self.refreshes))
+        earlier = max(0, 4 - self.refreshes) if self._early else 0
+        return max(0, (self.refresh_every >> earlier) - self.segment_tokens)
 
     def _count_tokens(self, count: int, lift: float = 1.0) -> None:
         self._count_batch(lift)
         self.segment_tokens += count
-        if self.segment_tokens == self._segment():
+        if not self._room():
             self._restart(self.factor())
             self.refreshes += 1
 

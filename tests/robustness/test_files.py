@@ -1,13 +1,19 @@
-"""Files that anyone may have made: nothing outside their folder is touched, nothing odd believed."""
+"""Files that anyone may have made: nothing outside their folder is touched, nothing odd used."""
 
+import copy
 import json
 import re
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
+import nsru_kernels as nk
+from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, WEIGHTS
 from nsru_kernels.subspaces import InputDiagnostics, RetainSubspace, SubspaceSet
 
 K, Q = 12, 3
@@ -168,3 +174,235 @@ def test_what_is_no_file_is_named(tmp_path, place):
         path.symlink_to(tmp_path / "nowhere")
     with pytest.raises(OSError, match="some"):
         RetainSubspace.load(path)
+
+
+# Adapters
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 6, bias=False), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return torch.cat([self.q(x), self.k(x)], dim=-1)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+def adapt(model):
+    nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    for name in ("q", "k"):
+        nn.init.normal_(model.get_submodule(name).lora_B)
+    return model
+
+
+@pytest.fixture
+def adapter(tmp_path, model):
+    return nk.save_lora_adapter(adapt(copy.deepcopy(model)), tmp_path / "adapter")
+
+
+def edit_tensor(folder, value):
+    tensors = load_file(folder / WEIGHTS)
+    key = "base_model.model.q.lora_B.weight"
+    tensors[key] = value(tensors[key])
+    save_file(tensors, folder / WEIGHTS)
+
+
+def set_first(number):
+    def edit(tensor):
+        tensor[0, 0] = number
+        return tensor
+
+    return edit
+
+
+def refuse(model, folder, match):
+    with pytest.raises(ValueError, match=match) as refusal:
+        nk.load_lora_adapter(model, folder)
+    assert str(folder) in str(refusal.value)
+    assert {type(m) for m in (model.q, model.k)} == {nn.Linear}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (set_first(torch.nan), r"q\.lora_B\.weight holds NaN or infinite"),
+        (set_first(-torch.inf), r"q\.lora_B\.weight holds NaN or infinite"),
+        (lambda t: t.long(), "matrix of floats, got .*int64"),
+        (lambda t: t.bool(), "matrix of floats, got .*bool"),
+        (lambda t: t.to(torch.float8_e5m2), "matrix of floats, got .*float8"),
+        (lambda t: t[0].clone(), r"matrix of floats, got \(2,\)"),
+        (lambda t: t[None].clone(), r"matrix of floats, got \(1, 6, 2\)"),
+        (lambda t: t[:, :0].clone(), "has rank 2"),
+    ],
+)
+def test_tensors_that_are_no_adapter_are_refused(model, adapter, value, match):
+    edit_tensor(adapter, value)
+    refuse(model, adapter, match)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": None},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": "8"},
+        {"lora_alpha": True},
+        {"r": None},
+        {"r": 2.0},
+        {"r": 10**400},
+        {"r": 0},
+        {"rank_pattern": {"q": "2"}},
+        {"rank_pattern": {"q": 3}},
+        {"rank_pattern": ["q"]},
+        {"alpha_pattern": {"q": float("nan")}},
+        {"alpha_pattern": {"q(": 4}},
+        {"use_rslora": "no"},
+        {"use_qalora": True},
+        {"alora_invocation_tokens": [5]},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"bias": 0},
+    ],
+)
+def test_the_adapter_config_is_checked(model, adapter, changes):
+    edit_json(adapter / CONFIG, **changes)
+    refuse(model, adapter, rf"{next(iter(changes))}|rank|regular expression")
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_a_config_without_rank_or_alpha_is_refused(model, adapter, key):
+    config = json.loads((adapter / CONFIG).read_text())
+    del config[key]
+    (adapter / CONFIG).write_text(json.dumps(config))
+    refuse(model, adapter, rf"{CONFIG}: {key} must be (int|float) and finite, got none")
+
+
+def test_a_diverged_model_is_not_merged(model):
+    adapted = adapt(model)
+    with torch.no_grad():
+        adapted.k.lora_B[0, 0] = torch.nan
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    with pytest.raises(ValueError, match=r"merge_adapters: k: .*NaN or infinite .*diverged"):
+        nk.merge_adapters(adapted)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        adapted.k.merge()
+    assert adapted.state_dict().keys() == before.keys(), "nothing was merged, k nor q"
+    assert torch.equal(adapted.q.weight, before["q.weight"])
+
+
+def test_a_sum_beyond_half_precision_is_not_merged(model):
+    adapted = adapt(model).half()
+    with torch.no_grad():
+        adapted.k.lora_A.fill_(200)
+        adapted.k.lora_B.fill_(200)
+    with pytest.raises(ValueError, match=r"k: .*infinite values in torch.float16.*overflows"):
+        nk.merge_adapters(adapted)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "8", None])
+def test_alpha_is_a_finite_number(alpha):
+    with pytest.raises(ValueError, match="alpha must be a finite number, got"):
+        nk.NSRULinear(4, 4, 2, alpha=alpha)
+
+
+@pytest.mark.parametrize("rank", [{"q": 4}, 2.5, "4", None])
+def test_rank_is_a_whole_number(rank):
+    with pytest.raises(ValueError, match="rank must be ≥ 1, got"):
+        nk.NSRULinear(4, 4, rank, alpha=2)
+
+
+# Damage of any kind
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 9),
+    st.sampled_from([10**400, -(2**63), float("nan"), float("inf"), 1e-320]),
+    st.sampled_from(["", "/keep", "../keep", "a\0b", "nan", "q_proj", "(", "\ud800"]),
+    st.sampled_from([[], {}, [[]], [None], {"": 0}]),
+)
+
+
+@st.composite
+def damaged_json(draw, text):
+    """Valid JSON with an odd value, or without a key, anywhere."""
+    whole = json.loads(text)
+    part, places = whole, []
+    while isinstance(part, (dict, list)) and part:
+        key = draw(st.sampled_from(sorted(part) if isinstance(part, dict) else range(len(part))))
+        places.append((part, key))
+        part = part[key]
+    part, key = draw(st.sampled_from(places))
+    if draw(st.booleans()):
+        part[key] = draw(ODD)
+    else:
+        del part[key]
+    return json.dumps(whole).encode()
+
+
+@st.composite
+def damaged_bytes(draw, data):
+    start = draw(st.integers(0, len(data)))
+    stop = draw(st.integers(start, min(len(data), start + 8)) | st.just(len(data)))
+    return data[:start] + draw(st.binary(max_size=9)) + data[stop:]
+
+
+@st.composite
+def damaged_tensors(draw, data):
+    """A safetensors file with a damaged header, of the right length again."""
+    length = int.from_bytes(data[:8], "little")
+    header = draw(damaged_json(data[8 : 8 + length]))
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def damaged(path):
+    data = path.read_bytes()
+    kinds = [damaged_bytes(data)]
+    kinds.append(damaged_json(data) if path.suffix == ".json" else damaged_tensors(data))
+    nested = b"[" * 100_000
+    return st.one_of(*kinds, st.sampled_from([b"", b"null", b"[]", nested, b"\xff\xfe"]))
+
+
+def read_or_named(read, folder):
+    """What was read; nothing where an error named the file."""
+    refusal = ""
+    try:
+        return read(folder)
+    except (ValueError, OSError) as error:
+        refusal = str(error)
+    assert str(folder) in refusal
+    return {}
+
+
+@pytest.mark.parametrize("name", ["index.json", "0.safetensors"])
+@settings(max_examples=60, deadline=None, database=None)
+@given(data=st.data())
+def test_a_damaged_folder_of_subspaces_is_named_or_read(tmp_path_factory, name, data):
+    folder = tmp_path_factory.mktemp("subspaces")
+    make_set("q_proj", "k_proj").save(folder)
+    (folder / name).write_bytes(data.draw(damaged(folder / name)))
+    for subspace in read_or_named(SubspaceSet.load, folder).values():
+        assert 0 <= subspace.captured_energy <= 1
+        assert subspace.basis.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, SIDECAR])
+@settings(max_examples=60, deadline=None, database=None)
+@given(data=st.data())
+def test_a_damaged_adapter_is_named_or_read(tmp_path_factory, name, data):
+    torch.manual_seed(0)
+    model, folder = Model(), tmp_path_factory.mktemp("adapter")
+    nk.save_lora_adapter(adapt(copy.deepcopy(model)), folder)
+    (folder / name).write_bytes(data.draw(damaged(folder / name)))
+    if not read_or_named(lambda path: vars(nk.load_lora_adapter(model, path)), folder):
+        assert {type(m) for m in (model.q, model.k)} == {nn.Linear}
+    assert model(torch.ones(8)).isfinite().all()
