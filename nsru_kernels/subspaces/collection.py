@@ -16,7 +16,7 @@ from torch import nn
 
 from nsru_kernels.files import check_fields, read_json, whole_folder
 from nsru_kernels.nn.names import plain_name, unwrap
-from nsru_kernels.nn.subspace import RetainSubspace
+from nsru_kernels.nn.subspace import ENERGY_SLACK, RetainSubspace
 from nsru_kernels.text_table import align_columns
 
 _SCHEMA = 1
@@ -193,7 +193,7 @@ def _read_entry(path: Path, found: dict[str, typing.Any]) -> tuple[InputDiagnost
     entry = InputDiagnostics(**found)
     shares = [entry.captured_energy, entry.editability, *entry.spectrum]
     for share in shares + (entry.editability_by_rank or []):
-        if share is not None and not 0 <= share <= 1 + 1e-6:
+        if share is not None and not 0 <= share <= 1 + ENERGY_SLACK:
             raise ValueError(
                 f"SubspaceSet.load: {path}: shares of energy of {entry.name} must be in [0, 1], "
                 f"got {share}."

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DistributedDataParallel
 
 import nsru_kernels as nk
 from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, WEIGHTS
@@ -111,6 +113,23 @@ def test_a_wrapped_model_is_saved_as_the_plain_one(model, tmp_path, wrap):
         assert read[0] == read[1]
     torch.testing.assert_close(by_peft(model, tmp_path / "wrapped")(ids), adapted(ids))
     assert fingerprint_weights(wrapped) == fingerprint_weights(model)
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_ddp_is_saved_as_the_plain_model_and_takes_no_late_adapters(model, tmp_path, process_group):
+    with pytest.raises(ValueError, match=r"DistributedDataParallel.* Swap first, then wrap"):
+        nk.swap_linears(DistributedDataParallel(copy.deepcopy(model)), "q", rank=2, alpha=4)
+    adapted = adapt(model)
+    nk.save_lora_adapter(adapted, tmp_path / "plain")
+    nk.save_lora_adapter(DistributedDataParallel(adapted), tmp_path / "wrapped")
+    plain, found = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("plain", "wrapped"))
+    assert plain == found
 
 
 @pytest.mark.parametrize("wrap", ["compiled", "compiled layer", "checkpointed layer"])
