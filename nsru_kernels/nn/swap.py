@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nsru_kernels.nn.group import LinearGroup
-from nsru_kernels.nn.inputs import ActivationStream, evaluating
+from nsru_kernels.nn.inputs import ActivationStream, Batch, evaluating
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.names import COMPILED, unwrap
 from nsru_kernels.nn.projections import Projections
@@ -85,7 +85,7 @@ def swap_linears(
     subspaces: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     siblings: bool = True,
-    batch: Mapping[str, Any] | None = None,
+    batch: Batch | None = None,
     backend: str = "auto",
 ) -> SwapReport:
     """Replace linear layers in place by ``NSRULinear`` and freeze every other parameter.
@@ -111,7 +111,7 @@ def swap_linears(
         siblings: whether linears that read the same tensor (q/k/v, gate/up) are computed together.
             They then share one backward: going back from one output at a time needs
             retain_graph=True, or siblings=False.
-        batch: arguments of one forward of the model, such as input_ids, that shows which linears
+        batch: arguments of one forward of the model, such as input_ids, that show which linears
             read the same tensor. Not needed with subspaces of ``estimate_retain_subspaces``, which
             know it.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
@@ -211,7 +211,7 @@ def _families(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     subspaces: Mapping[str, Any] | None,
-    batch: Mapping[str, Any] | None,
+    batch: Batch | None,
 ) -> list[list[str]] | None:
     """Names of the linears that read the same tensor; None where nobody has looked."""
     if batch is not None:

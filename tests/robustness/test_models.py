@@ -399,10 +399,6 @@ def test_other_batches_are_refused(model, batch, match):
 def test_targets_by_expression_and_exclusion(model, targets, exclude, swapped):
     report = nk.swap_linears(model, targets, exclude=exclude, rank=2, alpha=4)
     assert report.swapped == swapped
-    excluded = [name for name, reason in report.skipped.items() if reason == "excluded"]
-    assert sorted(swapped + excluded) == sorted(
-        n for n in [*LINEARS, "head"] if n in swapped or report.skipped[n] == "excluded"
-    )
 
 
 @pytest.mark.parametrize(
@@ -468,7 +464,7 @@ def test_a_name_that_ends_another_keeps_its_own_alpha(tmp_path):
     class Nested(nn.Module):
         def __init__(self):
             super().__init__()
-            self.q, self.inner = nn.Linear(K, K), Block()
+            self.inner, self.q = Block(), nn.Linear(K, K)
 
         def forward(self, x):
             return self.inner(self.q(x))
