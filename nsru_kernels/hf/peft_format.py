@@ -124,10 +124,10 @@ def _config(model: nn.Module, modules: dict[str, NSRULinear]) -> dict[str, Any]:
 
 
 def _pattern(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
-    """What differs from the default, where the first key counts that a module's name ends in."""
-    other = {name: True for name, value in values.items() if value != default}
-    named = by_pattern(other, sorted(values, key=len, reverse=True), False)
-    return {name: values[name] for name, is_named in named.items() if is_named}
+    """What differs from the default, by keys that fit one module only, in whatever order."""
+    other = {name: value for name, value in values.items() if value != default}
+    ends = {name for name in other if any(longer.endswith("." + name) for longer in values)}
+    return {f"^{name}" if name in ends else name: value for name, value in other.items()}
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

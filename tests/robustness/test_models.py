@@ -303,14 +303,14 @@ def test_the_sketch_takes_activations_of_any_size(width, dtype, size):
 
 @pytest.mark.parametrize("width", [20, 40])
 def test_tiny_batches_beside_others_do_not_count(width):
-    x = torch.randn(300, 100, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(300, 100, generator=torch.Generator().manual_seed(0)) / torch.arange(1, 101)
     found, wanted = nk.RetainSketch(100, width), nk.RetainSketch(100, width)
     for size in (1e-25, 1.0, 1e-25):
         found.update(x * size)
         wanted.update(x if size == 1 else torch.zeros_like(x))
     assert found.trace == pytest.approx(wanted.trace, rel=1e-12)
     one, other = found.finalize(6), wanted.finalize(6)
-    assert one.captured_energy == pytest.approx(other.captured_energy, rel=0.2)
+    assert one.captured_energy == pytest.approx(other.captured_energy, rel=1e-2)
     with pytest.raises(ValueError, match="vanish in fp64; scale"):
         nk.RetainSketch(100, width).update(x.double() * 1e-200)
 
@@ -431,6 +431,11 @@ def test_subspaces_of_all_but_the_excluded(model):
 
 RANKS = {r"layers.0.k": 3, "k": 2, r"layers\.\d\.q": 5}
 ALPHAS = {"layers.1.q": 1.5, r"(q|k)": 7}
+# PEFT sorts the keys that it writes, whatever their order meant.
+SORTED = {
+    "rank_pattern": {"layers.0.k": 3, r"layers\.\d\.q": 5},
+    "alpha_pattern": {"layers.0.(q|k)": 7, "layers.1.q": 1.5},
+}
 
 
 def test_patterns_of_ranks_and_alphas_are_those_of_peft(model, tmp_path):
@@ -448,8 +453,8 @@ def test_patterns_of_ranks_and_alphas_are_those_of_peft(model, tmp_path):
 def test_what_peft_wrote_with_patterns_is_read_back(model, tmp_path, rslora):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
-        r=4, lora_alpha=3, target_modules=["q", "k"], rank_pattern=RANKS, alpha_pattern=ALPHAS,
-        use_rslora=rslora, init_lora_weights=False,
+        r=4, lora_alpha=3, target_modules=["q", "k"], use_rslora=rslora, init_lora_weights=False,
+        **SORTED,
     )  # fmt: skip
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
     theirs.save_pretrained(tmp_path)
