@@ -2,7 +2,7 @@
 
 from nsru_kernels.dispatch import BackendUnavailable
 from nsru_kernels.dispatch.explain import explain
-from nsru_kernels.hf.peft_format import save_lora_adapter
+from nsru_kernels.hf.peft_format import load_lora_adapter, save_lora_adapter
 from nsru_kernels.nn import (
     NSRULinear,
     SwapReport,
@@ -25,6 +25,7 @@ __all__ = [
     "adapters_disabled",
     "estimate_retain_subspaces",
     "explain",
+    "load_lora_adapter",
     "merge_adapters",
     "nsru_linear",
     "nsru_linear_group",

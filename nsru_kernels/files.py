@@ -1,13 +1,21 @@
-"""Files that appear whole or not at all."""
+"""Files that are written whole or not at all, and read with errors that name them."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
+import sys
+import types
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
@@ -70,3 +78,72 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it is damaged or holds something else.
+        OSError: it cannot be read.
+    """
+    try:
+        found = json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is truncated or damaged ({error}). Copy it again, or write it anew."
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(found).__name__}.")
+    return found
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file.
+
+    Raises:
+        ValueError: it is damaged or of another kind.
+        OSError: it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with open(path, "rb"):  # what safetensors raises names no file
+        pass
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            names = file.keys()  # a handle, not a dict
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} ({os.path.getsize(path)} bytes) is truncated or damaged, no whole safetensors "
+            f"file ({error}). Copy it again, or write it anew."
+        ) from error
+
+
+def check_fields(
+    path: str | os.PathLike[str], found: Mapping[str, Any], fields: Mapping[str, Any]
+) -> None:
+    """Raise ValueError unless every field is there, of its type, and its numbers finite.
+
+    Args:
+        path: the file that ``found`` was read from.
+        fields: name → type hint: of JSON values, unions, lists and dicts of them.
+    """
+    for name, hint in fields.items():
+        if name not in found or not _fits(found[name], hint):
+            got = f"{found[name]!r:.80}" if name in found else "none"
+            kind = getattr(hint, "__name__", hint) if isinstance(hint, type) else hint
+            raise ValueError(f"{path}: {name} must be {kind} and finite, got {got}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is hint

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -118,6 +118,16 @@ def _time(configs: Sequence[Config], run: Callable[[Config], object]) -> Config:
 def padded(size: int) -> int:
     """``size`` rounded up to a tile that tensor cores take: a power of two, at least 16."""
     return max(LEAST_TILE, 1 << (size - 1).bit_length())
+
+
+def in_memory(values: Any) -> Any:
+    """Tensors, in lists too, whose memory holds their values: lazy negations and zeros do not."""
+    if isinstance(values, Tensor):
+        lazy_zeros = values._is_zerotensor()  # of forward-mode differentiation
+        return torch.zeros_like(values) if lazy_zeros else values.resolve_neg()
+    if isinstance(values, (list, tuple)):
+        return [in_memory(value) for value in values]
+    return values
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nsru_kernels.files import atomic_write_all
+from nsru_kernels.files import atomic_write_all, check_fields, read_json, read_tensors
 from nsru_kernels.nn.linear import NSRULinear
-from nsru_kernels.nn.swap import SwapReport, swap_linears
+from nsru_kernels.nn.names import plain_name, unwrap
+from nsru_kernels.nn.swap import SwapReport, by_pattern, swap_linears
+
+Value = TypeVar("Value", int, float)
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 SIDECAR = "nsru.json"
 _PREFIX = "base_model.model."
+_FIELDS = {
+    "r": int,
+    "lora_alpha": float,
+    "rank_pattern": dict[str, int],
+    "alpha_pattern": dict[str, float],
+    "use_rslora": bool,
+    "bias": str,
+}
+_DEFAULTS = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "bias": "none"}
+# With these the folder's A and B are not all there is to it.
+_UNSUPPORTED = (
+    "use_dora", "use_qalora", "modules_to_save", "layer_replication", "alora_invocation_tokens",
+)  # fmt: skip
+# PEFT starts from other base weights with any other name.
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_lora_adapter(
@@ -30,7 +52,8 @@ def save_lora_adapter(
     adapter that was there before stays whole when writing fails.
 
     Args:
-        model: has ``NSRULinear`` modules, none merged.
+        model: has ``NSRULinear`` modules, none merged. Names are those of the plain model, also
+            where it or its layers are wrapped by ``torch.compile`` and the like.
         path: folder, made if need be.
         metadata: more entries for ``nsru.json``, e.g. the base model's fingerprint.
     Returns:
@@ -42,15 +65,19 @@ def save_lora_adapter(
     """
     from safetensors.torch import save
 
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, NSRULinear)}
+    model = unwrap(model)
+    modules = {plain_name(n): m for n, m in model.named_modules() if isinstance(m, NSRULinear)}
     if not modules:
         raise ValueError("save_lora_adapter: model has no NSRULinear; nothing to save.")
+    if "" in modules:
+        raise ValueError("save_lora_adapter: model is an NSRULinear itself; save one that has it.")
     if merged := [name for name, module in modules.items() if module.merged]:
         raise ValueError(f"save_lora_adapter: {merged[0]} is merged; call unmerge() first.")
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = module.projected_adapter().cpu().contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
+        a_RK = module.projected_adapter()
+        for side, tensor in (("A", a_RK), ("B", module.lora_B.detach().to(a_RK.dtype))):
+            tensors[f"{_PREFIX}{name}.lora_{side}.weight"] = tensor.cpu().contiguous().resolve_neg()
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(
@@ -85,8 +112,8 @@ def _config(model: nn.Module, modules: dict[str, NSRULinear]) -> dict[str, Any]:
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
         "target_modules": list(modules),
-        "rank_pattern": {n: m.rank for n, m in modules.items() if m.rank != first.rank},
-        "alpha_pattern": {n: m.alpha for n, m in modules.items() if m.alpha != first.alpha},
+        "rank_pattern": _pattern({n: m.rank for n, m in modules.items()}, first.rank),
+        "alpha_pattern": _pattern({n: m.alpha for n, m in modules.items()}, first.alpha),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -96,28 +123,27 @@ def _config(model: nn.Module, modules: dict[str, NSRULinear]) -> dict[str, Any]:
     }
 
 
+def _pattern(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
+    """What differs from the default, by keys that fit one module only, in whatever order."""
+    other = {name: value for name, value in values.items() if value != default}
+    ends = {name for name in other if any(longer.endswith("." + name) for longer in values)}
+    return {f"^{name}" if name in ends else name: value for name, value in other.items()}
+
+
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors) of a PEFT LoRA folder.
 
     Raises:
         ValueError: a file is missing, truncated or not LoRA; the message names it.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(path)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise ValueError(
                 f"adapter: {folder} has no {file}; expected a folder that save_lora_adapter wrote."
             )
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"adapter: a file in {folder} is truncated or damaged ({error}). Copy it again."
-        ) from error
+    config = read_json(folder / CONFIG)
+    tensors, _ = read_tensors(folder / WEIGHTS)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"adapter: {folder} is {config.get('peft_type')!r}, expected 'LORA'.")
     return config, tensors
@@ -127,59 +153,111 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
 def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapReport:
     """Swap the linears that a plain LoRA adapter names and give them its A and B; A is Ā, no basis.
 
+    Ranks and alphas of single modules and rank-stabilised scaling are read as PEFT reads them.
+
     Args:
         model: the base model, changed in place.
-        path: a folder in PEFT's format, with one rank for all modules.
+        path: a folder in PEFT's format, by ``save_lora_adapter`` or PEFT.
     Returns:
         the swap report.
     Raises:
-        ValueError: damaged files, unsupported LoRA variants, or an adapter of another model.
+        ValueError: damaged files, values that are not finite, unsupported LoRA variants, or an
+            adapter of another model. The model is then as it was.
     """
     config, tensors = read_adapter(path)
-    for option in ("use_rslora", "use_dora", "rank_pattern", "modules_to_save"):
-        if config.get(option):
-            raise ValueError(
-                f"adapter: {option}={config[option]!r} is not supported; load it with PEFT."
-            )
-    if config.get("bias", "none") != "none":
-        raise ValueError("adapter: trained biases are not supported; load it with PEFT.")
+    folder, model = Path(path), unwrap(model)
+    try:
+        adapters = _adapters(tensors)
+        ranks, alphas = _sizes(folder / CONFIG, config, adapters)
+        everywhere = model.named_modules(remove_duplicate=False)
+        actual = {plain_name(name): name for name, _ in everywhere}
+        for name, (a_RK, b_NR) in adapters.items():
+            _check_fit(model, actual, name, a_RK, b_NR)
+        check_fingerprint(model, folder / SIDECAR)
+        first = next(iter(adapters))
+        report = swap_linears(
+            model,
+            [actual[name] for name in adapters],
+            rank=ranks[first],
+            alpha=alphas[first],
+            rank_pattern=_exactly({actual[name]: rank for name, rank in ranks.items()}),
+            alpha_pattern=_exactly({actual[name]: alpha for name, alpha in alphas.items()}),
+        )
+    except ValueError as error:
+        raise ValueError(f"adapter: {folder}: {error}") from error
+    for name, (a_RK, b_NR) in adapters.items():
+        module = model.get_submodule(actual[name])
+        assert isinstance(module, NSRULinear)
+        module.lora_A.copy_(a_RK)
+        module.lora_B.copy_(b_NR)
+    return report
+
+
+def _adapters(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module name → (A, B) of an adapter's file."""
     names = sorted({key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in tensors})
     key = (_PREFIX + "{}.lora_{}.weight").format
     expected = {key(name, side) for name in names for side in "AB"}
     if not names or expected != tensors.keys():
         odd = sorted(expected ^ tensors.keys())[:1]
-        raise ValueError(f"adapter: expected lora_A and lora_B of each module, check {odd}.")
-    for name in names:
-        a, b = (tensors[key(name, side)] for side in "AB")
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"adapter: the model has no module {name!r}; another base?") from None
-        shape = tuple(getattr(linear, "weight", torch.empty(0)).shape)
-        if shape != (b.shape[0], a.shape[1]):
+        raise ValueError(f"expected lora_A and lora_B of each module, check {odd}.")
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or tensor.dtype not in _DTYPES:
             raise ValueError(
-                f"adapter: {name} is made for a weight of {(b.shape[0], a.shape[1])}, "
-                f"the model has {shape}; another base?"
+                f"{name} must be a matrix of floats, got {tuple(tensor.shape)} {tensor.dtype}."
             )
-        if not a.shape[0] == b.shape[1] == config["r"]:
+        if not tensor.isfinite().all():
             raise ValueError(
-                f"adapter: {name} has rank {a.shape[0]} (A) and {b.shape[1]} (B), "
-                f"{CONFIG} says {config['r']}."
+                f"{name} holds NaN or infinite values: training diverged, or the file is damaged. "
+                "Train again, or take an earlier checkpoint."
             )
-    check_fingerprint(model, Path(path) / SIDECAR)
-    report = swap_linears(
-        model,
-        names,
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        alpha_pattern=config.get("alpha_pattern"),
-    )
-    for name in names:
-        module = model.get_submodule(name)
-        assert isinstance(module, NSRULinear)
-        module.lora_A.copy_(tensors[key(name, "A")])
-        module.lora_B.copy_(tensors[key(name, "B")])
-    return report
+    return {name: (tensors[key(name, "A")], tensors[key(name, "B")]) for name in names}
+
+
+def _sizes(
+    file: Path, config: Mapping[str, Any], adapters: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and alpha of each module by PEFT's rules, alpha so that it is divided by the rank."""
+    config = _DEFAULTS | {key: value for key, value in config.items() if value is not None}
+    check_fields(file, config, _FIELDS)
+    for option in _UNSUPPORTED:
+        if config.get(option):
+            raise ValueError(f"{option}={config[option]!r} is not supported; load it with PEFT.")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+        raise ValueError(f"init_lora_weights={start!r} is not supported; load it with PEFT.")
+    if config["bias"] != "none":
+        raise ValueError("trained biases are not supported; load it with PEFT.")
+    ranks = by_pattern(config["rank_pattern"], adapters, config["r"])
+    alphas = by_pattern(config["alpha_pattern"], adapters, config["lora_alpha"])
+    for name, (a_RK, b_NR) in adapters.items():
+        if not a_RK.shape[0] == b_NR.shape[1] == ranks[name]:
+            raise ValueError(
+                f"{name} has rank {a_RK.shape[0]} (A) and {b_NR.shape[1]} (B), {CONFIG} says "
+                f"{ranks[name]}."
+            )
+    if config["use_rslora"]:
+        alphas = {name: alpha * math.sqrt(ranks[name]) for name, alpha in alphas.items()}
+    return ranks, alphas
+
+
+def _exactly(values: Mapping[str, Value]) -> dict[str, Value]:
+    """A pattern that gives each of these modules its value and no other."""
+    return {rf"^{re.escape(name)}": value for name, value in values.items()}
+
+
+def _check_fit(
+    model: nn.Module, actual: Mapping[str, str], name: str, a_RK: Tensor, b_NR: Tensor
+) -> None:
+    if name not in actual:
+        raise ValueError(f"the model has no module {name!r}; another base?")
+    weight = getattr(model.get_submodule(actual[name]), "weight", None)
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+    if shape != (b_NR.shape[0], a_RK.shape[1]):
+        raise ValueError(
+            f"{name} is made for a weight of {(b_NR.shape[0], a_RK.shape[1])}, "
+            f"the model has {shape}; another base?"
+        )
 
 
 def check_fingerprint(model: nn.Module, sidecar: Path) -> None:
@@ -188,10 +266,7 @@ def check_fingerprint(model: nn.Module, sidecar: Path) -> None:
 
     if not sidecar.is_file():
         return
-    try:
-        wanted = json.loads(sidecar.read_text()).get("fingerprint")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"adapter: {sidecar} is damaged ({error}). Copy it again.") from error
+    wanted = read_json(sidecar).get("fingerprint")
     if wanted is not None and (found := fingerprint_weights(model)) != wanted:
         raise ValueError(
             f"adapter: {sidecar.parent} was trained on weights with fingerprint {wanted}, "

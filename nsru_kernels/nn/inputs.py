@@ -6,14 +6,16 @@ import contextlib
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Batches = Iterable[Mapping[str, Any]]
+# Arguments of one forward: by name, in order, or the only one.
+Batch = Mapping[str, Any] | Sequence[Any] | Tensor
+Batches = Iterable[Batch]
 # Takes the input of a linear [..., K] and which of its tokens count [...], None for all.
 Consumer = Callable[[Tensor, "Tensor | None"], None]
 
@@ -31,13 +33,14 @@ class ActivationStream:
         backbone = getattr(model, "base_model", model)
         inside = set(backbone.modules())
         self.linears = linears
+        self.model = model
         self.module = backbone if all(m in inside for m in linears.values()) else model
         self.device = next(model.parameters()).device
         takes = inspect.signature(self.module.forward).parameters
         self.extra = {"use_cache": False} if "use_cache" in takes else {}
         self.keep_BT: Tensor | None = None
 
-    def group_by_input(self, batch: Mapping[str, Any]) -> list[list[str]]:
+    def group_by_input(self, batch: Batch) -> list[list[str]]:
         """One forward; module names grouped by the tensor object that they read, in model order."""
         calls: dict[str, list[int]] = {name: [] for name in self.linears}
         numbers = itertools.count()
@@ -80,13 +83,20 @@ class ActivationStream:
             for batch in batches if label is None else _with_progress(batches, label):
                 self._forward(batch)
 
-    def _forward(self, batch: Mapping[str, Any]) -> None:
+    def _forward(self, batch: Batch) -> None:
+        in_order: Sequence[Any] = ()
+        if isinstance(batch, Tensor):
+            batch = (batch,)
+        if isinstance(batch, (tuple, list)):
+            in_order, batch = self._by_name(batch)
         if not isinstance(batch, Mapping):
             raise TypeError(
-                f"batches must yield dicts of model arguments, got {type(batch).__name__}."
+                "batches must yield dicts, tuples or tensors, the arguments of the model, got "
+                f"{type(batch).__name__}."
             )
+        in_order = [self._moved(value) for value in in_order]
         arguments = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value
+            name: self._moved(value)
             for name, value in batch.items()
             if name not in ("labels", "token_mask")
         }
@@ -99,7 +109,24 @@ class ActivationStream:
                 )
             keep_BT = keep_BT.to(self.device, torch.bool)
         self.keep_BT = None if keep_BT is None or keep_BT.all() else keep_BT
-        self.module(**{**arguments, **self.extra})
+        self.module(*in_order, **{**arguments, **self.extra})
+
+    def _moved(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, Tensor) else value
+
+    def _by_name(self, values: Sequence[Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """What takes no name, and the others by theirs, so that masks among them are known."""
+        signature = inspect.signature(self.model.forward)
+        try:
+            bound = signature.bind_partial(*values)
+        except TypeError as error:
+            raise TypeError(
+                f"batches: {type(self.model).__name__} does not take {len(values)} arguments in "
+                f"order ({error}); yield dicts."
+            ) from error
+        kinds = {signature.parameters[name].kind for name in bound.arguments}
+        named = kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+        return ((), bound.arguments) if named else (values, {})
 
     def _kept(self, x: Tensor) -> Tensor | None:
         if self.keep_BT is None:
@@ -127,7 +154,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def with_first(batches: Batches) -> tuple[Mapping[str, Any] | None, Batches]:
+def with_first(batches: Batches) -> tuple[Batch | None, Batches]:
     """The first batch (None when there is none), and all batches including it, to be read once."""
     items = iter(batches)
     first = next(items, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,8 +37,8 @@ class NSRULinear(nn.Module):
         dropout: LoRA dropout on x. With p > 0 the null-space property holds in expectation only.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
     Raises:
-        ValueError: rank < 1, dropout outside [0, 1], unknown backend, a basis of another size, or
-            one with NaN or infinite values.
+        ValueError: rank < 1, alpha NaN or infinite, dropout outside [0, 1], unknown backend, a
+            basis of another size, or one with NaN or infinite values.
         TypeError: basis is neither of the two.
 
     >>> layer = NSRULinear.from_linear(nn.Linear(32, 16), rank=4, alpha=8)
@@ -63,8 +64,10 @@ class NSRULinear(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        if rank < 1:
+        if not isinstance(rank, numbers.Integral) or rank < 1:
             raise ValueError(f"NSRULinear: rank must be ≥ 1, got {rank}.")
+        if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
+            raise ValueError(f"NSRULinear: alpha must be a finite number, got {alpha!r}.")
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"NSRULinear: dropout must be in [0, 1], got {dropout}.")
         requested_backend(backend)
@@ -189,35 +192,47 @@ class NSRULinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # as nn.Linear names it
         """y [..., N] of x [..., K], in x's dtype."""
         if self.enabled and self._buffers["_unmerged_weight"] is None:
-            return self.group.call(self, x)
+            return self.group.call(self, input)
         weight = self.weight
         if not self.enabled and self._unmerged_weight is not None:
             weight = self._unmerged_weight
-        return F.linear(x, weight, self.bias)
+        return F.linear(input, weight, self.bias)
 
     @torch.no_grad()
     def projected_adapter(self) -> Tensor:
-        """Ā [R, K] in A's dtype: what a plain LoRA adapter of this module has as its A."""
-        return project_adapter(self.lora_A, self.basis, backend=self.backend).clone()
+        """Ā [R, K] in float32 (float64 of float64): what a plain LoRA adapter has as its A.
+
+        Rounded to 16 bits, as A may be, it would leak into the retain subspace again.
+        """
+        a_RK = self.lora_A.to(torch.promote_types(self.lora_A.dtype, torch.float32))
+        return project_adapter(a_RK, self.basis, backend=self.backend).clone()
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """s B Ā [N, K] in float32 (float64 for float64 adapters)."""
         a_RK = self.projected_adapter()
-        dtype = torch.promote_types(a_RK.dtype, torch.float32)
         with torch.autocast(a_RK.device.type, enabled=False):
-            return self.scaling * (self.lora_B.to(dtype) @ a_RK.to(dtype))
+            return self.scaling * (self.lora_B.to(a_RK.dtype) @ a_RK)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + s B Ā, summed in float32, rounded once to W's dtype; W itself once it is merged."""
+        """W + s B Ā, summed in float32, rounded once to W's dtype; W itself once it is merged.
+
+        Raises: ValueError: it holds NaN or infinite values.
+        """
         if self.merged:
             return self.weight.detach()
         delta = self.delta_weight()
-        return delta.add_(self.weight).to(self.weight.dtype)
+        merged = delta.add_(self.weight).to(self.weight.dtype)
+        if not merged.isfinite().all():
+            raise ValueError(
+                f"W + s B Ā holds NaN or infinite values in {merged.dtype}: the adapter diverged "
+                "or is damaged, or the sum overflows. Train again, or cast the model first."
+            )
+        return merged
 
     @torch.no_grad()
     def leakage(self) -> float:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from nsru_kernels.nn.linear import NSRULinear
+from nsru_kernels.nn.names import COMPILED
 from nsru_kernels.nn.swap import replace_module
 
 
@@ -18,7 +19,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     Returns:
         model, for chaining.
     Raises:
-        ValueError: the model has no ``NSRULinear``, or is one itself.
+        ValueError: the model has no ``NSRULinear``, is one itself, or a merged weight would hold
+            NaN or infinite values; nothing is then changed.
     """
     modules = [(n, m) for n, m in model.named_modules() if isinstance(m, NSRULinear)]
     if not modules:
@@ -27,6 +29,11 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         )
     if modules[0][0] == "":
         raise ValueError("merge_adapters: model is an NSRULinear itself; use its merge().")
+    for name, module in modules:  # computed twice, so that a refusal leaves the model whole
+        try:
+            module.merged_weight()
+        except ValueError as error:
+            raise ValueError(f"merge_adapters: {name}: {error}") from error
     for name, module in modules:
         module.weight.copy_(module.merged_weight())
         linear = nn.Linear(
@@ -34,5 +41,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         )
         linear.weight = module.weight
         linear.bias = module.bias  # type: ignore[assignment] # None without a bias
-        replace_module(model, name, linear.train(module.training))
+        # A compiled layer goes on calling what it was made of.
+        place = name.removesuffix(COMPILED)
+        replace_module(model, place, linear.train(module.training))
     return model

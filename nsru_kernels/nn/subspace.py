@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
 from torch import Tensor, nn
 
-from nsru_kernels.files import atomic_write
+from nsru_kernels.files import atomic_write, read_tensors
 
 _FORMAT = "nsru-retain-subspace-1"
+# Largest entry of |UᵀU - I| in a file beside the rounding of its dtype; a sketch's is about 1e-6.
+_ORTHONORMAL = 1e-4
+ENERGY_SLACK = 1e-4  # fp32 sums may put a share of energy above 1 by 1e-6
 
 
 class RetainSubspace(nn.Module):
     """Top eigenvectors U of the uncentred second moment XᵀX of retain activations.
 
     A module, so that its basis moves and is saved with the model whose linears share it; the rest
-    describes where it came from and stays as it is.
+    describes where it came from and stays as it is. A cast of the model to 16 bits leaves the basis
+    in its dtype.
 
     Args:
         basis: U [K, Q], orthonormal columns by falling eigenvalue; Q may be 0. A buffer.
@@ -27,7 +32,8 @@ class RetainSubspace(nn.Module):
         rank_limited: the rank or energy asked for could not be reached with the directions that the
             sketch held.
 
-    Raises: ValueError: shapes do not fit, or entries are NaN or infinite.
+    Raises: ValueError: shapes do not fit, entries are NaN or infinite, eigenvalues negative or not
+        falling, trace or tokens negative.
     """
 
     basis: Tensor
@@ -44,14 +50,22 @@ class RetainSubspace(nn.Module):
         _check_basis(basis)
         with torch.inference_mode(False):  # autograd cannot save a tensor made in inference mode
             basis = basis.clone() if basis.is_inference() else basis.detach()
-            self.register_buffer("basis", basis.contiguous())
+            self.register_buffer("basis", basis.contiguous().resolve_neg())
         if eigenvalues is not None and eigenvalues.shape != basis.shape[1:]:
             raise ValueError(
                 f"RetainSubspace: eigenvalues must be [Q={self.rank}] like basis's columns, got "
                 f"{tuple(eigenvalues.shape)}."
             )
-        if eigenvalues is not None and not eigenvalues.isfinite().all():
-            raise ValueError("RetainSubspace: eigenvalues has NaN or infinite entries.")
+        if eigenvalues is not None:
+            if not eigenvalues.isfinite().all():
+                raise ValueError("RetainSubspace: eigenvalues has NaN or infinite entries.")
+            if (eigenvalues < 0).any() or (eigenvalues.diff() > 0).any():
+                raise ValueError("RetainSubspace: eigenvalues must be 0 or more, and falling.")
+        if not 0 <= trace < math.inf or tokens < 0:
+            raise ValueError(
+                f"RetainSubspace: trace and tokens must be finite and 0 or more, got {trace=}, "
+                f"{tokens=}."
+            )
         self.eigenvalues = eigenvalues
         self.trace, self.tokens, self.rank_limited = trace, tokens, rank_limited
         self.owned = False  # set by the linear that registers it as its child
@@ -66,7 +80,7 @@ class RetainSubspace(nn.Module):
         )
 
     def share(self) -> RetainSubspace:
-        """The same subspace for a model to hold: its basis may move and be cast, this one's not."""
+        """The same subspace for a model to hold: its basis may move, this one's not."""
         return RetainSubspace(
             self.basis, self.eigenvalues, self.trace, self.tokens, self.rank_limited
         )
@@ -147,34 +161,54 @@ class RetainSubspace(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is truncated, of another kind, or holds NaN.
+            ValueError: the file is truncated, of another kind, or holds what no sketch finds: NaN,
+                columns that are not orthonormal, more energy than there was.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(
-                        f"RetainSubspace.load: {path} is not a retain subspace: format must be "
-                        f"{_FORMAT!r}, got {metadata.get('format')!r}."
-                    )
-                return cls(
-                    file.get_tensor("basis").to(device),
-                    file.get_tensor("eigenvalues"),
-                    trace=float.fromhex(metadata["trace"]),
-                    tokens=int(metadata["tokens"]),
-                    rank_limited=metadata["rank_limited"] == "True",
-                )
-        except SafetensorError as error:
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != _FORMAT:
             raise ValueError(
-                f"RetainSubspace.load: {path} ({os.path.getsize(path)} bytes) is truncated or not "
-                f"a safetensors file ({error}); estimate the subspaces again."
+                f"RetainSubspace.load: {path} is not a retain subspace: format must be "
+                f"{_FORMAT!r}, got {metadata.get('format')!r}."
+            )
+        try:
+            subspace = cls(
+                tensors["basis"],
+                tensors["eigenvalues"],
+                trace=float.fromhex(metadata["trace"]),
+                tokens=int(metadata["tokens"]),
+                rank_limited={"True": True, "False": False}[metadata["rank_limited"]],
+            )
+            subspace._check_certificate()
+        except (KeyError, OverflowError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"RetainSubspace.load: {path} is not what a sketch finds ({error}); estimate the "
+                "subspaces again."
             ) from error
+        return subspace.to(device)
+
+    def _check_certificate(self) -> None:
+        basis_KQ = self.basis.double()
+        unit_QQ = torch.eye(self.rank, dtype=torch.float64)
+        error = (basis_KQ.T @ basis_KQ - unit_QQ).abs().max().item() if self.rank else 0.0
+        if not error <= _ORTHONORMAL + 2 * torch.finfo(self.basis.dtype).eps:
+            raise ValueError(f"columns of basis must be orthonormal, UᵀU is {error:.1g} off")
+        energy = self._known_eigenvalues("load").double().sum().item()
+        if energy > self.trace * (1 + ENERGY_SLACK) or (self.rank and not self.trace):
+            raise ValueError(f"eigenvalues sum to {energy:g}, above the trace {self.trace:g}")
+
+    def _apply(self, fn, recurse=True):
+        # A basis is for projecting in float32: rounded to 16 bits, its columns are not orthonormal.
+        exact = self.basis
+        super()._apply(fn, recurse)
+        if self.basis.element_size() < min(4, exact.element_size()):
+            self.basis = exact.to(self.basis.device)
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if (loaded := state_dict.get(prefix + "basis")) is not None:
             _check_basis(loaded)
+            if loaded.element_size() < 4:  # keep the dtype that says that it is rounded
+                self.basis = self.basis.to(loaded.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

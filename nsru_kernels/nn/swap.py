@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nsru_kernels.nn.group import LinearGroup
-from nsru_kernels.nn.inputs import ActivationStream, evaluating
+from nsru_kernels.nn.inputs import ActivationStream, Batch, evaluating
 from nsru_kernels.nn.linear import NSRULinear
+from nsru_kernels.nn.names import COMPILED, unwrap
 from nsru_kernels.nn.projections import Projections
 from nsru_kernels.nn.subspace import RetainSubspace
 
+Value = TypeVar("Value")
+
 ALL_LINEAR = "all-linear"
+_EXPRESSION = re.compile(r"[\\^$*+?{}\[\]|()]")  # what names of modules do not hold
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -72,11 +79,13 @@ def swap_linears(
     *,
     rank: int,
     alpha: float,
+    rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    exclude: str | Sequence[str] = (),
     subspaces: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     siblings: bool = True,
-    batch: Mapping[str, Any] | None = None,
+    batch: Batch | None = None,
     backend: str = "auto",
 ) -> SwapReport:
     """Replace linear layers in place by ``NSRULinear`` and freeze every other parameter.
@@ -88,18 +97,21 @@ def swap_linears(
 
     Args:
         model: any ``nn.Module``; for a transformers model the output embedding is left alone.
-        targets: "all-linear", or full names ("model.layers.0.self_attn.q_proj") or their ends
-            ("q_proj").
+        targets: "all-linear", or full names ("model.layers.0.self_attn.q_proj"), their ends
+            ("q_proj"), or regular expressions for full names (r".*layers\\.[0-3]\\..*q_proj").
         rank: R of every adapter.
         alpha: updates are scaled by alpha / rank.
-        alpha_pattern: full module name → its own alpha, as in PEFT; see ``SubspaceSet.alphas``.
+        rank_pattern: other ranks for some modules, as in PEFT: name, its end, or a regular
+            expression for either → rank; the first key that fits counts.
+        alpha_pattern: the same for alpha; see ``SubspaceSet.alphas``.
+        exclude: targets to leave alone, named like them.
         subspaces: from ``estimate_retain_subspaces``: module name → ``RetainSubspace`` (or a basis
             tensor [K, Q]), one for every target. None: plain LoRA.
         dropout: LoRA dropout.
         siblings: whether linears that read the same tensor (q/k/v, gate/up) are computed together.
             They then share one backward: going back from one output at a time needs
             retain_graph=True, or siblings=False.
-        batch: arguments of one forward of the model, such as input_ids, that shows which linears
+        batch: arguments of one forward of the model, such as input_ids, that show which linears
             read the same tensor. Not needed with subspaces of ``estimate_retain_subspaces``, which
             know it.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
@@ -107,19 +119,17 @@ def swap_linears(
         the report; print it.
     Raises:
         ValueError: a target matches nothing (the closest names are given) or a layer that cannot be
-            swapped, alpha_pattern names another module, a subspace is missing or of another size or
-            from another model, or the model is already swapped, wrapped by PEFT, or a linear layer
-            itself.
+            swapped, a key of a pattern fits none of them, a subspace is missing or of another size
+            or from another model, or the model is already swapped, wrapped by PEFT, or a linear
+            layer itself.
         TypeError: an entry of ``subspaces`` has no basis tensor.
     """
     _refuse_adapted(model)
-    linears, skipped = _match(model, targets)
-    alphas = dict(alpha_pattern or {})
-    if unknown := sorted(alphas.keys() - {name for name, _ in linears}):
-        raise ValueError(
-            f"swap_linears: alpha_pattern names {unknown[0]!r}, which is not among the "
-            f"{len(linears)} linears to swap. Give full module names."
-        )
+    model = unwrap(model)
+    linears, skipped = _match(model, targets, exclude)
+    names = [name for name, _ in linears]
+    ranks = _take_all("rank_pattern", rank_pattern, names, rank)
+    alphas = _take_all("alpha_pattern", alpha_pattern, names, alpha)
     if subspaces is not None:
         if missing := [name for name, _ in linears if name not in subspaces]:
             raise ValueError(
@@ -136,7 +146,7 @@ def swap_linears(
         try:
             holder = None if subspaces is None else _holder(subspaces[name], linear, holders)
             module = NSRULinear.from_linear(
-                linear, rank, alpha=alphas.get(name, alpha), dropout=dropout, backend=backend
+                linear, ranks[name], alpha=alphas[name], dropout=dropout, backend=backend
             )
             module.hold(holder)
         except (TypeError, ValueError) as error:
@@ -161,13 +171,34 @@ def swap_linears(
     )
 
 
-def match_linears(model: nn.Module, targets: str | Sequence[str]) -> list[tuple[str, nn.Linear]]:
+def match_linears(
+    model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = ()
+) -> list[tuple[str, nn.Linear]]:
     """The linear layers that ``targets`` names, in model order; see ``swap_linears``.
 
     Raises:
         ValueError: a target matches no linear layer that can be swapped.
     """
-    return _match(model, targets)[0]
+    return _match(model, targets, exclude)[0]
+
+
+def by_pattern(
+    pattern: Mapping[str, Value], names: Iterable[str], default: Value
+) -> dict[str, Value]:
+    """Name → the value that PEFT takes: of the first key that fits the name or its end.
+
+    Raises: ValueError: a key is no regular expression.
+    """
+    expressions = {}
+    for key, value in pattern.items():
+        try:
+            expressions[re.compile(rf"(.*\.)?({key})$")] = value
+        except re.error as error:
+            raise ValueError(f"{key!r} is no regular expression: {error}.") from error
+    return {
+        name: next((value for e, value in expressions.items() if e.match(name)), default)
+        for name in names
+    }
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -180,7 +211,7 @@ def _families(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     subspaces: Mapping[str, Any] | None,
-    batch: Mapping[str, Any] | None,
+    batch: Batch | None,
 ) -> list[list[str]] | None:
     """Names of the linears that read the same tensor; None where nobody has looked."""
     if batch is not None:
@@ -229,17 +260,43 @@ def _holder(
     return holders[id(subspace)][1]
 
 
+def _take_all(
+    argument: str, pattern: Mapping[str, Value] | None, names: list[str], default: Value
+) -> dict[str, Value]:
+    """``by_pattern``, where a key that no target takes is a mistake."""
+    pattern = pattern or {}
+    keys = by_pattern({key: key for key in pattern}, names, "")
+    if unused := sorted(pattern.keys() - set(keys.values())):
+        closest = difflib.get_close_matches(unused[0], names, n=1, cutoff=0)
+        raise ValueError(
+            f"swap_linears: {argument} has {unused[0]!r}, which no target takes: none fits, or an "
+            f"earlier key does first; closest: {closest}."
+        )
+    return {name: pattern.get(key, default) for name, key in keys.items()}
+
+
+def _names(target: str, name: str) -> bool:
+    """Whether a target or an exclusion means this module."""
+    if not _EXPRESSION.search(target):
+        return name == target or name.endswith("." + target)
+    try:
+        return re.fullmatch(target, name) is not None
+    except re.error as error:
+        raise ValueError(f"target {target!r} is no regular expression: {error}.") from error
+
+
 def _match(
-    model: nn.Module, targets: str | Sequence[str]
+    model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str]
 ) -> tuple[list[tuple[str, nn.Linear]], dict[str, str]]:
     wanted = [targets] if isinstance(targets, str) else list(targets)
+    unwanted = [exclude] if isinstance(exclude, str) else list(exclude)
     if not wanted:
         raise ValueError("targets must name at least one linear layer, got an empty list.")
     if _looks_linear(model):
         raise ValueError("model is a linear layer itself; use NSRULinear.from_linear.")
     # Layers that a swap or a merge would silently miss, or change in another place.
     places = Counter(id(child) for m in model.modules() for child in m._modules.values())
-    users = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    shared = _shared_memory(model)
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     matched: list[tuple[str, nn.Linear]] = []
@@ -250,13 +307,20 @@ def _match(
         if not _looks_linear(module):
             continue
         linear_names.append(name)
-        named = [t for t in wanted if t != ALL_LINEAR and (name == t or name.endswith("." + t))]
+        named = [t for t in wanted if t != ALL_LINEAR and _names(t, name)]
+        excluded = [t for t in unwanted if _names(t, name)]
         reason = _cannot_swap(module)
+        if reason is None and name.endswith(COMPILED):
+            reason = "is compiled by itself and would go on as it is; compile after swapping"
         if reason is None and places[id(module)] > 1:
             reason = "the same module stands in several places; give each its own"
-        if reason is None and users[id(module.weight)] > 1:
+        if reason is None and id(module.weight) in shared:
             reason = "its weight is tied to another module; a merge would change both, untie them"
-        if not named and ALL_LINEAR not in wanted:
+        hits.update(excluded)
+        if excluded and (named or ALL_LINEAR in wanted):
+            hits.update({*named, ALL_LINEAR})
+            reason = "excluded"
+        elif not named and ALL_LINEAR not in wanted:
             reason = "not among the targets"
         elif not named and module is head:
             reason = "output embedding; name it to swap it"
@@ -269,10 +333,39 @@ def _match(
             continue
         hits.update({*named, ALL_LINEAR})
         matched.append((name, module))
-    for target in wanted:
+    for target in wanted + unwanted:
         if not hits[target]:
-            raise ValueError(_no_match(target, linear_names, skipped))
+            what = "target" if target in wanted else "exclude"
+            raise ValueError(f"{what} {_no_match(target, linear_names, skipped)}")
+    if not matched:
+        raise ValueError(f"exclude={unwanted} leaves none of the targets {wanted}.")
     return matched, skipped
+
+
+def _shared_memory(model: nn.Module) -> set[int]:
+    """Identities of the parameters whose memory holds another one or a buffer too.
+
+    By addresses, since two Parameters can stand for one weight, and one storage hold many weights.
+    """
+    spans = []
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None:
+                continue
+            space, start, size = "identities", id(tensor), 1
+            plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+            if plain and not tensor.is_meta and tensor.numel():
+                last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                space, start = str(tensor.device), tensor.data_ptr()
+                size = (last + 1) * tensor.element_size()
+            spans.append((space, start, start + size, id(tensor)))
+    shared: set[int] = set()
+    before = ("", 0, 0, 0)  # of those that begin earlier, the one that ends last
+    for span in sorted(spans):
+        if span[0] == before[0] and span[1] < before[2]:
+            shared |= {span[3], before[3]}
+        before = max(before, span, key=lambda s: (s[0], s[2]))
+    return shared
 
 
 def _looks_linear(module: nn.Module) -> bool:
@@ -296,7 +389,7 @@ def _cannot_swap(module: nn.Module) -> str | None:
 def _no_match(target: str, linear_names: list[str], skipped: dict[str, str]) -> str:
     if target == ALL_LINEAR and skipped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
-        return f"target {target!r} matches no linear layer that can be swapped ({reasons})."
+        return f"{target!r} matches no linear layer that can be swapped ({reasons})."
     ends = Counter(name.rpartition(".")[2] for name in linear_names)
     pool = linear_names if "." in target else list(ends)
     closest = difflib.get_close_matches(target, pool, n=3, cutoff=0.4)
@@ -304,7 +397,7 @@ def _no_match(target: str, linear_names: list[str], skipped: dict[str, str]) -> 
     known = (
         f"closest: {', '.join(counts)}" if counts else f"linear layers: {', '.join(ends) or 'none'}"
     )
-    return f"target {target!r} matches no linear layer; {known}."
+    return f"{target!r} matches no linear layer; {known}."
 
 
 def _refuse_adapted(model: nn.Module) -> None:
@@ -312,6 +405,11 @@ def _refuse_adapted(model: nn.Module) -> None:
         if isinstance(module, NSRULinear):
             raise ValueError(
                 f"swap_linears: {name} is an NSRULinear already. merge_adapters(model) first."
+            )
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                "swap_linears: the model is wrapped by DistributedDataParallel, which would not "
+                "average the gradients of adapters that come later. Swap first, then wrap."
             )
         if type(module).__module__.startswith("peft."):
             raise ValueError(

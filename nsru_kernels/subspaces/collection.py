@@ -6,14 +6,17 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from nsru_kernels.files import whole_folder
-from nsru_kernels.nn.subspace import RetainSubspace
+from nsru_kernels.files import check_fields, read_json, whole_folder
+from nsru_kernels.nn.names import plain_name, unwrap
+from nsru_kernels.nn.subspace import ENERGY_SLACK, RetainSubspace
 from nsru_kernels.text_table import align_columns
 
 _SCHEMA = 1
@@ -75,12 +78,14 @@ class SubspaceSet(dict[str, RetainSubspace]):
         AdamW moves A and B by lr whatever the gradient's size, so what an update adds to the output
         of a forget token goes with ‖P x‖. Divided by √editability it is, at the same lr, what it
         would be without a projection. alpha itself where editability is 0 or was not measured.
+        Longer names come first, because a name stands for every module that ends in it.
         """
-        return {
+        alphas = {
             name: alpha / (entry.editability or 1.0) ** 0.5
             for entry in self.inputs
             for name in entry.modules
         }
+        return {name: alphas[name] for name in sorted(alphas, key=len, reverse=True)}
 
     def table(self) -> str:
         """The diagnostics as aligned text, one line per distinct input."""
@@ -129,8 +134,8 @@ class SubspaceSet(dict[str, RetainSubspace]):
             raise ValueError(f"save: {folder} holds other files; give an empty or new folder.")
         with whole_folder(folder) as complete:
             entries = []
-            for entry in self.inputs:
-                file = f"{entry.name}.safetensors"
+            for number, entry in enumerate(self.inputs):
+                file = f"{number}.safetensors"  # names of modules are no names of files
                 self[entry.name].save(complete / file)
                 entries.append(dataclasses.asdict(entry) | {"file": file})
             index = {
@@ -158,25 +163,58 @@ class SubspaceSet(dict[str, RetainSubspace]):
                 f"SubspaceSet.load: {folder} has no {_INDEX}; give a folder that SubspaceSet.save "
                 "or `nsru subspace` wrote."
             )
-        try:
-            index = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"SubspaceSet.load: {path} is damaged: {error}.") from error
-        if not isinstance(index, dict) or not {"inputs", "fingerprint"} <= index.keys():
-            raise ValueError(f"SubspaceSet.load: {path} is not an index of SubspaceSet.save.")
+        index = read_json(path)
         if index.get("kind") != "retain-subspaces" or index.get("schema") != _SCHEMA:
             raise ValueError(
                 f"SubspaceSet.load: {path} must be of kind 'retain-subspaces', schema {_SCHEMA}; "
                 f"got {index.get('kind')!r}, {index.get('schema')!r}."
             )
-        subspaces, inputs = {}, []
-        for entry in index["inputs"]:
-            file = folder / entry.pop("file")
-            if not file.exists():
-                raise ValueError(f"SubspaceSet.load: {file} is missing; estimate again.")
-            inputs.append(InputDiagnostics(**entry))
-            subspaces.update(dict.fromkeys(inputs[-1].modules, RetainSubspace.load(file, device)))
+        check_fields(path, index, {"fingerprint": str, "inputs": list[dict]})
+        subspaces: dict[str, RetainSubspace] = {}
+        inputs = []
+        for found in index["inputs"]:
+            entry, file = _read_entry(path, found)
+            if not (folder / file).is_file():
+                raise ValueError(f"SubspaceSet.load: {folder / file} is missing; estimate again.")
+            subspace = RetainSubspace.load(folder / file, device)
+            for name in ("in_features", "rank", "tokens"):
+                if getattr(entry, name) != getattr(subspace, name):
+                    raise ValueError(
+                        f"SubspaceSet.load: {path} gives {name}={getattr(entry, name)} for "
+                        f"{entry.name}, {folder / file} {getattr(subspace, name)}; estimate again."
+                    )
+            if entry.name not in entry.modules or not subspaces.keys().isdisjoint(entry.modules):
+                raise ValueError(
+                    f"SubspaceSet.load: {path}: modules of {entry.name} must hold it and nothing "
+                    "of another input; estimate again."
+                )
+            inputs.append(entry)
+            subspaces.update(dict.fromkeys(entry.modules, subspace))
         return cls(subspaces, inputs, index["fingerprint"])
+
+
+def _read_entry(path: Path, found: dict[str, typing.Any]) -> tuple[InputDiagnostics, str]:
+    """An input's diagnostics and the name of its file, from an index that anyone may have made."""
+    found = {"editability_by_rank": None} | found
+    fields = typing.get_type_hints(InputDiagnostics) | {"file": str}
+    check_fields(path, found, fields)
+    if unknown := sorted(found.keys() - fields.keys()):
+        raise ValueError(f"SubspaceSet.load: {path} has an unknown entry {unknown[0]!r}.")
+    file = found.pop("file")
+    if not re.fullmatch(r"[\w-][\w.-]*", file):  # a path could lead anywhere
+        raise ValueError(
+            f"SubspaceSet.load: {path}: file must be the plain name of a file in its folder, got "
+            f"{file!r}."
+        )
+    entry = InputDiagnostics(**found)
+    shares = [entry.captured_energy, entry.editability, *entry.spectrum]
+    for share in shares + (entry.editability_by_rank or []):
+        if share is not None and not 0 <= share <= 1 + ENERGY_SLACK:
+            raise ValueError(
+                f"SubspaceSet.load: {path}: shares of energy of {entry.name} must be in [0, 1], "
+                f"got {share}."
+            )
+    return entry, file
 
 
 def fingerprint_weights(model: nn.Module) -> str:
@@ -187,10 +225,11 @@ def fingerprint_weights(model: nn.Module) -> str:
     model differs in thousands of them.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
+    weights = {plain_name(name): weight for name, weight in unwrap(model).named_parameters()}
+    for name, weight in sorted(weights.items()):
         if "lora_" in name:
             continue
-        flat = weight.detach().reshape(-1)
+        flat = weight.detach().resolve_neg().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         sample = flat[::step].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(weight.shape)}".encode())

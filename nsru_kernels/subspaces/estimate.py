@@ -17,11 +17,12 @@ from nsru_kernels.nn.inputs import (
     is_distributed,
     with_first,
 )
+from nsru_kernels.nn.names import unwrap
 from nsru_kernels.nn.subspace import RetainSubspace, check_share
 from nsru_kernels.nn.swap import match_linears
 from nsru_kernels.subspaces.collection import InputDiagnostics, SubspaceSet, fingerprint_weights
 from nsru_kernels.subspaces.distributed import communication_device
-from nsru_kernels.subspaces.sketch import RetainSketch
+from nsru_kernels.subspaces.sketch import MIN_ENERGY, RetainSketch, lifted
 
 
 def estimate_retain_subspaces(
@@ -29,6 +30,7 @@ def estimate_retain_subspaces(
     batches: Batches,
     targets: str | Sequence[str],
     *,
+    exclude: str | Sequence[str] = (),
     width: int,
     rank: int | None = None,
     energy: float | None = None,
@@ -48,11 +50,12 @@ def estimate_retain_subspaces(
 
     Args:
         model: the model before `swap_linears`.
-        batches: dicts of model arguments, `input_ids` and such; read once, one batch in memory.
+        batches: arguments of the model, dicts (`input_ids` and such), tuples in the order of its
+            `forward`, or its only tensor; read once, one batch in memory.
             `attention_mask` [B, T] keeps padding out. An optional `token_mask` [B, T] is not passed
             to the model and takes the mask's place here, for instance to leave out an attention
             sink, whose massive norm dominates energy thresholds. `labels` are dropped.
-        targets: as for `swap_linears`.
+        targets, exclude: as for `swap_linears`.
         width: L of each sketch; at least `rank`, better rank + 64.
         rank: the same rank for every input.
         energy: for every input the smallest rank with this certified share of the energy.
@@ -72,7 +75,8 @@ def estimate_retain_subspaces(
             hold; an empty retain or forget set; NaN or infinite activations; a target without a
             match, or one that no batch reached.
     """
-    linears = dict(match_linears(model, targets))
+    model = unwrap(model)
+    linears = dict(match_linears(model, targets, exclude))
     _check_request(linears, width, rank, energy, min_editability, forget_batches is not None)
     stream = ActivationStream(model, linears)
     with evaluating(model):
@@ -153,11 +157,16 @@ class _ForgetEnergy:
 
     def update(self, x: Tensor, keep: Tensor | None) -> None:
         x_MK = x.flatten(0, -2) if keep is None else x[keep]
-        x_MK = x_MK.float()
+        wide_MK, lift = x_MK.float(), 1.0
+        total = wide_MK.square().sum(1).sum(dtype=torch.float64)
+        if x_MK.numel() and total < MIN_ENERGY:
+            wide_MK, lift = lifted(x_MK)
+            wide_MK = wide_MK.float()
+            total = wide_MK.square().sum(1).sum(dtype=torch.float64)
         with torch.autocast(x.device.type, enabled=False):
-            along_MQ = x_MK @ self.basis_KQ
-        self.energy[:-1] += along_MQ.square().sum(0, dtype=torch.float64)
-        self.energy[-1] += x_MK.square().sum(1).sum(dtype=torch.float64)
+            along_MQ = wide_MK @ self.basis_KQ
+        self.energy[:-1] += along_MQ.square().sum(0, dtype=torch.float64) / lift**2
+        self.energy[-1] += total / lift**2
 
     def editability(self) -> list[float]:
         """The share of ‖X_f‖² left open at rank 0, 1, ... Q; never rising."""

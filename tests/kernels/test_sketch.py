@@ -391,6 +391,23 @@ def test_merge_is_one_stream():
     assert_certified(merged.finalize(rank=96), torch.cat([x, first]))
 
 
+@pytest.mark.parametrize(("parts", "certified"), [(2, 1.05), (8, 1.1)])
+def test_a_merge_loses_little_of_what_one_sketch_finds(parts, certified):
+    spectra = dict(tropp_spectra(120)) | {"flat": torch.ones(120), "harmonic": harmonic(120).sqrt()}
+    for name, sigma in spectra.items():
+        x = stream(sigma**2, 1024)
+        if 1 - optimum(x, 12) < 1e-6:  # fp32 does not resolve what is left
+            continue
+        one = sketch_of(x, 20).finalize(rank=12)
+        sketches = [sketch_of(part, 20) for part in x.chunk(parts)]
+        merged = functools.reduce(RetainSketch.merge, sketches).finalize(rank=12)
+        assert_certified(merged, x)
+        left = [1 - captured(x, found.basis) for found in (merged, one)]
+        assert left[0] <= 1.05 * left[1], name
+        unsure = [1 - found.captured_energy for found in (merged, one)]
+        assert unsure[0] <= certified * unsure[1], name
+
+
 @pytest.mark.parametrize("width", ROUTES)
 def test_merge_with_an_empty_sketch(width):
     x = stream(harmonic(100), 300)

@@ -49,7 +49,7 @@ def _choose(function, x, weights, a, backend):
 @torch.library.impl(_library, "linear_forward", "CompositeExplicitAutograd")
 def _forward(x, weights, a, bs, biases, scalings, dropout_p, seed, backend):
     chosen = _choose("forward", x, weights, a, backend)
-    args = (x, weights, a, bs, biases, scalings, dropout_p, seed)
+    args = chosen.operands(x, weights, a, bs, biases, scalings, dropout_p, seed)
     try:
         return chosen.module.forward(*args, **chosen.options)
     except BackendUnavailable:  # measured at these sizes, but not for this layout, say
@@ -73,7 +73,7 @@ def _backward(dys, x, weights, a, bs, s, scalings, dropout_p, seed, needs, backe
     # Every backend draws masks of its own: with dropout both passes must be by the same one.
     function = "forward" if dropout_p else "backward"
     chosen = _choose(function, x, weights, a, backend)
-    args = (dys, x, weights, a, bs, s, scalings, dropout_p, seed, needs)
+    args = chosen.operands(dys, x, weights, a, bs, s, scalings, dropout_p, seed, needs)
     try:
         return chosen.module.backward(*args)
     except BackendUnavailable:

@@ -45,11 +45,12 @@ def _project_many(
 ) -> list[Tensor]:
     device, threads = as_RK[0].device, torch.get_num_threads()
     chosen = choose(PROJECT, backend, device, *query(as_RK, bases_KQ), threads)
+    args = chosen.operands(as_RK, bases_KQ, gram_inverses_QQ)
     try:
         if torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):
-                return chosen.module.project_many(as_RK, bases_KQ, gram_inverses_QQ)
-        return chosen.module.project_many(as_RK, bases_KQ, gram_inverses_QQ)
+                return chosen.module.project_many(*args)
+        return chosen.module.project_many(*args)
     except BackendUnavailable:  # tensors without memory of their own, say
         if chosen.named:
             raise

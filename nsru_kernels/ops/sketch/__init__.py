@@ -69,6 +69,7 @@ def update_sketch(
     args = (x, omega, y, h, mask, split, energy_limit(y.dtype))
     requested, threads = requested_backend(backend), torch.get_num_threads()
     chosen = choose(SKETCH, requested, x.device, *query(x, omega.shape[1], y.dtype), threads)
+    args = chosen.operands(*args)
     try:
         with torch.autocast(x.device.type, enabled=False):
             return chosen.module.update_sketch(*args, **chosen.options)
@@ -109,8 +110,10 @@ def _check(x: Tensor, omega: Tensor, y: Tensor, h: Tensor, mask: Tensor | None) 
             raise TypeError(
                 f"update_sketch: y and h must both be fp32 or both fp64, got {y.dtype}, {h.dtype}."
             )
-        if not accumulator.is_contiguous():
-            raise ValueError(f"update_sketch: {name} is written in place and must be contiguous.")
+        if not accumulator.is_contiguous() or accumulator.is_neg():
+            raise ValueError(
+                f"update_sketch: {name} is written in place and must be contiguous, no lazy view."
+            )
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"update_sketch: mask must be bool, got {mask.dtype}; use mask.bool().")

@@ -1,0 +1,27 @@
+"""Names of modules as the plain model has them, whatever wraps the model or its layers."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+COMPILED = "._orig_mod"  # ends the name of what a compiled layer was made of
+# Of torch.compile, checkpoint_wrapper and FSDP1.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DistributedDataParallel and the like."""
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
+            model = model.module
+        elif inside := [model._modules[name] for name in _WRAPPED if name in model._modules]:
+            model = inside[0]
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or parameter without the parts that wrapped layers add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
