@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -39,7 +41,12 @@ from nsru_train.losses.nll import answer_states
 from nsru_train.losses.objective import RETAIN, Objective, nsru_loss
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import score_sequences
-from nsru_train.unlearn_dataset import RowCollator, UnlearnDataset, make_train_dataset
+from nsru_train.unlearn_dataset import (
+    RowCollator,
+    StepBatches,
+    UnlearnDataset,
+    make_train_dataset,
+)
 
 __all__ = [
     "CheckpointError",
@@ -137,8 +144,8 @@ class NSRUTrainer(Trainer):
         >>> NSRUTrainer(model, args, data, Objective(), tokenizer).train()  # doctest: +SKIP
     """
 
-    # Loss is a mean over the micro-batch; Trainer divides it by the accumulation steps.
-    loss_is_scaled_for_ga = False
+    # compute_loss weighs a micro-batch by its share of the step; Trainer would weigh all alike.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -178,7 +185,7 @@ class NSRUTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # no token count to gather across ranks every step
         self.objective = objective
         self._sums: dict[str, Tensor] = {}
-        self._micro_batches = 0
+        self._steps = 0.0
         self._staging: Path | None = None
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
@@ -205,9 +212,38 @@ class NSRUTrainer(Trainer):
     def early_stop_reason(self) -> str | None:
         return self._early_stop.reason if self._early_stop is not None else None
 
-    def _get_train_sampler(self, train_dataset=None):
+    def get_train_dataloader(self):
+        args = self.args
         # The dataset has its own order for each epoch, which accelerate tells it by set_epoch.
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        self._batches = StepBatches(
+            self.train_dataset,
+            self._train_batch_size,
+            args.gradient_accumulation_steps,
+            args.world_size,
+            args.dataloader_drop_last,
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+        return self.accelerator.prepare(loader)
+
+    def set_initial_training_values(self, args, dataloader):
+        if args.max_steps < 0:  # of the questions' epochs, several of which the loader may hold
+            args = copy.copy(args)
+            epochs = args.num_train_epochs / self._batches.passes
+            steps = len(dataloader) / args.gradient_accumulation_steps
+            args.max_steps = math.ceil(epochs * steps)
+        return super().set_initial_training_values(args, dataloader)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(len(batch["kind"]) for batch in batches)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with _as_forward(self.accelerator.unwrap_model(model), self._objective_forward):
@@ -218,9 +254,12 @@ class NSRUTrainer(Trainer):
                 "checkpointing call model.enable_input_require_grads(), or set "
                 "use_reentrant=False; else see that the adapted modules take part in the forward."
             )
+        # Each question of a step weighs the same: all have equally many rows.
+        share = 1.0 if num_items_in_batch is None else len(inputs["kind"]) / num_items_in_batch
         for name in PARTS:
-            self._sums[name] = self._sums.get(name, 0) + parts[name]
-        self._micro_batches += 1
+            self._sums[name] = self._sums.get(name, 0) + share * parts[name]
+        self._steps += share
+        loss = share * loss
         return (loss, parts) if return_outputs else loss
 
     def _objective_forward(self, model, batch):
@@ -229,11 +268,11 @@ class NSRUTrainer(Trainer):
             return unlearning_loss(model, batch, self.objective)
 
     def log(self, logs, start_time=None):
-        if "loss" in logs and self._micro_batches:
-            sums = torch.stack([self._sums[name] for name in PARTS]) / self._micro_batches
+        if "loss" in logs and self._steps:
+            sums = torch.stack([self._sums[name] for name in PARTS]) / self._steps
             means = self.accelerator.gather(sums.unsqueeze(0)).mean(0)
             logs |= dict(zip(PARTS, means.tolist(), strict=True))
-            self._sums, self._micro_batches = {}, 0
+            self._sums, self._steps = {}, 0.0
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial):
