@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from nsru_kernels.nn.projections import Projections
 from nsru_kernels.nn.subspace import RetainSubspace
 
 ALL_LINEAR = "all-linear"
+# Where PEFT refuses out_proj: on a GPU training reads its weight, here a forward calls it.
+_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -98,8 +101,10 @@ def swap_linears(
             They then share one backward: going back from one output at a time needs
             retain_graph=True, or siblings=False.
         batch: arguments of one forward of the model, such as input_ids, that shows which linears
-            read the same tensor. Not needed with subspaces of ``estimate_retain_subspaces``, which
-            know it.
+            read the same tensor, and which ones the model never calls but reads the weight of,
+            where an adapter would have no effect. Not needed with subspaces of
+            ``estimate_retain_subspaces``, which know both; of a transformers model its own
+            dummy_inputs show the second.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
     Returns:
         the report; print it.
@@ -110,7 +115,9 @@ def swap_linears(
         TypeError: an entry of ``subspaces`` has no basis tensor.
     """
     _refuse_adapted(model)
-    linears, skipped = _match(model, targets)
+    linears, skipped = _match(model, targets, getattr(subspaces, "read_elsewhere", {}))
+    if elsewhere := _read_elsewhere(model, dict(linears), batch):
+        linears, skipped = _match(model, targets, {**skipped, **elsewhere})
     if subspaces is not None:
         if missing := [name for name, _ in linears if name not in subspaces]:
             raise ValueError(
@@ -152,19 +159,34 @@ def swap_linears(
     )
 
 
-def match_linears(model: nn.Module, targets: str | Sequence[str]) -> list[tuple[str, nn.Linear]]:
+def match_linears(
+    model: nn.Module, targets: str | Sequence[str], elsewhere: Mapping[str, str] | None = None
+) -> list[tuple[str, nn.Linear]]:
     """The linear layers that ``targets`` names, in model order; see ``swap_linears``.
 
+    Args:
+        elsewhere: of ``ActivationStream.read_elsewhere``: linears that cannot be swapped.
     Raises:
         ValueError: a target matches no linear layer that can be swapped.
     """
-    return _match(model, targets)[0]
+    return _match(model, targets, elsewhere or {})[0]
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place called ``name``."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _read_elsewhere(
+    model: nn.Module, linears: Mapping[str, nn.Linear], batch: Mapping[str, Any] | None
+) -> dict[str, str]:
+    stream = ActivationStream(model, linears)
+    if batch is not None:
+        return stream.read_elsewhere(batch)
+    with contextlib.suppress(Exception):  # dummy inputs do not suit every model
+        return stream.read_elsewhere(model.dummy_inputs)
+    return {}
 
 
 def _families(
@@ -221,7 +243,7 @@ def _holder(
 
 
 def _match(
-    model: nn.Module, targets: str | Sequence[str]
+    model: nn.Module, targets: str | Sequence[str], elsewhere: Mapping[str, str]
 ) -> tuple[list[tuple[str, nn.Linear]], dict[str, str]]:
     wanted = [targets] if isinstance(targets, str) else list(targets)
     if not wanted:
@@ -247,6 +269,10 @@ def _match(
             reason = "the same module stands in several places; give each its own"
         if reason is None and users[id(module.weight)] > 1:
             reason = "its weight is tied to another module; a merge would change both, untie them"
+        if reason is None and _is_fused_in_mamba(model, name):
+            reason = "fused kernels of Mamba read its weight, and PEFT refuses an adapter there"
+        if reason is None:
+            reason = elsewhere.get(name)
         if not named and ALL_LINEAR not in wanted:
             reason = "not among the targets"
         elif not named and module is head:
@@ -264,6 +290,11 @@ def _match(
         if not hits[target]:
             raise ValueError(_no_match(target, linear_names, skipped))
     return matched, skipped
+
+
+def _is_fused_in_mamba(model: nn.Module, name: str) -> bool:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return kind in _MAMBA and name.rpartition(".")[2] == "out_proj"
 
 
 def _looks_linear(module: nn.Module) -> bool:
