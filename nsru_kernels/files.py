@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
+import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -36,7 +40,7 @@ def atomic_write_all(contents: Mapping[str | os.PathLike[str], bytes | str]) -> 
     try:
         for path, data in ((Path(p), d) for p, d in contents.items()):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            temporary = _staging(path)
             staged[temporary] = path
             with open(temporary, "xb") as file:
                 file.write(data.encode() if isinstance(data, str) else data)
@@ -56,17 +60,48 @@ def atomic_write_all(contents: Mapping[str | os.PathLike[str], bytes | str]) -> 
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder to write into; it takes the name of ``path`` only when the block ends well.
 
-    An error in the block (a full disk, say) leaves what was at ``path`` as it was.
+    An error in the block (a full disk, say) leaves what was at ``path`` as it was. A reader sees
+    the one or the other, where the file system can exchange two names, as those of Linux can.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged, previous = (path.with_name(f".{path.name}.{secrets.token_hex(4)}") for _ in range(2))
+    staged, previous = _staging(path), _staging(path)
     staged.mkdir()
     try:
         yield staged
-        if path.exists():
+        if not path.exists():
+            os.replace(staged, path)
+        elif not _exchange(staged, path):
             os.replace(path, previous)
-        os.replace(staged, path)
+            os.replace(staged, path)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove what writers that were killed had begun in ``folder``. No writer may be at work."""
+    for path in Path(folder).glob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two paths trade places in one step; False where the system cannot."""
+    renameat2 = None
+    if sys.platform == "linux":
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_fdcwd, rename_exchange = -100, 2  # of fcntl.h and linux/fs.h
+    if renameat2(
+        at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), ctypes.c_uint(rename_exchange)
+    ):
+        if (code := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code), str(second))
+        return False
+    return True

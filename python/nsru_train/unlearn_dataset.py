@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,16 @@ class UnlearnDataset(Dataset):
         """Choose the order of the epoch that starts now."""
         self.epoch = epoch
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each set as it is trained on, and of what orders them."""
+        parts = {
+            "safe targets": self.safe,
+            "forget set": self.forget,
+            "retain set": self.retain,
+            "order": [self.retain_per_forget, self.seed],
+        }
+        return {name: hashlib.sha256(repr(p).encode()).hexdigest() for name, p in parts.items()}
+
     def __len__(self) -> int:
         return len(self.forget)
 
@@ -107,7 +118,7 @@ def _permutation(length: int, *seeds: int) -> np.ndarray:
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for a whole number of optimizer steps: `passes` epochs of questions.
+    """Batches of (epoch, index) for a whole number of optimizer steps, in `passes` epochs.
 
     An epoch's last batch holds what is left of it; several processes need batches of one size, so
     there it is filled up from the epoch's beginning.

@@ -72,7 +72,7 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run the comparison, write results.json and report.html into ``out``; see ``nsru demo -h``."""
     started = time.perf_counter()
-    run = RunFolder(out)
+    run = RunFolder(out).lock()
     run.write_environment()
     scale = FICTITIOUS if data_dir is None else TOFU
     safe = SafeTargets.from_file()
