@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import os
 import re
 import secrets
@@ -94,14 +93,9 @@ def _exchange(first: Path, second: Path) -> bool:
     """Let two paths trade places in one step; False where the system cannot."""
     renameat2 = None
     if sys.platform == "linux":
-        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False
-    at_fdcwd, rename_exchange = -100, 2  # of fcntl.h and linux/fs.h
-    if renameat2(
-        at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), ctypes.c_uint(rename_exchange)
-    ):
-        if (code := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(code, os.strerror(code), str(second))
-        return False
-    return True
+    at_fdcwd, rename_exchange = -100, ctypes.c_uint(2)  # of fcntl.h and linux/fs.h
+    names = os.fsencode(first), os.fsencode(second)
+    return renameat2(at_fdcwd, names[0], at_fdcwd, names[1], rename_exchange) == 0

@@ -35,6 +35,8 @@ def blaming(folder: Path, name: str, names: Sequence[str]) -> Iterator[None]:
     """
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # what readers raise on damaged files is not documented
         reason = f"{folder / name} is damaged ({type(error).__name__}: {str(error)[:200]})"
         if isinstance(error, FileNotFoundError):

@@ -104,7 +104,8 @@ def subspace(
         base, tokenizer, loaded.forget, loaded.retain, subspace,
         max_length=data.max_length, seed=seed,
     )  # fmt: skip
-    found.save(run.path / "subspaces")
+    if run.writes:
+        found.save(run.path / "subspaces")
     print(found.table())
     run.write_config({"model": asdict(model), "data": asdict(data), "subspace": asdict(subspace)})
     _finish(

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from nsru_train.data.encode import collate, encode_qa
 from nsru_train.losses.nll import answer_logits, answer_states
 from nsru_train.losses.objective import SAFE
 from nsru_train.run_folder import RunFolder
-from nsru_train.trainer import CheckpointError
+from nsru_train.sources import save_records
+from nsru_train.trainer import CheckpointError, _all_take_part
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 import samples
@@ -282,8 +284,11 @@ def test_resume_needs_every_file_whole(stopped):
         refuses(trainer, rf"checkpoint-8/{name} is damaged .*{remedy}")
         path.write_bytes(b"\0" * len(data))
         refuses(trainer, rf"checkpoint-8/{name} is damaged .*{remedy}")
-        if path.suffix in (".pt", ".pth"):
-            middle = len(data) // 2
+        if path.suffix in (".pt", ".pth"):  # one bit of what it stores
+            path.write_bytes(data)
+            with zipfile.ZipFile(path) as archive:
+                stored = archive.read(max(archive.infolist(), key=lambda info: info.file_size))
+            middle = data.index(stored) + len(stored) // 2
             path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
             refuses(trainer, rf"checkpoint-8/{name} is damaged .*{remedy}")
         path.write_bytes(data)
@@ -491,3 +496,49 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     assert pipeline._device("auto") == torch.device("cuda", 3)
     monkeypatch.setattr(pipeline, "default_device", lambda: torch.device("cpu"))
     assert pipeline._device("auto") == torch.device("cpu")
+
+
+def test_processes_look_for_unused_parameters_only_where_some_may_be(tmp_path, tokenizer):
+    trainer = samples.make_trainer(tmp_path)
+    model, data = trainer.model, trainer.train_dataset
+    assert _all_take_part(model, data)
+    model.base_model.norm.weight.requires_grad_(True)
+    assert not _all_take_part(model, data)
+    model.base_model.norm.weight.requires_grad_(False)
+    model.base_model.layers[1].mlp.forward = lambda x: x  # as an expert that a router passes over
+    assert not _all_take_part(model, data)
+
+
+def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
+    samples.save_tiny(tmp_path / "model", samples.RECORDS)
+    for name, records in (("forget", samples.FORGET), ("retain", samples.RETAIN)):
+        save_records(tmp_path / f"{name}.jsonl", records)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [
+        *(sys.executable, "-m", "nsru_train.cli", "train", "--model.path", "model"),
+        *("--data.forget", "forget.jsonl", "--data.retain", "retain.jsonl", "--out", "run"),
+        *("--train.steps", "2", "--train.batch_size", "2", "--train.save_steps", "2"),
+        *("--subspace.rank", "4", "--subspace.width", "16"),
+    ]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    printed, silent = (process.communicate(timeout=600) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], printed[1] + silent[1]
+    assert "next: nsru eval run" in printed[0]
+    assert silent[0] == ""
+    assert not list((tmp_path / "run").rglob(".*"))
+    assert len(RunFolder(tmp_path / "run").read_metrics()) == 2
+    checkpoint = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
+    assert checkpoint == {*CHECKPOINT[:-1], "rng_state_0.pth", "rng_state_1.pth"}
