@@ -184,8 +184,8 @@ def _read_elsewhere(
     stream = ActivationStream(model, linears)
     if batch is not None:
         return stream.read_elsewhere(batch)
-    with contextlib.suppress(Exception):  # dummy inputs do not suit every model
-        return stream.read_elsewhere(model.dummy_inputs)
+    with contextlib.suppress(Exception):  # there may be none, and they do not suit every model
+        return stream.read_elsewhere(getattr(model, "dummy_inputs", {}))
     return {}
 
 
