@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -44,7 +46,7 @@ def atomic_write_all(contents: Mapping[str | os.PathLike[str], bytes | str]) -> 
     try:
         for path, data in ((Path(p), d) for p, d in contents.items()):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            temporary = _staging(path)
             staged[temporary] = path
             with open(temporary, "xb") as file:
                 file.write(data.encode() if isinstance(data, str) else data)
@@ -64,17 +66,20 @@ def atomic_write_all(contents: Mapping[str | os.PathLike[str], bytes | str]) -> 
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder to write into; it takes the name of ``path`` only when the block ends well.
 
-    An error in the block (a full disk, say) leaves what was at ``path`` as it was.
+    An error in the block (a full disk, say) leaves what was at ``path`` as it was. A reader sees
+    the one or the other, where the file system can exchange two names, as those of Linux can.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged, previous = (path.with_name(f".{path.name}.{secrets.token_hex(4)}") for _ in range(2))
+    staged, previous = _staging(path), _staging(path)
     staged.mkdir()
     try:
         yield staged
-        if path.exists():
+        if not path.exists():
+            os.replace(staged, path)
+        elif not _exchange(staged, path):
             os.replace(path, previous)
-        os.replace(staged, path)
+            os.replace(staged, path)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
@@ -147,3 +152,26 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is hint
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove what writers that were killed had begun in ``folder``. No writer may be at work."""
+    for path in Path(folder).glob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two paths trade places in one step; False where the system cannot."""
+    renameat2 = None
+    if sys.platform == "linux":
+        renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_fdcwd, rename_exchange = -100, ctypes.c_uint(2)  # of fcntl.h and linux/fs.h
+    names = os.fsencode(first), os.fsencode(second)
+    return renameat2(at_fdcwd, names[0], at_fdcwd, names[1], rename_exchange) == 0

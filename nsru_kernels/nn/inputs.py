@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import weakref
@@ -12,6 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Arguments of one forward: by name, in order, or the only one.
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
@@ -59,6 +66,30 @@ class ActivationStream:
         for name, tensors in calls.items():
             groups.setdefault(tuple(tensors) or name, []).append(name)
         return list(groups.values())
+
+    def read_elsewhere(self, batch: Batch) -> dict[str, str]:
+        """Linears whose weight another module reads, past any adapter, and the reason by name.
+
+        One forward in eval and one in training mode: fused paths are often taken in one of them.
+        """
+        reads = _WeightReads(self.linears)
+        if not reads.owners:  # on no device, or sharded: nothing can be told
+            return {}
+        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with (
+            evaluating(self.module),
+            torch.random.fork_rng(devices),
+            reads,
+        ):
+            self._forward(batch)
+            self.module.train()
+            # Some modules want targets then, or cannot run without gradients.
+            with contextlib.suppress(Exception):
+                self._forward(batch)
+            for buffer, before in buffers:  # running statistics
+                buffer.copy_(before)
+        return reads.found
 
     def feed(
         self,
@@ -138,6 +169,72 @@ class ActivationStream:
                 f"out of the targets."
             )
         return self.keep_BT.reshape(x.shape[:-1]).to(x.device)
+
+
+class _WeightReads(TorchDispatchMode):
+    """Watches for reads of the linears' weights outside of their own forward.
+
+    Below torch functions and by hooks on no module: either would turn the fast path of
+    nn.TransformerEncoderLayer off, which is one of those that read weights.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.linears = linears
+        self.owners = {
+            pointer: name
+            for name, linear in linears.items()
+            if (pointer := _address(linear.weight)) is not None
+        }
+        self.found: dict[str, str] = {}
+        self._running: list[nn.Module] = []
+
+    def __enter__(self):
+        with contextlib.ExitStack() as undo:
+            for linear in self.linears.values():
+                # Also where a model calls forward itself, past all hooks.
+                linear.forward = functools.partial(self._forward, linear)
+                undo.callback(delattr, linear, "forward")
+            for handle in (
+                register_module_forward_pre_hook(lambda module, _: self._running.append(module)),
+                register_module_forward_hook(self._leave, always_call=True),
+            ):
+                undo.callback(handle.remove)
+            self._undo = undo.pop_all()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._undo.close()
+        return super().__exit__(*error)
+
+    def _forward(self, linear: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self._running.append(linear)
+        try:
+            return type(linear).forward(linear, *args, **kwargs)
+        finally:
+            self._running.pop()
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for value in tree_leaves((args, kwargs)):
+            pointer = _address(value)
+            if pointer in self.owners and self._running:
+                reader = self._running[-1]
+                if all(_address(own) != pointer for own in reader._parameters.values()):
+                    self.found[self.owners[pointer]] = (
+                        f"{type(reader).__name__} reads its weight instead of calling it, so that "
+                        "an adapter would have no effect there"
+                    )
+        return function(*args, **(kwargs or {}))
+
+
+def _address(value: Any) -> int | None:
+    """Where a dense tensor's entries are, which its views and aliases share."""
+    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
+        return None
+    return value.data_ptr() or None
 
 
 @contextlib.contextmanager

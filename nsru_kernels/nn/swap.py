@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections import Counter
@@ -24,6 +25,8 @@ Value = TypeVar("Value")
 
 ALL_LINEAR = "all-linear"
 _EXPRESSION = re.compile(r"[\\^$*+?{}\[\]|()]")  # what names of modules do not hold
+# Where PEFT refuses out_proj: on a GPU training reads its weight, here a forward calls it.
+_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -112,8 +115,10 @@ def swap_linears(
             They then share one backward: going back from one output at a time needs
             retain_graph=True, or siblings=False.
         batch: arguments of one forward of the model, such as input_ids, that show which linears
-            read the same tensor. Not needed with subspaces of ``estimate_retain_subspaces``, which
-            know it.
+            read the same tensor, and which ones the model never calls but reads the weight of,
+            where an adapter would have no effect. Not needed with subspaces of
+            ``estimate_retain_subspaces``, which know both; of a transformers model its own
+            dummy_inputs show the second.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
     Returns:
         the report; print it.
@@ -126,7 +131,9 @@ def swap_linears(
     """
     _refuse_adapted(model)
     model = unwrap(model)
-    linears, skipped = _match(model, targets, exclude)
+    linears, skipped = _match(model, targets, exclude, getattr(subspaces, "read_elsewhere", {}))
+    if elsewhere := _read_elsewhere(model, dict(linears), batch):
+        linears, skipped = _match(model, targets, exclude, {**skipped, **elsewhere})
     names = [name for name, _ in linears]
     ranks = _take_all("rank_pattern", rank_pattern, names, rank)
     alphas = _take_all("alpha_pattern", alpha_pattern, names, alpha)
@@ -172,14 +179,19 @@ def swap_linears(
 
 
 def match_linears(
-    model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = ()
+    model: nn.Module,
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
+    elsewhere: Mapping[str, str] | None = None,
 ) -> list[tuple[str, nn.Linear]]:
     """The linear layers that ``targets`` names, in model order; see ``swap_linears``.
 
+    Args:
+        elsewhere: of ``ActivationStream.read_elsewhere``: linears that cannot be swapped.
     Raises:
         ValueError: a target matches no linear layer that can be swapped.
     """
-    return _match(model, targets, exclude)[0]
+    return _match(model, targets, exclude, elsewhere or {})[0]
 
 
 def by_pattern(
@@ -205,6 +217,17 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place called ``name``."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _read_elsewhere(
+    model: nn.Module, linears: Mapping[str, nn.Linear], batch: Mapping[str, Any] | None
+) -> dict[str, str]:
+    stream = ActivationStream(model, linears)
+    if batch is not None:
+        return stream.read_elsewhere(batch)
+    with contextlib.suppress(Exception):  # there may be none, and they do not suit every model
+        return stream.read_elsewhere(getattr(model, "dummy_inputs", {}))
+    return {}
 
 
 def _families(
@@ -286,7 +309,10 @@ def _names(target: str, name: str) -> bool:
 
 
 def _match(
-    model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str]
+    model: nn.Module,
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str],
+    elsewhere: Mapping[str, str],
 ) -> tuple[list[tuple[str, nn.Linear]], dict[str, str]]:
     wanted = [targets] if isinstance(targets, str) else list(targets)
     unwanted = [exclude] if isinstance(exclude, str) else list(exclude)
@@ -316,6 +342,10 @@ def _match(
             reason = "the same module stands in several places; give each its own"
         if reason is None and id(module.weight) in shared:
             reason = "its weight is tied to another module; a merge would change both, untie them"
+        if reason is None and _is_fused_in_mamba(model, name):
+            reason = "fused kernels of Mamba read its weight, and PEFT refuses an adapter there"
+        if reason is None:
+            reason = elsewhere.get(name)
         hits.update(excluded)
         if excluded and (named or ALL_LINEAR in wanted):
             hits.update({*named, ALL_LINEAR})
@@ -366,6 +396,11 @@ def _shared_memory(model: nn.Module) -> set[int]:
             shared |= {span[3], before[3]}
         before = max(before, span, key=lambda s: (s[0], s[2]))
     return shared
+
+
+def _is_fused_in_mamba(model: nn.Module, name: str) -> bool:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return kind in _MAMBA and name.rpartition(".")[2] == "out_proj"
 
 
 def _looks_linear(module: nn.Module) -> bool:

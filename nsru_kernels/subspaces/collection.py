@@ -60,6 +60,8 @@ class SubspaceSet(dict[str, RetainSubspace]):
     Attributes:
         inputs: one InputDiagnostics per distinct input, in model order.
         fingerprint: of the weights that the activations came from.
+        read_elsewhere: name → reason of linears that were left out, because an adapter would have
+            no effect there; empty after a load.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class SubspaceSet(dict[str, RetainSubspace]):
         subspaces: Mapping[str, RetainSubspace],
         inputs: list[InputDiagnostics],
         fingerprint: str,
+        read_elsewhere: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(subspaces)
         self.inputs = inputs
         self.fingerprint = fingerprint
+        self.read_elsewhere = dict(read_elsewhere or {})
 
     def alphas(self, alpha: float) -> dict[str, float]:
         """Module name → alpha / √editability, for `swap_linears(alpha_pattern=...)`.

@@ -78,9 +78,13 @@ def estimate_retain_subspaces(
     model = unwrap(model)
     linears = dict(match_linears(model, targets, exclude))
     _check_request(linears, width, rank, energy, min_editability, forget_batches is not None)
-    stream = ActivationStream(model, linears)
     with evaluating(model):
         first, batches = with_first(batches)
+        elsewhere: dict[str, str] = {}
+        if first is not None:
+            elsewhere = ActivationStream(model, linears).read_elsewhere(first)
+            linears = dict(match_linears(model, targets, exclude, elsewhere))
+        stream = ActivationStream(model, linears)
         groups = _agree_on_groups(None if first is None else stream.group_by_input(first))
         sketches = {
             modules[0]: RetainSketch(
@@ -127,8 +131,8 @@ def estimate_retain_subspaces(
                 editability_by_rank=shares,
             )
         )
-    ordered = {name: subspaces[name] for name in linears}
-    return SubspaceSet(ordered, inputs, fingerprint_weights(model))
+    ordered = {name: subspaces[name] for name in linears if name in subspaces}
+    return SubspaceSet(ordered, inputs, fingerprint_weights(model), elsewhere)
 
 
 def _as_it_is(consume: Consumer) -> Consumer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import sys
 import time
@@ -111,7 +113,7 @@ def subspace(
 
     subspace.rule()
     loaded = load_data(data)
-    run = RunFolder(out)
+    run = RunFolder(out).lock()
     if run.metrics_path.exists():
         raise ValueError(f"out: {out} holds a training run; give another folder.")
     base, tokenizer = load_model(model)
@@ -120,7 +122,8 @@ def subspace(
         base, tokenizer, loaded.forget, loaded.retain, subspace,
         max_length=data.max_length, seed=seed,
     )  # fmt: skip
-    found.save(run.path / "subspaces")
+    if run.writes:
+        found.save(run.path / "subspaces")
     print(found.table())
     run.write_config({"model": asdict(model), "data": asdict(data), "subspace": asdict(subspace)})
     _finish(
@@ -168,7 +171,7 @@ def train(
 
     subspace.rule()
     loaded = load_data(data)
-    run = RunFolder(out)
+    run = RunFolder(out).lock()
     last = get_last_checkpoint(run.path)
     if last is not None and not resume:
         raise ValueError(
@@ -210,9 +213,11 @@ def train(
         if last is not None and (own / "index.json").is_file():
             subspace.path = str(own)
         subspaces = find_subspaces(
-            base, tokenizer, loaded.forget, loaded.retain, subspace, max_length=data.max_length
-        )
-        subspaces.save(own)
+            base, tokenizer, loaded.forget, loaded.retain, subspace,
+            max_length=data.max_length, progress=run.writes,
+        )  # fmt: skip
+        if run.writes:
+            subspaces.save(own)
         print(subspaces.table())
     outcome = unlearn(
         base,
@@ -228,6 +233,8 @@ def train(
         resume=last is not None,
     )
     print(outcome.swap)
+    if not run.writes:
+        return
     nk.save_lora_adapter(base, run.adapter_dir, metadata={"fingerprint": fingerprint_weights(base)})
     before, after = before_and_after(base, tokenizer, asked)
     run.write_results(
@@ -433,11 +440,16 @@ def main(args: list[str] | None = None) -> None:
     from jsonargparse import auto_cli
 
     given = sys.argv[1:] if args is None else args
+    first = os.environ.get("RANK", "0") == "0"  # under torchrun
     try:
-        if given[:1] == ["bench"]:  # has a parser of its own, which the script shares
-            bench(given[1:])
-        else:
-            auto_cli(COMMANDS, args=_underscored(given), prog="nsru", description=__doc__)
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(sys.stdout if first else nowhere),
+        ):
+            if given[:1] == ["bench"]:  # has a parser of its own, which the script shares
+                bench(given[1:])
+            else:
+                auto_cli(COMMANDS, args=_underscored(given), prog="nsru", description=__doc__)
     except (ValueError, OSError) as error:
         print(f"nsru: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -141,7 +141,8 @@ class TrainConfig:
         warmup: share of the steps.
         batch_size: forget questions in a batch; each brings its safe target and retain questions.
         retain_per_forget: retain questions for each forget question.
-        accumulate: batches for one optimizer step.
+        accumulate: batches for one optimizer step, also over the end of an epoch; each question
+            weighs the same.
         weight_decay: of AdamW.
         save_steps: steps between checkpoints; 0 writes none.
         retain_stop_ratio: stop when the retain loss exceeds this many times its start (which counts

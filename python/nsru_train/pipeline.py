@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +89,11 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return default_device()
+        device = default_device()
+        local_rank = os.environ.get("LOCAL_RANK")  # torchrun's: one GPU for each process
+        if device.type == "cuda" and local_rank:
+            return torch.device("cuda", int(local_rank))
+        return device
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts

@@ -6,20 +6,29 @@ config.yaml  environment.json  metrics.jsonl  results.json  report.html  figures
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
-from nsru_kernels.files import atomic_write
+from nsru_kernels.files import atomic_write, remove_leftovers
+
+logger = logging.getLogger(__name__)
 
 RESULTS_SCHEMA = 1
+_LOCK = ".lock"
+_held: set[Path] = set()  # locks of this process, for another may have had its number before
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -46,6 +55,8 @@ def _plain(value: Any) -> Any:
 class RunFolder:
     """One run's folder with its files under fixed names.
 
+    Under torchrun only the first process writes: writing does nothing in the others.
+
     Args:
         path: the folder; made when absent.
 
@@ -69,6 +80,8 @@ class RunFolder:
         self.results_path = self.path / "results.json"
         self.report_path = self.path / "report.html"
         self.adapter_dir = self.path / "adapter"
+        self._release: weakref.finalize | None = None
+        self.writes = os.environ.get("RANK", "0") == "0"
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -79,11 +92,56 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         return folder
 
+    def lock(self) -> RunFolder:
+        """Keep other processes' runs out, until `unlock` or the end of this object.
+
+        What a killed run left half-written is removed. Nothing happens where this process holds
+        the lock already.
+
+        Raises:
+            ValueError: another run is in the folder; of one on another host it is not known
+                whether it still runs.
+        """
+        path = (self.path / _LOCK).resolve()
+        if not self.writes or path in _held:
+            return self
+        own = {"pid": os.getpid(), "host": socket.gethostname()}
+        try:
+            with path.open("x") as file:
+                json.dump(own, file)
+        except FileExistsError:
+            owner = _owner(path)
+            here = owner["host"] == own["host"]
+            if not here or (owner["pid"] != own["pid"] and psutil.pid_exists(owner["pid"])):
+                raise ValueError(
+                    f"out: {self.path} is in use by process {owner['pid']} on {owner['host']}. "
+                    f"Give another folder; if that run is gone, remove {path}."
+                ) from None
+            logger.warning(
+                "Taking %s over from process %d on %s, which has ended.",
+                *(self.path, owner["pid"], owner["host"]),
+            )
+            atomic_write(path, json.dumps(own))
+        _held.add(path)
+        self._release = weakref.finalize(self, _unlock, path, os.getpid())
+        shutil.rmtree(self.path / ".partial", ignore_errors=True)
+        for folder in (self.path, self.adapter_dir):
+            remove_leftovers(folder)
+        return self
+
+    def unlock(self) -> None:
+        """Let other processes in, where this object has locked them out."""
+        if self._release is not None:
+            self._release()
+
     def write_config(self, config: Mapping[str, Any]) -> Path:
         """Write the resolved configuration to config.yaml, keys in the order given."""
-        return atomic_write(
+        return self._write(
             self.config_path, yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
         )
+
+    def _write(self, path: Path, text: str) -> Path:
+        return atomic_write(path, text) if self.writes else path
 
     def write_environment(self) -> Path:
         """Write versions, devices, git commit, command line and time to environment.json."""
@@ -95,39 +153,55 @@ class RunFolder:
             "argv": sys.argv,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        return atomic_write(self.environment_path, to_json(environment, indent=1) + "\n")
+        return self._write(self.environment_path, to_json(environment, indent=1) + "\n")
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with open(self.metrics_path, "ab+") as file:
-            # A killed run may have left half a line; start on a fresh one.
-            if file.tell() and _last_byte(file) != b"\n":
-                file.write(b"\n")
-            file.write((to_json(row) + "\n").encode())
+        if not self.writes:
+            return
+        try:
+            with open(self.metrics_path, "ab+") as file:
+                # A killed run may have left half a line; start on a fresh one.
+                if file.tell() and _last_byte(file) != b"\n":
+                    file.write(b"\n")
+                file.write((to_json(row) + "\n").encode())
+        except OSError as error:  # of a full disk, without the name
+            raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl in order; a line cut off by a kill is left out."""
+        """Rows of metrics.jsonl in order; a line cut off by a kill is left out.
+
+        Raises:
+            ValueError: a line is something else than a row; the message names file and line.
+        """
         if not self.metrics_path.exists():
             return []
         rows = []
-        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for number, line in enumerate(self.metrics_path.read_bytes().split(b"\n"), 1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
+            except (ValueError, RecursionError):
+                row = None
+                if not line.strip() or _is_cut_off(line):
+                    continue
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError(
+                    f"{self.metrics_path}:{number}: expected a row with its step, as training "
+                    f"writes them, got {line[:40]!r}; restore the file or move it away."
+                )
+            rows.append(row)
         return rows
 
     def drop_metrics_after(self, step: int) -> None:
         """Remove the rows of later steps from metrics.jsonl; all rows when step is 0."""
         rows = self.read_metrics() if step else []
-        kept = (to_json(row) + "\n" for row in rows if row.get("step", math.inf) <= step)
-        atomic_write(self.metrics_path, "".join(kept))
+        self._write(
+            self.metrics_path, "".join(to_json(row) + "\n" for row in rows if row["step"] <= step)
+        )
 
     def write_results(self, results: Mapping[str, Any]) -> Path:
         """Write results.json in one piece; ``schema`` is filled in when absent."""
-        return atomic_write(
+        return self._write(
             self.results_path, to_json({"schema": RESULTS_SCHEMA, **results}, indent=1) + "\n"
         )
 
@@ -156,6 +230,27 @@ class RunFolder:
                 "it was written by another version of nsru_train."
             )
         return results
+
+
+def _is_cut_off(line: bytes) -> bool:
+    """Whether a row could have begun like this: rows are ASCII but for what a run names."""
+    return line.startswith(b"{") and line.decode(errors="replace").isprintable()
+
+
+def _owner(lock: Path) -> dict[str, Any]:
+    try:
+        owner = json.loads(lock.read_bytes())
+        return {"pid": int(owner["pid"]), "host": str(owner["host"])}
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(
+            f"{lock} does not say which process has the folder; if no run is in it, remove it."
+        ) from None
+
+
+def _unlock(path: Path, pid: int) -> None:
+    if os.getpid() == pid:  # not a forked worker
+        _held.discard(path)
+        path.unlink(missing_ok=True)
 
 
 def _last_byte(file: Any) -> bytes:

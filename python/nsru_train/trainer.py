@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,13 +18,20 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer import (
+    OPTIMIZER_NAME,
+    SCALER_NAME,
+    SCHEDULER_NAME,
+    TRAINER_STATE_NAME,
+    TrainerState,
+)
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 import nsru_kernels as nk
-from nsru_kernels.nn.inputs import evaluating
+from nsru_kernels.nn.inputs import ActivationStream, evaluating
 from nsru_train.callbacks import (
     PARTS,
     EarlyStopCallback,
@@ -32,6 +41,7 @@ from nsru_train.callbacks import (
     MetricsCallback,
     evaluations,
 )
+from nsru_train.checkpoints import blaming, check_files, digest, rotate
 from nsru_train.config import TrainConfig
 from nsru_train.data.encode import encode_qa, pad_token_id
 from nsru_train.data.records import QA
@@ -39,7 +49,12 @@ from nsru_train.losses.nll import answer_states
 from nsru_train.losses.objective import RETAIN, Objective, nsru_loss
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import score_sequences
-from nsru_train.unlearn_dataset import RowCollator, UnlearnDataset, make_train_dataset
+from nsru_train.unlearn_dataset import (
+    RowCollator,
+    StepBatches,
+    UnlearnDataset,
+    make_train_dataset,
+)
 
 __all__ = [
     "CheckpointError",
@@ -138,8 +153,8 @@ class NSRUTrainer(Trainer):
         >>> NSRUTrainer(model, args, data, Objective(), tokenizer).train()  # doctest: +SKIP
     """
 
-    # Loss is a mean over the micro-batch; Trainer divides it by the accumulation steps.
-    loss_is_scaled_for_ga = False
+    # compute_loss weighs a micro-batch by its share of the step; Trainer would weigh all alike.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -171,6 +186,8 @@ class NSRUTrainer(Trainer):
                 args.n_gpu,
             )
             args._n_gpu = 1
+        if args.ddp_find_unused_parameters is None and args.world_size > 1:
+            args.ddp_find_unused_parameters = not _all_take_part(model, train_dataset)
         super().__init__(
             model,
             args,
@@ -180,8 +197,9 @@ class NSRUTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # no token count to gather across ranks every step
         self.objective = objective
         self._sums: dict[str, Tensor] = {}
-        self._micro_batches = 0
+        self._steps = 0.0
         self._staging: Path | None = None
+        self._belongs_to: dict[str, str] = {}
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(LossProgressCallback)
@@ -207,9 +225,54 @@ class NSRUTrainer(Trainer):
     def early_stop_reason(self) -> str | None:
         return self._early_stop.reason if self._early_stop is not None else None
 
-    def _get_train_sampler(self, train_dataset=None):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        run = RunFolder(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(run.path) or True
+        run.lock()
+        try:
+            saves = self.args.save_strategy != "no"
+            if self.args.should_save and (saves or resume_from_checkpoint):
+                # Before sharding; once, for it reads all weights.
+                self._belongs_to = {**self._base_digests(), **self.train_dataset.digests()}
+            if isinstance(resume_from_checkpoint, (str, Path)):
+                self._check_checkpoint(Path(resume_from_checkpoint))
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            run.unlock()
+
+    def get_train_dataloader(self):
+        args = self.args
         # The dataset has its own order for each epoch, which accelerate tells it by set_epoch.
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        self._batches = StepBatches(
+            self.train_dataset,
+            self._train_batch_size,
+            args.gradient_accumulation_steps,
+            args.world_size,
+            args.dataloader_drop_last,
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+        return self.accelerator.prepare(loader)
+
+    def set_initial_training_values(self, args, dataloader):
+        if args.max_steps < 0:  # of the questions' epochs, several of which the loader may hold
+            args = copy.copy(args)
+            epochs = args.num_train_epochs / self._batches.passes
+            steps = len(dataloader) / args.gradient_accumulation_steps
+            args.max_steps = math.ceil(epochs * steps)
+        return super().set_initial_training_values(args, dataloader)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(len(batch["kind"]) for batch in batches)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with _as_forward(self.accelerator.unwrap_model(model), self._objective_forward):
@@ -220,9 +283,12 @@ class NSRUTrainer(Trainer):
                 "checkpointing call model.enable_input_require_grads(), or set "
                 "use_reentrant=False; else see that the adapted modules take part in the forward."
             )
+        # Each question of a step weighs the same: all have equally many rows.
+        share = 1.0 if num_items_in_batch is None else len(inputs["kind"]) / num_items_in_batch
         for name in PARTS:
-            self._sums[name] = self._sums.get(name, 0) + parts[name]
-        self._micro_batches += 1
+            self._sums[name] = self._sums.get(name, 0) + share * parts[name]
+        self._steps += share
+        loss = share * loss
         return (loss, parts) if return_outputs else loss
 
     def _objective_forward(self, model, batch):
@@ -231,11 +297,11 @@ class NSRUTrainer(Trainer):
             return unlearning_loss(model, batch, self.objective)
 
     def log(self, logs, start_time=None):
-        if "loss" in logs and self._micro_batches:
-            sums = torch.stack([self._sums[name] for name in PARTS]) / self._micro_batches
+        if "loss" in logs and self._steps:
+            sums = torch.stack([self._sums[name] for name in PARTS]) / self._steps
             means = self.accelerator.gather(sums.unsqueeze(0)).mean(0)
             logs |= dict(zip(PARTS, means.tolist(), strict=True))
-            self._sums, self._micro_batches = {}, 0
+            self._sums, self._steps = {}, 0.0
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial):
@@ -261,20 +327,16 @@ class NSRUTrainer(Trainer):
             kept = f"{previous} is complete" if previous else "there is no earlier one"
             raise CheckpointError(
                 getattr(error, "errno", None) or errno.EIO,
-                f"{name} could not be written ({error}); {kept}. Free space and resume with "
-                "resume_from_checkpoint=True",
+                f"{name} could not be written ({error}); {kept}. Free space and resume: "
+                "nsru train --resume true, or resume_from_checkpoint=True in Python",
                 str(run_dir / name),
             ) from error
         finally:
             self._staging = None
         if self.args.should_save:
             shutil.rmtree(partial)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate(run_dir, limit, run_dir / name, best)
 
     def _save(self, output_dir=None, state_dict=None):
         """Trainable tensors and the reference NLL, nothing frozen."""
@@ -285,7 +347,7 @@ class NSRUTrainer(Trainer):
         trainable = dict(_trainable(self.accelerator.unwrap_model(self.model)))
         source = trainable if state_dict is None else state_dict
         tensors = {k: v.detach().contiguous().cpu() for k, v in source.items() if k in trainable}
-        data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+        data = safetensors.torch.save(tensors, metadata={"format": "pt", **self._belongs_to})
         (folder / SAFE_WEIGHTS_NAME).write_bytes(data)
         (folder / REFERENCE_FILE).write_text(json.dumps(self.train_dataset.ref_nll))
 
@@ -294,16 +356,7 @@ class NSRUTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         folder = Path(resume_from_checkpoint)
-        weights = folder / SAFE_WEIGHTS_NAME
-        if not (weights.is_file() and (folder / REFERENCE_FILE).is_file()):
-            raise ValueError(
-                f"resume_from_checkpoint: {folder} holds no {SAFE_WEIGHTS_NAME} of this trainer."
-            )
-        try:
-            saved = safetensors.torch.load_file(weights)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"resume_from_checkpoint: {weights} is damaged ({error}).") from error
-        self._check_reference(folder)
+        saved = safetensors.torch.load_file(folder / SAFE_WEIGHTS_NAME)
         parameters = dict(_trainable(self.accelerator.unwrap_model(model or self.model)))
         shapes = {k: p.shape for k, p in parameters.items()}
         odd = {k: v.shape for k, v in saved.items()}.items() ^ shapes.items()
@@ -316,18 +369,74 @@ class NSRUTrainer(Trainer):
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with self._blaming(checkpoint, f"{OPTIMIZER_NAME} or {SCHEDULER_NAME}"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with self._blaming(checkpoint, self._rng_file()):
+            super()._load_rng_state(checkpoint)
+
+    def _rng_file(self) -> str:
+        alone = self.args.world_size <= 1
+        return "rng_state.pth" if alone else f"rng_state_{self.args.process_index}.pth"
+
+    def _checkpoint_files(self) -> list[str]:
+        """What a checkpoint must hold; shards are the engine's, which looks for them itself."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return [TRAINER_STATE_NAME]
+        scaler = [SCALER_NAME] if getattr(self.accelerator, "scaler", None) is not None else []
+        return [
+            *(SAFE_WEIGHTS_NAME, REFERENCE_FILE, OPTIMIZER_NAME, SCHEDULER_NAME),
+            *(TRAINER_STATE_NAME, self._rng_file(), *scaler),
+        ]
+
+    def _blaming(self, checkpoint, name: str):
+        return blaming(Path(checkpoint), name, self._checkpoint_files())
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        """Refuse to resume, before anything changes, from what is damaged or of another run."""
+        files = self._checkpoint_files()
+        check_files(folder, files)
+        with self._blaming(folder, TRAINER_STATE_NAME):
+            state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            if not isinstance(state.global_step, int) or not isinstance(state.log_history, list):
+                raise TypeError("global_step must be a number and log_history a list")
+        if SAFE_WEIGHTS_NAME not in files:
+            return
+        self._load_rng_state(folder)  # loaded again when training starts
+        self._check_reference(folder)
+        with safetensors.safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
+            saved = file.metadata() or {}  # before there were digests: none
+        for name, wanted in self._belongs_to.items():
+            if saved.get(name, wanted) != wanted:
+                raise ValueError(
+                    f"resume_from_checkpoint: {folder} belongs to another run: the {name} changed. "
+                    "Resume with what it was, or start a new run."
+                )
+
     def _check_reference(self, folder: Path) -> None:
         """The reference NLL tells whether base model and forget set are still the same."""
-        saved = json.loads((folder / REFERENCE_FILE).read_text())
+        with self._blaming(folder, REFERENCE_FILE):
+            saved = [float(value) for value in json.loads((folder / REFERENCE_FILE).read_text())]
         current = self.train_dataset.ref_nll
-        if len(saved) != len(current) or any(
-            abs(a - b) > 1e-2 * max(1.0, abs(a)) for a, b in zip(saved, current, strict=True)
+        if len(saved) != len(current) or not all(
+            abs(a - b) <= 1e-2 * max(1.0, abs(a)) for a, b in zip(saved, current, strict=True)
         ):
             raise ValueError(
                 f"resume_from_checkpoint: {folder} belongs to another base model or forget set: "
                 "its reference NLL differs. Resume with the same ones, or start a new run."
             )
         self.train_dataset.ref_nll[:] = saved
+
+    def _base_digests(self) -> dict[str, str]:
+        trainable = dict(_trainable(self.model))
+        frozen = {k: v for k, v in self.model.state_dict().items() if k not in trainable}
+        bases = {name for name in frozen if name.endswith("subspace.basis")}
+        return {
+            "base model's weights": digest((k, v) for k, v in frozen.items() if k not in bases),
+            "retain bases": digest((k, v) for k, v in frozen.items() if k in bases),
+        }
 
 
 @contextmanager
@@ -346,6 +455,22 @@ def _as_forward(model: nn.Module, function: Callable) -> Iterator[None]:
             del model.forward
         else:
             model.forward = own
+
+
+def _all_take_part(model: nn.Module, dataset: UnlearnDataset) -> bool:
+    """Whether every step uses every trainable parameter, as far as one token can tell.
+
+    A router of experts sends one token to fewer of them than there are.
+    """
+    adapted = {n: m for n, m in model.named_modules() if isinstance(m, nk.NSRULinear)}
+    if any(name.rpartition(".")[0] not in adapted for name, _ in _trainable(model)):
+        return False
+    reached: set[str] = set()
+    consumers = {name: lambda *_, name=name: reached.add(name) for name in adapted}
+    token = torch.tensor([dataset.safe[0].input_ids[:1]])
+    with evaluating(model):
+        ActivationStream(model, adapted).feed([{"input_ids": token}], consumers, None)
+    return reached == adapted.keys()
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from nsru_train.config import TrainConfig
 from nsru_train.data.encode import Encoded, collate, encode_qa
@@ -31,7 +33,8 @@ class UnlearnDataset(Dataset):
     """Items [safe row, forget row, retain rows…], each a function of (seed, epoch, index) alone.
 
     An epoch passes once over the forget questions in a new order. Retain questions are dealt from
-    shuffled rounds, so that all of them are seen before one is seen twice.
+    shuffled rounds, so that all of them are seen before one is seen twice. A pair (epoch, index)
+    asks for an item of any epoch, which a worker process with a copy of its own needs.
 
     Args:
         safe, forget: one sequence each for every forget question, in the same order.
@@ -78,14 +81,25 @@ class UnlearnDataset(Dataset):
         """Choose the order of the epoch that starts now."""
         self.epoch = epoch
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each set as it is trained on, and of what orders them."""
+        parts = {
+            "safe targets": self.safe,
+            "forget set": self.forget,
+            "retain set": self.retain,
+            "order": [self.retain_per_forget, self.seed],
+        }
+        return {name: hashlib.sha256(repr(p).encode()).hexdigest() for name, p in parts.items()}
+
     def __len__(self) -> int:
         return len(self.forget)
 
-    def __getitem__(self, index: int) -> list[Row]:
+    def __getitem__(self, item: int | tuple[int, int]) -> list[Row]:
+        epoch, index = item if isinstance(item, tuple) else (self.epoch, item)
         if not 0 <= index < len(self):
             raise IndexError(index)
-        chosen = _permutation(len(self), self.seed, 0, self.epoch)[index]
-        first = (self.epoch * len(self) + index) * self.retain_per_forget
+        chosen = _permutation(len(self), self.seed, 0, epoch)[index]
+        first = (epoch * len(self) + index) * self.retain_per_forget
         return [
             Row(self.safe[chosen], SAFE),
             Row(self.forget[chosen], FORGET, self.ref_nll[chosen]),
@@ -101,6 +115,53 @@ class UnlearnDataset(Dataset):
 @lru_cache(maxsize=8)
 def _permutation(length: int, *seeds: int) -> np.ndarray:
     return np.random.default_rng(seeds).permutation(length)
+
+
+class StepBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) for a whole number of optimizer steps, in `passes` epochs.
+
+    An epoch's last batch holds what is left of it; several processes need batches of one size, so
+    there it is filled up from the epoch's beginning.
+
+    Args:
+        batch_size: questions in a batch.
+        accumulate: batches of each process for one step.
+        processes: that share the batches in turns.
+        drop_last: leave an epoch's last questions out where they do not fill a batch.
+
+    Raises:
+        ValueError: drop_last leaves nothing.
+    """
+
+    def __init__(
+        self,
+        dataset: UnlearnDataset,
+        batch_size: int,
+        accumulate: int = 1,
+        processes: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        self.dataset, self.batch_size, self.drop_last = dataset, batch_size, drop_last
+        together = batch_size * processes
+        turns = len(dataset) // together if drop_last else math.ceil(len(dataset) / together)
+        if turns == 0:
+            raise ValueError(
+                f"drop_last leaves no batch of {together} out of {len(dataset)} forget questions; "
+                "lower the batch size, or drop nothing."
+            )
+        self.questions = turns * together if processes > 1 or drop_last else len(dataset)
+        self.passes = accumulate // math.gcd(turns, accumulate)
+        self._batches = self.passes * turns * processes
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first = self.dataset.epoch * self.passes
+        for epoch in range(first, first + self.passes):
+            for start in range(0, self.questions, self.batch_size):
+                stop = min(start + self.batch_size, self.questions)
+                yield [(epoch, i % len(self.dataset)) for i in range(start, stop)]
 
 
 def make_train_dataset(

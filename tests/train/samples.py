@@ -52,13 +52,22 @@ def make_model(tokenizer, *, rank=3, seed=0, attention_dropout=0.0):
     return model
 
 
-def make_trainer(output_dir, *, objective=None, model=None, trainer=None, **arguments):
-    """An `NSRUTrainer` on FORGET and RETAIN; `trainer` holds its own keyword arguments."""
+def make_trainer(
+    output_dir,
+    *,
+    objective=None,
+    model=None,
+    forget=FORGET,
+    retain=RETAIN,
+    trainer=None,
+    **arguments,
+):
+    """An `NSRUTrainer` on small sets; `trainer` holds its own keyword arguments."""
     tokenizer = make_tokenizer()
     model = make_model(tokenizer) if model is None else model
-    reference = reference_nll(model, tokenizer, FORGET)
+    reference = reference_nll(model, tokenizer, forget)
     data = make_train_dataset(
-        tokenizer, FORGET, RETAIN, SafeTargets.from_file(), reference, retain_per_forget=2
+        tokenizer, forget, retain, SafeTargets.from_file(), reference, retain_per_forget=2
     )
     defaults = {
         "max_steps": 8,

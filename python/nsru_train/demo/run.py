@@ -78,7 +78,7 @@ def run_demo(
     if unknown := sorted(lrs.keys() - set(METHODS)):
         raise ValueError(f"lrs: methods must be out of {', '.join(METHODS)}, got {unknown[0]!r}.")
     started = time.perf_counter()
-    run = RunFolder(out)
+    run = RunFolder(out).lock()
     run.write_environment()
     scale = FICTITIOUS if data_dir is None else TOFU
     safe = SafeTargets.from_file()

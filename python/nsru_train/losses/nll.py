@@ -108,7 +108,8 @@ def answer_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, T
 def answer_states(model: nn.Module, batch: Mapping[str, Tensor]) -> AnswerHidden | AnswerLogits:
     """The labelled tokens, ready to be scored: NLL and KL from one forward; see `answer_nll`.
 
-    The first call for a model compares its logits on a few tokens with those of the head alone.
+    The first call for a model and its head compares its logits on a few tokens with those of the
+    head alone.
     """
     causal, inputs, rows, positions, targets = _take_apart(model, batch)
     head = _head_of(causal, inputs)
@@ -144,25 +145,26 @@ def _own_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return type(model).forward(model, **inputs, use_cache=False).logits
 
 
-# For each model its logit_softcap and logit_scale, or None where only the model makes its logits.
-_head_forms: weakref.WeakKeyDictionary[nn.Module, dict[str, Any] | None] = (
+# For each model and type of its head, which a swap or a merge changes, logit_softcap and
+# logit_scale, or None where only the model makes its logits.
+_head_forms: weakref.WeakKeyDictionary[nn.Module, dict[type, dict[str, Any] | None]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def _head_of(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    if model not in _head_forms:
-        _head_forms[model] = _probe_head(model, inputs)
-    form = _head_forms[model]
+    linear = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    forms = _head_forms.setdefault(model, {})
+    if type(linear) not in forms:
+        forms[type(linear)] = _probe_head(model, linear, inputs)
+    form = forms[type(linear)]
     if form is None:
         return None
-    linear = model.get_output_embeddings()
     return {"head_weight": linear.weight, "head_bias": linear.bias, **form}
 
 
-def _probe_head(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any] | None:
+def _probe_head(model: Any, linear: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """The softcap and scale with which the head's linear alone gives the model's own logits."""
-    linear = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if linear is None or getattr(model, "base_model", model) is model:
         reason = "it has no separate backbone and output layer"
     elif type(linear) is not nn.Linear:

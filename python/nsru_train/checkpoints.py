@@ -1,0 +1,106 @@
+"""Checkpoints of a run: whether one is whole, what it belongs to, and which ones are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint cannot be read; the message names the file, and an older one that can."""
+
+
+def check_files(folder: Path, names: Sequence[str]) -> None:
+    """Raise DamagedCheckpointError where a file is missing, or cut off or changed on the disk."""
+    for name in names:
+        with blaming(folder, name, names):
+            _read(folder / name)
+
+
+@contextmanager
+def blaming(folder: Path, name: str, names: Sequence[str]) -> Iterator[None]:
+    """Turn whatever the block raises into DamagedCheckpointError: the file holds something odd.
+
+    Args:
+        names: all files of a whole checkpoint.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what readers raise on damaged files is not documented
+        reason = f"{folder / name} is damaged ({type(error).__name__}: {str(error)[:200]})"
+        if isinstance(error, FileNotFoundError):
+            reason = f"{folder} holds no {name}"
+        older = next((path for path in _before(folder) if _is_whole(path, names)), None)
+        remedy = "No earlier checkpoint beside it is whole; start a new run."
+        if older is not None:
+            remedy = f"{older.name} is whole: remove {folder.name} to resume from there."
+        raise DamagedCheckpointError(f"resume_from_checkpoint: {reason}. {remedy}") from error
+
+
+def _read(path: Path) -> None:
+    match path.suffix:
+        case ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        case ".safetensors":
+            safetensors.torch.load_file(path)
+        case _:  # torch writes zip archives, with checksums that it does not look at itself
+            with zipfile.ZipFile(path) as archive:
+                if (member := archive.testzip()) is not None:
+                    raise ValueError(f"wrong checksum of {member}")
+
+
+def _is_whole(folder: Path, names: Iterable[str]) -> bool:
+    try:
+        for name in names:
+            _read(folder / name)
+    except Exception:
+        return False
+    return True
+
+
+def _before(folder: Path) -> list[Path]:
+    """Checkpoints beside this one and of earlier steps, the latest first."""
+    paths = _by_step(folder.parent)
+    return paths[: paths.index(folder)][::-1] if folder in paths else []
+
+
+def _by_step(run_dir: Path) -> list[Path]:
+    steps = {path: path.name.removeprefix("checkpoint-") for path in run_dir.glob("checkpoint-*")}
+    named = [path for path, step in steps.items() if step.isdecimal() and path.is_dir()]
+    return sorted(named, key=lambda path: int(steps[path]))
+
+
+def rotate(run_dir: Path, limit: int | None, newest: Path, best: str | None) -> None:
+    """Delete all but `limit` checkpoints by step, not by a clock, which may be set back.
+
+    Those of later steps than the newest are left from before, and go first.
+    """
+    if not limit or limit < 1:
+        return
+    paths = _by_step(run_dir)
+    after = paths.index(newest) + 1
+    for path in [*paths[after:], *paths[:after]][:-limit]:
+        if str(path) != best:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and every byte."""
+    total = hashlib.sha256()
+    for name, tensor in tensors:
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            total.update(memoryview(flat.view(torch.uint8).numpy()))
+    return total.hexdigest()

@@ -1,0 +1,158 @@
+"""Linears whose weight a model reads without calling them: an adapter there would do nothing."""
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import JambaConfig, JambaForCausalLM, MambaConfig, MambaForCausalLM
+
+import nsru_kernels as nk
+
+K = 8
+READS = "reads its weight instead of calling it"
+
+
+class Reader(nn.Module):
+    """A block that uses one linear's weight in the given way, and calls the other."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.called, self.read, self.norm = nn.Linear(K, K), nn.Linear(K, K), nn.BatchNorm1d(K)
+        self.how = how
+
+    def forward(self, x):
+        x = self.norm(self.called(x))
+        match self.how:
+            case "linear":
+                return nn.functional.linear(x, self.read.weight)
+            case "transposed":
+                return x @ self.read.weight.T
+            case "data":
+                return x @ self.read.weight.data
+            case "training":
+                return x @ self.read.weight if self.training else self.read(x)
+            case "forward":
+                return self.read.forward(x)
+            case "dtype":
+                return self.read(x.to(self.read.weight.dtype))
+
+
+def make(how):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(K, K), Reader(how)).eval()
+
+
+class Named(nn.Module):
+    """A model that takes its input by name."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+@pytest.mark.parametrize("how", ["linear", "transposed", "data", "training"])
+def test_what_nothing_calls_is_left_out_by_name_and_refused(how):
+    model = Named(make(how)).eval()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = {"x": torch.randn(5, K)}
+    random = torch.get_rng_state()
+    with pytest.raises(ValueError, match=rf"'read' matches model\.1\.read, .*Reader {READS}"):
+        nk.swap_linears(model, "read", rank=2, alpha=4, batch=batch)
+    assert torch.equal(torch.get_rng_state(), random)
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4, batch=batch)
+    assert report.swapped == ["model.0", "model.1.called"]
+    assert READS in report.skipped["model.1.read"]
+    assert f"not swapped: read × 1 (Reader {READS}" in str(report)
+    assert not model.training
+    for name, tensor in state.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert "forward" not in vars(model.model[1].read)
+
+
+@pytest.mark.parametrize("how", ["forward", "dtype"])
+def test_what_takes_part_is_swapped(how):
+    batch = {"x": torch.randn(5, K)}
+    report = nk.swap_linears(Named(make(how)), "all-linear", rank=2, alpha=4, batch=batch)
+    assert report.swapped == ["model.0", "model.1.called", "model.1.read"]
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(K, 2, 12, batch_first=True)
+    return Named(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+
+
+def test_fast_path_of_the_transformer_encoder():
+    """In eval mode it reads linear1 and linear2, which it calls in training."""
+    batch = {"x": torch.randn(2, 5, K)}
+    with pytest.raises(ValueError, match=r"no linear layer that can be swapped .*reads its weight"):
+        nk.swap_linears(encoder(), "all-linear", rank=2, alpha=4, batch=batch)
+    with pytest.raises(ValueError, match=rf"linear1.*TransformerEncoderLayer {READS}"):
+        nk.estimate_retain_subspaces(encoder(), [batch], "linear1", width=4, rank=2)
+
+
+def test_subspaces_and_the_swap_leave_out_the_same():
+    model = Named(make("linear"))
+    batches = [{"x": torch.randn(5, K)} for _ in range(3)]
+    subspaces = nk.estimate_retain_subspaces(
+        model, batches, "all-linear", width=4, rank=2, progress=False
+    )
+    assert list(subspaces) == ["model.0", "model.1.called"]
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4, subspaces=subspaces)
+    assert report.swapped == list(subspaces)
+    assert READS in report.skipped["model.1.read"]
+
+
+def test_two_parameters_on_one_storage_are_not_taken_for_a_reader():
+    model = nn.Module()
+    model.embed, model.head = nn.Embedding(6, K), nn.Linear(K, 6)
+    model.head.weight = nn.Parameter(model.embed.weight.data)
+    model.forward = lambda ids: model.head(model.embed(ids))
+    stream = nk.nn.inputs.ActivationStream(model, {"head": model.head})
+    assert stream.read_elsewhere({"ids": torch.tensor([[1, 2]])}) == {}
+
+
+def mamba():
+    torch.manual_seed(0)
+    return MambaForCausalLM(
+        MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+
+
+def jamba():
+    torch.manual_seed(0)
+    config = JambaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, attn_layer_period=2, attn_layer_offset=1,
+        expert_layer_period=2, num_experts=2, use_mamba_kernels=False, mamba_d_state=4,
+        mamba_dt_rank=4,
+    )  # fmt: skip
+    return JambaForCausalLM(config)
+
+
+@pytest.mark.parametrize("make_model", [mamba, jamba])
+def test_time_steps_of_mamba(make_model):
+    model = make_model()
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    assert not any(name.endswith("dt_proj") for name in report.swapped)
+    assert any(name.endswith("x_proj") for name in report.swapped)
+    [name] = [name for name in report.skipped if name.endswith("dt_proj")]
+    assert "Mixer" in report.skipped[name]
+    assert READS in report.skipped[name]
+
+
+def test_what_is_exported_of_mamba_is_what_peft_loads(tmp_path):
+    model = mamba()
+    with pytest.raises(ValueError, match="PEFT refuses"):
+        nk.swap_linears(model, ["in_proj", "out_proj"], rank=2, alpha=4)
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    for module in model.modules():
+        if isinstance(module, nk.NSRULinear):
+            nn.init.normal_(module.lora_B)
+    nk.save_lora_adapter(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(mamba(), tmp_path)
+    ids = torch.arange(6).unsqueeze(0)
+    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+    assert sorted(report.swapped) == sorted(loaded.targeted_module_names)
