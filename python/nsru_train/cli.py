@@ -88,7 +88,7 @@ def subspace(
         out: run folder; the subspaces go to its folder subspaces.
         seed: of the random test matrix.
     """
-    from nsru_train.pipeline import find_subspaces, load_data, load_model
+    from nsru_train.pipeline import find_subspaces, load_data, load_model, without_long
     from nsru_train.run_folder import RunFolder
 
     subspace.rule()
@@ -96,7 +96,8 @@ def subspace(
     run = RunFolder(out)
     if run.metrics_path.exists():
         raise ValueError(f"out: {out} holds a training run; give another folder.")
-    base, tokenizer = load_model(model)
+    base, tokenizer = load_model(model, data)
+    loaded = without_long(loaded, tokenizer, data)
     run.write_environment()
     found = find_subspaces(
         base, tokenizer, loaded.forget, loaded.retain, subspace,
@@ -144,7 +145,7 @@ def train(
     import nsru_kernels as nk
     from nsru_kernels.subspaces.collection import fingerprint_weights
     from nsru_train.evaluate import before_and_after, probability_sets
-    from nsru_train.pipeline import find_subspaces, load_data, load_model, unlearn
+    from nsru_train.pipeline import find_subspaces, load_data, load_model, unlearn, without_long
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder
 
@@ -176,7 +177,8 @@ def train(
     if last is not None:
         _check_same_run(run.config_path, config)
     started = time.perf_counter()
-    base, tokenizer = load_model(model)
+    base, tokenizer = load_model(model, data)
+    loaded = without_long(loaded, tokenizer, data)
     asked = probability_sets(
         tokenizer,
         loaded.splits(),
@@ -263,7 +265,7 @@ def eval(
     from nsru_kernels.hf.peft_format import load_lora_adapter
     from nsru_train.evaluate import add_base_answers, evaluate, format_table, to_results
     from nsru_train.metrics.tofu import load_log
-    from nsru_train.pipeline import load_data, load_model
+    from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder
 
@@ -272,7 +274,8 @@ def eval(
     log = load_log(retain_log) if retain_log else None
     if out and Path(out, "metrics.jsonl").exists():
         raise ValueError(f"out: {out} holds a training run; give another folder.")
-    network, tokenizer = load_model(model)
+    network, tokenizer = load_model(model, data)
+    loaded = without_long(loaded, tokenizer, data)
     adapter = None if base else adapter or f"{run}/adapter"
     if adapter is not None:
         load_lora_adapter(network, adapter)
@@ -350,12 +353,13 @@ def verify(
         adapter: another adapter folder than the run's.
         merged: merged model; default RUN/merged where it exists.
     """
-    from nsru_train.pipeline import load_data, load_model
+    from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.verify import verify as compare
 
     model, data = _run_sections(run, model, data)
     loaded = load_data(data)
-    base, tokenizer = load_model(model)
+    base, tokenizer = load_model(model, data)
+    loaded = without_long(loaded, tokenizer, data)
     if merged is None and Path(run, "merged").is_dir():
         merged = f"{run}/merged"
     report = compare(

@@ -41,9 +41,9 @@ class ModelConfig:
 class DataConfig:
     """Questions and answers.
 
-    A set is a JSON or JSONL file of question/answer objects, "tofu:NAME" (a file of data_dir, or of
-    the hub's locuslab/TOFU), or "authors:forget|retain|holdout" (fictitious authors made on the
-    spot).
+    A set is a JSON, JSONL, CSV or Parquet file of question/answer, prompt/completion or messages
+    records, "tofu:NAME" (a file of data_dir, or of the hub's locuslab/TOFU), or
+    "authors:forget|retain|holdout" (fictitious authors made on the spot).
 
     Args:
         forget: what to forget.
@@ -53,6 +53,12 @@ class DataConfig:
         more: further sets for evaluation by name: retain_unseen, holdout, real_authors,
             world_facts.
         max_length: most tokens of a question with its answer.
+        truncate: cut answers that are longer instead of refusing them.
+        skip: leave out questions that are longer, with a line that says how many.
+        question_column, answer_column: names of these fields in your files.
+        system_prompt: system message before every question; needs a chat template.
+        chat_template_kwargs: further variables of the chat template, such as
+            {"enable_thinking": false}.
     """
 
     forget: str
@@ -61,8 +67,16 @@ class DataConfig:
     safe_targets: str | None = None
     more: dict[str, str] = field(default_factory=dict)
     max_length: int = 512
+    truncate: bool = False
+    skip: bool = False
+    question_column: str = "question"
+    answer_column: str = "answer"
+    system_prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.truncate and self.skip:
+            raise ValueError("data: give truncate or skip, not both.")
         self.forget, self.retain = _absolute(self.forget), _absolute(self.retain)
         self.data_dir = _absolute(self.data_dir)
         self.safe_targets = _absolute(self.safe_targets)

@@ -17,13 +17,21 @@ import nsru_kernels as nk
 from nsru_kernels.dispatch import default_device
 from nsru_kernels.subspaces.estimate import SubspaceSet
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
-from nsru_train.data.encode import collate, encode_qa, length_batches
+from nsru_train.data.encode import (
+    TextFormat,
+    TooLongError,
+    collate,
+    encode_qa,
+    length_batches,
+    use_format,
+)
 from nsru_train.data.records import QA, check_disjoint
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluate import SPLITS
 from nsru_train.losses.objective import Objective
 from nsru_train.measure import PeakMemory
 from nsru_train.run_folder import RunFolder
+from nsru_train.scoring import end_tokens, position_limit
 from nsru_train.sources import load_records
 
 if TYPE_CHECKING:
@@ -54,16 +62,57 @@ def load_data(config: DataConfig) -> Data:
         raise ValueError(
             f"data.more: names must be out of {', '.join(MORE_SPLITS)}, got {', '.join(unknown)}."
         )
-    forget, retain = (
-        load_records(spec, config.data_dir) for spec in (config.forget, config.retain)
-    )
+
+    def read(spec: str) -> list[QA]:
+        return load_records(
+            spec,
+            config.data_dir,
+            question_column=config.question_column,
+            answer_column=config.answer_column,
+        )
+
+    forget, retain = read(config.forget), read(config.retain)
     check_disjoint(forget, retain)
-    more = {name: load_records(spec, config.data_dir) for name, spec in config.more.items()}
+    more = {name: read(spec) for name, spec in config.more.items()}
     return Data(forget, retain, more, SafeTargets.from_file(config.safe_targets))
 
 
-def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model, tokenizer), in eval mode. Raises ValueError where transformers cannot load them."""
+def without_long(data: Data, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Data:
+    """The sets without the records of which a text is too long, where config.skip says so."""
+    if not config.skip:
+        return data
+
+    def fits(qa: QA, *more: str) -> bool:
+        answers = [qa.answer, qa.paraphrased_answer or qa.answer, *qa.perturbed_answers, *more]
+        pairs = [(qa.question, answer) for answer in answers]
+        try:
+            for question, answer in [*pairs, (qa.paraphrased_question or qa.question, qa.answer)]:
+                encode_qa(tokenizer, question, answer, max_length=config.max_length)
+        except TooLongError:
+            return False
+        return True
+
+    kept = {name: [qa for qa in records if fits(qa)] for name, records in data.splits().items()}
+    kept["forget"] = [qa for qa in kept["forget"] if fits(qa, data.safe.target(qa))]
+    for name, records in data.splits().items():
+        if left_out := len(records) - len(kept[name]):
+            logger.warning("data.skip: %d of %d %s records are too long and left out.",
+                           left_out, len(records), name)  # fmt: skip
+        if not kept[name]:
+            raise ValueError(
+                f"data.skip: no {name} record fits in max_length {config.max_length}; raise it."
+            )
+    return Data(kept.pop("forget"), kept.pop("retain"), kept, data.safe)
+
+
+def load_model(
+    config: ModelConfig, data: DataConfig | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model, tokenizer), in eval mode; the tokenizer writes texts as ``data`` says.
+
+    Raises:
+        ValueError: transformers cannot load them, or the chat template cannot write the texts.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = _device(config.device)
@@ -82,6 +131,18 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
+    if data is not None:
+        text_format = TextFormat(
+            system_prompt=data.system_prompt,
+            template_kwargs=data.chat_template_kwargs,
+            end_tokens=end_tokens(model),
+            max_length=position_limit(model),
+            truncate=data.truncate,
+        )
+        try:
+            use_format(tokenizer, text_format)
+        except ValueError as error:
+            raise ValueError(f"data: {error}") from error
     return model.to(device).eval(), tokenizer
 
 
