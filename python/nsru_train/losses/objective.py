@@ -17,11 +17,14 @@ class Objective:
     """Weights and suppression of `nsru_loss`.
 
     Args:
-        w_safe, w_suppress, w_retain: λ_safe, λ_sup and λ_ret. NPO is a sum over an answer's tokens,
-            cross-entropy a mean: 0.05 puts both on one footing for answers of 20 tokens.
+        w_safe: λ_safe, of the cross-entropy of safe targets.
+        w_suppress: λ_sup. NPO is a sum over an answer's tokens, cross-entropy a mean: 0.05 puts
+            both on one footing for answers of 20 tokens.
+        w_retain: λ_ret, of the cross-entropy of retain answers.
         w_kl: λ_kl, inside the retain term; above 0 a step needs one more forward, of retain rows.
         suppression: "npo", "simnpo", "unlikelihood" or "gradient_ascent".
-        beta, delta: of the suppression; None is its own default.
+        beta: of npo and simnpo; None is the suppression's own default.
+        delta: margin of simnpo, in nats a token.
 
     Raises:
         ValueError: a negative weight, or an unknown suppression.
