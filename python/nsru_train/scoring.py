@@ -39,7 +39,7 @@ _NOT_ASKED = np.empty(0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class Score:
-    """One sequence's answer, token by token, EOS last."""
+    """One sequence's answer, token by token; last comes what ends the turn, such as EOS."""
 
     nll: np.ndarray  # [n] float64, nats
     predictions: np.ndarray  # [n] argmax of the teacher-forced logits; [0] where not asked for

@@ -144,7 +144,8 @@ def _parse_rows(
     ignore_unknown: bool,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> list[QA]:
-    records, ignored = [], {}
+    records = []
+    ignored: dict[str, None] = {}
     for number, row in rows:
         try:
             qa, unknown = _parse_row(row, ignore_unknown, names)
@@ -167,7 +168,8 @@ def _parse_row(row: Any, ignore_unknown: bool, names: Mapping[str, str]) -> tupl
     if renamed.keys().isdisjoint(row) and names.keys().isdisjoint(row):
         row = _from_chat(row)
     values: dict[str, Any] = {}
-    options, unknown = [], []
+    options = []
+    unknown = []
     for key, value in row.items():
         field = names.get(key) or _ALIASES.get(key, key)
         if renamed.get(field, key) != key:

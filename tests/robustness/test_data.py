@@ -28,7 +28,7 @@ from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
 from nsru_train.evaluate import evaluate
 from nsru_train.losses.nll import AnswerHidden, answer_logits, answer_states
 from nsru_train.metrics import forget_quality, load_log, model_utility
-from nsru_train.pipeline import load_data, load_model, without_long
+from nsru_train.pipeline import load_data, load_model, token_batches, without_long
 from nsru_train.scoring import greedy_answers, score_sequences
 from nsru_train.sources import load_records
 from nsru_train.verify import Comparison
@@ -104,6 +104,7 @@ def test_the_answer_is_what_the_template_puts_around_nothing_else(template, kwar
     encoded = encode_qa(tokenizer, "Who is Ann?", "A poet.")
     own, closing = answer.split("|", 1)
     assert tokenizer.decode(encoded.input_ids[: encoded.answer_start]) == prompt
+    assert tokenizer.decode(encoded.input_ids[encoded.answer_start :]) == own + closing
     assert tokenizer.decode(encoded.answer) == own
     assert tokenizer.decode(encoded.input_ids[-encoded.closing :]) == closing
     assert encode_prompt(tokenizer, "Who is Ann?") == encoded.input_ids[: encoded.answer_start]
@@ -593,9 +594,14 @@ def test_a_text_longer_than_the_position_table_is_named():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer) - 1, **sizes)).eval()
     items = [encode_qa(tokenizer, "Who is Ann?", "A poet." * n) for n in (1, 2)]
     assert len(score_sequences(model, tokenizer, items)) == 2
+    sizes = {"max_tokens": 400, "max_length": 400}
+    [batch] = token_batches(model, tokenizer, [ANN, QA("Who?", "A poet. And more.")], **sizes)
+    assert model(**batch).logits.isfinite().all()
     long = encode_qa(tokenizer, "Who is Ann?", "A poet." * 20)
     with pytest.raises(ValueError, match=rf"{len(long)} tokens, GPT2LMHeadModel has 40 positions"):
         score_sequences(model, tokenizer, [long])
+    with pytest.raises(ValueError, match="has 40 positions"):
+        token_batches(model, tokenizer, [QA("Who is Ann?", "A poet." * 20)], **sizes)
     with pytest.raises(ValueError, match="has 40 positions"):
         greedy_answers(model, tokenizer, ["Who is Ann? " * 20])
     assert len(greedy_answers(model, tokenizer, ["Who is Ann?", "Who?"], max_new_tokens=90)) == 2
