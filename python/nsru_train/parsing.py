@@ -33,7 +33,15 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("not valid YAML: it nests too deep") from None
     except Exception as error:  # a tag on a value that does not fit it raises anything
-        raise ValueError(f"not valid YAML: {error}") from None
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: str | Path) -> Any:
+    """`parse_yaml` of a file. Raises ValueError that names the file."""
+    try:
+        return parse_yaml(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def _unique(found: dict[Any, Any], pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:

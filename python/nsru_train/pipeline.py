@@ -23,6 +23,7 @@ from nsru_train.data.encode import (
     collate,
     encode_qa,
     length_batches,
+    pad_token_id,
     use_format,
 )
 from nsru_train.data.records import QA, check_disjoint
@@ -31,7 +32,7 @@ from nsru_train.evaluate import SPLITS
 from nsru_train.losses.objective import Objective
 from nsru_train.measure import PeakMemory
 from nsru_train.run_folder import RunFolder
-from nsru_train.scoring import end_tokens, position_limit
+from nsru_train.scoring import check_positions, end_tokens, position_limit
 from nsru_train.sources import load_records
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = _device(config.device)
+    _check_folder(config.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, trust_remote_code=config.trust_remote_code
@@ -123,9 +125,18 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             config.path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
-    except OSError as error:
+    except Exception as error:  # a damaged file raises anything in transformers
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if "Unrecognized configuration class" in reason:
+            kind = reason.partition("'")[2].partition("'")[0].rpartition(".")[2] or "another kind"
+            reason = (
+                f"it is of {kind}, and of no causal language model such as Llama or GPT-2. "
+                "Encoder-decoder and vision-language models are not supported"
+            )
+        elif not Path(config.path).exists():
+            reason = f"there is no such folder here, and the hub does not give it: {reason}"
         raise ValueError(
-            f"model.path: cannot load {config.path!r} as a causal language model: {error}"
+            f"model.path: cannot load {config.path!r} as a causal language model: {reason}"
         ) from error
     # A pad token is often added to a tokenizer without a row in the embedding.
     rows = model.get_input_embeddings().weight.shape[0]
@@ -144,6 +155,17 @@ def load_model(
         except ValueError as error:
             raise ValueError(f"data: {error}") from error
     return model.to(device).eval(), tokenizer
+
+
+def _check_folder(path: str) -> None:
+    """Raise ValueError for what can be no hub id and is no folder of a model either."""
+    if Path(path).is_dir():
+        if not any(Path(path, name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise ValueError(f"model.path: folder {path} holds no config.json of a model.")
+    elif Path(path).exists():
+        raise ValueError(f"model.path: {path} is a file; give the folder that holds the model.")
+    elif path.startswith((".", "~")) or Path(path).is_absolute() or path.count("/") > 1:
+        raise ValueError(f"model.path: no folder {path}; give a model's folder, or a hub id.")
 
 
 def _device(name: str) -> torch.device:
@@ -166,11 +188,12 @@ def token_batches(
     encoded = [
         encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in records
     ]
-    device = next(model.parameters()).device
+    check_positions(model, encoded)
+    device, pad = next(model.parameters()).device, pad_token_id(tokenizer, model)
     return [
         {
             name: tensor.to(device)
-            for name, tensor in collate([encoded[i] for i in ids], tokenizer.pad_token_id).items()
+            for name, tensor in collate([encoded[i] for i in ids], pad).items()
         }
         for ids in length_batches(encoded, max(max_tokens, max_length))
     ]
@@ -318,7 +341,7 @@ def unlearn(
         per_device_train_batch_size=min(train.batch_size, len(dataset)),
         gradient_accumulation_steps=train.accumulate,
         weight_decay=train.weight_decay,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=train.lr_scheduler_type,
         logging_steps=1,
         save_strategy="steps" if train.save_steps else "no",
         save_steps=train.save_steps or train.steps,
@@ -326,7 +349,8 @@ def unlearn(
         dataloader_pin_memory=False,
         use_cpu=device.type == "cpu",
         disable_tqdm=not progress,
-        report_to=[],
+        report_to=train.report_to,
+        bf16=train.bf16,
         seed=train.seed,
     )
     trainer = NSRUTrainer(
