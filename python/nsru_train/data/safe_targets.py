@@ -55,6 +55,10 @@ class SafeTargets:
         check_parts("safe targets", self.parts)
         for part, variants in self.parts.items():
             for variant in variants:
+                if not isinstance(variant, str) or not variant.strip():
+                    raise ValueError(
+                        f"safe target part {part!r} must hold non-empty texts, got {variant!r}"
+                    )
                 check_text(f"safe target part {part!r}", variant)
         if not any(self.parts.values()):
             raise ValueError(
