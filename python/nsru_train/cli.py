@@ -566,7 +566,8 @@ def _section(name: str, values: Any, path: Path) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SECTIONS[name], name)
     try:
-        return SECTIONS[name](**parser.parse_object({name: values})[name].as_dict())
+        typed = parser.parse_object({name: values})[name].as_dict()
+        return SECTIONS[name](**{**values, **typed})  # the parser overlooks unknown empty sections
     except (ArgumentError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: {' '.join(str(error).split())}; was it written by another version, or "
