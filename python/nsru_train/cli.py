@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import inspect
 import os
+import re
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from nsru_train.config import (
     DataConfig,
@@ -21,7 +23,34 @@ from nsru_train.config import (
     SubspaceConfig,
     TrainConfig,
 )
+from nsru_train.parsing import read_yaml
 
+SECTIONS: dict[str, Any] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "subspace": SubspaceConfig,
+    "lora": LoraConfig,
+    "objective": Objective,
+    "train": TrainConfig,
+}
+# What transformers and peft call a setting that has a shorter name here.
+KNOWN_AS = {
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "num_train_epochs": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "r": "rank",
+    "lora_r": "rank",
+    "target_modules": "targets",
+    "model_name_or_path": "path",
+    "output_dir": "out",
+    "resume_from_checkpoint": "resume",
+}
 # Of one set: enough for means that hold to about a percent, at the cost of a few training steps.
 QUESTIONS_BEFORE_AND_AFTER = 200
 
@@ -66,7 +95,7 @@ def demo(
         subspace: the retain subspaces.
         lora: the adapters, of both methods.
         objective: what is optimised, by both methods.
-        train: how; save_steps and seed are not used.
+        train: how; save_steps, eval_steps and seed are not used.
         examples: forget questions whose answers before and after are kept in the report.
         max_seconds: for the model to memorise the questions.
     """
@@ -108,7 +137,7 @@ def subspace(
         out: run folder; the subspaces go to its folder subspaces.
         seed: of the random test matrix.
     """
-    from nsru_train.pipeline import find_subspaces, load_data, load_model
+    from nsru_train.pipeline import find_subspaces, load_data, load_model, without_long
     from nsru_train.run_folder import RunFolder
 
     subspace.rule()
@@ -116,7 +145,8 @@ def subspace(
     run = RunFolder(out).lock()
     if run.metrics_path.exists():
         raise ValueError(f"out: {out} holds a training run; give another folder.")
-    base, tokenizer = load_model(model)
+    base, tokenizer = load_model(model, data)
+    loaded = without_long(loaded, tokenizer, data)
     run.write_environment()
     found = find_subspaces(
         base, tokenizer, loaded.forget, loaded.retain, subspace,
@@ -164,12 +194,13 @@ def train(
 
     import nsru_kernels as nk
     from nsru_kernels.subspaces.collection import fingerprint_weights
-    from nsru_train.evaluate import before_and_after, probability_sets
-    from nsru_train.pipeline import find_subspaces, load_data, load_model, unlearn
+    from nsru_train.evaluate import before_and_after, probability_sets, quick_probabilities
+    from nsru_train.pipeline import find_subspaces, load_data, load_model, unlearn, without_long
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder
 
     subspace.rule()
+    _check_reporting(train.report_to)
     loaded = load_data(data)
     run = RunFolder(out).lock()
     last = get_last_checkpoint(run.path)
@@ -197,7 +228,8 @@ def train(
     if last is not None:
         _check_same_run(run.config_path, config)
     started = time.perf_counter()
-    base, tokenizer = load_model(model)
+    base, tokenizer = load_model(model, data)
+    loaded = without_long(loaded, tokenizer, data)
     asked = probability_sets(
         tokenizer,
         loaded.splits(),
@@ -205,6 +237,7 @@ def train(
         max_length=data.max_length,
         limit=QUESTIONS_BEFORE_AND_AFTER,
     )
+    longest = max(4096, data.max_length)
     run.write_config(config)
     run.write_environment()
     subspaces = None
@@ -231,6 +264,12 @@ def train(
         train=train,
         max_length=data.max_length,
         resume=last is not None,
+        on_eval=(
+            (lambda _, model: quick_probabilities(model, tokenizer, asked, max_tokens=longest))
+            if train.eval_steps
+            else None
+        ),
+        eval_steps=train.eval_steps or 1,
     )
     print(outcome.swap)
     if not run.writes:
@@ -288,7 +327,7 @@ def eval(
     from nsru_kernels.hf.peft_format import load_lora_adapter
     from nsru_train.evaluate import add_base_answers, evaluate, format_table, to_results
     from nsru_train.metrics.tofu import load_log
-    from nsru_train.pipeline import load_data, load_model
+    from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder
 
@@ -297,7 +336,8 @@ def eval(
     log = load_log(retain_log) if retain_log else None
     if out and Path(out, "metrics.jsonl").exists():
         raise ValueError(f"out: {out} holds a training run; give another folder.")
-    network, tokenizer = load_model(model)
+    network, tokenizer = load_model(model, data)
+    loaded = without_long(loaded, tokenizer, data)
     adapter = None if base else adapter or f"{run}/adapter"
     if adapter is not None:
         load_lora_adapter(network, adapter)
@@ -375,12 +415,13 @@ def verify(
         adapter: another adapter folder than the run's.
         merged: merged model; default RUN/merged where it exists.
     """
-    from nsru_train.pipeline import load_data, load_model
+    from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.verify import verify as compare
 
     model, data = _run_sections(run, model, data)
     loaded = load_data(data)
-    base, tokenizer = load_model(model)
+    base, tokenizer = load_model(model, data)
+    loaded = without_long(loaded, tokenizer, data)
     if merged is None and Path(run, "merged").is_dir():
         merged = f"{run}/merged"
     report = compare(
@@ -437,7 +478,7 @@ COMMANDS: dict[str, Any] = {
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``nsru``: a user's mistake ends in one line, not in a traceback."""
-    from jsonargparse import auto_cli
+    from jsonargparse import ArgumentError, auto_cli
 
     given = sys.argv[1:] if args is None else args
     first = os.environ.get("RANK", "0") == "0"  # under torchrun
@@ -449,10 +490,56 @@ def main(args: list[str] | None = None) -> None:
             if given[:1] == ["bench"]:  # has a parser of its own, which the script shares
                 bench(given[1:])
             else:
-                auto_cli(COMMANDS, args=_underscored(given), prog="nsru", description=__doc__)
-    except (ValueError, OSError) as error:
-        print(f"nsru: {error}", file=sys.stderr)
+                given = _underscored(given)
+                _check_configs(given)
+                auto_cli(COMMANDS, given, prog="nsru", description=__doc__, exit_on_error=False)
+    except (ValueError, OSError, ArgumentError) as error:
+        message = _explain(error, given) if isinstance(error, ArgumentError) else str(error)
+        # The trainer, which is used without a command line as well, names its own argument.
+        message = message.replace("resume_from_checkpoint=True", "--resume true")
+        print(f"nsru: {message.replace('resume_from_checkpoint', '--resume')}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _check_configs(given: list[str]) -> None:
+    """Raise ValueError where a --config file is not YAML, or has a key twice."""
+    values = re.findall(r"--config(?:=|\n)(.*)", "\n".join(given))
+    for path in filter(os.path.isfile, values):
+        read_yaml(path)
+
+
+def _explain(error: Exception, given: list[str]) -> str:
+    """One line on what is wrong in the command line, with the closest option that there is."""
+    text = " ".join(str(error).split())
+    command = next((word for word in given if word in COMMANDS), None)
+    unknown = re.search(r"unrecognized arguments: -*([\w.]+)|not accept option '([\w.]+)'", text)
+    if command is None or unknown is None:
+        names = re.sub(rf"\b{command}\.([a-z_]+\.)", r"--\1", text)
+        return f"{names}. `nsru {command or ''}{' ' * bool(command)}--help` lists all options."
+    name = unknown[1] or unknown[2]
+    section, _, last = name.rpartition(".")
+    options = _options(command)
+    asked = f"{section}.{KNOWN_AS[last]}".strip(".") if last in KNOWN_AS else name
+    # By its last part too: --learning_rate is --train.lr.
+    ends = {option.rpartition(".")[2]: option for option in reversed(options)}
+    close = difflib.get_close_matches(asked, options, n=1, cutoff=0.8) or [
+        ends[end] for end in difflib.get_close_matches(asked.rpartition(".")[2], ends, n=1)
+    ]
+    hint = f" Did you mean --{close[0]}?" if close else ""
+    return f"{command} has no option {name!r}.{hint} `nsru {command} --help` lists all options."
+
+
+def _options(command: str) -> list[str]:
+    """Names of all options of a command, those of sections with the section's name before."""
+    return [
+        option
+        for name in inspect.signature(COMMANDS[command]).parameters
+        for option in (
+            [f"{name}.{field.name}" for field in fields(SECTIONS[name])]
+            if name in SECTIONS
+            else [name]
+        )
+    ]
 
 
 def _underscored(args: list[str]) -> list[str]:
@@ -477,49 +564,74 @@ def _run_sections(
 ) -> tuple[Any, Any]:
     """Model and data of a run: as given, else from its config.yaml."""
     path = Path(run) / "config.yaml"
+    if (model is None or (data is None and need_data)) and not Path(run).is_dir():
+        raise ValueError(f"run: no folder {run}; give the --out of nsru train.")
     saved = _read_config(path)
     if model is None:
         if "model" not in saved:
             raise ValueError(f"run: {path} does not say the model; give --model.path.")
-        model = _section(ModelConfig, saved["model"], path)
+        model = _section("model", saved["model"], path)
     if data is None and need_data:
         if "data" not in saved:
             raise ValueError(
                 f"run: {path} does not say the data; give --data.forget and --data.retain."
             )
-        data = _section(DataConfig, saved["data"], path)
+        data = _section("data", saved["data"], path)
     return model, data
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     """A run's config.yaml, empty where there is none."""
-    try:
-        saved = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML ({error}); restore it.") from error
+    saved = read_yaml(path) if path.is_file() else {}
     if not isinstance(saved, dict):
         raise ValueError(f"{path} must hold sections such as model and data, got {saved!r:.60}.")
     return saved
 
 
-def _section(kind: Any, values: Any, path: Path) -> Any:
+def _section(name: str, values: Any, path: Path) -> Any:
+    """The settings of one section of a run's config.yaml, each of its type."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SECTIONS[name], name)
     try:
-        return kind(**values)
-    except TypeError as error:
+        typed = parser.parse_object({name: values})[name].as_dict()
+        return SECTIONS[name](**{**values, **typed})  # the parser overlooks unknown empty sections
+    except (ArgumentError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: {error}; was it written by another version, or changed by hand?"
+            f"{path}: {' '.join(str(error).split())}; was it written by another version, or "
+            "changed by hand?"
         ) from error
+
+
+def _check_reporting(names: Sequence[str]) -> None:
+    """Raise ValueError where transformers cannot report to one of them."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = [*get_available_reporting_integrations(), "all", "none"]
+    if missing := sorted(set(names) - set(available)):
+        raise ValueError(
+            f"train.report_to: {missing[0]!r} is unknown or its package is not installed; "
+            f"available: {', '.join(available)}."
+        )
 
 
 def _check_same_run(path: Path, config: dict[str, Any]) -> None:
     """A resumed run must go on as it began. Raises ValueError naming what differs."""
-    before = _read_config(path) or config
-    for section in ("model", "data", "subspace", "lora", "objective", "train"):
-        if before.get(section) != config[section]:
-            raise ValueError(
-                f"resume: {section} differs from the run's {path}: {before.get(section)} there, "
-                f"{config[section]} now. Use the same settings, or another --out."
-            )
+    saved = _read_config(path) or config
+    odd = []
+    for section in SECTIONS:
+        before = asdict(_section(section, saved.get(section), path))
+        odd += [
+            f"{section}.{name} was {before[name]!r} and is {value!r}"
+            for name, value in config[section].items()
+            if before[name] != value
+        ]
+    if odd:
+        raise ValueError(
+            f"resume: what is asked for differs from the run's {path}: {'; '.join(odd)}. Use the "
+            "same settings, or another --out."
+        )
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ class ModelConfig:
 class DataConfig:
     """Questions and answers.
 
-    A set is a JSON or JSONL file of question/answer objects, "tofu:NAME" (a file of data_dir, or of
-    the hub's locuslab/TOFU), or "authors:forget|retain|holdout" (fictitious authors made on the
-    spot).
+    A set is a JSON, JSONL, CSV or Parquet file of question/answer, prompt/completion or messages
+    records, "tofu:NAME" (a file of data_dir, or of the hub's locuslab/TOFU), or
+    "authors:forget|retain|holdout" (fictitious authors made on the spot).
 
     Args:
         forget: what to forget.
@@ -53,6 +53,13 @@ class DataConfig:
         more: further sets for evaluation by name: retain_unseen, holdout, real_authors,
             world_facts.
         max_length: most tokens of a question with its answer.
+        truncate: cut answers that are longer instead of refusing them.
+        skip: leave out questions that are longer, with a line that says how many.
+        question_column: name of the questions' column or field in your files.
+        answer_column: name of the answers' column or field in your files.
+        system_prompt: system message before every question; needs a chat template.
+        chat_template_kwargs: further variables of the chat template, such as
+            {"enable_thinking": false}.
     """
 
     forget: str
@@ -61,8 +68,16 @@ class DataConfig:
     safe_targets: str | None = None
     more: dict[str, str] = field(default_factory=dict)
     max_length: int = 512
+    truncate: bool = False
+    skip: bool = False
+    question_column: str = "question"
+    answer_column: str = "answer"
+    system_prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.truncate and self.skip:
+            raise ValueError("data: give truncate or skip, not both.")
         self.forget, self.retain = _absolute(self.forget), _absolute(self.retain)
         self.data_dir = _absolute(self.data_dir)
         self.safe_targets = _absolute(self.safe_targets)
@@ -85,7 +100,7 @@ class SubspaceConfig:
         max_tokens: of one batch, padding included.
     """
 
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    targets: list[str] | str = field(default_factory=lambda: ["all-linear"])
     path: str | None = None
     width: int = 512
     rank: int | None = None
@@ -94,6 +109,7 @@ class SubspaceConfig:
     max_tokens: int = 4096
 
     def __post_init__(self) -> None:
+        self.targets = [self.targets] if isinstance(self.targets, str) else self.targets
         self.path = _absolute(self.path)
 
     def rule(self) -> dict[str, Any]:
@@ -136,8 +152,9 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps.
-        lr: peak learning rate of AdamW; linear decay after the warm-up. Chosen on models of a few
-            million parameters; for billions, 1e-4 to 2e-4 are usual with LoRA.
+        lr: peak learning rate of AdamW. Chosen on models of a few million parameters; for billions,
+            1e-4 to 2e-4 are usual with LoRA.
+        lr_scheduler_type: what the learning rate does after the warm-up, as transformers names it.
         warmup: share of the steps.
         batch_size: forget questions in a batch; each brings its safe target and retain questions.
         retain_per_forget: retain questions for each forget question.
@@ -148,6 +165,9 @@ class TrainConfig:
         retain_stop_ratio: stop when the retain loss exceeds this many times its start (which counts
             as 0.1 nats a token where it is less); none never stops.
         gradient_checkpointing: recompute activations in backward to save memory.
+        bf16: autocast to bfloat16, for a model whose weights are float32.
+        eval_steps: steps between probabilities of every set in metrics.jsonl; 0 has none.
+        report_to: where transformers reports metrics beside metrics.jsonl: tensorboard, wandb, …
         seed: of adapters, order and dropout.
     """
 
@@ -158,17 +178,32 @@ class TrainConfig:
     retain_per_forget: int = 1
     accumulate: int = 1
     weight_decay: float = 0.0
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+    ] = "linear"
     save_steps: int = 50
     retain_stop_ratio: float | None = 5.0
     gradient_checkpointing: bool = False
+    bf16: bool = False
+    eval_steps: int = 0
+    report_to: list[str] | str = field(default_factory=list)
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "retain_per_forget", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}.")
-        if self.save_steps < 0:
-            raise ValueError(f"train.save_steps must be 0 (none) or more, got {self.save_steps}.")
+        for name in ("save_steps", "eval_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"train.{name} must be 0 (none) or more, got {getattr(self, name)}."
+                )
+        self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"train.lr must be positive and finite, got {self.lr}.")
         if not 0 <= self.warmup <= 1:

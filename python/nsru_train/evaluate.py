@@ -226,16 +226,16 @@ def _plan(pool: _Pool, qa: QA, safe: SafeTargets | None, seed: int) -> _Plan:
 
 def _row(plan: _Plan, pool: _Pool, scores: Sequence[Score], split: str, mean: Mean) -> Row:
     right = scores[plan.right]
-    encoded = pool.encoded[plan.right]
-    tokens = encoded.input_ids[encoded.answer_start : -1]
+    tokens = pool.encoded[plan.right].answer
+    own = slice(len(tokens))
     row: Row = {
         "question": plan.qa.question,
         "answer": plan.qa.answer,
         "probability": right.probability,
         "loss": right.loss,
-        "extraction_strength": extraction_strength(right.predictions[:-1], tokens),
-        "exact_memorisation": exact_memorisation(right.predictions[:-1], tokens),
-        "min_k": min_k(right.nll[:-1]),
+        "extraction_strength": extraction_strength(right.predictions[own], tokens),
+        "exact_memorisation": exact_memorisation(right.predictions[own], tokens),
+        "min_k": min_k(right.nll[own]),
     }
     if plan.wrong:
         row["paraphrased_loss"] = scores[plan.paraphrased].loss

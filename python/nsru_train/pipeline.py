@@ -19,13 +19,23 @@ import nsru_kernels as nk
 from nsru_kernels.dispatch import default_device
 from nsru_kernels.subspaces.estimate import SubspaceSet
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
-from nsru_train.data.encode import IGNORE_INDEX, collate, encode_qa, length_batches
+from nsru_train.data.encode import (
+    IGNORE_INDEX,
+    TextFormat,
+    TooLongError,
+    collate,
+    encode_qa,
+    length_batches,
+    pad_token_id,
+    use_format,
+)
 from nsru_train.data.records import QA, check_disjoint
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluate import SPLITS
 from nsru_train.losses.objective import Objective
 from nsru_train.measure import PeakMemory
 from nsru_train.run_folder import RunFolder
+from nsru_train.scoring import check_positions, end_tokens, position_limit
 from nsru_train.sources import load_records
 
 if TYPE_CHECKING:
@@ -56,19 +66,61 @@ def load_data(config: DataConfig) -> Data:
         raise ValueError(
             f"data.more: names must be out of {', '.join(MORE_SPLITS)}, got {', '.join(unknown)}."
         )
-    forget, retain = (
-        load_records(spec, config.data_dir) for spec in (config.forget, config.retain)
-    )
+
+    def read(spec: str) -> list[QA]:
+        return load_records(
+            spec,
+            config.data_dir,
+            question_column=config.question_column,
+            answer_column=config.answer_column,
+        )
+
+    forget, retain = read(config.forget), read(config.retain)
     check_disjoint(forget, retain)
-    more = {name: load_records(spec, config.data_dir) for name, spec in config.more.items()}
+    more = {name: read(spec) for name, spec in config.more.items()}
     return Data(forget, retain, more, SafeTargets.from_file(config.safe_targets))
 
 
-def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model, tokenizer), in eval mode. Raises ValueError where transformers cannot load them."""
+def without_long(data: Data, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Data:
+    """The sets without the records of which a text is too long, where config.skip says so."""
+    if not config.skip:
+        return data
+
+    def fits(qa: QA, *more: str) -> bool:
+        answers = [qa.answer, qa.paraphrased_answer or qa.answer, *qa.perturbed_answers, *more]
+        pairs = [(qa.question, answer) for answer in answers]
+        try:
+            for question, answer in [*pairs, (qa.paraphrased_question or qa.question, qa.answer)]:
+                encode_qa(tokenizer, question, answer, max_length=config.max_length)
+        except TooLongError:
+            return False
+        return True
+
+    kept = {name: [qa for qa in records if fits(qa)] for name, records in data.splits().items()}
+    kept["forget"] = [qa for qa in kept["forget"] if fits(qa, data.safe.target(qa))]
+    for name, records in data.splits().items():
+        if left_out := len(records) - len(kept[name]):
+            logger.warning("data.skip: %d of %d %s records are too long and left out.",
+                           left_out, len(records), name)  # fmt: skip
+        if not kept[name]:
+            raise ValueError(
+                f"data.skip: no {name} record fits in max_length {config.max_length}; raise it."
+            )
+    return Data(kept.pop("forget"), kept.pop("retain"), kept, data.safe)
+
+
+def load_model(
+    config: ModelConfig, data: DataConfig | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model, tokenizer), in eval mode; the tokenizer writes texts as ``data`` says.
+
+    Raises:
+        ValueError: transformers cannot load them, or the chat template cannot write the texts.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = _device(config.device)
+    _check_folder(config.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, trust_remote_code=config.trust_remote_code
@@ -76,15 +128,47 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         model = AutoModelForCausalLM.from_pretrained(
             config.path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
-    except OSError as error:
+    except Exception as error:  # a damaged file raises anything in transformers
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if "Unrecognized configuration class" in reason:
+            kind = reason.partition("'")[2].partition("'")[0].rpartition(".")[2] or "another kind"
+            reason = (
+                f"it is of {kind}, and of no causal language model such as Llama or GPT-2. "
+                "Encoder-decoder and vision-language models are not supported"
+            )
+        elif not Path(config.path).exists():
+            reason = f"there is no such folder here, and the hub does not give it: {reason}"
         raise ValueError(
-            f"model.path: cannot load {config.path!r} as a causal language model: {error}"
+            f"model.path: cannot load {config.path!r} as a causal language model: {reason}"
         ) from error
     # A pad token is often added to a tokenizer without a row in the embedding.
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
+    if data is not None:
+        text_format = TextFormat(
+            system_prompt=data.system_prompt,
+            template_kwargs=data.chat_template_kwargs,
+            end_tokens=end_tokens(model),
+            max_length=position_limit(model),
+            truncate=data.truncate,
+        )
+        try:
+            use_format(tokenizer, text_format)
+        except ValueError as error:
+            raise ValueError(f"data: {error}") from error
     return model.to(device).eval(), tokenizer
+
+
+def _check_folder(path: str) -> None:
+    """Raise ValueError for what can be no hub id and is no folder of a model either."""
+    if Path(path).is_dir():
+        if not any(Path(path, name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise ValueError(f"model.path: folder {path} holds no config.json of a model.")
+    elif Path(path).exists():
+        raise ValueError(f"model.path: {path} is a file; give the folder that holds the model.")
+    elif path.startswith((".", "~")) or Path(path).is_absolute() or path.count("/") > 1:
+        raise ValueError(f"model.path: no folder {path}; give a model's folder, or a hub id.")
 
 
 def _device(name: str) -> torch.device:
@@ -120,10 +204,11 @@ def token_batches(
     encoded = [
         encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in records
     ]
-    device = next(model.parameters()).device
+    check_positions(model, encoded)
+    device, pad = next(model.parameters()).device, pad_token_id(tokenizer, model)
     batches = []
     for ids in length_batches(encoded, max(max_tokens, max_length)):
-        batch = collate([encoded[i] for i in ids], tokenizer.pad_token_id)
+        batch = collate([encoded[i] for i in ids], pad)
         if answers_only:
             batch["token_mask"] = F.pad(batch["labels"][:, 1:] != IGNORE_INDEX, (0, 1))
         batches.append({name: tensor.to(device) for name, tensor in batch.items()})
@@ -282,7 +367,7 @@ def unlearn(
         per_device_train_batch_size=min(train.batch_size, len(dataset)),
         gradient_accumulation_steps=train.accumulate,
         weight_decay=train.weight_decay,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=train.lr_scheduler_type,
         logging_steps=1,
         save_strategy="steps" if train.save_steps else "no",
         save_steps=train.save_steps or train.steps,
@@ -290,7 +375,8 @@ def unlearn(
         dataloader_pin_memory=False,
         use_cpu=device.type == "cpu",
         disable_tqdm=not progress,
-        report_to=[],
+        report_to=train.report_to,
+        bf16=train.bf16,
         seed=train.seed,
     )
     trainer = NSRUTrainer(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,13 +12,14 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nsru_kernels.nn.inputs import evaluating
 from nsru_train.data.encode import (
     Encoded,
     collate,
     encode_prompt,
+    encode_qa,
     length_batches,
     pad_token_id,
 )
@@ -25,12 +29,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+logger = logging.getLogger(__name__)
+
+_POSITION_TABLE = re.compile(
+    r"(?:^|\.)(?:wpe|embed_positions|positions_embed|position_embeddings)$"
+)
 _NOT_ASKED = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One sequence's answer, token by token, EOS last."""
+    """One sequence's answer, token by token; last comes what ends the turn, such as EOS."""
 
     nll: np.ndarray  # [n] float64, nats
     predictions: np.ndarray  # [n] argmax of the teacher-forced logits; [0] where not asked for
@@ -44,6 +53,25 @@ class Score:
     def probability(self) -> float:
         """exp(-loss): TOFU's probability of an answer."""
         return float(np.exp(-self.nll.mean()))
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Rows of a learned position table; None for a model without one, such as a rotary one."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _POSITION_TABLE.search(name):
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa
+            return module.num_embeddings - getattr(module, "offset", reserved)  # OPT's offset
+    return None
+
+
+def check_positions(model: nn.Module, encoded: Sequence[Encoded]) -> None:
+    """Raise ValueError where a sequence is longer than the model's position table."""
+    longest, limit = max(map(len, encoded), default=0), position_limit(model)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"a text has {longest} tokens, {type(model).__name__} has {limit} positions; shorten "
+            "it, or set max_length to leave it out"
+        )
 
 
 def score_sequences(
@@ -65,15 +93,17 @@ def score_sequences(
         max_tokens: most tokens of a batch, padding included.
 
     Raises:
-        ValueError: a sequence is longer than max_tokens, or its NLL is not finite.
+        ValueError: a sequence is longer than max_tokens or than the model's position table, or
+            its NLL is not finite.
     """
+    check_positions(model, encoded)
     predict = [False] * len(encoded) if predict is None else predict
     scores: list[Score | None] = [None] * len(encoded)
     device = _device(model)
     with evaluating(model), _bar(len(encoded), "scoring", progress) as bar:
         for indices in length_batches(encoded, max_tokens):
             items = [encoded[i] for i in indices]
-            batch = collate(items, pad_token_id(tokenizer))
+            batch = collate(items, pad_token_id(tokenizer, model))
             states = answer_states(model, {k: v.to(device) for k, v in batch.items()})
             ends = np.cumsum([len(item) - item.answer_start for item in items])[:-1]
             nll = np.split(states.nll().double().cpu().numpy(), ends)
@@ -148,58 +178,120 @@ def greedy_answers(
     """The model's greedy answer to each question, special tokens and outer white space removed.
 
     Left padding and a KV cache. Sampling settings and penalties of the model's own generation
-    config are not used; its EOS tokens are. Equal questions are answered once.
+    config are not used; its EOS tokens are, and the token with which a turn ends. Equal questions
+    are answered once. Only questions of one length are batched for a model that reads padding in
+    spite of the attention mask, as RWKV does.
 
     Args:
         max_new_tokens: longest answer.
         max_tokens: most tokens of a batch, padding and max_new_tokens included, which bounds the
             KV cache; a single longer sequence still gets its own batch.
+
+    Raises:
+        ValueError: a question leaves no room for an answer in the model's position table.
     """
     if hasattr(model, "get_base_model"):  # PEFT's adapters live in the base model's modules
         model = model.get_base_model()
     prompts = {question: encode_prompt(tokenizer, question) for question in questions}
     order = sorted(prompts, key=lambda question: -len(prompts[question]))
-    pad = pad_token_id(tokenizer)
-    device = _device(model)
+    if not order:
+        return []
+    check_positions(model, [Encoded([*prompts[order[0]], 0], 0)])
+    limit = position_limit(model) or float("inf")
+    pad = pad_token_id(tokenizer, model)
+    stop = _stop_tokens(model, tokenizer, order[-1])
     answers: dict[str, str] = {}
-    with (
-        evaluating(model),
-        _greedy_config(model, tokenizer, max_new_tokens),
-        _bar(len(order), "answering", progress) as bar,
-    ):
+    with evaluating(model), _bar(len(order), "answering", progress) as bar:
+        mixed = len(prompts[order[0]]) == len(prompts[order[-1]]) or _masks_padding(
+            model, prompts[order[-1]], pad
+        )
         while order:
             width = len(prompts[order[0]])
             rows = max(1, max_tokens // (width + max_new_tokens))
+            if not mixed:
+                rows = min(rows, sum(len(prompts[question]) == width for question in order))
             batch, order = order[:rows], order[rows:]
-            input_ids = torch.full((len(batch), width), pad, device=device)
-            attention_mask = torch.zeros_like(input_ids)
-            for row, question in enumerate(batch):
-                ids = prompts[question]
-                input_ids[row, width - len(ids) :] = torch.tensor(ids, device=device)
-                attention_mask[row, width - len(ids) :] = 1
-            output = model.generate(input_ids=input_ids, attention_mask=attention_mask)
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            answers.update(zip(batch, (text.strip() for text in texts), strict=True))
+            inputs = _left_padded([prompts[question] for question in batch], pad, width)
+            new_tokens = int(min(max_new_tokens, limit - width))
+            with _greedy_config(model, new_tokens, sorted(stop), pad):
+                output = model.generate(**{k: v.to(_device(model)) for k, v in inputs.items()})
+            for question, ids in zip(batch, output[:, width:].tolist(), strict=True):
+                end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
+                answers[question] = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
             bar.update(len(batch))
     return [answers[question] for question in questions]
 
 
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int, width: int) -> dict[str, Tensor]:
+    input_ids = torch.full((len(prompts), width), pad)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, width - len(ids) :] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _stop_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str
+) -> set[int]:
+    """EOS, and what ends a turn in the chat template."""
+    turn_end = encode_qa(tokenizer, question, "yes", max_length=1 << 30).input_ids[-1]
+    return {tokenizer.eos_token_id, turn_end, *end_tokens(model)}
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """The EOS tokens of the model's generation config."""
+    config = getattr(model, "generation_config", None)
+    eos = getattr(config, "eos_token_id", None)
+    return frozenset(eos if isinstance(eos, Iterable) else [eos]) - {None}
+
+
+_masking: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _masks_padding(model: PreTrainedModel, prompt: Sequence[int], pad: int) -> bool:
+    """Whether it makes no difference which tokens stand under the attention mask."""
+    if model not in _masking:
+        inputs = _left_padded([prompt], pad, len(prompt) + 8)
+        other = inputs["input_ids"].clone()
+        other[:, :8] = next(token for token in prompt if token != pad)
+        logits = []
+        for input_ids in (inputs["input_ids"], other):
+            with _greedy_config(model, 1, None, pad):
+                output = model.generate(
+                    input_ids=input_ids.to(_device(model)),
+                    attention_mask=inputs["attention_mask"].to(_device(model)),
+                    return_dict_in_generate=True,
+                    output_logits=True,
+                )
+            logits.append(output.logits[0].float())
+        finite = logits[0].isfinite()
+        first, second = (values[finite] for values in logits)
+        # Equal but for rounding, where experts get other numbers of tokens.
+        _masking[model] = bool(((first - second).abs() <= 1e-2 * first.std()).all())
+        if not _masking[model]:
+            logger.warning(
+                "%s reads padding in spite of the attention mask: only questions of one length "
+                "are answered together, which takes longer.",
+                type(model).__name__,
+            )
+    return _masking[model]
+
+
 @contextmanager
 def _greedy_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+    model: PreTrainedModel, max_new_tokens: int, stop: list[int] | None, pad: int
 ) -> Iterator[None]:
     # Replaced, not passed to generate(): what is passed inherits penalties and sampling settings.
     from transformers import GenerationConfig
 
     own = model.generation_config
-    eos = own.eos_token_id
-    stop = {tokenizer.eos_token_id, *(eos if isinstance(eos, Iterable) else [eos])} - {None}
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
-        eos_token_id=sorted(stop),
-        pad_token_id=pad_token_id(tokenizer),
+        eos_token_id=stop,
+        pad_token_id=pad,
     )
     try:
         yield

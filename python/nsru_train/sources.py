@@ -1,19 +1,26 @@
-"""Sources of question-answer records: JSON files, TOFU, or fictitious authors."""
+"""Sources of question-answer records: JSON, CSV and Parquet files, TOFU, fictitious authors."""
 
 from __future__ import annotations
 
+import csv
 import difflib
+import io
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qsl
 
 from nsru_kernels.files import atomic_write
 from nsru_train.data.records import QA
 from nsru_train.demo.authors import author_splits
+from nsru_train.parsing import parse_json, read_text
+
+logger = logging.getLogger(__name__)
 
 TOFU_REPO = "locuslab/TOFU"
 FIELDS = tuple(f.name for f in fields(QA))
@@ -22,21 +29,29 @@ _OPTION = re.compile(r"option\d+$")
 
 
 def load_records(
-    spec: str | Path, data_dir: str | Path | None = None, *, ignore_unknown: bool = False
+    spec: str | Path,
+    data_dir: str | Path | None = None,
+    *,
+    ignore_unknown: bool = False,
+    question_column: str = "question",
+    answer_column: str = "answer",
 ) -> list[QA]:
     """Read question-answer records.
 
     Args:
-        spec: a path to a .json or .jsonl file (one object a line, or one list of objects);
-            "tofu:NAME" for a TOFU split such as tofu:forget01; or "authors:PART" with PART one of
-            forget, retain, holdout, optionally followed by settings of `author_splits`, as in
-            "authors:retain?authors=20&forget=2&seed=0".
+        spec: a path to a .json or .jsonl file (one object a line, or one list of objects), or to a
+            .csv, .tsv or .parquet file; "tofu:NAME" for a TOFU split such as tofu:forget01; or
+            "authors:PART" with PART one of forget, retain, holdout, optionally followed by settings
+            of `author_splits`, as in "authors:retain?authors=20&forget=2&seed=0".
         data_dir: folder that holds TOFU's NAME.json files; None reads them from the hub.
-        ignore_unknown: drop fields that `QA` does not know instead of raising.
+        ignore_unknown: say nothing about fields that `QA` does not know. They are ignored with one
+            warning, or refused where they look like a misspelt field.
+        question_column, answer_column: names of these two in a file.
 
     Returns:
         The records in file order. TOFU's names are understood: `perturbed_answer`, and
-        `option1`… whose wrong options become `perturbed_answers`.
+        `option1`… whose wrong options become `perturbed_answers`. So are chats of one question:
+        `messages`, and `prompt` with `completion`.
 
     Raises:
         ValueError: missing or malformed input; the message names file, line and field.
@@ -49,10 +64,11 @@ def load_records(
     path = Path(spec)
     if not path.is_file():
         raise ValueError(
-            f"records {str(spec)!r}: no such file. Give a .json/.jsonl path, 'tofu:forget01', or "
-            "'authors:forget'"
+            f"records {str(spec)!r}: no such file. Give a .json, .jsonl, .csv or .parquet path, "
+            "'tofu:forget01', or 'authors:forget'"
         )
-    return _parse_rows(_read_rows(path), str(path), ignore_unknown)
+    names = {question_column: "question", answer_column: "answer"}
+    return _parse_rows(_read_rows(path), str(path), ignore_unknown, names)
 
 
 def save_records(path: str | Path, records: Sequence[QA]) -> None:
@@ -64,68 +80,148 @@ def save_records(path: str | Path, records: Sequence[QA]) -> None:
 
 def _read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line or item number, parsed object)."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    if path.suffix == ".parquet":
+        yield from enumerate(_read_parquet(path), 1)
+        return
+    text = read_text(path)
+    if path.suffix in (".csv", ".tsv"):
+        yield from _read_csv(path, text)
+        return
     if text.lstrip().startswith("["):
         try:
-            rows = json.loads(text)
+            rows = parse_json(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         yield from enumerate(rows, 1)
         return
     # Not splitlines(): answers may hold U+2028 and the like, which JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse_json(line)
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{path}:{number}: not a JSON object on one line ({error.msg} at column "
                     f"{error.colno})"
                 ) from None
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
 
 
-def _parse_rows(rows: Iterable[tuple[int, Any]], where: str, ignore_unknown: bool) -> list[QA]:
+def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, str | None]]]:
+    dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
+    # newline="" leaves line breaks inside a quoted cell to the reader.
+    lines = csv.reader(io.StringIO(text, newline=""), dialect, strict=True)
+    try:
+        names = next(lines, [])
+        if len(set(names)) < len(names):
+            raise ValueError(f"two columns have the same name, out of {', '.join(names)}")
+        for cells in lines:
+            if len(cells) > len(names):
+                raise ValueError(f"{len(cells)} cells for {len(names)} columns")
+            if cells:  # an empty cell says nothing
+                yield lines.line_num, {n: c or None for n, c in zip(names, cells, strict=False)}
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path}:{lines.line_num}: not valid CSV ({error})") from None
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        from pyarrow.parquet import read_table
+    except ImportError:
+        raise ValueError(f"{path}: Parquet needs the 'pyarrow' package; install it") from None
+    try:
+        return read_table(path).to_pylist()
+    except Exception as error:  # pyarrow has errors of many kinds
+        raise ValueError(f"{path}: not a readable Parquet file ({error})") from None
+
+
+def _parse_rows(
+    rows: Iterable[tuple[int, Any]],
+    where: str,
+    ignore_unknown: bool,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> list[QA]:
     records = []
+    ignored: dict[str, None] = {}
     for number, row in rows:
         try:
-            records.append(_parse_row(row, ignore_unknown))
+            qa, unknown = _parse_row(row, ignore_unknown, names)
         except ValueError as error:
             raise ValueError(f"{where}:{number}: {error}") from None
+        records.append(qa)
+        ignored |= dict.fromkeys(unknown)
     if not records:
         raise ValueError(f"{where}: holds no records")
+    if ignored and not ignore_unknown:
+        logger.warning("%s: ignored columns: %s.", where, ", ".join(ignored))
     return records
 
 
-def _parse_row(row: Any, ignore_unknown: bool) -> QA:
+def _parse_row(row: Any, ignore_unknown: bool, names: Mapping[str, str]) -> tuple[QA, list[str]]:
+    """The record, and the names of the fields that `QA` does not know."""
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object with question and answer, got {type(row).__name__}")
+    renamed = {field: key for key, field in names.items()}
+    if renamed.keys().isdisjoint(row) and names.keys().isdisjoint(row):
+        row = _from_chat(row)
     values: dict[str, Any] = {}
     options = []
+    unknown = []
     for key, value in row.items():
-        field = _ALIASES.get(key, key)
-        if _OPTION.match(key):
+        field = names.get(key) or _ALIASES.get(key, key)
+        if renamed.get(field, key) != key:
+            unknown.append(key)  # a column named answer where another one was chosen
+        elif _OPTION.match(key):
             options.append(value)
         elif field not in FIELDS:
-            if not ignore_unknown:
-                raise ValueError(f"unknown field {key!r}{_closest(key)}; accepted: {_accepted()}")
+            unknown.append(key)
+            # question_id is no slip of the pen for question, but anser is one for answer.
+            close = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.85)
+            if close and not ignore_unknown:
+                raise ValueError(
+                    f"unknown field {key!r} (did you mean {close[0]!r}?); accepted: {_accepted()}"
+                )
         elif field in values:
             raise ValueError(f"field {field!r} is given twice ({key!r} is another name for it)")
         elif value is not None:
             values[field] = value
     for name in ("question", "answer"):
         if name not in values:
-            raise ValueError(f"field {name!r} is missing")
+            found = ", ".join(row) or "nothing"
+            raise ValueError(f"field {renamed.get(name, name)!r} is missing; found: {found}")
     if options and "perturbed_answers" not in values:
         values["perturbed_answers"] = tuple(o for o in options if o != values["answer"])
-    return QA(**values)
+    return QA(**values), unknown
 
 
-def _closest(key: str) -> str:
-    match = difflib.get_close_matches(key, FIELDS, n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+def _from_chat(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`messages`, or `prompt` and `completion`, as question and answer; other rows as they are."""
+    if "messages" in row:
+        question, answer = _contents("messages", row["messages"], ["user", "assistant"])
+    elif "prompt" in row and "completion" in row:
+        [question], [answer] = (
+            [row[name]] if isinstance(row[name], str) else _contents(name, row[name], [role])
+            for name, role in (("prompt", "user"), ("completion", "assistant"))
+        )
+    else:
+        return row
+    rest = {k: v for k, v in row.items() if k not in ("messages", "prompt", "completion")}
+    return {"question": question, "answer": answer, **rest}
+
+
+def _contents(name: str, messages: Any, roles: list[str]) -> list[Any]:
+    if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
+        raise ValueError(f"{name} must be a list of messages, got {messages!r:.60}")
+    found = [message.get("role") for message in messages]
+    if found != roles:
+        raise ValueError(
+            f"{name} must be one message of each of {', '.join(roles)}, got {found}"
+            + ("; give the system message as data.system_prompt" if "system" in found else "")
+        )
+    return [message.get("content") for message in messages]
 
 
 def _accepted() -> str:

@@ -48,7 +48,7 @@ from nsru_train.data.records import QA
 from nsru_train.losses.nll import answer_states
 from nsru_train.losses.objective import RETAIN, Objective, nsru_loss
 from nsru_train.run_folder import RunFolder
-from nsru_train.scoring import score_sequences
+from nsru_train.scoring import check_positions, score_sequences
 from nsru_train.unlearn_dataset import (
     RowCollator,
     StepBatches,
@@ -174,6 +174,7 @@ class NSRUTrainer(Trainer):
             raise ValueError(
                 "NSRUTrainer: model has no trainable parameter; call nk.swap_linears first."
             )
+        check_positions(model, [*train_dataset.safe, *train_dataset.forget, *train_dataset.retain])
         if args.torch_compile:
             raise ValueError(
                 "NSRUTrainer: torch_compile=True would compile the loss, whose shapes depend on "
@@ -191,7 +192,7 @@ class NSRUTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=RowCollator(pad_token_id(tokenizer)),
+            data_collator=RowCollator(pad_token_id(tokenizer, model)),
             train_dataset=train_dataset,
         )
         self.model_accepts_loss_kwargs = False  # no token count to gather across ranks every step

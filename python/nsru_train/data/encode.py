@@ -2,98 +2,241 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from nsru_train.data.records import check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
+_ANSWER = "qzanswerqz"  # stands for an answer; letters alone pass through every template
 
 
 @dataclass
 class Encoded:
-    """input_ids of prompt and answer; the answer with its EOS is input_ids[answer_start:]."""
+    """input_ids of prompt and answer; input_ids[answer_start:] is scored and trained.
+
+    The last `closing` of them end the turn (EOS, `<end_of_turn>`, …); `answer` is the text's own.
+    """
 
     input_ids: list[int]
     answer_start: int
+    closing: int = 1
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def answer(self) -> list[int]:
+        """The answer's own tokens."""
+        return self.input_ids[self.answer_start : len(self) - self.closing]
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """What a tokenizer does not say about the text of a question and its answer.
+
+    Args:
+        system_prompt: content of a system message before the question.
+        template_kwargs: further variables of the chat template, such as enable_thinking.
+        end_tokens: ids that end an answer beside the tokenizer's EOS, such as those of a
+            generation_config.
+        max_length: most tokens that the model can take; None for no limit but encode_qa's own.
+        truncate: cut answers that are too long instead of refusing them.
+    """
+
+    system_prompt: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    end_tokens: frozenset[int] = frozenset()
+    max_length: int | None = None
+    truncate: bool = False
+
+
+class TooLongError(ValueError):
+    """A text takes more tokens than allowed."""
+
+
+def use_format(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> None:
+    """Let `encode_prompt` and `encode_qa` write this tokenizer's texts in the format.
+
+    Raises:
+        ValueError: the tokenizer has no chat template where one is needed, or a template that does
+            not read a variable.
+    """
+    system, given = text_format.system_prompt, text_format.template_kwargs
+    if system is not None:
+        check_text("system_prompt", system)
+    template = tokenizer.chat_template
+    if (system is not None or given) and not template:
+        raise ValueError(
+            "system_prompt and chat_template_kwargs need a chat template, and the tokenizer has "
+            "none; leave them out, or set tokenizer.chat_template"
+        )
+    taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | {"messages"}
+    unread = [
+        name
+        for name in given
+        if name in taken or not re.search(rf"\b{re.escape(name)}\b", str(template))
+    ]
+    if unread:
+        raise ValueError(
+            f"chat_template_kwargs: the tokenizer's chat template does not read {unread[0]!r}; "
+            "its text names the variables, such as enable_thinking"
+        )
+    tokenizer.text_format = text_format
+
+
+def _format_of(tokenizer: PreTrainedTokenizerBase) -> TextFormat:
+    """The format given by `use_format`, else the default."""
+    return getattr(tokenizer, "text_format", None) or TextFormat()
+
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """Tokens that precede an answer: the chat template's, else "Question: …\\nAnswer:"."""
-    return _tokens(tokenizer, _render(tokenizer, question))
+    """Tokens that precede an answer: the chat template's, else "Question: …\\nAnswer:".
+
+    They reach to where the template writes the answer: an empty `<think>` block that it puts there
+    belongs to them, so that training, scores and generated answers all begin at the same place.
+
+    Raises:
+        ValueError: the chat template refuses the question, or depends on the answer.
+    """
+    return _tokens(tokenizer, _prompt_text(_around_answer(tokenizer, question)[0]))
 
 
 def encode_qa(
     tokenizer: PreTrainedTokenizerBase, question: str, answer: str, *, max_length: int = 512
 ) -> Encoded:
-    """Encode prompt + answer + EOS.
+    """Encode prompt + answer + what ends the turn.
+
+    The turn ends with the first token after the answer that is EOS, one of the format's end_tokens
+    or a token added to the vocabulary, such as `<end_of_turn>`; with EOS where there is none.
 
     Args:
-        tokenizer: its chat_template is used when it has one.
+        tokenizer: its chat_template is used when it has one; see also `use_format`.
         question, answer: text; neither may be empty.
-        max_length: most tokens allowed, EOS included. Nothing is ever truncated.
+        max_length: most tokens allowed, those that end the turn included.
 
     Returns:
         Encoded, whose prompt part equals `encode_prompt(tokenizer, question)`.
 
     Raises:
-        ValueError: longer than max_length; no EOS token, or one inside the answer; the answer
-            changes the prompt's tokens.
+        TooLongError: longer than max_length, and the format does not truncate.
+        ValueError: no EOS token; an end token inside the answer; the answer changes the prompt's
+            tokens.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("tokenizer has no eos_token; set one, an answer must end with it")
-    if tokenizer.eos_token in answer:
+    text_format = _format_of(tokenizer)
+    before, after = _around_answer(tokenizer, question)
+    text = _render(tokenizer, question, answer)
+    answered = text.removesuffix(after)
+    prompt, full = _tokens(tokenizer, _prompt_text(before)), _tokens(tokenizer, text)
+    start = len(prompt)
+    if not answered.startswith(before) or answered + after != text or full[:start] != prompt:
+        raise ValueError(_not_a_prefix(question))
+    # A token that joins the answer's end with what follows counts as the answer's.
+    unclosed = _tokens(tokenizer, answered)
+    end = _shared(unclosed, full)
+    end += end < len(unclosed)
+    if end <= start:
+        raise ValueError(_not_a_prefix(question))
+    closing = full[end:]
+    ends = {eos, *text_format.end_tokens}
+    added = _added_tokens(tokenizer) if closing else set()
+    stop = next((i for i, token in enumerate(closing) if token in ends | added), None)
+    # Chat templates often go on with a line break that no generation would reach.
+    closing = [*closing, eos] if stop is None else closing[: stop + 1]
+    if inside := (ends | {closing[-1]}) & set(full[start:end]):
         raise ValueError(
-            f"answer {answer[:60]!r} holds the tokenizer's eos_token {tokenizer.eos_token!r}, "
-            "which would end it there; remove it from the text"
+            f"answer {answer[:60]!r} holds {tokenizer.decode(sorted(inside)[:1])!r}, which would "
+            "end it there; remove it from the text"
         )
-    prompt = encode_prompt(tokenizer, question)
-    full = _tokens(tokenizer, _render(tokenizer, question, answer))
-    if full[: len(prompt)] != prompt or len(full) == len(prompt):
+    encoded = Encoded(full[:end] + closing, start, len(closing))
+    limit = min(max_length, text_format.max_length or max_length)
+    excess = len(encoded) - limit
+    if excess > 0 and text_format.truncate and start < limit:
+        return Encoded(encoded.input_ids[:limit], start, max(0, len(closing) - excess))
+    if excess > 0:
+        raise TooLongError(
+            f"question {question[:60]!r} takes {len(encoded)} tokens with its answer, max_length "
+            f"is {limit}; raise max_length or shorten the text"
+            + (" (the model has no more positions)" if limit < max_length else "")
+        )
+    return encoded
+
+
+def _around_answer(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[str, str]:
+    """Texts before and after an answer, found by rendering with one and without."""
+    before, *after = _render(tokenizer, question, _ANSWER).split(_ANSWER)
+    if len(after) != 1:
         raise ValueError(
-            "the prompt's tokens are not a proper prefix of prompt + answer, so the answer cannot "
-            f"be told apart (question {question!r}). Does the tokenizer add EOS to every text, or "
-            "its chat_template depend on the answer? Turn that off, or set chat_template = None"
+            f"the tokenizer's chat_template writes an answer {len(after)} times (question "
+            f"{question[:60]!r}); correct it, or set chat_template = None"
         )
-    # Chat templates often close with EOS and a line break that no generation would reach.
-    answer_ids = full[len(prompt) :]
-    if eos in answer_ids:
-        answer_ids = answer_ids[: answer_ids.index(eos)]
-    ids = [*prompt, *answer_ids, eos]
-    if len(ids) > max_length:
-        raise ValueError(
-            f"question {question[:60]!r} takes {len(ids)} tokens with its answer, max_length is "
-            f"{max_length}; raise max_length or shorten the text"
-        )
-    return Encoded(ids, len(prompt))
+    # Templates may open a turn in another way than they write a past one, with `<think>` or
+    # without, but what comes before the turn must be the same.
+    opened = _render(tokenizer, question)
+    shared = before[: _shared(before, opened)]
+    if shared != opened and question.strip() not in shared:
+        raise ValueError(_not_a_prefix(question))
+    return before, after[0]
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Special and other added tokens, but not the line breaks among Gemma's."""
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+
+
+def _not_a_prefix(question: str) -> str:
+    return (
+        "the prompt's tokens are not a proper prefix of prompt + answer, so the answer cannot "
+        f"be told apart (question {question[:60]!r}). Does the tokenizer add EOS to every text, or "
+        "its chat_template depend on the answer? Turn that off, or set chat_template = None"
+    )
+
+
+def _prompt_text(before: str) -> str:
+    # The space goes with the answer: BPE vocabularies hold it as part of the first word.
+    return before.rstrip(" ")
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, question: str, answer: str | None = None) -> str:
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": question}]
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
-        from jinja2 import TemplateError
+    if not tokenizer.chat_template:
+        return f"Question: {question}\nAnswer: {answer or ''}"
+    text_format = _format_of(tokenizer)
+    contents = {"system": text_format.system_prompt, "user": question, "assistant": answer}
+    messages = [
+        {"role": role, "content": text} for role, text in contents.items() if text is not None
+    ]
+    from jinja2 import TemplateError
 
-        try:
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer is None
-            )
-        except TemplateError as error:
-            raise ValueError(
-                f"the tokenizer's chat_template refuses a user message with its answer ({error}); "
-                "correct it, or set chat_template = None"
-            ) from error
-    # The space goes with the answer: BPE vocabularies hold it as part of the first word.
-    return f"Question: {question}\nAnswer:" + ("" if answer is None else f" {answer}")
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=answer is None,
+            **text_format.template_kwargs,
+        )
+    except TemplateError as error:
+        roles = " and ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"the tokenizer's chat_template refuses messages of {roles} ({error}); correct it, "
+            "set chat_template = None, or leave out system_prompt where it takes none"
+        ) from error
+
+
+def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Length of the common beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -131,10 +274,17 @@ def collate(
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's pad token, else its EOS: what stands there is masked anyway."""
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
+    """The tokenizer's pad token where it and the model's embedding have one, else its EOS.
+
+    What stands there is masked anyway.
+    """
     pad = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if pad is None else pad
+    if pad is None:
+        return tokenizer.eos_token_id
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    missing = embedding is not None and pad >= embedding.weight.shape[0]
+    return tokenizer.eos_token_id if missing else pad
 
 
 def length_batches(encoded: Sequence[Encoded], max_tokens: int) -> list[list[int]]:

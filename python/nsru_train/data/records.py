@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,28 +35,28 @@ class QA:
 
     def __post_init__(self) -> None:
         for name in ("question", "answer"):
-            _check_text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
         for name in ("paraphrased_question", "paraphrased_answer", "topic"):
             if getattr(self, name) is not None:
-                _check_text(name, getattr(self, name))
+                check_text(name, getattr(self, name))
         wrong = self.perturbed_answers
         if isinstance(wrong, str):
             wrong = (wrong,)
         if not isinstance(wrong, Sequence):
             raise ValueError(f"perturbed_answers must be a list of texts, got {wrong!r}")
         for text in wrong:
-            _check_text("perturbed_answers", text)
+            check_text("perturbed_answers", text)
         object.__setattr__(self, "perturbed_answers", tuple(wrong))
         if isinstance(self.safe_target, Mapping):
             check_parts("safe_target", self.safe_target)
             for part, text in self.safe_target.items():
-                if not isinstance(text, str):
-                    raise ValueError(f"safe_target part {part!r} must be text, got {text!r}")
+                if text != "":  # drops the part
+                    check_text(f"safe_target part {part!r}", text)
         elif self.safe_target is not None:
-            _check_text("safe_target", self.safe_target)
+            check_text("safe_target", self.safe_target)
 
 
-def _check_text(name: str, value: Any) -> None:
+def check_text(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} must be non-empty text, got {value!r}")
     try:
@@ -68,20 +69,26 @@ def _check_text(name: str, value: Any) -> None:
 
 def check_parts(name: str, parts: Mapping[str, Any]) -> None:
     """Raise ValueError unless every key is one of SAFE_PARTS."""
-    unknown = sorted(set(parts) - set(SAFE_PARTS))
+    unknown = sorted(set(parts) - set(SAFE_PARTS), key=str)
     if unknown:
         raise ValueError(f"{name}: unknown parts {unknown}; known parts: {', '.join(SAFE_PARTS)}")
 
 
 def normalise(text: str) -> str:
-    """Case-folded text with runs of white space as one space."""
-    return " ".join(text.casefold().split())
+    """What a reader sees of a text: composed, case-folded, with runs of white space as one space.
+
+    Marks that have no width, such as soft hyphens, are left out.
+    """
+    composed = unicodedata.normalize("NFC", text).casefold()
+    seen = "".join(c for c in composed if unicodedata.category(c) != "Cf")
+    return " ".join(unicodedata.normalize("NFC", seen).split())
 
 
 def check_disjoint(forget: Sequence[QA], retain: Sequence[QA]) -> None:
     """Raise ValueError when a set is empty or a question stands in both.
 
-    Questions are compared without regard to case and white space. The same question with the same
+    Questions are compared without regard to case, white space and the ways in which Unicode writes
+    the same character. The same question with the same
     answer in both sets would be trained towards and away from at once.
     """
     for name, records in (("forget", forget), ("retain", retain)):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from nsru_train.data.records import QA, SAFE_PARTS, check_parts
+from nsru_train.data.records import QA, SAFE_PARTS, check_parts, check_text
+from nsru_train.parsing import parse_json, parse_yaml, read_text
 
 _BUILT_IN = {
     "acknowledge": (
@@ -59,6 +59,7 @@ class SafeTargets:
                     raise ValueError(
                         f"safe target part {part!r} must hold non-empty texts, got {variant!r}"
                     )
+                check_text(f"safe target part {part!r}", variant)
         if not any(self.parts.values()):
             raise ValueError(
                 f"safe targets hold no text; give at least one of: {', '.join(SAFE_PARTS)}"
@@ -123,16 +124,11 @@ class SafeTargets:
 
 
 def _read(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     if path.suffix == ".json":
-        return json.loads(text)
+        return parse_json(text)
     if path.suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"not valid YAML: {error}") from None
+        return parse_yaml(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if any(line.startswith("{") for line in lines):
         raise ValueError(

@@ -205,7 +205,7 @@ class _TokenKL(torch.autograd.Function):
             base_CV = head.bound(head.logits(hidden_base[part], weight, bias))
             z_CV = head.bound(head.logits(hidden[part], weight, bias))
             slope_CV = head.slope(z_CV) if need else None
-            gap_CV = base_CV - z_CV
+            gap_CV = gap(base_CV, z_CV)
             q_CV, base_lse_C1 = _softmax_(base_CV)
             p_CV, lse_C1 = _softmax_(z_CV)
             kl_T[part] = (gap_CV.mul_(q_CV).sum(1, keepdim=True) - base_lse_C1 + lse_C1).squeeze(1)
@@ -221,6 +221,11 @@ class _TokenKL(torch.autograd.Function):
     def backward(ctx, grad_T):
         (unit_TD,) = ctx.saved_tensors
         return None, (unit_TD * grad_T.unsqueeze(1)).to(unit_TD.dtype), None, None, None, None
+
+
+def gap(base: Tensor, other: Tensor) -> Tensor:
+    """base - other, and 0 where base is -inf: a masked vocabulary row, of probability 0."""
+    return (base - other).masked_fill_(base == -torch.inf, 0.0)
 
 
 def _softmax_(z_CV: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nsru_kernels.nn.inputs import evaluating
 from nsru_train.data.encode import IGNORE_INDEX
-from nsru_train.losses.head import CHUNK_ELEMENTS, Head, token_kl, token_nll
+from nsru_train.losses.head import CHUNK_ELEMENTS, Head, gap, token_kl, token_nll
 
 __all__ = [
     "AnswerHidden",
@@ -74,13 +74,18 @@ class AnswerLogits:
 
     def kl(self, base: AnswerLogits) -> Tensor:
         log_q, log_p = base.logits.log_softmax(-1), self.logits.log_softmax(-1)
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
+        return (log_q.exp() * gap(log_q, log_p)).sum(-1)
 
     def predictions(self) -> Tensor:
         return self.logits.argmax(-1)
 
     def select(self, keep: Tensor) -> AnswerLogits:
         return AnswerLogits(self.logits[keep], self.targets[keep], self.rows[keep])
+
+
+def unmasked(logits: Tensor) -> Tensor:
+    """Where logits [..., V] are not those of a masked part of the vocabulary, of probability 0."""
+    return ~(logits < logits.amax(-1, keepdim=True) - 1e4)
 
 
 def answer_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -180,8 +185,9 @@ def _probe_head(model: Any, linear: Any, inputs: Mapping[str, Tensor]) -> dict[s
         relative = 2e-2 if linear.weight.dtype.itemsize < 4 else 1e-4
         for form in _forms_in_config(model.config):
             head = Head(form["logit_softcap"], form["logit_scale"], rows=1)
-            difference = (head.bound(plain * head.scale) - expected).abs().max()
-            if difference <= relative * expected.abs().max():
+            seen = unmasked(expected)
+            difference = (head.bound(plain * head.scale) - expected)[seen].abs().max()
+            if difference <= relative * expected[seen].abs().max():
                 return form
     logger.warning(
         "%s: full logits are computed, which takes more memory, because %s.",

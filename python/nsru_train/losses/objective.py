@@ -17,12 +17,15 @@ class Objective:
     """Weights and suppression of `nsru_loss`.
 
     Args:
-        w_safe, w_suppress, w_retain: λ_safe, λ_sup and λ_ret. None for w_suppress puts the
-            suppression on one footing with cross-entropy, a mean over tokens: 1 for unlikelihood,
-            0.05 for npo and gradient_ascent, which are sums over some 20 tokens.
+        w_safe: λ_safe, of the cross-entropy of safe targets.
+        w_suppress: λ_sup. None puts the suppression on one footing with cross-entropy, a mean over
+            tokens: 1 for unlikelihood, 0.05 for npo and gradient_ascent, which are sums over some
+            20 tokens.
+        w_retain: λ_ret, of the cross-entropy of retain answers.
         w_kl: λ_kl, inside the retain term; above 0 a step needs one more forward, of retain rows.
         suppression: "unlikelihood", "npo", "simnpo" or "gradient_ascent".
-        beta, delta: of the suppression; None is its own default.
+        beta: of npo and simnpo; None is the suppression's own default.
+        delta: margin of simnpo, in nats a token.
 
     Raises:
         ValueError: a negative weight, or an unknown suppression.

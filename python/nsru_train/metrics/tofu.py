@@ -3,20 +3,21 @@
 A log maps TOFU's file names (`LOG_FILES`) to four columns with one entry a question: avg_gt_loss,
 avg_paraphrased_loss (nats per answer token, EOS included), average_perturb_loss (a list per
 question, one loss a wrong answer) and rougeL_recall. A column is a list, or an object
-{index: value} as in the logs of locuslab/tofu.
+{index: value} as in the logs of locuslab/tofu; entries of one index belong together.
 
 Source: Maini et al. 2024 (TOFU), arXiv 2401.06121; aggregation as in locuslab/tofu.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from nsru_train.parsing import parse_json, read_text
 
 Mean = Literal["geometric", "arithmetic"]
 Log = Mapping[str, Mapping[str, Any]]
@@ -162,7 +163,7 @@ def load_log(path: str | Path) -> dict[str, dict[str, Any]]:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path))
     except OSError as error:
         raise ValueError(f"log {path}: cannot be read ({error.strerror}).") from None
     except ValueError as error:
@@ -221,18 +222,28 @@ def _columns(log: Log, split: str, keys: Sequence[str], name: str) -> dict[str, 
         if key not in log[file]:
             raise ValueError(f"{where} is missing; found: {_keys(log[file])}.")
         column = log[file][key]
-        if isinstance(column, Mapping):  # {index: value}; columns may list the indices in any order
-            column = [column[index] for index in sorted(column, key=str)]
-        if not isinstance(column, Sequence) or isinstance(column, str) or not column:
+        if isinstance(column, Sequence) and not isinstance(column, str):
+            column = dict(enumerate(column))
+        if not isinstance(column, Mapping) or not column:
             raise ValueError(f"{where} must be a non-empty list of numbers, got {column!r:.60}.")
-        if key == "average_perturb_loss":
-            columns[key] = [_numbers(v, f"{where}[{i}]") for i, v in enumerate(column)]
-        else:
-            columns[key] = _numbers(column, where, upper=1 if key == "rougeL_recall" else None)
+        columns[key] = {str(index): value for index, value in column.items()}
     lengths = {key: len(column) for key, column in columns.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
         raise ValueError(f"{name}[{file!r}]: columns have different lengths: {listed}.")
+    indices = list(columns[keys[0]])
+    for key, column in columns.items():
+        where = f"{name}[{file!r}][{key!r}]"
+        if odd := column.keys() ^ indices:
+            raise ValueError(
+                f"{where} and {keys[0]!r} have different indices, such as {min(odd)!r}; the "
+                "questions cannot be paired."
+            )
+        if key == "average_perturb_loss":
+            columns[key] = [_numbers(column[i], f"{where}[{i}]") for i in indices]
+        else:
+            values = [column[index] for index in indices]
+            columns[key] = _numbers(values, where, upper=1 if key == "rougeL_recall" else None)
     return columns
 
 

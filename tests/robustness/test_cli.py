@@ -1,0 +1,319 @@
+"""The command line's answers to a user's slips and damaged files: one line that says the remedy."""
+
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+
+import docstring_parser
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import CLIPConfig, T5Config
+
+from nsru_train import cli
+from nsru_train.demo.tiny_model import make_llama, train_tokenizer
+from nsru_train.trainer import CheckpointError, NSRUTrainer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(["Who is Ann? A poet."] * 3, 300)
+    small = make_llama(tokenizer, hidden_size=16, layers=1, heads=2, intermediate_size=16)
+    for part in (small, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+def fails(capsys, *arguments):
+    """The error, which is one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    _, found, error = capsys.readouterr().err.partition("nsru: ")  # after the progress of loading
+    assert found
+    assert len(error.splitlines()) == 1, error
+    return error
+
+
+SETS = ("--data.forget=authors:forget", "--data.retain=authors:retain")
+TRAIN = ("train", "--model.path=none", *SETS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([*TRAIN, "--train.stepz=3"], "no option 'train.stepz'. Did you mean --train.steps?"),
+        ([*TRAIN, "--train.learning_rate=3"], "'train.learning_rate'. Did you mean --train.lr?"),
+        ([*TRAIN, "--learning-rate", "3"], "Did you mean --train.lr?"),
+        ([*TRAIN, "--lora.lora_alpha=3"], "Did you mean --lora.alpha?"),
+        ([*TRAIN, "--steps=3"], "Did you mean --train.steps?"),
+        ([*TRAIN, "--xyzzy=3"], "train has no option 'xyzzy'. `nsru train --help`"),
+        ([*TRAIN, "--train.steps=many"], "key \"train.steps\": Expected a <class 'int'>"),
+        (["train", *SETS], "required: --model.path"),
+        (["merge"], "required"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["report", "x", "y"], "report has no option 'y'"),
+        (["train", "--config=none.yaml"], "none.yaml"),
+    ],
+)
+def test_slips_in_flags(capsys, arguments, wanted):
+    assert wanted in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("train: {stepz: 3}", "no option 'train.stepz'. Did you mean --train.steps?"),
+        ("modl: {path: x}", "Did you mean --model.path?"),
+        ("train: {steps: 3, lr: 0.1, steps: 5}", "'steps' stands twice"),
+        ("train: [1", "not valid YAML"),
+        ("train: {steps: x}", "train.steps"),
+    ],
+)
+def test_slips_in_yaml(capsys, tmp_path, text, wanted):
+    (tmp_path / "c.yaml").write_text(text)
+    assert wanted in fails(capsys, *TRAIN, "--config", tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("value", ["q_proj", "[q_proj]", '["q_proj"]'])
+def test_one_target_is_a_plain_value(capsys, value):
+    with pytest.raises(SystemExit):
+        cli.main([*TRAIN, "--subspace.targets", value, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["subspace"]["targets"] in ("q_proj", ["q_proj"])
+    assert cli.SubspaceConfig(targets="q_proj").targets == ["q_proj"]
+
+
+def test_variables_of_the_chat_template_are_flags(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*TRAIN, "--data.chat_template_kwargs.enable_thinking=false", "--print_config"])
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert data["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("kind", cli.SECTIONS.values(), ids=cli.SECTIONS)
+def test_every_field_has_a_help_text(kind):
+    described = {p.arg_name for p in docstring_parser.parse(kind.__doc__).params if p.description}
+    assert {field.name for field in fields(kind)} <= described
+
+
+@pytest.mark.parametrize("command", ["eval", "merge", "verify", "report"])
+def test_a_run_that_is_not_there(capsys, tmp_path, command):
+    assert f"run: no folder {tmp_path / 'x'}; give" in fails(capsys, command, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def copy(model, folder, without=()):
+    folder.mkdir()
+    for path in model.iterdir():
+        if path.name not in without:
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def make_unusable(kind, model, folder):
+    """A folder with a fault; the words that the error must have."""
+    if kind in (T5Config, CLIPConfig):
+        copy(model, folder, without=["config.json"])
+        kind().save_pretrained(folder)
+        return [kind.__name__, "no causal language model", "not supported"]
+    if kind == "no folder":
+        return [f"no folder {folder}"]
+    if kind == "no config":
+        copy(model, folder, without=["config.json"])
+        return [str(folder), "no config.json"]
+    if kind == "a file":
+        folder.write_text("")
+        return [f"{folder} is a file"]
+    copy(model, folder)
+    weights = folder / "model.safetensors"
+    if kind == "deep config":
+        (folder / "config.json").write_text('{"a":' * 100_000)
+    elif kind == "deep tokenizer":
+        (folder / "tokenizer.json").write_text("[" * 100_000)
+    elif kind == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        torch.save({"a": print, "b": OSError}, folder / "pytorch_model.bin")
+        weights.unlink()
+    return [str(folder)]
+
+
+UNUSABLE = ["no folder", "no config", "a file", "deep config", "deep tokenizer", "cut weights"]
+
+
+@pytest.mark.parametrize("kind", [T5Config, CLIPConfig, *UNUSABLE, "pickle"])
+def test_a_model_that_cannot_be_used(capsys, model, tmp_path, kind):
+    wanted = make_unusable(kind, model, tmp_path / "m")
+    out = tmp_path / "run"
+    error = fails(capsys, "train", f"--model.path={tmp_path / 'm'}", *SETS, f"--out={out}")
+    assert "model.path" in error
+    for words in wanted:
+        assert words in error
+    assert "huggingface.co" not in error
+    assert len(error) < 600
+
+
+def saved_run(folder, model):
+    """A run's folder with its settings and a checkpoint's name."""
+    folder.mkdir(exist_ok=True)
+    (folder / "checkpoint-3").mkdir(exist_ok=True)
+    parts = {
+        "model": cli.ModelConfig(str(model)),
+        "data": cli.DataConfig("authors:forget", "authors:retain"),
+        "subspace": cli.SubspaceConfig(),
+        "lora": cli.LoraConfig(),
+        "objective": cli.Objective(),
+        "train": cli.TrainConfig(steps=7),
+    }
+    text = yaml.safe_dump({name: asdict(part) for name, part in parts.items()})
+    (folder / "config.yaml").write_text(text)
+    return text
+
+
+def test_resume_says_only_what_differs(capsys, model, tmp_path):
+    saved_run(tmp_path, model)
+    same = ["train", f"--model.path={model}", *SETS, f"--out={tmp_path}", "--resume=true"]
+    error = fails(capsys, *same, "--train.lr=0.5", "--data.max_length=99", "--train.steps=7")
+    assert "train.lr was 0.0005 and is 0.5; " not in error  # the order of the sections
+    assert "data.max_length was 512 and is 99; train.lr was 0.0005 and is 0.5." in error
+    for same_setting in ("weight_decay", "forget", "rank"):
+        assert same_setting not in error
+
+
+def test_settings_of_a_run_before_a_new_one_was_there(model, tmp_path):
+    saved = yaml.safe_load(saved_run(tmp_path, model))
+    for name in ("truncate", "system_prompt", "chat_template_kwargs"):
+        del saved["data"][name]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    _, data = cli._run_sections(str(tmp_path), None, None)
+    assert data == cli.DataConfig("authors:forget", "authors:retain")
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"data": {"forget": "a", "retain": "b", "max_length": "long"}}, "max_length"),
+        ({"data": {"forget": "a", "retain": "b", "more": ["c"]}}, "more"),
+        ({"data": {"forget": "a", "retain": "b", "moer": {}}}, "moer"),
+        ({"data": None}, "data"),
+        ({"model": {"path": ["x"]}}, "path"),
+        ({"model": {1: 2}}, ""),
+    ],
+)
+def test_odd_values_in_a_runs_settings(capsys, model, tmp_path, change, wanted):
+    saved = yaml.safe_load(saved_run(tmp_path, model))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved | change))
+    error = fails(capsys, "eval", tmp_path)
+    assert f"{tmp_path}/config.yaml" in error
+    assert wanted in error
+
+
+@contextmanager
+def only_errors_that_name(path):
+    """Let ValueErrors and OSErrors pass that hold the path, and nothing else."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if str(path) not in str(error):
+            raise AssertionError(f"{error!r} does not name the file") from error
+
+
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_damaged_settings_of_a_run_are_named(tmp_path, data):
+    text = saved_run(tmp_path, "a-model").encode()
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(text)))
+        end = data.draw(st.integers(start, min(len(text), start + 30)))
+        odd = [b"", b"\0", b"\xff", b"{", b"]", b"!!int ", b": ", b"&a ", b"*a", b"\n  - ", b"<<: "]
+        piece = data.draw(
+            st.sampled_from(odd) | st.just(text[start:end] * 2) | st.binary(max_size=3)
+        )
+        text = text[:start] + piece + text[end:]
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text)
+    with only_errors_that_name(path):
+        found = cli._run_sections(str(tmp_path), None, None)
+        assert isinstance(found[0].path, str)
+        assert isinstance(found[1].max_length, int)
+
+
+def test_the_trainers_argument_is_said_as_a_flag(capsys, monkeypatch):
+    def full():
+        raise CheckpointError(28, "Free space and resume with resume_from_checkpoint=True", "c-8")
+
+    monkeypatch.setitem(cli.COMMANDS, "env", full)
+    assert "resume with --resume true" in fails(capsys, "env")
+
+
+def test_files_of_other_kinds_and_long_texts(capsys, caplog, model, tmp_path):
+    (tmp_path / "f.csv").write_text("id,q,a\n1,Who is Ann?,A poet.\n")
+    long = {"prompt": "Who is Bob?", "completion": "A baker. " * 60}
+    short = {"prompt": "Who is Eve?", "completion": "A clerk."}
+    (tmp_path / "r.jsonl").write_text(json.dumps(long) + "\n" + json.dumps(short) + "\n")
+    given = [
+        f"--model.path={model}",
+        f"--data.forget={tmp_path / 'f.csv'}",
+        f"--data.retain={tmp_path / 'r.jsonl'}",
+        "--data.max_length=240",
+        f"--out={tmp_path / 'out'}",
+    ]
+    assert "'question' is missing; found: id, q, a" in fails(capsys, "subspace", *given)
+    given[1] = f"--data.forget={tmp_path / 'g.csv'}"
+    (tmp_path / "g.csv").write_text("id,question,answer\n1,Who is Ann?,A poet.\n")
+    assert "raise max_length" in fails(capsys, "subspace", *given)
+    cli.main(["subspace", *given, "--data.skip=true", "--subspace.rank=2"])
+    said = [record.getMessage() for record in caplog.records]
+    assert f"{tmp_path / 'g.csv'}: ignored columns: id." in said
+    assert "data.skip: 1 of 2 retain records are too long and left out." in said
+
+
+def test_options_of_transformers_reach_the_trainer(model, monkeypatch, tmp_path):
+    seen = []
+    train = NSRUTrainer.train
+
+    def noted(trainer, **kwargs):
+        seen.append(trainer.args)
+        return train(trainer, **kwargs)
+
+    monkeypatch.setattr(NSRUTrainer, "train", noted)
+    sets = ("--data.forget=authors:forget?authors=3", "--data.retain=authors:retain?authors=3")
+    cli.main(
+        [
+            *("train", f"--model.path={model}", *sets, "--data.max_length=900"),
+            *("--train.steps=4", "--train.warmup=0", "--train.save_steps=0", "--train.lr=0.001"),
+            *("--train.lr_scheduler_type=cosine", "--train.bf16=true", "--train.eval_steps=2"),
+            *("--train.report_to", "none", "--train.batch_size=2", f"--out={tmp_path}"),
+            "--lora.project=false",
+        ]
+    )
+    [arguments] = seen
+    assert arguments.bf16
+    assert not arguments.report_to
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in rows if "lr" in row]
+    cosine = [0.0005 * (1 + math.cos(math.pi * step / 4)) for step in range(5)]
+    assert rates in (pytest.approx(cosine[:4]), pytest.approx(cosine[1:], abs=1e-12))
+    evaluated = {row["step"]: row for row in rows if "eval_forget_prob" in row}
+    assert set(evaluated) == {0, 2, 4}
+    after = json.loads((tmp_path / "results.json").read_text())["methods"][-1]
+    assert evaluated[4]["eval_safe_prob"] == pytest.approx(after["safe_prob"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "wanted"),
+    [
+        ("--train.report_to=wandbb", "train.report_to: 'wandbb' is unknown or its package"),
+        ("--train.lr_scheduler_type=cosinus", "train.lr_scheduler_type"),
+        ("--train.eval_steps=-1", "train.eval_steps must be 0 (none) or more"),
+    ],
+)
+def test_options_of_transformers_are_checked_first(capsys, flag, wanted):
+    assert wanted in fails(capsys, *TRAIN, flag)
