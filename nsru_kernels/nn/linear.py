@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsru_kernels.dispatch.config import requested_backend
+from nsru_kernels.dispatch.precision import full_float32
 from nsru_kernels.nn.group import LinearGroup
 from nsru_kernels.nn.projections import Projections
 from nsru_kernels.nn.subspace import RetainSubspace
@@ -208,7 +209,7 @@ class NSRULinear(nn.Module):
         """s B Ā [N, K] in float32 (float64 for float64 adapters)."""
         a_RK = self.projected_adapter()
         dtype = torch.promote_types(a_RK.dtype, torch.float32)
-        with torch.autocast(a_RK.device.type, enabled=False):
+        with torch.autocast(a_RK.device.type, enabled=False), full_float32(a_RK.device):
             return self.scaling * (self.lora_B.to(dtype) @ a_RK.to(dtype))
 
     @torch.no_grad()
