@@ -19,7 +19,7 @@ from nsru_bench import internals, providers
 from nsru_bench.cases import Operands, Provider, Shape, check, linear_shapes, make_operands
 from nsru_bench.rows import PREFIX
 from nsru_bench.session import Session
-from nsru_bench.timing import Call, copies_beyond_caches
+from nsru_bench.timing import Call, copies_beyond_caches, side_stream
 
 PASSES = ("forward", "backward", "forward+backward")
 
@@ -92,7 +92,8 @@ def _call(operands: Operands, provider: Provider, which: str) -> Callable[[], ob
     if which == "forward":
         return partial(provider.forward, x)
     if which == "backward":
-        ys = provider.forward(x)
+        with side_stream(x.device):
+            ys = provider.forward(x)
         return lambda: torch.autograd.grad(ys, leaves, dys, retain_graph=True)
 
     def both() -> object:

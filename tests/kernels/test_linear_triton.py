@@ -171,6 +171,34 @@ def test_tma_is_chosen_only_where_descriptors_can_describe(monkeypatch):
     assert not triton_products.fits_tma(x[:, 1:].contiguous()[:, :32], w[:, :32])
 
 
+@pytest.mark.parametrize("reduce", [
+    lambda y: y.mean(0).square().sum(),
+    lambda y: y.mean(),
+    lambda y: y.sum(1).square().sum(),
+    lambda y: (y[:, :1].expand(-1, 32) * y.sum()).sum(),
+])  # fmt: skip
+def test_gradients_as_autograd_makes_them_are_described_or_read_by_pointers(reduce, monkeypatch):
+    """dY of ``y.mean(0)`` has strides (0, 1), which no descriptor can hold."""
+    monkeypatch.setattr(launch, "architecture", lambda device: 90)
+    made = []
+    describe = triton_products.TensorDescriptor.from_tensor
+
+    def from_tensor(tensor, blocks):
+        made.append(tensor)
+        return describe(tensor, blocks)
+
+    monkeypatch.setattr(triton_products.TensorDescriptor, "from_tensor", from_tensor)
+    inputs, _ = inputs_on_device(20, 64, 32, 4, dtype=torch.float16)
+    x = inputs["x"].requires_grad_()
+    got, expected = (
+        torch.autograd.grad(reduce(nk.nsru_linear(**inputs, backend=backend).float()), x)[0]
+        for backend in ("triton", "eager")
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+    assert made, "the forward is described"
+    assert all(t.stride(0) >= t.shape[1] and t.stride(1) == 1 for t in made)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_do_not_matter(dtype):
     inputs, basis = inputs_on_device((3, 7), dtype=dtype)
@@ -389,9 +417,11 @@ def test_real_passes_repeat_bit_by_bit(case):
 
 @pytest.mark.gpu
 def test_offsets_beyond_32_bits():
+    torch.cuda.reset_peak_memory_stats()
     m, k = 2**31 // 4096 + 256, 4096
     x, (w,), a, (b,), (bias,), _ = operands(1, k, (64,), (16,), torch.bfloat16)
-    x = x.expand(m, k).contiguous()
+    row = x.double()
+    x = x.expand(m, k).contiguous()  # 4.4 GB, as much as dX: little enough beside other workers
     x[-1] *= 2
     dy = torch.ones(m, 64, device=DEVICE, dtype=torch.bfloat16)
     args = [w], a, [b], [bias], [1.0]
@@ -401,9 +431,11 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(s[-200:], head_s)
     back = [dy], x, [w], a, [b], s, [1.0], 0.0, None, adapters_and_x(1)
     dx, da, *_ = triton.backward(*back)
-    assert dx.isfinite().all()
-    exact = (dy[0].double() @ b.double())[:, None] * x.double().sum(0, keepdim=True)
+    assert torch.equal(dx[-200:], dx[:200]), "all rows of dY are equal"
+    assert dx[-1].isfinite().all()
+    exact = (dy[0].double() @ b.double())[:, None] * (m + 1) * row
     assert_close_to_exact(da, exact.to(da.dtype), exact)
+    assert torch.cuda.max_memory_allocated() < 12e9
 
 
 @pytest.mark.gpu

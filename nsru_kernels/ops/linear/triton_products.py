@@ -209,8 +209,9 @@ def fits_tma(x_MK: Tensor, w: Tensor) -> bool:
     if x_MK.dtype == torch.float32 or launch.architecture(x_MK.device) < 90:
         return False
     strides = [size for t in (x_MK, w) for size in (t.stride(0), *w.shape)]
+    # A dY that autograd expanded has rows that overlap, which a descriptor cannot say.
     return not any(size * w.element_size() % 16 for size in strides) and all(
-        t.stride(1) == 1 and t.data_ptr() % 16 == 0 for t in (x_MK, w)
+        t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.data_ptr() % 16 == 0 for t in (x_MK, w)
     )
 
 
