@@ -32,6 +32,7 @@ from nsru_kernels.dispatch import launch
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from nsru_kernels.ops.linear import triton, triton_products
+from nsru_kernels.ops.linear import triton_gemm_kernels as gemm_kernels
 
 DTYPES = [torch.float32, torch.float16]
 # (M, K, N_i, R_i): tokens for one and several row blocks, sizes below, at and beyond a tile.
@@ -114,6 +115,30 @@ def test_every_plan_gives_the_same_forward(case, plan, dtype):
     check_forward(triton, operands(*case, dtype), plan=plan)
 
 
+@pytest.mark.parametrize("case", [(40, 136, (72,), (8,)), (40, 72, (24, 9), (3, 2))], ids=str)
+@pytest.mark.parametrize("plan", ["expand_first", "kext 64x64x32g8w4s3", "kext of a later version"])
+def test_every_plan_gives_the_same_backward(case, plan):
+    check_backward(triton, operands(*case, torch.float32), plan=plan)
+    check_backward(triton, operands(*case, torch.float32), plan=plan, unused=(0,))
+
+
+def test_the_plan_names_the_tiles_of_both_passes(monkeypatch):
+    monkeypatch.setattr(launch, "architecture", lambda device: 90)
+    asked = []
+    monkeypatch.setattr(triton_products, "_tile_count", lambda out, c: asked.append(c) or 0)
+    monkeypatch.setattr(gemm_kernels, "kext_kernel", {(0,): lambda *args, **options: None})
+    x, ws, a, bs, biases, scalings = operands(16, 64, (64,), (16,), torch.float16)
+    table = triton_products.CONFIGS["kext"][90]
+    for config in table:
+        plan = f"kext {triton_products.config_name(config)}"
+        ys, s = triton.forward(x, ws, a, bs, biases, scalings, plan=plan)
+        needs = adapters_and_x(1)
+        triton.backward(ys, x, ws, a, bs, s, scalings, 0.0, None, needs, plan=plan)
+        assert asked == [config] * 2
+        asked.clear()
+    assert len({triton_products.config_name(config) for config in table}) == len(table)
+
+
 @pytest.mark.parametrize("ns", [(36,), (36, 20)], ids=str)
 def test_a_measured_plan_that_cannot_serve_is_not_followed(ns):
     """Measured at 16 tokens, asked for 24; measured without dropout; with another layout."""
@@ -191,7 +216,7 @@ def test_gradients_as_autograd_makes_them_are_described_or_read_by_pointers(redu
     inputs, _ = inputs_on_device(20, 64, 32, 4, dtype=torch.float16)
     x = inputs["x"].requires_grad_()
     got, expected = (
-        torch.autograd.grad(reduce(nk.nsru_linear(**inputs, backend=backend).float()), x)[0]
+        torch.autograd.grad(reduce(nk.nsru_linear(**inputs, backend=backend)), x)[0]
         for backend in ("triton", "eager")
     )
     torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())

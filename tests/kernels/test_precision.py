@@ -65,9 +65,12 @@ class Lowering(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         packet = func.overloadpacket
         products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
-        if packet in products and args[-1].dtype == torch.float32:
-            if float32_precision(args[-1].device.type) != "ieee":
-                args = (*args[:-2], *(t.bfloat16().float() for t in args[-2:]))
+        if (
+            packet in products
+            and args[-1].dtype == torch.float32
+            and (float32_precision(args[-1].device.type) != "ieee")
+        ):
+            args = (*args[:-2], *(t.bfloat16().float() for t in args[-2:]))
         return func(*args, **(kwargs or {}))
 
 

@@ -268,8 +268,8 @@ def test_table_handed_over_as_arguments_equals_a_copy(project_many, write_table,
 def test_a_captured_table_of_a_whole_model_takes_few_launches(monkeypatch):
     """One compiled kernel for all of them, whatever the values."""
     module = pytest.importorskip("nsru_kernels.ops.project.triton")
-    sizes = [tables.Size(k, 256, 16 * n, False, 4)
-             for _ in range(32) for k, n in ((4096, 3), (4096, 1), (4096, 2), (14336, 1))]  # fmt: skip
+    layer = ((4096, 3), (4096, 1), (4096, 2), (14336, 1))
+    sizes = [tables.Size(k, 256, 16 * n, False, 4) for k, n in layer * 32]
     plan = tables.schedule(tuple(sizes), tables.Tiles(32, 64), tables.LAG)
     described = torch.arange(11 * len(sizes) + 2 * 224 * 16) * 2**33 - 5
     table, lengths = torch.cat([described, torch.from_numpy(plan.items)]), []
