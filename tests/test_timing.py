@@ -71,7 +71,8 @@ def gpu(monkeypatch):
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
-    monkeypatch.setattr(timing, "_side_stream", lambda device, side=Stream(): side)
+    side = Stream()
+    monkeypatch.setattr(timing, "_side_stream", lambda device: side)
     monkeypatch.setattr(linear, "side_stream", lambda device: timing.side_stream(GPU))
     return state
 
