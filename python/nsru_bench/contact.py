@@ -40,7 +40,7 @@ def main() -> None:
     plans, first = internals.every_plan(operands), {}  # one of each backend
     for plan in plans:
         first.setdefault(plan.split()[0], plan)
-    for backend, plan in first.items():
+    for backend, plan in sorted(first.items()):  # Triton, which compiles, comes last
         try:
             cases.check(operands, plan, plans[plan])
             print(f"{backend} ({plan}): right", flush=True)
