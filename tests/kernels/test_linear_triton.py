@@ -197,13 +197,14 @@ def test_tma_is_chosen_only_where_descriptors_can_describe(monkeypatch):
 
 
 @pytest.mark.parametrize("reduce", [
+    lambda y: y.sum(0).square().sum(),
     lambda y: y.mean(0).square().sum(),
     lambda y: y.mean(),
     lambda y: y.sum(1).square().sum(),
     lambda y: (y[:, :1].expand(-1, 32) * y.sum()).sum(),
 ])  # fmt: skip
 def test_gradients_as_autograd_makes_them_are_described_or_read_by_pointers(reduce, monkeypatch):
-    """dY of ``y.mean(0)`` has strides (0, 1), which no descriptor can hold."""
+    """dY of ``y.sum(0)`` has strides (0, 1), which no descriptor can hold."""
     monkeypatch.setattr(launch, "architecture", lambda device: 90)
     made = []
     describe = triton_products.TensorDescriptor.from_tensor
