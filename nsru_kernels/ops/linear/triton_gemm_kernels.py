@@ -5,8 +5,9 @@
     decode_kernel       y and S of at most 16 tokens
 
 The frozen GEMM runs as it always does, and one product of P and s V, which were loaded before it,
-is added to its accumulator. With dropout, or an R that is larger, the accumulator starts from the
-low-rank product instead: a mask would need a second one.
+is added to its accumulator. With dropout, an R beyond 16 or several sources by pointers the
+accumulator starts from the low-rank product instead: a mask would need a second one, and more
+operands held through the loops more registers.
 """
 
 import triton

@@ -188,8 +188,9 @@ def kext_gemm(
     sizes = (m, n, *(x.shape[1] for x in xs), r)
     small = (p_MR.stride(0), *v_RN.stride(), scaling, seed_of(seed), dropout_p)
     block_r = _kext_block_r(x_MK, r)
-    # More of P and V has no room beside the stages that TMA fills.
-    last = not dropout_p and r <= launch.LEAST_TILE
+    # More of P and V has no room beside the stages that TMA fills, and held through several loops
+    # of pointer loads they spill on sm_80.
+    last = not dropout_p and r <= launch.LEAST_TILE and (tma or count == 1)
     switches = (count, dropout_p > 0, last, launch.dot_precision(x_MK.dtype))
     w_is_nk = ws[0].stride(0) == 1
 
