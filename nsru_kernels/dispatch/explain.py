@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from nsru_kernels.dispatch import plans
 from nsru_kernels.dispatch.choice import (
     Op,
     Query,
@@ -101,22 +102,24 @@ def _tensors(args: Iterable[object]) -> Iterable[torch.Tensor]:
 
 def _verdicts(public: str, device: torch.device, args: tuple, chosen: str) -> list[Verdict]:
     op, query_of = OPS[public]
-    query, plan = query_of(args), None
+    query, plan, where = query_of(args), None, ""
     against_others = f"NSRU_BACKEND={chosen} is set."
     if chosen == "auto":
         chosen, against_others = "eager", ""
         winner = measured(op, device, query, torch.get_num_threads())
         if winner is not None:
             chosen, plan = winner
-            against_others = f"{chosen} measured faster near these sizes."
+            other = plans.borrowed(query.table, query.function, device, query.sizes)
+            where = f" on {other}, which has the same chip" if other else ""
+            against_others = f"{chosen} measured faster near these sizes{where}."
     verdicts = []
     for backend in reversed(BACKENDS):
         reason = unavailable(op, backend, device) or wrong_dtype(op, backend, query.dtypes)
         serves = reason is None and backend == chosen
         if serves:
-            reason = f"measured plan {plan}" if plan else "measured or asked for"
+            reason = f"measured plan {plan}{where}" if plan else f"measured or asked for{where}"
             if by_library(op, backend):
-                reason = "library GEMMs of PyTorch"
+                reason = "library GEMMs of PyTorch" + (f", {reason}" if plan else "")
         reason = reason or against_others or unmeasured(op, backend)
         verdicts.append(Verdict(public, backend, serves, reason, op.kernels.get(backend, "")))
     return verdicts

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nsru_kernels.dispatch.config import BackendUnavailable, autotune, interpreting
+from nsru_kernels.dispatch.precision import float32_precision
 
 Result = TypeVar("Result")
 
@@ -132,9 +133,9 @@ def in_memory(values: Any) -> Any:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: TF32 for float32 only where the user allowed it."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "tf32x3" if dtype == torch.float32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if float32_precision("cuda") == "tf32" else "tf32x3"
 
 
 def check_dtypes(op: str, *tensors: Tensor, backend: str = "triton") -> None:

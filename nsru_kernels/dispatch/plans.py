@@ -2,14 +2,18 @@
 AMX, from measurements.
 
     {"device": "NVIDIA H200", "torch": …, "triton": …, "commit": …,
-     "linear": [{"sizes": [8192, 4096, 4096, 16], "forward": "triton kext", "backward": "eager"}],
+     "linear": [{"sizes": [8192, 4096, 4096, 16], "forward": "eager expand_first",
+                 "backward": "cuda kext 128x256x64_2x1_cooperative/4"}],
      "linear_group": [{"sizes": [512, 2048, 3072, 48], "forward": "cpu", "backward": "cpu"}],
      "fold": [{"sizes": [224], "fold_many": "triton"}],
      "sketch": [{"sizes": [8192, 4096, 576], "update_sketch": "triton two_reads"}]}
 
-A call takes the nearest measured sizes, none of which may differ by more than a factor of two; on a
-CPU also only with at most as many threads as were measured ("threads"). ``nsru_bench.winners``
-writes the file, for a GPU at the end of ``make gpu-check``; without one nothing is assumed.
+A winner is a backend, where it has several plans one of them, and where that was measured its
+configuration (for CUDA with the swizzle after the slash). A call takes the nearest measured sizes,
+none of which may differ by more than a factor of two; on a CPU also only with at most as many
+threads as were measured ("threads"). H100 and H200, one chip with two memories, take each other's
+where their own table has none, and say so. ``nsru_bench.winners`` writes the file, for a GPU in
+``make gpu-check``; without one nothing is assumed.
 """
 
 from __future__ import annotations
@@ -32,6 +36,13 @@ FOLDER = Path(__file__).parents[1] / "plans"
 CPU_WITH_AMX = "CPU with AMX"
 
 
+# GPUs of one chip.
+ALIKE = {
+    "NVIDIA H100 80GB HBM3": "NVIDIA H200",
+    "NVIDIA H200": "NVIDIA H100 80GB HBM3",
+}
+
+
 class Winner(NamedTuple):
     """The winner of a measurement."""
 
@@ -45,10 +56,22 @@ def choose(
     """The winner at the measured sizes nearest to ``sizes``; None without a measurement there, or,
     on a CPU, with as many ``threads``."""
     if device.type == "cuda":
-        return _nearest(op, function, torch.cuda.get_device_name(device), sizes)
+        name = torch.cuda.get_device_name(device)
+        winner = _nearest(op, function, name, sizes)
+        if winner is None and name in ALIKE:
+            return _nearest(op, function, ALIKE[name], sizes)
+        return winner
     if cpu_extension.unavailable(device) is not None or threads > cpu_threads():
         return None
     return _nearest(op, function, CPU_WITH_AMX, sizes)
+
+
+def borrowed(op: str, function: str, device: torch.device, sizes: tuple[int, ...]) -> str | None:
+    """The other GPU that ``choose`` has the winner from; None where it is this one's own."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return None if _nearest(op, function, name, sizes) else ALIKE.get(name)
 
 
 def cpu_threads() -> int:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsru_kernels.dispatch.config import requested_backend
+from nsru_kernels.dispatch.precision import full_float32
 from nsru_kernels.nn.group import LinearGroup
 from nsru_kernels.nn.projections import Projections
 from nsru_kernels.nn.subspace import RetainSubspace
@@ -214,7 +215,7 @@ class NSRULinear(nn.Module):
     def delta_weight(self) -> Tensor:
         """s B Ā [N, K] in float32 (float64 for float64 adapters)."""
         a_RK = self.projected_adapter()
-        with torch.autocast(a_RK.device.type, enabled=False):
+        with torch.autocast(a_RK.device.type, enabled=False), full_float32(a_RK.device):
             return self.scaling * (self.lora_B.to(a_RK.dtype) @ a_RK)
 
     @torch.no_grad()

@@ -31,6 +31,17 @@ def frozen_gradients(
     return grads
 
 
+def input_gradient(
+    dys_MN: list[Tensor | None], ws_NK: list[Tensor], ds_MR: Tensor, a_RK: Tensor
+) -> Tensor:
+    """dS Ā + Σ dY_i W_i by library GEMMs, each accumulated onto the one before (beta 1)."""
+    dx_MK = ds_MR @ a_RK
+    for dy_MN, w_NK in zip(dys_MN, ws_NK, strict=True):
+        if dy_MN is not None:
+            dx_MK.addmm_(dy_MN, w_NK)
+    return dx_MK
+
+
 def public_name(ws_NK: list[Tensor]) -> str:
     """The function that the user called, for messages."""
     return "nsru_linear" if len(ws_NK) == 1 else "nsru_linear_group"

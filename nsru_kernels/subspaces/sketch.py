@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsru_kernels.dispatch.precision import full_float32
 from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.ops.sketch import energy_limit, update_sketch
 from nsru_kernels.ops.sketch.reference import token_energy
@@ -146,7 +147,8 @@ class RetainSketch:
             self._count_tokens(count)
         elif self.route == "covariance":
             wide_MK = x_MK.float()
-            self._fp32["moment"].addmm_(wide_MK.T, wide_MK)
+            with full_float32(x_MK.device):
+                self._fp32["moment"].addmm_(wide_MK.T, wide_MK)
             self._count_batch(lift)
         else:
             while x_MK.shape[0]:

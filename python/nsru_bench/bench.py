@@ -12,6 +12,7 @@
 
 Only when named:
 
+    correctness every plan of the linear against float64 and, bit by bit, against itself
     targets     NSRULinear, alone and as q/k/v, against this repository's targets on a CPU
     nll_memory  resident memory of the NLL on a CPU
 
@@ -38,7 +39,7 @@ SHARES = {
     "sketch": 3, "loss": 2, "step": 4, "scaling": 2,
 }  # fmt: skip
 OPS = tuple(SHARES)
-ALL_OPS = (*OPS, "targets", "nll_memory")
+ALL_OPS = (*OPS, "correctness", "targets", "nll_memory")
 
 
 def run(session: Session, ops: tuple[str, ...] = OPS) -> None:
@@ -66,6 +67,7 @@ def parse(
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--tiny", action="store_true", help="sizes to walk through, not to quote")
+    parser.add_argument("--quick", action="store_true", help="what make gpu-check has time for")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds of every call")
     parser.add_argument("--seconds", type=float, help="budget; what does not fit is listed")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of peers")
@@ -90,6 +92,7 @@ def parse(
         options.seconds,
         options.out,
         options.compile,
+        options.quick,
     )
     return session, tuple(dict.fromkeys(options.ops)) or OPS
 

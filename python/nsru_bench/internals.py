@@ -7,6 +7,7 @@ beforehand, as modules call them.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,11 +17,15 @@ from torch import Tensor, nn
 import nsru_kernels as nk
 from nsru_bench.cases import Operands, Provider, copies
 from nsru_kernels.dispatch import choose, extension, launch
+from nsru_kernels.dispatch.choice import unavailable, wrong_dtype
 from nsru_kernels.dispatch.plans import CPU_WITH_AMX, FOLDER, slug
 from nsru_kernels.ops.linear import projected_linears
+from nsru_kernels.ops.linear.backends import LINEAR
+from nsru_kernels.ops.linear.cuda_products import CONFIGS, SWIZZLES
 from nsru_kernels.ops.products import one_read_pays
 from nsru_kernels.ops.sketch import energy_limit
 from nsru_kernels.ops.sketch.backends import SKETCH
+from nsru_kernels.ops.sketch.reference import multiplies_short
 
 __all__ = ["CPU_WITH_AMX", "FOLDER", "slug"]
 
@@ -60,15 +65,15 @@ def group_op(operands: Operands) -> Provider:
     return Provider(forward, lora_as, lora_bs)
 
 
-class TritonPlan(torch.autograd.Function):
-    """A linear by one plan of the Triton kernels, without the op around them."""
+class OnePlan(torch.autograd.Function):
+    """A linear by one plan of a backend in both passes, without the op around them."""
 
     @staticmethod
     def forward(ctx, x, weight, a_RK, b_NR, scaling, module, plan):
         args = (x, [weight], a_RK, [b_NR], [None], [scaling], 0.0, None)
         (y,), s_MR = module.forward(*args, plan=plan)
         ctx.save_for_backward(x, weight, a_RK, b_NR, s_MR)
-        ctx.scaling, ctx.module = scaling, module
+        ctx.scaling, ctx.module, ctx.plan = scaling, module, plan
         return y
 
     @staticmethod
@@ -76,28 +81,52 @@ class TritonPlan(torch.autograd.Function):
         x, weight, a_RK, b_NR, s_MR = ctx.saved_tensors
         needs = [True, True, False, False, True]
         args = (x, [weight], a_RK, [b_NR], s_MR, [ctx.scaling], 0.0, None, needs)
-        dx, da, _, _, db = ctx.module.backward([dy], *args)
+        dx, da, _, _, db = ctx.module.backward([dy], *args, plan=ctx.plan)
         return dx, None, da, db, None, None, None
 
 
-def triton_plans(operands: Operands) -> dict[str, Provider]:
-    """Plan → the one linear by it, for those that can serve here. The adapter is projected
-    beforehand and its gradient is not, as PEFT's is not."""
-    if launch.unavailable(operands.x.device) is not None:
-        return {}
-    from nsru_kernels.ops.linear import triton
-
+def every_plan(operands: Operands) -> dict[str, Provider]:
+    """Backend and plan → the one linear by it in both passes, for all that can serve here. The
+    adapter is projected beforehand and its gradient is not, as PEFT's is not."""
     x, weights, bs = operands.x, operands.weights[:1], operands.lora_bs[:1]
-    plans = [plan for plan in triton.PLANS if triton.serves(plan, x, weights, bs)]
-    return {plan: triton_plan(operands, triton, plan) for plan in plans}
+    modules = {"eager": LINEAR.load("eager")}
+    plans = ["eager expand_first"]
+    for backend in ("triton", "cuda"):
+        reason = unavailable(LINEAR, backend, x.device) or wrong_dtype(LINEAR, backend, (x.dtype,))
+        if reason is not None:
+            print(f"no plan {backend}: {reason}", flush=True)
+            continue
+        module = modules[backend] = LINEAR.load(backend)
+        if backend == "cuda":
+            names = itertools.product(CONFIGS, SWIZZLES)
+            plans += [f"cuda kext {config}/{swizzle}" for config, swizzle in names]
+            plans.append("cuda expand_first")
+            continue
+        for plan in module.PLANS:
+            if module.serves(plan, x, weights, bs):
+                configs = triton_configurations(x) if plan.startswith("kext") else [""]
+                plans += [f"triton {plan} {config}".strip() for config in configs]
+    return {plan: one_plan(operands, modules[plan.split()[0]], plan) for plan in plans}
 
 
-def triton_plan(operands: Operands, module: Any, plan: str) -> Provider:
+def triton_configurations(x: Tensor) -> list[str]:
+    """The names of the GEMM's configurations on this device; one nameless where it has one only."""
+    from nsru_kernels.ops.linear import triton_products
+
+    if x.device.type != "cuda" or x.dtype == torch.float32:
+        return [""]
+    configs = triton_products.CONFIGS["kext"][launch.architecture(x.device)]
+    return [triton_products.config_name(config) for config in configs]
+
+
+def one_plan(operands: Operands, module: Any, plan: str) -> Provider:
+    """``plan`` begins with the backend's name."""
     a_RK, weight = nn.Parameter(stack_projected(operands)), operands.weights[0].clone()
     (b_NR,) = copies(operands.lora_bs, operands.x.dtype)
+    own = plan.partition(" ")[2] or None
 
     def forward(x: Tensor) -> Sequence[Tensor]:
-        return [TritonPlan.apply(x, weight, a_RK, b_NR, operands.scaling, module, plan)]
+        return [OnePlan.apply(x, weight, a_RK, b_NR, operands.scaling, module, own)]
 
     return Provider(forward, [a_RK], [b_NR], projects=False)
 
@@ -151,6 +180,12 @@ def narrow_products(device: torch.device) -> dict[str, TritonProducts]:
         else:
             print(f"no {name} products: {reason}", flush=True)
     return found
+
+
+def by_short_products(device: torch.device) -> bool:
+    """Whether the library's update of 16-bit activations leaves the host alone."""
+    x_MK = torch.empty(0, 1, device=device, dtype=torch.bfloat16)
+    return multiplies_short(x_MK, x_MK.float())
 
 
 def sketch_update(

@@ -17,9 +17,10 @@ import torch
 import nsru_kernels as nk
 from nsru_bench import internals, providers
 from nsru_bench.cases import Operands, Provider, Shape, check, linear_shapes, make_operands
+from nsru_bench.correctness import dropped
 from nsru_bench.rows import PREFIX
 from nsru_bench.session import Session
-from nsru_bench.timing import Call, copies_beyond_caches
+from nsru_bench.timing import Call, copies_beyond_caches, side_stream
 
 PASSES = ("forward", "backward", "forward+backward")
 
@@ -34,8 +35,15 @@ def make_providers(operands: Operands, session: Session) -> dict[str, Provider]:
     found = {
         "frozen": providers.frozen(operands),
         "nsru": internals.linear_op(operands),
-        "nsru, fold every call": providers.modules(operands, cached=False),
         "peft bf16": providers.peft_linears(operands, fp32_adapters=False),
+    }
+    wrong = {f"{PREFIX}{plan}" for plan in dropped(session.out)}
+    plans = providers.plans(operands, together=False)
+    plans = {name: provider for name, provider in plans.items() if name not in wrong}
+    if session.quick:
+        return found | plans
+    found |= {
+        "nsru, fold every call": providers.modules(operands, cached=False),
         "peft default, autocast": providers.peft_autocast(operands),
         "eager activation": providers.eager(operands, materialised=False),
         "eager materialised": providers.eager(operands, materialised=True),
@@ -43,7 +51,7 @@ def make_providers(operands: Operands, session: Session) -> dict[str, Provider]:
     if session.compile:
         alike = providers.peft_linears(operands, fp32_adapters=False)
         found["peft bf16, compiled"] = replace(alike, forward=torch.compile(alike.forward))
-    found |= providers.plans(operands, together=False)
+    found |= plans
     try:
         found["unsloth"] = providers.unsloth(operands)
     except Exception as error:  # not installed, or not for this device
@@ -92,7 +100,8 @@ def _call(operands: Operands, provider: Provider, which: str) -> Callable[[], ob
     if which == "forward":
         return partial(provider.forward, x)
     if which == "backward":
-        ys = provider.forward(x)
+        with side_stream(x.device):
+            ys = provider.forward(x)
         return lambda: torch.autograd.grad(ys, leaves, dys, retain_graph=True)
 
     def both() -> object:

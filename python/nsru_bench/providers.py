@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import nsru_kernels as nk
 from nsru_bench.cases import Operands, Provider, copies
-from nsru_bench.internals import triton_plans
+from nsru_bench.internals import every_plan
 from nsru_bench.rows import PREFIX
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
@@ -102,15 +102,18 @@ def backend(operands: Operands, name: str, *, together: bool) -> Provider:
 
 
 def plans(operands: Operands, *, together: bool) -> dict[str, Provider]:
-    """What a plan table can name: every backend, Triton's plans for one linear each. Those that
-    cannot run here raise ``BackendUnavailable``."""
+    """What a plan table can name: every backend; for one linear each of their plans, with each
+    configuration. Those that cannot run here raise ``BackendUnavailable``."""
     found = {f"{PREFIX}{name}": backend(operands, name, together=together) for name in BACKENDS}
-    if together or f"{PREFIX}triton" not in found:
+    if together:
         return found
-    by_plan = triton_plans(operands)
-    if by_plan:
-        del found[f"{PREFIX}triton"]
-    return found | {f"{PREFIX}triton {plan}": provider for plan, provider in by_plan.items()}
+    for plan, provider in every_plan(operands).items():
+        name = plan.split()[0]
+        if name in BACKENDS:
+            if name != "eager":
+                found.pop(f"{PREFIX}{name}", None)
+            found[f"{PREFIX}{plan}"] = provider
+    return found
 
 
 def peft_linears(operands: Operands, *, fp32_adapters: bool) -> Provider:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 IN_CHECKOUT = (ROOT / "setup.py").is_file()  # else installed from a wheel
 RESULTS = ROOT / "benchmarks" / "results" if IN_CHECKOUT else Path("runs")
 
+RUN = ("commit", "device")  # columns that are the same in all rows of a file
 PREFIX = "plan "  # of providers that are one backend, by one plan
 
 Row = dict[str, str]
@@ -50,11 +53,17 @@ def _version(package: str) -> str:
 
 
 def commit() -> str:
-    """Short hash of the sources, with "-dirty" where files differ from it."""
+    """Short hash of the sources, with "-dirty" where files differ from it; NSRU_COMMIT, if set, in
+    its place, for sources without git."""
+    if told := os.environ.get("NSRU_COMMIT"):
+        return told
     if not IN_CHECKOUT:
         return "unknown"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 
@@ -73,6 +82,9 @@ def read(path: Path) -> list[Row]:
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows to a CSV file, which is complete after every call.
 
+    A file holds the rows of one commit and device, so that it can become a plan table. Rows of
+    another one start it anew; what was there is kept beside it, under the name of its commit.
+
     Raises:
         ValueError: the file has other columns.
     """
@@ -80,14 +92,28 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
     new = not path.is_file() or not path.stat().st_size
     if not new:
         with path.open(newline="") as file:
-            header = next(csv.reader(file))
+            reader = csv.DictReader(file)
+            before = next(reader, {})
+            header = list(reader.fieldnames or ())
         if header != list(rows[0]):
             raise ValueError(f"{path} has other columns; move it away or choose another --out.")
+        if any(before.get(name) != str(rows[0].get(name)) for name in RUN if name in before):
+            _move_aside(path, "-".join(before.get(name, "") for name in RUN))
+            new = True
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def _move_aside(path: Path, run: str) -> None:
+    kept = path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9]+', '-', run)}{path.suffix}")
+    if kept.exists():  # an earlier run of that commit
+        kept.write_text(kept.read_text() + path.read_text().partition("\n")[2])
+        path.unlink()
+    else:
+        path.rename(kept)
 
 
 def replace(path: Path, rows: list[dict[str, Any]]) -> None:

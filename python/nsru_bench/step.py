@@ -49,6 +49,8 @@ def cases(session: Session) -> list[Case]:
         small = {"layers": 1, "vocabulary": 8192, "tokens": 256, "length": 64}
         return [LLAMA_1B._replace(**small), LLAMA_8B._replace(**small)]
     half = {"tokens": 4096}
+    if session.quick:
+        return [LLAMA_8B._replace(layers=2, vocabulary=8192)]
     return [LLAMA_1B, LLAMA_8B._replace(**half), LLAMA_1B._replace(**half), LLAMA_8B]
 
 
@@ -156,7 +158,7 @@ def cpu_peak_bytes(run: Callable[[], object]) -> int:
 
 def run(session: Session) -> None:
     for case in cases(session):
-        size = 1 if case.hidden <= 2048 else 4
+        size = 1 if case.hidden <= 2048 or session.quick else 4
         seconds = 2 if session.tiny else size * (5 * session.rounds if session.on_cpu else 15)
         if session.fits(f"step {case.model}, {case.tokens} tokens", seconds):
             # Where the frozen model's activations do not fit, all recompute them.

@@ -19,6 +19,7 @@ from nsru_bench.internals import CPU_WITH_AMX, FOLDER, slug
 from nsru_bench.rows import PREFIX, Row, read
 
 MARGIN = 0.95  # of eager's time, for a kernel on a CPU
+GPU_MARGIN = 0.98  # for any other plan on a GPU
 COLUMNS = ("device", "torch", "triton", "commit", "dtype")
 
 
@@ -90,13 +91,13 @@ def _overlap(sizes: list[int], others: list[int]) -> bool:
 
 
 def linear_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """One entry per shape: the fastest plan forward, the fastest backend backward. The rows of
-    siblings have ΣN and ΣR as N and R."""
+    """One entry per shape: the fastest plan of each pass. The rows of siblings have ΣN and ΣR as N
+    and R. A plan without a configuration names nothing that a backward could choose."""
     return [
         {
             "sizes": list(sizes),
-            "forward": _fastest(passes["forward"]),
-            "backward": _fastest(passes["backward"]).split()[0],
+            "forward": _clear_winner(passes["forward"]),
+            "backward": _of_backward(_clear_winner(passes["backward"])),
         }
         for sizes, passes in _by_shape(rows)
         if {"forward", "backward"} <= passes.keys()  # a run that was cut off has one of them
@@ -106,7 +107,7 @@ def linear_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
 def sketch_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """One entry per shape: the fastest plan of a batch's update."""
     return [
-        {"sizes": list(sizes), "update_sketch": _fastest(passes["update"])}
+        {"sizes": list(sizes), "update_sketch": _clear_winner(passes["update"])}
         for sizes, passes in _by_shape(rows, "MKL")
         if "update" in passes
     ]
@@ -140,13 +141,23 @@ def fold_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
         if bases.keys() != every_basis or not whole:
             continue  # a run that was cut off
         total = {"eager": sum(times["eager, a loop"] for times in bases.values())}
-        for backend, margin in (("cpu", MARGIN), ("triton", 1.0), ("cuda", 1.0)):
+        for backend, margin in (("cpu", MARGIN), ("triton", GPU_MARGIN), ("cuda", GPU_MARGIN)):
             asked = [t for basis, t in bases.items() if backend != "cpu" or basis == "float32"]
             grouped, loop = f"{backend}, one launch", "eager, a loop"
             if all(times.get(grouped, inf) < margin * times[loop] for times in asked):
                 total[backend] = sum(times.get(grouped, times[loop]) for times in bases.values())
         entries.append({"sizes": [count], "fold_many": _fastest(total)})
     return entries
+
+
+def _clear_winner(times: dict[str, float]) -> str:
+    """The fastest plan, where it is faster than eager's default by more than comes and goes."""
+    return _fastest(times | {"eager": GPU_MARGIN * times["eager"]} if "eager" in times else times)
+
+
+def _of_backward(winner: str) -> str:
+    backend, *plan = winner.split()
+    return winner if len(plan) > 1 or (plan == ["expand_first"] and backend != "eager") else backend
 
 
 def _fastest(times: dict[str, float]) -> str:

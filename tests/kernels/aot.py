@@ -104,6 +104,10 @@ def describe(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
         elif hasattr(value, "dtype"):
             signature[name] = "*" + _TYPES[str(value.dtype)]
             divisible.append(name)
+        elif isinstance(value, tuple):
+            assert not fixed
+            assert all(-(2**31) <= word < 2**31 for word in value)
+            signature[name] = ("i32",) * len(value)
         elif isinstance(value, bool):
             signature[name] = "i1"
         elif isinstance(value, int):
@@ -132,7 +136,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     blocks = {k: v for k, v in launch.constants.items() if v is not None and not callable(v)}
     return {
         "kernel": launch.kernel.__name__,
-        "dtypes": sorted({t.strip("*") for t in launch.signature.values() if t.startswith("*")}),
+        "dtypes": sorted({t.strip("*") for t in launch.signature.values() if t[0] == "*"}),
         "constants": {k: str(v) for k, v in blocks.items()},
         **launch.options,
         "shared": compiled.metadata.shared,

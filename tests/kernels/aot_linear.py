@@ -41,6 +41,9 @@ CALLS = [
     functools.partial(call, 8192, 4096, ATTENTION, 16, BF16, bias=True, dropout_p=0.1),
     functools.partial(call, 4, 4096, (4096,), 64, BF16, bias=True),
     functools.partial(call, 4, 4096, ATTENTION, 64, BF16, bias=True),
+    # Several sources with their ranks in one tile.
+    functools.partial(call, 8192, 4096, (4096, 1024), 8, BF16),
+    functools.partial(call, 8192, 4096, ATTENTION, 5, BF16),
     # Rows of S that start at no multiple of 16 elements.
     functools.partial(call, 4, 4096, ATTENTION, 8, BF16, bias=True),
     # Ranks below a tile, and the largest in float32.

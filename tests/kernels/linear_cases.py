@@ -169,7 +169,7 @@ def check_forward(module, args, **options):
         assert_close_to_exact(*values, name)
 
 
-def check_backward(module, args, *, needs=None, unused=(), dys=None):
+def check_backward(module, args, *, needs=None, unused=(), dys=None, **options):
     """Every gradient against float64, no worse than eager; None where not needed or not used."""
     x, ws, a, bs, _, scalings = args
     count = len(ws)
@@ -178,7 +178,7 @@ def check_backward(module, args, *, needs=None, unused=(), dys=None):
     dys = [None if i in unused else dy for i, dy in enumerate(dys)]
     needs = [True] * (2 + 3 * count) if needs is None else needs
     back = dys, x, ws, a, bs, s, scalings, 0.0, None
-    got, eager = module.backward(*back, needs), reference.backward(*back, needs)
+    got, eager = module.backward(*back, needs, **options), reference.backward(*back, needs)
     exact = reference.backward(*wide(back), needs)
     names = ["dx", "da", *(f"d{name}{i}" for name in ("w", "bias", "b") for i in range(count))]
     for name, grad, *others in zip(names, got, eager, exact, strict=True):

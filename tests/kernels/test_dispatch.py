@@ -13,6 +13,7 @@ import torch
 import nsru_kernels as nk
 from nsru_kernels.dispatch import choice as dispatch
 from nsru_kernels.dispatch import cpu_extension, launch, plans
+from nsru_kernels.dispatch import explain as explain_module
 from nsru_kernels.dispatch.explain import OPS
 from nsru_kernels.ops.linear import autograd, reference
 from nsru_kernels.ops.linear.backends import LINEAR
@@ -250,6 +251,38 @@ def test_nearest_measured_sizes_within_a_factor_of_two(measured):
     assert measured(op="sketch", function="update_sketch", sizes=()) is None
     cpu = torch.device("cpu")
     assert plans.choose("fold", "fold_many", cpu, (224,), threads=1) is None
+
+
+def test_h100_and_h200_take_each_others_winners_and_say_so(monkeypatch, write_table):
+    entry = {"sizes": [8192, 4096, 4096, 16], "forward": "eager expand_first", "backward": "eager"}
+    own = {"sizes": [16, 4096, 4096, 16], "forward": "eager", "backward": "eager"}
+    write_table("nvidia-h100-80gb-hbm3", {"linear": [entry, own | {"forward": "eager addmm"}]})
+    write_table("nvidia-h200", {"linear": [own]})
+    query = functools.partial(plans.choose, "linear", "forward", GPU, threads=1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert query((8192, 4096, 4096, 16)) == ("eager", "expand_first")
+    assert query((16, 4096, 4096, 16)) == ("eager", None), "its own comes first"
+    x = types.SimpleNamespace(device=GPU, dtype=torch.bfloat16, shape=(8192, 4096))
+    monkeypatch.setattr(explain_module, "_tensors", lambda args: [x])
+    monkeypatch.setattr(launch, "unavailable", lambda device: None)
+    sizes = dispatch.Query("linear", "forward", (8192, 4096, 4096, 16))
+    monkeypatch.setitem(OPS, "nsru_linear", (LINEAR, lambda args: sizes))
+    assert "plan expand_first on NVIDIA H100 80GB HBM3" in str(nk.explain("nsru_linear", x))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    assert query((8192, 4096, 4096, 16)) is None
+
+
+def test_a_plan_travels_with_its_configuration_in_both_passes(fake_kernel, monkeypatch):
+    plan = "kext 128x256x64g8w8s3"
+    monkeypatch.setattr(plans, "choose", lambda *args: plans.Winner("triton", plan))
+    fake_kernel.PLANS = ("kext",)
+    fake_kernel.forward = lambda *args, plan=None: plan
+    fake_kernel.backward = lambda *args, plan=None: plan
+    assert forward() == backward(dropout_p=0.0) == plan
+    assert backward(dropout_p=0.5) is None, "measured without dropout"
+    fake_kernel.PLANS = ("another",)
+    clear_caches()
+    assert forward() is None
 
 
 def test_a_kernel_says_why_it_cannot_run(fake_kernel, monkeypatch):

@@ -15,8 +15,11 @@ from linear_cases import (
     ONE,
     activation_projection,
     check_against_exact,
+    check_backward,
+    check_forward,
     linears,
     make_inputs,
+    operands,
     run,
 )
 from tolerance import assert_close_to_exact
@@ -24,9 +27,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import nsru_kernels as nk
+from nsru_kernels.ops.linear import reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 one_and_group = pytest.mark.parametrize("sizes", [ONE, GROUP], ids=["one", "group"])
+
+
+@pytest.mark.parametrize("ns", [(24,), (24, 9)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_library_adds_the_small_product_first_or_last(dtype, ns):
+    args = operands(20, 40, ns, (3, 2)[: len(ns)], dtype)
+    for plan in reference.PLANS:
+        check_forward(reference, args, plan=plan)
+        check_backward(reference, args, plan=plan)
+    first, last = (reference.forward(*args, plan=plan)[0][0] for plan in reference.PLANS)
+    assert dtype == torch.float32 or not torch.equal(first, last), "rounded in another order"
 
 
 @one_and_group

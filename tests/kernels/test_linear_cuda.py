@@ -7,7 +7,9 @@ Tests marked ``gpu`` run all kernels, small sizes first:
 """
 
 import contextlib
+import re
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,43 @@ def test_the_public_function_projects_and_multiplies_in_cuda(stand_in, monkeypat
     finally:
         choose.cache_clear()
     assert len(launched) == 2, "A forward, its gradient backward"
+
+
+@pytest.mark.parametrize("ns", [(40,), (40, 24)], ids=str)
+def test_library_gemms_between_narrow_kernels(stand_in, monkeypatch, ns):
+    """By plan expand_first no GEMM of ours runs."""
+    monkeypatch.setattr(cuda, "kext_gemm", None)
+    args = operands(33, 64, ns, (4,) * len(ns), torch.bfloat16)
+    check_forward(cuda, args, plan="expand_first")
+    check_backward(cuda, args, plan="expand_first")
+    check_backward(cuda, args, plan="expand_first", unused=(0,))
+
+
+def test_the_plan_names_configuration_and_swizzle_in_both_passes(stand_in, monkeypatch):
+    x, ws, a, bs, _, scalings = one_linear(9, 64, 40, 4, torch.bfloat16)
+    asked, launch = [], extension.launch
+
+    def noted(name, near, **call):
+        if name == "kext_gemm":
+            asked.append((call["config"], call["swizzle"]))
+        launch(name, near, **call)
+
+    monkeypatch.setattr(extension, "launch", noted)
+    for plan, choice in (
+        ("kext 128x128x64_2x1_pingpong/4", (1, 4)),
+        ("kext 128x256x64_2x1_cooperative/1", (0, 1)),
+        ("kext 128x256x64_2x1_cooperative/3", (products.CHOOSE, 1)),
+        (None, (products.CHOOSE, 1)),
+    ):
+        ys, s = cuda.forward(x, ws, a, bs, [None], scalings, plan=plan)
+        cuda.backward(ys, x, ws, a, bs, s, scalings, 0.0, None, ALL, plan=plan)
+        assert asked == [choice] * 2
+        asked.clear()
+
+
+def test_configurations_are_those_of_the_extension():
+    source = Path(__file__).parents[2] / "csrc/host/kext_plan.h"
+    assert tuple(re.findall(r'\{"(\w+)", \d', source.read_text())) == products.CONFIGS
 
 
 def test_rank_one_with_a_frozen_b(stand_in):

@@ -265,6 +265,26 @@ def test_table_handed_over_as_arguments_equals_a_copy(project_many, write_table,
     assert torch.equal(project_many([a], [u], [None])[0], expected)
 
 
+def test_a_captured_table_of_a_whole_model_takes_few_launches(monkeypatch):
+    """One compiled kernel for all of them, whatever the values."""
+    module = pytest.importorskip("nsru_kernels.ops.project.triton")
+    layer = ((4096, 3), (4096, 1), (4096, 2), (14336, 1))
+    sizes = [tables.Size(k, 256, 16 * n, False, 4) for k, n in layer * 32]
+    plan = tables.schedule(tuple(sizes), tables.Tiles(32, 64), tables.LAG)
+    described = torch.arange(11 * len(sizes) + 2 * 224 * 16) * 2**33 - 5
+    table, lengths = torch.cat([described, torch.from_numpy(plan.items)]), []
+
+    def write(out, words, **options):
+        lengths.append(len(words))
+        out[: len(words)] = torch.tensor(words, dtype=torch.int32)
+
+    monkeypatch.setattr(module, "write_table_kernel", {(1,): write})
+    written = module.write_table(table, torch.device("cpu"))
+    assert torch.equal(written[: len(table)], table)
+    assert len(lengths) < 100
+    assert set(lengths) == {module._WORDS_PER_WRITE}
+
+
 def test_a_default_device_does_not_matter(project_many):
     a, u = draw(3, 63), basis(63, 5)
     tables.schedule.cache_clear()

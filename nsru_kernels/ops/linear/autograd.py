@@ -75,7 +75,7 @@ def _backward(dys, x, weights, a, bs, s, scalings, dropout_p, seed, needs, backe
     chosen = _choose(function, x, weights, a, backend)
     args = chosen.operands(dys, x, weights, a, bs, s, scalings, dropout_p, seed, needs)
     try:
-        return chosen.module.backward(*args)
+        return chosen.module.backward(*args, **({} if dropout_p else chosen.options))
     except BackendUnavailable:
         if chosen.named:
             raise

@@ -2,29 +2,35 @@
 
 Forward: S of all linears from one read of x, then for each one GEMM [x ∣ S]·[W ∣ sB]ᵀ + b, sm_90a.
 Backward: dS_i and dB_i from one read of dY_i; dX starts as the GEMM [dY_1 ∣ dS]·[W_1 ; Ā] and
-library GEMMs accumulate the other dY_i W_i onto it (beta 1); dĀ from one read of x. Sums are in a
-fixed order. Nothing of size M is copied, unless x or dY is not row-major; R-sized operands whose
-rows would not start at 16 bytes are copied into padded rows.
+library GEMMs accumulate the other dY_i W_i onto it (beta 1); dĀ from one read of x. By plan
+expand_first the GEMMs are the library's: y = s S Bᵀ + b, y += x Wᵀ; dX = dS Ā, dX += dY_i W_i.
+Sums are in a fixed order. Nothing of size M is copied, unless x or dY is not row-major; R-sized
+operands whose rows would not start at 16 bytes are copied into padded rows.
 """
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from nsru_kernels.dispatch.extension import row_major
 from nsru_kernels.ops.linear.cuda_products import (
     check_operands,
     columns_product,
+    gemm_choice,
     kext_gemm,
     padded,
     rows_product,
 )
 from nsru_kernels.ops.products import (
     frozen_gradients,
+    input_gradient,
     one_read_pays,
     public_name,
     rank_columns,
 )
+
+PLANS = ("kext", "expand_first")
 
 
 def forward(
@@ -36,19 +42,35 @@ def forward(
     scalings: list[float],
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    plan: str | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """([y_i [M, N_i]], S [M, ΣR]); see reference.py."""
+    """([y_i [M, N_i]], S [M, ΣR]); see reference.py.
+
+    ``plan`` is one of PLANS, kext with the GEMM's configuration where it was measured, at sizes
+    near these; see ``cuda_products.gemm_choice``.
+    """
     _check(x_MK, ws_NK, dropout_p)
+    plan, _, tiles = (plan or "").partition(" ")
     x_MK = row_major(x_MK)
+    ys: list[Tensor] = []
+    if plan == "expand_first":
+        s_MR = rows_product(x_MK, row_major(a_RK))
+        columns = rank_columns(s_MR, bs_NR)
+        for w_NK, s, b_NR, bias_N, scaling in zip(
+            ws_NK, columns, bs_NR, biases_N, scalings, strict=True
+        ):
+            ys.append(F.linear(s, scaling * b_NR, bias_N).addmm_(x_MK, w_NK.T))
+        return ys, s_MR
     vs_RN = [padded(b_NR, scaling).T for b_NR, scaling in zip(bs_NR, scalings, strict=True)]
     s_MR = rows_product(x_MK, row_major(a_RK))
     ss_MR = rank_columns(s_MR, bs_NR)
     ps_MR = [padded(s) for s in ss_MR]
     as_they_lie = all(p is s for p, s in zip(ps_MR, ss_MR, strict=True))
-    ys: list[Tensor] = []
+    choice = gemm_choice(tiles)
     for w_NK, p_MR, v_RN, bias_N in zip(ws_NK, ps_MR, vs_RN, biases_N, strict=True):
         after_narrow = as_they_lie and not ys
-        ys.append(kext_gemm(x_MK, w_NK.T, p_MR, v_RN, bias_N, after_narrow=after_narrow))
+        y_MN = kext_gemm(x_MK, w_NK.T, p_MR, v_RN, bias_N, after_narrow=after_narrow, **choice)
+        ys.append(y_MN)
     return ys, s_MR
 
 
@@ -63,8 +85,10 @@ def backward(
     dropout_p: float,
     seed: Tensor | None,
     needs: list[bool],
+    plan: str | None = None,
 ) -> list[Tensor | None]:
     """[dX, dĀ, *dW, *dbias, *dB] in x's dtype; None where not needed or not used."""
+    plan, _, tiles = (plan or "").partition(" ")
     _check(x_MK, ws_NK, dropout_p)
     need_x, need_a = needs[:2]
     need_ds, need_b = need_x or need_a, needs[2 + 2 * len(ws_NK) :]
@@ -91,10 +115,13 @@ def backward(
             rows_product(dy_MN, row_major(b_NR.T), scaling=scaling, out=ds)
     if need_ds:
         p_MR = padded(ds_MR)
-    if need_x:
+    if need_x and plan == "expand_first":
+        dx = input_gradient(dys_MN, ws_NK, ds_MR, a_RK)
+    elif need_x:
         # With one linear the product that makes dS was enqueued last.
         alone = p_MR is ds_MR and len(ws_NK) == 1
-        dx = _input_gradient(dys_MN, ws_NK, p_MR, a_RK, after_narrow=alone)
+        choice = gemm_choice(tiles)
+        dx = _input_gradient(dys_MN, ws_NK, p_MR, a_RK, after_narrow=alone, **choice)
     if need_a:
         da = columns_product(row_major(x_MK), p_MR, 1.0, rank_first=True)
     return [dx, da, *frozen_gradients(dys_MN, x_MK, needs), *dbs]
@@ -107,13 +134,14 @@ def _input_gradient(
     a_RK: Tensor,
     *,
     after_narrow: bool,
+    **choice: int,
 ) -> Tensor:
     """Σ dY_i W_i + dS Ā."""
     used = [(dy, w) for dy, w in zip(dys_MN, ws_NK, strict=True) if dy is not None]
     if not used:
         return ds_MR.new_zeros(ds_MR.shape[0], a_RK.shape[1])
     dy_MN, w_NK = used[0]
-    dx_MK = kext_gemm(dy_MN, w_NK, ds_MR, a_RK, None, after_narrow=after_narrow)
+    dx_MK = kext_gemm(dy_MN, w_NK, ds_MR, a_RK, None, after_narrow=after_narrow, **choice)
     for dy_MN, w_NK in used[1:]:
         dx_MK.addmm_(dy_MN, w_NK)
     return dx_MK

@@ -10,6 +10,23 @@ from nsru_kernels.dispatch.config import BackendUnavailable
 from nsru_kernels.dispatch.extension import ALIGNED, DTYPES, SHORT, has_wide_rows
 
 CHOOSE = -1  # the extension picks a config by the number of output tiles
+# As csrc/host/kext_plan.h has them, in its order.
+CONFIGS = ("128x256x64_2x1_cooperative", "128x128x64_2x1_pingpong")
+SWIZZLES = (1, 2, 4, 8)
+
+
+def gemm_choice(tiles: str) -> dict[str, int]:
+    """``config`` and ``swizzle`` of ``kext_gemm`` as plan tables name them; none for other names.
+
+    >>> gemm_choice("128x128x64_2x1_pingpong/4")
+    {'config': 1, 'swizzle': 4}
+    >>> gemm_choice("of a later version")
+    {}
+    """
+    name, _, swizzle = tiles.partition("/")
+    if name not in CONFIGS or swizzle not in map(str, SWIZZLES):
+        return {}
+    return {"config": CONFIGS.index(name), "swizzle": int(swizzle)}
 
 
 def kext_gemm(

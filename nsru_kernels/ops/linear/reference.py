@@ -2,7 +2,8 @@
 float64.
 
 Library GEMMs only, and few calls. In backward the small product goes first and the large GEMMs are
-accumulated onto it (beta 1), so that reading dX hides in them. Nothing of size M is cast or copied;
+accumulated onto it (beta 1), so that reading dX hides in them; in forward by plan: ``addmm`` adds
+the small product last, ``expand_first`` first. Nothing of size M is cast or copied;
 the dropout mask is drawn again instead of being stored.
 """
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from nsru_kernels.ops.products import frozen_gradients, rank_columns
 
+PLANS = ("addmm", "expand_first")
+
 
 def forward(
     x_MK: Tensor,
@@ -24,13 +27,17 @@ def forward(
     scalings: list[float],
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    plan: str | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """([y_i [M, N_i]], S [M, ΣR]). ``a`` is the projected adapters on top of each other."""
     s_MR = F.linear(drop(x_MK, dropout_p, seed) if dropout_p else x_MK, a_RK)
     ss_MR = (s_MR,) if len(bs_NR) == 1 else rank_columns(s_MR, bs_NR)
     ys = []
     for w_NK, b_NR, bias_N, scaling, s in zip(ws_NK, bs_NR, biases_N, scalings, ss_MR, strict=True):
-        ys.append(F.linear(x_MK, w_NK, bias_N).addmm_(s, b_NR.T, alpha=scaling))
+        if plan == "expand_first":
+            ys.append(F.linear(s, scaling * b_NR, bias_N).addmm_(x_MK, w_NK.T))
+        else:
+            ys.append(F.linear(x_MK, w_NK, bias_N).addmm_(s, b_NR.T, alpha=scaling))
     return ys, s_MR
 
 
@@ -45,9 +52,11 @@ def backward(
     dropout_p: float,
     seed: Tensor | None,
     needs: list[bool],
+    plan: str | None = None,
 ) -> list[Tensor | None]:
     """[dX, dĀ, *dW, *dbias, *dB] in x's dtype; None where ``needs`` is False.
 
+    All plans are one here.
     Other backends may hand dĀ and dB out in float32. A ``dy`` of None is an output that nobody
     used: what belongs to it alone is None, and its rows of dĀ are zero.
     """

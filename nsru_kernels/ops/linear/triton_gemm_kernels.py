@@ -4,7 +4,10 @@
     kext_tma_kernel     the same for sm_90 and newer
     decode_kernel       y and S of at most 16 tokens
 
-The accumulator starts from the low-rank product, then the frozen GEMM runs as it always does.
+The frozen GEMM runs as it always does, and one product of P and s V, which were loaded before it,
+is added to its accumulator. With dropout, an R beyond 16 or several sources by pointers the
+accumulator starts from the low-rank product instead: a mask would need a second one, and more
+operands held through the loops more registers.
 """
 
 import triton
@@ -39,6 +42,36 @@ def low_rank_tile(
     acc *= scaling
     if DROPOUT:
         acc = tl.where(kept(seed, rows, columns, dropout_p), acc * kept_scale(dropout_p), 0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def low_rank_factors(
+    p_ptr, v_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn, scaling,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """P [BLOCK_M, BLOCK_R] and s V [BLOCK_R, BLOCK_N] of a tile, where R is one block."""
+    ranks = tl.arange(0, BLOCK_R)
+    p = tl.load(
+        p_ptr + rows.to(tl.int64)[:, None] * stride_pm + ranks[None, :],
+        mask=(rows[:, None] < M) & (ranks[None, :] < R),
+        other=0.0,
+    )
+    v = tl.load(
+        v_ptr + ranks[:, None] * stride_vr + columns.to(tl.int64)[None, :] * stride_vn,
+        mask=(ranks[:, None] < R) & (columns[None, :] < N),
+        other=0.0,
+    )
+    return p, (v.to(tl.float32) * scaling).to(v.dtype)
+
+
+@triton.jit
+def add_low_rank(acc, p, v, bias_ptr, columns, N, PRECISION: tl.constexpr):
+    """acc + p v + bias."""
+    acc = tl.dot(p, v, acc, input_precision=PRECISION)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -111,20 +144,26 @@ def kext_kernel(
     stride_w1k, stride_w1n, stride_w2k, stride_w2n, stride_w3k, stride_w3n,
     stride_pm, stride_vr, stride_vn,
     scaling, seed, dropout_p,
-    COUNT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    COUNT: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out = [X1 ∣ X2 ∣ X3 ∣ P] · [W1 ; W2 ; W3 ; s V] + bias of the first COUNT sources.
 
-    The R extra columns come first, then each K as usual, and out is stored once."""
+    LAST: the R extra columns come last, else first; out is stored once."""
     row_block, column_block = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = low_rank_tile(
-        p_ptr, v_ptr, bias_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn,
-        scaling, seed, dropout_p, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
-    )  # fmt: skip
+    if LAST:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        p, v = low_rank_factors(
+            p_ptr, v_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn, scaling, BLOCK_R
+        )
+    else:
+        acc = low_rank_tile(
+            p_ptr, v_ptr, bias_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn,
+            scaling, seed, dropout_p, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
     acc = add_product(
         acc, x1_ptr, w1_ptr, rows, columns, M, N, K1, stride_x1m, stride_x1k,
         stride_w1k, stride_w1n, PRECISION, BLOCK_K,
@@ -139,6 +178,8 @@ def kext_kernel(
             acc, x3_ptr, w3_ptr, rows, columns, M, N, K3, stride_x3m, stride_x3k,
             stride_w3k, stride_w3n, PRECISION, BLOCK_K,
         )  # fmt: skip
+    if LAST:
+        acc = add_low_rank(acc, p, v, bias_ptr, columns, N, PRECISION)
     store_tile(acc, out_ptr, rows, columns, M, N)
 
 
@@ -147,7 +188,8 @@ def kext_tma_kernel(
     x1_desc, w1_desc, x2_desc, w2_desc, x3_desc, w3_desc, out_desc, p_ptr, v_ptr, bias_ptr,
     M, N, K1, K2, K3, R, stride_pm, stride_vr, stride_vn,
     scaling, seed, dropout_p,
-    COUNT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, W_IS_NK: tl.constexpr,
+    COUNT: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
+    W_IS_NK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -159,12 +201,19 @@ def kext_tma_kernel(
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         row_block, column_block = tile_of(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
-        acc = low_rank_tile(
-            p_ptr, v_ptr, bias_ptr,
-            first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N),
-            M, N, R, stride_pm, stride_vr, stride_vn,
-            scaling, seed, dropout_p, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
-        )  # fmt: skip
+        rows = first_row + tl.arange(0, BLOCK_M)
+        columns = first_column + tl.arange(0, BLOCK_N)
+        if LAST:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            p, v = low_rank_factors(
+                p_ptr, v_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn, scaling,
+                BLOCK_R,
+            )  # fmt: skip
+        else:
+            acc = low_rank_tile(
+                p_ptr, v_ptr, bias_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn,
+                scaling, seed, dropout_p, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+            )  # fmt: skip
         acc = add_product_tma(
             acc, x1_desc, w1_desc, first_row, first_column, K1, W_IS_NK, PRECISION, BLOCK_K
         )
@@ -176,6 +225,8 @@ def kext_tma_kernel(
             acc = add_product_tma(
                 acc, x3_desc, w3_desc, first_row, first_column, K3, W_IS_NK, PRECISION, BLOCK_K
             )
+        if LAST:
+            acc = add_low_rank(acc, p, v, bias_ptr, columns, N, PRECISION)
         out_desc.store([first_row, first_column], acc.to(out_desc.dtype))
 
 

@@ -19,8 +19,18 @@ SOURCES = 3  # linears whose dX one launch can sum
 ARCHITECTURES = (80, 90, 100)
 
 
-def _tiles(m: int, n: int, k: int, warps: int, stages: int) -> Config:
-    return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}, warps, stages)
+def _tiles(m: int, n: int, k: int, warps: int, stages: int, group: int = 8) -> Config:
+    return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": group}, warps, stages)
+
+
+def config_name(config: Config) -> str:
+    """A GEMM's configuration as plan tables name it: tile, rows of tiles at a time, warps, stages.
+
+    >>> config_name(_tiles(128, 256, 64, 8, 3))
+    '128x256x64g8w8s3'
+    """
+    m, n, k, group = config.blocks.values()
+    return f"{m}x{n}x{k}g{group}w{config.num_warps}s{config.num_stages}"
 
 
 def _narrow(m: int, c: int, warps: int, stages: int) -> Config:
@@ -32,7 +42,12 @@ def _narrow(m: int, c: int, warps: int, stages: int) -> Config:
 CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
     "kext": {
         80: (_tiles(128, 128, 64, 8, 3), _tiles(128, 256, 32, 8, 3)),
-        90: (_tiles(128, 256, 64, 8, 3), _tiles(128, 128, 64, 8, 4)),
+        90: (
+            _tiles(128, 256, 64, 8, 3),
+            _tiles(128, 128, 64, 8, 4),
+            _tiles(128, 256, 64, 8, 3, group=4),
+            _tiles(128, 256, 64, 8, 3, group=16),
+        ),
         100: (_tiles(128, 256, 64, 8, 3), _tiles(128, 128, 64, 8, 4)),
     },
     "rows": {
@@ -156,10 +171,12 @@ def kext_gemm(
     seed: Tensor | None = None,
     *,
     tma: bool,
+    tiles: str = "",
 ) -> Tensor:
     """Σ X_i W_i + s drop(P V) + bias [M, N] in X's dtype, for at most SOURCES sources.
 
-    One launch, nothing of size M is read twice.
+    One launch, nothing of size M is read twice. ``tiles`` is the ``config_name`` of the one
+    configuration to take; where these operands have none of that name, it is chosen as without.
     """
     x_MK, count, n, r = xs_MK[0], len(xs_MK), ws_KN[0].shape[1], p_MR.shape[1]
     m = x_MK.shape[0]
@@ -170,8 +187,11 @@ def kext_gemm(
     ws = [*ws_KN, *[ws_KN[0]] * (SOURCES - count)]
     sizes = (m, n, *(x.shape[1] for x in xs), r)
     small = (p_MR.stride(0), *v_RN.stride(), scaling, seed_of(seed), dropout_p)
-    switches = (count, dropout_p > 0, launch.dot_precision(x_MK.dtype))
     block_r = _kext_block_r(x_MK, r)
+    # More of P and V has no room beside the stages that TMA fills, and held through several loops
+    # of pointer loads they spill on sm_80.
+    last = not dropout_p and r <= launch.LEAST_TILE and (tma or count == 1)
+    switches = (count, dropout_p > 0, last, launch.dot_precision(x_MK.dtype))
     w_is_nk = ws[0].stride(0) == 1
 
     def run(config: Config) -> Tensor:
@@ -200,6 +220,7 @@ def kext_gemm(
     configs = _configs("kext", *xs_MK, *ws_KN, tma=tma)
     if dropout_p:  # the mask of a larger tile spills
         configs = tuple(c for c in configs if c.blocks["BLOCK_N"] <= 128)
+    configs = tuple(c for c in configs if config_name(c) == tiles) or configs
     key = ("kext", x_MK.dtype, *sizes[1:], count, tma, dropout_p > 0, w_is_nk)
     return launch.tuned(configs, key, x_MK, run)
 
@@ -209,8 +230,9 @@ def fits_tma(x_MK: Tensor, w: Tensor) -> bool:
     if x_MK.dtype == torch.float32 or launch.architecture(x_MK.device) < 90:
         return False
     strides = [size for t in (x_MK, w) for size in (t.stride(0), *w.shape)]
+    # A dY that autograd expanded has rows that overlap, which a descriptor cannot say.
     return not any(size * w.element_size() % 16 for size in strides) and all(
-        t.stride(1) == 1 and t.data_ptr() % 16 == 0 for t in (x_MK, w)
+        t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.data_ptr() % 16 == 0 for t in (x_MK, w)
     )
 
 

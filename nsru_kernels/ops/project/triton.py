@@ -21,7 +21,8 @@ _CONFIGS = dict.fromkeys(
     ),
 )
 _PROGRAMS_PER_MULTIPROCESSOR = 3
-_VALUES_PER_WRITE = 8
+# Arguments of a kernel that writes a table: 4 KiB of them, as much as every driver takes.
+_WORDS_PER_WRITE = 1000
 
 
 def project_many(
@@ -46,7 +47,8 @@ def _launch(kind: Kind, problems: list[Problem]) -> None:
     def run(config: launch.Config) -> None:
         blocks = config.blocks
         tiles = Tiles(blocks["BLOCK_R"], blocks["BLOCK_OUT"])
-        args = arguments(problems, tiles, write_table, _VALUES_PER_WRITE)
+        # A launch with so many arguments is slow on the host: in CUDA graph capture only.
+        args = arguments(problems, tiles, write_table, values_per_write=0)
         programs = _PROGRAMS_PER_MULTIPROCESSOR * launch.multiprocessors(device)
         first_row = FIELDS * args.problems
         project_kernel[(min(args.items, programs),)](
@@ -70,9 +72,10 @@ def _launch(kind: Kind, problems: list[Problem]) -> None:
 
 def write_table(table: Tensor, device: torch.device) -> Tensor:
     """``table`` on ``device``, handed over as kernel arguments: nothing on the host must stay."""
-    values = table.tolist()
-    values += [0] * (-len(values) % _VALUES_PER_WRITE)
-    result = torch.empty(len(values), dtype=torch.int64, device=device)
-    for i in range(0, len(values), _VALUES_PER_WRITE):
-        write_table_kernel[(1,)](result[i:], *values[i : i + _VALUES_PER_WRITE])
-    return result
+    # In halves of 32 bits: with 64 Triton would compile a kernel for each pattern of small values.
+    words = table.view(torch.int32).tolist()
+    words += [0] * (-len(words) % _WORDS_PER_WRITE)
+    result = torch.empty(len(words), dtype=torch.int32, device=device)
+    for i in range(0, len(words), _WORDS_PER_WRITE):
+        write_table_kernel[(1,)](result[i:], tuple(words[i : i + _WORDS_PER_WRITE]), num_warps=1)
+    return result.view(torch.int64)

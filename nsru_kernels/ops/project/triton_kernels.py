@@ -272,24 +272,8 @@ def product(x, y, Y_IS_SHORT: tl.constexpr):
     return tl.dot(x, y, input_precision="tf32x3")
 
 
-@triton.jit(do_not_specialize=[f"v{i}" for i in range(8)])
-def write_table_kernel(
-    table_ptr,
-    v0: tl.int64,
-    v1: tl.int64,
-    v2: tl.int64,
-    v3: tl.int64,
-    v4: tl.int64,
-    v5: tl.int64,
-    v6: tl.int64,
-    v7: tl.int64,
-):
-    """Eight values into a table. A CUDA graph keeps arguments, but no host memory to copy from."""
-    tl.store(table_ptr, v0)
-    tl.store(table_ptr + 1, v1)
-    tl.store(table_ptr + 2, v2)
-    tl.store(table_ptr + 3, v3)
-    tl.store(table_ptr + 4, v4)
-    tl.store(table_ptr + 5, v5)
-    tl.store(table_ptr + 6, v6)
-    tl.store(table_ptr + 7, v7)
+@triton.jit(do_not_specialize=["words"])
+def write_table_kernel(table_ptr, words):
+    """Words into a table. A CUDA graph keeps arguments, but no host memory to copy from."""
+    for i in tl.static_range(len(words)):
+        tl.store(table_ptr + i, words[i])
