@@ -32,7 +32,12 @@ _FIELDS = {
     "use_rslora": bool,
     "bias": str,
 }
-_DEFAULTS = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "bias": "none"}
+_DEFAULTS: dict[str, Any] = {
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": False,
+    "bias": "none",
+}
 # With these the folder's A and B are not all there is to it.
 _UNSUPPORTED = (
     "use_dora", "use_qalora", "modules_to_save", "layer_replication", "alora_invocation_tokens",
@@ -218,7 +223,7 @@ def _sizes(
     file: Path, config: Mapping[str, Any], adapters: Mapping[str, tuple[Tensor, Tensor]]
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Rank and alpha of each module by PEFT's rules, alpha so that it is divided by the rank."""
-    config = _DEFAULTS | {key: value for key, value in config.items() if value is not None}
+    config = {**_DEFAULTS, **{k: value for k, value in config.items() if value is not None}}
     check_fields(file, config, _FIELDS)
     for option in _UNSUPPORTED:
         if config.get(option):

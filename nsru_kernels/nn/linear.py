@@ -65,9 +65,11 @@ class NSRULinear(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        if not isinstance(rank, numbers.Integral) or rank < 1:
+        is_whole = isinstance(rank, numbers.Integral)
+        if not is_whole or rank < 1:
             raise ValueError(f"NSRULinear: rank must be ≥ 1, got {rank}.")
-        if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
+        is_number = isinstance(alpha, numbers.Real)
+        if not is_number or not math.isfinite(alpha):
             raise ValueError(f"NSRULinear: alpha must be a finite number, got {alpha!r}.")
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"NSRULinear: dropout must be in [0, 1], got {dropout}.")

@@ -16,7 +16,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
             model = model.module
-        elif inside := [model._modules[name] for name in _WRAPPED if name in model._modules]:
+        elif inside := [m for name in _WRAPPED if (m := model._modules.get(name)) is not None]:
             model = inside[0]
         else:
             return model

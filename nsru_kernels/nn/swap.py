@@ -220,7 +220,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _read_elsewhere(
-    model: nn.Module, linears: Mapping[str, nn.Linear], batch: Mapping[str, Any] | None
+    model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch | None
 ) -> dict[str, str]:
     stream = ActivationStream(model, linears)
     if batch is not None:

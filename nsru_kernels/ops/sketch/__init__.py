@@ -66,10 +66,10 @@ def update_sketch(
     """
     _check(x, omega, y, h, mask)
     split = split and x.dtype.itemsize == 2
-    args = (x, omega, y, h, mask, split, energy_limit(y.dtype))
+    limit = energy_limit(y.dtype)
     requested, threads = requested_backend(backend), torch.get_num_threads()
     chosen = choose(SKETCH, requested, x.device, *query(x, omega.shape[1], y.dtype), threads)
-    args = chosen.operands(*args)
+    args = chosen.operands(x, omega, y, h, mask, split, limit)
     try:
         with torch.autocast(x.device.type, enabled=False):
             return chosen.module.update_sketch(*args, **chosen.options)

@@ -158,7 +158,8 @@ _head_forms: weakref.WeakKeyDictionary[nn.Module, dict[type, dict[str, Any] | No
 
 
 def _head_of(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    linear = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find = getattr(model, "get_output_embeddings", None)
+    linear: Any = None if find is None else find()
     forms = _head_forms.setdefault(model, {})
     if type(linear) not in forms:
         forms[type(linear)] = _probe_head(model, linear, inputs)
