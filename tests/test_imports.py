@@ -12,13 +12,14 @@ KERNELS, TRAIN = ROOT / "nsru_kernels", ROOT / "python" / "nsru_train"
 # From low to high. A file belongs to the entry that names it, or else to that of its folder; one
 # without any to the lowest.
 LAYERS = (
-    ("data", "demo", "measure", "run_folder"),
+    ("data", "demo", "measure", "parsing", "run_folder"),
     ("demo.authors", "losses", "methods", "metrics"),
     ("config", "eval_results", "scoring", "sources"),
-    ("callbacks", "demo.sets", "demo.tiny_model", "evaluate", "unlearn_dataset"),
+    ("callbacks", "demo.sets", "demo.smollm2", "demo.tiny_model", "evaluate", "unlearn_dataset"),
     ("trainer",),
     ("pipeline",),
     ("report", "verify"),
+    ("demo.compare",),
     ("demo.run",),
     ("cli",),
 )

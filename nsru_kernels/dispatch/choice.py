@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -58,6 +58,10 @@ class Query(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = ()
 
 
+# Backends whose kernels take what stands at an address; the others ask tensors for their values.
+READ_MEMORY = ("triton", "cuda")
+
+
 class Choice(NamedTuple):
     """The module that serves, and the keyword arguments that carry its measured plan."""
 
@@ -65,10 +69,6 @@ class Choice(NamedTuple):
     module: ModuleType
     options: dict[str, str]
     named: bool  # by the caller: then nothing may stand in for it
-
-    def operands(self, *args: Any) -> Sequence[Any]:
-        """The arguments for kernels that read memory; the others see to it themselves."""
-        return launch.in_memory(args) if self.backend in ("triton", "cuda") else args
 
 
 @functools.lru_cache(maxsize=4096)

@@ -184,7 +184,7 @@ class RunFolder:
                 row = None
                 if not line.strip() or _is_cut_off(line):
                     continue
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            if not isinstance(row, dict) or not isinstance(row.get("step", ""), int | None):
                 raise ValueError(
                     f"{self.metrics_path}:{number}: expected a row with its step, as training "
                     f"writes them, got {line[:40]!r}; restore the file or move it away."
@@ -196,7 +196,8 @@ class RunFolder:
         """Remove the rows of later steps from metrics.jsonl; all rows when step is 0."""
         rows = self.read_metrics() if step else []
         self._write(
-            self.metrics_path, "".join(to_json(row) + "\n" for row in rows if row["step"] <= step)
+            self.metrics_path,
+            "".join(to_json(row) + "\n" for row in rows if (row["step"] or 0) <= step),
         )
 
     def write_results(self, results: Mapping[str, Any]) -> Path:

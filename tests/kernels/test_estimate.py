@@ -314,9 +314,9 @@ def test_empty_sets_are_refused(model):
             estimate(model, batches, rank=5, **options)
 
 
-def test_batches_must_be_dicts(model):
-    with pytest.raises(TypeError, match="dicts"):
-        estimate(model, [torch.zeros(2, 3)], rank=5)
+def test_batches_must_be_arguments(model):
+    with pytest.raises(TypeError, match="dicts, tuples or tensors"):
+        estimate(model, ["a text"], rank=5)
 
 
 class Branches(nn.Module):

@@ -87,7 +87,8 @@ def demo(out, folder, *more):
 
 @pytest.fixture(scope="module")
 def results(out, tmp_path_factory):
-    return demo(out, tmp_path_factory.mktemp("demo") / "run")
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    return {**demo(out, folder), "folder": folder}
 
 
 def test_demo_tries_every_rate_and_keeps_one_for_all_seeds(results):
@@ -120,6 +121,15 @@ def test_an_interrupted_demo_goes_on(out, results, tmp_path, monkeypatch):
     again = demo(out, tmp_path, "--resume=true")
     assert [path.name for path in trained] == ["lora-0.01-0"]
     assert again["frontier"] == first["frontier"] == results["frontier"]
+
+
+def test_an_interrupted_demo_with_other_settings_is_refused(out, results, capsys):
+    folder = results["folder"]
+    before = (folder / "config.yaml").read_bytes()
+    with pytest.raises(SystemExit):
+        demo(out, folder, "--resume=true", "--train.steps=5")
+    assert "train differ" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_bytes() == before
 
 
 def test_a_run_stops_where_it_has_forgotten_enough(out, tmp_path, monkeypatch):

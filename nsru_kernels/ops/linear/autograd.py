@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsru_kernels.dispatch.choice import as_op, choose
+from nsru_kernels.dispatch.choice import READ_MEMORY, as_op, choose
 from nsru_kernels.dispatch.config import BackendUnavailable
+from nsru_kernels.dispatch.launch import in_memory
 from nsru_kernels.ops.linear import reference
 from nsru_kernels.ops.linear.backends import LINEAR
 from nsru_kernels.ops.project.autograd import project_one
@@ -49,7 +50,9 @@ def _choose(function, x, weights, a, backend):
 @torch.library.impl(_library, "linear_forward", "CompositeExplicitAutograd")
 def _forward(x, weights, a, bs, biases, scalings, dropout_p, seed, backend):
     chosen = _choose("forward", x, weights, a, backend)
-    args = chosen.operands(x, weights, a, bs, biases, scalings, dropout_p, seed)
+    args: Sequence = (x, weights, a, bs, biases, scalings, dropout_p, seed)
+    if chosen.backend in READ_MEMORY:
+        args = in_memory(args)
     try:
         return chosen.module.forward(*args, **chosen.options)
     except BackendUnavailable:  # measured at these sizes, but not for this layout, say
@@ -73,7 +76,9 @@ def _backward(dys, x, weights, a, bs, s, scalings, dropout_p, seed, needs, backe
     # Every backend draws masks of its own: with dropout both passes must be by the same one.
     function = "forward" if dropout_p else "backward"
     chosen = _choose(function, x, weights, a, backend)
-    args = chosen.operands(dys, x, weights, a, bs, s, scalings, dropout_p, seed, needs)
+    args: Sequence = (dys, x, weights, a, bs, s, scalings, dropout_p, seed, needs)
+    if chosen.backend in READ_MEMORY:
+        args = in_memory(args)
     try:
         return chosen.module.backward(*args, **({} if dropout_p else chosen.options))
     except BackendUnavailable:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsru_kernels.dispatch.choice import as_op, choose
+from nsru_kernels.dispatch.choice import READ_MEMORY, as_op, choose
 from nsru_kernels.dispatch.config import BackendUnavailable
+from nsru_kernels.dispatch.launch import in_memory
 from nsru_kernels.ops.project import reference
 from nsru_kernels.ops.project.backends import PROJECT, query
 
@@ -45,7 +48,9 @@ def _project_many(
 ) -> list[Tensor]:
     device, threads = as_RK[0].device, torch.get_num_threads()
     chosen = choose(PROJECT, backend, device, *query(as_RK, bases_KQ), threads)
-    args = chosen.operands(as_RK, bases_KQ, gram_inverses_QQ)
+    args: Sequence = (as_RK, bases_KQ, gram_inverses_QQ)
+    if chosen.backend in READ_MEMORY:
+        args = in_memory(args)
     try:
         if torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):

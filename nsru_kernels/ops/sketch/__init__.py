@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from nsru_kernels.dispatch.choice import choose
+from nsru_kernels.dispatch.choice import READ_MEMORY, choose
 from nsru_kernels.dispatch.config import BackendUnavailable, requested_backend
+from nsru_kernels.dispatch.launch import in_memory
 from nsru_kernels.ops.sketch import reference
 from nsru_kernels.ops.sketch.backends import SKETCH, query
 
@@ -69,7 +72,9 @@ def update_sketch(
     limit = energy_limit(y.dtype)
     requested, threads = requested_backend(backend), torch.get_num_threads()
     chosen = choose(SKETCH, requested, x.device, *query(x, omega.shape[1], y.dtype), threads)
-    args = chosen.operands(x, omega, y, h, mask, split, limit)
+    args: Sequence = (x, omega, y, h, mask, split, limit)
+    if chosen.backend in READ_MEMORY:
+        args = in_memory(args)
     try:
         with torch.autocast(x.device.type, enabled=False):
             return chosen.module.update_sketch(*args, **chosen.options)

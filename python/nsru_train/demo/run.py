@@ -20,6 +20,7 @@ from nsru_train.demo.compare import Comparison, best_lr
 from nsru_train.demo.sets import Sets, fictitious_sets, target_sets, tofu_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
 from nsru_train.losses.objective import Objective
+from nsru_train.parsing import read_yaml
 from nsru_train.pipeline import MORE_SPLITS, find_subspaces, load_model
 from nsru_train.report import write_report
 from nsru_train.report.summary import (
@@ -89,7 +90,15 @@ def run_demo(
     else:
         sets = tofu_sets(data_dir, scale.authors, safe)
     base_dir = model or str(run.path / "base")
-    _write_run_config(run, base_dir, sets, subspace, lora, objective, train)
+    config = _run_config(run, base_dir, sets, subspace, lora, objective, train)
+    config["demo"] = {"stop": stop, "probed": probed}
+    if resume and run.config_path.exists() and (was := read_yaml(run.config_path)) != config:
+        odd = [key for key, value in config.items() if was.get(key) != value]
+        raise ValueError(
+            f"resume: {', '.join(odd)} differ from {run.config_path}. Use the same settings, or "
+            "another --out."
+        )
+    run.write_config(config)
 
     if model is not None:
         say(f"1/5  load {model}")
@@ -260,7 +269,7 @@ def _brief(row: Mapping[str, Any]) -> str:
     )
 
 
-def _write_run_config(
+def _run_config(
     run: RunFolder,
     base: str,
     sets: Sets,
@@ -268,8 +277,8 @@ def _write_run_config(
     lora: LoraConfig,
     objective: Objective,
     train: TrainConfig,
-) -> None:
-    """config.yaml and data files with which every other command works on this folder."""
+) -> dict[str, Any]:
+    """Write the data files; the config.yaml with which every other command works on the folder."""
     files = {}
     for name, records in {**sets.authors, **sets.general}.items():
         files[name] = str(run.path / "data" / f"{name}.jsonl")
@@ -279,13 +288,11 @@ def _write_run_config(
         files["retain"],
         more={name: files[name] for name in MORE_SPLITS if name in files},
     )
-    run.write_config(
-        {
-            "model": asdict(ModelConfig(base)),
-            "data": asdict(data),
-            "subspace": asdict(replace(subspace, path=str(run.path / "subspaces"))),
-            "lora": asdict(lora),
-            "objective": asdict(objective),
-            "train": asdict(train),
-        }
-    )
+    return {
+        "model": asdict(ModelConfig(base)),
+        "data": asdict(data),
+        "subspace": asdict(replace(subspace, path=str(run.path / "subspaces"))),
+        "lora": asdict(lora),
+        "objective": asdict(objective),
+        "train": asdict(train),
+    }
