@@ -47,7 +47,7 @@ ifdef DRY
 DRY_FOLDER := $(CURDIR)/build/gpu-check
 gpu-check: install
 	rm -rf $(DRY_FOLDER) && mkdir -p $(DRY_FOLDER)/tree
-	tar cf - --exclude=./.git --exclude=./.venv --exclude=./build . | tar xf - -C $(DRY_FOLDER)/tree
+	tar cf - --exclude=./.git --exclude=./.venv --exclude=./build --exclude=./runs . | tar xf - -C $(DRY_FOLDER)/tree
 	cd $(DRY_FOLDER)/tree && env -i HOME=$(DRY_FOLDER) PATH= OMP_NUM_THREADS=1 TRITON_INTERPRET=1 \
 	  HF_HUB_OFFLINE=1 https_proxy=http://127.0.0.1:9 NSRU_COMMIT=dry PYTHONPATH=.:python \
 	  $(CURDIR)/$(PY) $(CHECK) --dry --out $(DRY_FOLDER) $(ARGS)

@@ -38,6 +38,7 @@ def flags(setting: Path, **changes: str) -> list[str]:
 
 TRAIN = (
     "--objective.w_suppress=1",
+    "--objective.suppression=npo",  # the model knows nothing yet that unlikelihood could see
     "--train.steps=6",
     "--train.lr=0.02",
     "--train.batch_size=3",
