@@ -12,6 +12,7 @@ divides alpha).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,19 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows.replace(args.out / "scale_energy.csv", [{**row, **columns} for row in energy])
     found: dict[tuple[str, float], SubspaceSet] = {}
     for rule, (unit, answers) in RULES.items():
-        for floor in FLOORS:
-            found[rule, floor] = nk.estimate_retain_subspaces(
-                model,
-                token_batches(model, tokenizer, retain, max_tokens=4096, max_length=512),
-                targets,
-                width=WIDTH,
-                forget_batches=token_batches(
-                    model, tokenizer, forget,
-                    max_tokens=4096, max_length=512, answers_only=answers,
-                ),
-                min_editability=floor,
-                unit_tokens=unit,
-            )  # fmt: skip
+        whole = nk.estimate_retain_subspaces(
+            model,
+            token_batches(model, tokenizer, retain, max_tokens=4096, max_length=512),
+            targets,
+            width=WIDTH,
+            forget_batches=token_batches(
+                model, tokenizer, forget, max_tokens=4096, max_length=512, answers_only=answers
+            ),
+            min_editability=min(FLOORS),
+            unit_tokens=unit,
+        )
+        found |= {(rule, floor): _at_floor(whole, floor) for floor in FLOORS}
     rules = []
     for (rule, floor), subspaces in found.items():
         shares = {
@@ -99,6 +99,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps = _steps(model, tokenizer, forget[:8], retain[:8], targets, found)
     rows.replace(args.out / "scale_steps.csv", [{**row, **columns} for row in steps])
     draw(energy, rules, steps, args.out / "scale.png")
+
+
+def _at_floor(whole: SubspaceSet, floor: float) -> SubspaceSet:
+    """The subspaces of the largest ranks that leave this much open, out of wider ones."""
+    subspaces, inputs = {}, []
+    for entry in whole.inputs:
+        shares = entry.editability_by_rank[: entry.rank + 1]
+        rank = max(1, sum(share >= floor for share in shares) - 1)
+        inputs.append(dataclasses.replace(entry, rank=rank, editability=shares[rank]))
+        subspaces |= dict.fromkeys(entry.modules, whole[entry.name].truncate(rank))
+    return SubspaceSet(subspaces, inputs, whole.fingerprint)
 
 
 def _kinds(tokenizer, records: Sequence[QA]) -> list[tuple[Encoded, Tensor]]:
