@@ -73,3 +73,44 @@ def test_performance_document_quotes_the_steps():
         rows = [row for row in csv.DictReader(file) if row["provider"] != "frozen"]
     measured = sorted(float(row["ratio"]) for row in rows)
     assert sorted(quoted("A whole step")) == pytest.approx(measured, abs=0.0051)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return json.loads((RESULTS / "smollm2" / "results.json").read_text())
+
+
+def test_smollm2_does_at_most_a_fifth_of_the_damage(smollm2):
+    assert smollm2["matched"] == matched_damage(smollm2)
+    assert all(row["ratio"] <= 1 / 5 for row in smollm2["matched"])
+    assert all(row["nsru_step"] <= 1.5 * row["lora_step"] for row in smollm2["matched"])
+    _, nsru, _ = smollm2["methods"]
+    assert nsru["forget_prob"] <= 0.1
+    assert nsru["safe_prob"] >= 0.9
+
+
+def test_unlearning_document_quotes_the_runs_on_smollm2(smollm2):
+    text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    section = text.split("## On a pretrained model\n")[1].split("\n## ")[0]
+    rows = [re.sub("[*]", "", line).split("|")[1:-1] for line in section.splitlines()]
+    shown = {
+        (row[0].split()[0].lower(), float(row[1])): row[2:]
+        for row in rows
+        if len(row) > 5 and "e-" in row[1]
+    }
+    before = smollm2["methods"][0]["retain_unseen_prob"]
+    runs = {}
+    for point in smollm2["tuning"]:
+        runs.setdefault((point["method"], point["lr"]), []).append(point)
+    assert shown.keys() == runs.keys()
+    for run, points in runs.items():
+        reached = next((point for point in points if point["forget_prob"] <= 0.1), None)
+        wanted = [None] * 3
+        if reached is not None:
+            lost = before - reached["retain_unseen_prob"]
+            wanted = [reached["step"], round(reached["forget_prob"], 3), round(lost, 3)]
+        last = points[-1]
+        wanted += [last["step"], round(last["forget_prob"], 3), round(last["safe_prob"], 2)]
+        wanted += [abs(round(before - last["retain_unseen_prob"], 3))]
+        cells = [cell.strip() for cell in shown[run]]
+        assert [float(c) if c and c != "never" else None for c in cells] == wanted, run
