@@ -533,10 +533,10 @@ def _options(command: str) -> list[str]:
     """Names of all options of a command, those of sections with the section's name before."""
     return [
         option
-        for name in inspect.signature(COMMANDS[command]).parameters
+        for name, parameter in inspect.signature(COMMANDS[command]).parameters.items()
         for option in (
             [f"{name}.{field.name}" for field in fields(SECTIONS[name])]
-            if name in SECTIONS
+            if name in SECTIONS and SECTIONS[name].__name__ in parameter.annotation
             else [name]
         )
     ]
