@@ -58,6 +58,7 @@ TRAIN = ("train", "--model.path=none", *SETS)
         (["merge"], "required"),
         (["trian"], "invalid choice: 'trian'"),
         (["report", "x", "y"], "report has no option 'y'"),
+        (["demo", "--modell=x"], "Did you mean --model?"),
         (["train", "--config=none.yaml"], "none.yaml"),
     ],
 )
