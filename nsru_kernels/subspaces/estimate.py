@@ -185,6 +185,11 @@ class _ForgetEnergy:
         return [1.0, *(1 - taken).clamp_(0, 1).tolist()]
 
 
+def open_rank(shares: Sequence[float], min_editability: float) -> int:
+    """The largest rank, at least 1, that leaves this editability; ``shares`` are by rank from 0."""
+    return max(1, sum(share >= min_editability for share in shares) - 1)
+
+
 def _truncate(
     whole: RetainSubspace,
     rank: int | None,
@@ -195,7 +200,7 @@ def _truncate(
     if min_editability is None:
         return whole.truncate(rank, energy)
     assert shares is not None
-    largest = max(1, sum(share >= min_editability for share in shares) - 1)
+    largest = open_rank(shares, min_editability)
     # All directions leave enough open: a wider sketch would have offered more of them.
     ran_out = largest == whole.rank < whole.in_features
     subspace = whole.truncate(largest)

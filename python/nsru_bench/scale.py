@@ -26,6 +26,7 @@ import nsru_kernels as nk
 from nsru_bench import rows
 from nsru_kernels.nn.inputs import ActivationStream, evaluating
 from nsru_kernels.subspaces.collection import SubspaceSet
+from nsru_kernels.subspaces.estimate import open_rank
 from nsru_train.config import ModelConfig
 from nsru_train.data.encode import Encoded, collate, encode_qa
 from nsru_train.data.records import QA
@@ -106,7 +107,7 @@ def _at_floor(whole: SubspaceSet, floor: float) -> SubspaceSet:
     subspaces, inputs = {}, []
     for entry in whole.inputs:
         shares = entry.editability_by_rank[: entry.rank + 1]
-        rank = max(1, sum(share >= floor for share in shares) - 1)
+        rank = open_rank(shares, floor)
         inputs.append(dataclasses.replace(entry, rank=rank, editability=shares[rank]))
         subspaces |= dict.fromkeys(entry.modules, whole[entry.name].truncate(rank))
     return SubspaceSet(subspaces, inputs, whole.fingerprint)
