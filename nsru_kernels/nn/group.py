@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from nsru_kernels.checks import check_dense
 from nsru_kernels.nn.projections import Projections, projection_key, steps
 from nsru_kernels.ops.linear import compute_dtype, projected_linears
 
@@ -101,6 +102,9 @@ class LinearGroup:
     def _compute(
         self, modules: Sequence[NSRULinear], operands: Sequence[Operands], x: Tensor
     ) -> tuple[Tensor, ...]:
+        dense = isinstance(x, Tensor) and x.layout is torch.strided
+        if not dense or x.is_nested or x.is_quantized:
+            check_dense("NSRULinear", x=x)
         first = modules[0]
         basis = first._subspace[0]._buffers["basis"] if first._subspace else None
         weights, biases, lora_as, lora_bs, scalings = zip(*operands, strict=True)

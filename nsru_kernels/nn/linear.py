@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsru_kernels.checks import check_number, check_probability, check_whole
 from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.dispatch.precision import full_float32
 from nsru_kernels.nn.group import LinearGroup
@@ -65,14 +65,9 @@ class NSRULinear(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        is_whole = isinstance(rank, numbers.Integral)
-        if not is_whole or rank < 1:
-            raise ValueError(f"NSRULinear: rank must be ≥ 1, got {rank}.")
-        is_number = isinstance(alpha, numbers.Real)
-        if not is_number or not math.isfinite(alpha):
-            raise ValueError(f"NSRULinear: alpha must be a finite number, got {alpha!r}.")
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"NSRULinear: dropout must be in [0, 1], got {dropout}.")
+        rank = check_whole("NSRULinear", "rank", rank)
+        alpha = check_number("NSRULinear", "alpha", alpha)
+        dropout = check_probability("NSRULinear", "dropout", dropout)
         requested_backend(backend)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.alpha, self.dropout, self.backend = rank, alpha, dropout, backend

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nsru_kernels.nn.linear import NSRULinear
-from nsru_kernels.nn.names import COMPILED
+from nsru_kernels.nn.names import COMPILED, check_module
 from nsru_kernels.nn.swap import replace_module
 
 
@@ -22,6 +22,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         ValueError: the model has no ``NSRULinear``, is one itself, or a merged weight would hold
             NaN or infinite values; nothing is then changed.
     """
+    check_module(model)
     modules = [(n, m) for n, m in model.named_modules() if isinstance(m, NSRULinear)]
     if not modules:
         raise ValueError(

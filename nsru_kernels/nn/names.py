@@ -11,8 +11,15 @@ COMPILED = "._orig_mod"  # ends the name of what a compiled layer was made of
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
+def check_module(model: object) -> None:
+    """Raise TypeError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r:.80}.")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside torch.compile, DistributedDataParallel and the like."""
+    check_module(model)
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
             model = model.module

@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor, nn
 
+from nsru_kernels.checks import check_dense, check_share, check_whole
 from nsru_kernels.files import atomic_write, read_tensors
 
 _FORMAT = "nsru-retain-subspace-1"
@@ -115,9 +116,7 @@ class RetainSubspace(nn.Module):
         """
         eigenvalues = self._known_eigenvalues("truncate")
         if rank is not None and energy is None:
-            if rank < 0:
-                raise ValueError(f"truncate: rank must be 0 or more, got {rank}.")
-            wanted = rank
+            wanted = check_whole("truncate", "rank", rank, least=0)
         elif energy is not None and rank is None:
             check_share("truncate", "energy", energy)
             shares = eigenvalues.cumsum(0) / (self.trace or 1.0)
@@ -213,6 +212,7 @@ class RetainSubspace(nn.Module):
 
 
 def _check_basis(basis: Tensor) -> None:
+    check_dense("RetainSubspace", basis=basis)
     if basis.dim() != 2 or not basis.is_floating_point() or basis.shape[1] > basis.shape[0]:
         raise ValueError(
             f"basis must be a floating [K, Q] matrix with Q ≤ K, got {tuple(basis.shape)} "
@@ -222,9 +222,3 @@ def _check_basis(basis: Tensor) -> None:
         raise ValueError(
             f"basis {tuple(basis.shape)} holds NaN or infinite values; estimate the subspace again."
         )
-
-
-def check_share(function: str, name: str, value: float) -> None:
-    """Raise ValueError unless 0 < value <= 1."""
-    if not 0 < value <= 1:
-        raise ValueError(f"{function}: {name} must be above 0 and at most 1, got {value}.")

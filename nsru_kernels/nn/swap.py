@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nsru_kernels.nn.group import LinearGroup
@@ -127,10 +128,24 @@ def swap_linears(
             swapped, a key of a pattern fits none of them, a subspace is missing or of another size
             or from another model, or the model is already swapped, wrapped by PEFT, or a linear
             layer itself.
-        TypeError: an entry of ``subspaces`` has no basis tensor.
+        TypeError: an entry of ``subspaces`` has no basis tensor, or an argument is of another kind,
+            such as a dict where a number belongs.
     """
+    inside = unwrap(model)
     _refuse_adapted(model)
-    model = unwrap(model)
+    model = inside
+    targets, exclude = names_in("targets", targets), names_in("exclude", exclude)
+    for name, value in (("rank", rank), ("alpha", alpha)):
+        if isinstance(value, Mapping):
+            raise TypeError(
+                f"swap_linears: {name} is one number for all targets, got {value!r:.80}; give "
+                f"those of single modules as {name}_pattern, and as {name} that of the others."
+            )
+    if subspaces is not None and not isinstance(subspaces, Mapping):
+        raise TypeError(
+            "swap_linears: subspaces must map names of modules to their subspaces, got "
+            f"{type(subspaces).__name__}; estimate_retain_subspaces returns such a dict."
+        )
     linears, skipped = _match(model, targets, exclude, getattr(subspaces, "read_elsewhere", {}))
     if elsewhere := _read_elsewhere(model, dict(linears), batch):
         linears, skipped = _match(model, targets, exclude, {**skipped, **elsewhere})
@@ -192,6 +207,17 @@ def match_linears(
         ValueError: a target matches no linear layer that can be swapped.
     """
     return _match(model, targets, exclude, elsewhere or {})[0]
+
+
+def names_in(argument: str, given: str | Iterable[str]) -> list[str]:
+    """What names linear layers as a list. Raises TypeError: it is no name and no names."""
+    names = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(
+            f"{argument} must be names of linear layers, or regular expressions for them, got "
+            f"{odd[0]!r:.80}."
+        )
+    return names
 
 
 def by_pattern(
@@ -287,15 +313,19 @@ def _take_all(
     argument: str, pattern: Mapping[str, Value] | None, names: list[str], default: Value
 ) -> dict[str, Value]:
     """``by_pattern``, where a key that no target takes is a mistake."""
-    pattern = pattern or {}
-    keys = by_pattern({key: key for key in pattern}, names, "")
+    pattern = {} if pattern is None else pattern
+    if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
+        raise TypeError(
+            f"swap_linears: {argument} must map names of modules to numbers, got {pattern!r:.80}."
+        )
+    keys = by_pattern({key: key for key in pattern}, names, None)
     if unused := sorted(pattern.keys() - set(keys.values())):
         closest = difflib.get_close_matches(unused[0], names, n=1, cutoff=0)
         raise ValueError(
             f"swap_linears: {argument} has {unused[0]!r}, which no target takes: none fits, or an "
             f"earlier key does first; closest: {closest}."
         )
-    return {name: pattern.get(key, default) for name, key in keys.items()}
+    return {name: default if key is None else pattern[key] for name, key in keys.items()}
 
 
 def _names(target: str, name: str) -> bool:
@@ -314,8 +344,7 @@ def _match(
     exclude: str | Sequence[str],
     elsewhere: Mapping[str, str],
 ) -> tuple[list[tuple[str, nn.Linear]], dict[str, str]]:
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    unwanted = [exclude] if isinstance(exclude, str) else list(exclude)
+    wanted, unwanted = names_in("targets", targets), names_in("exclude", exclude)
     if not wanted:
         raise ValueError("targets must name at least one linear layer, got an empty list.")
     if _looks_linear(model):
@@ -412,6 +441,13 @@ def _cannot_swap(module: nn.Module) -> str | None:
         return "has a parametrization; remove it first"
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} is not a plain nn.Linear; only those are supported"
+    weight = module.weight
+    if type(weight) not in (nn.Parameter, FakeTensor):
+        return f"its weight is a {type(weight).__name__}; only plain tensors are supported"
+    if weight.layout is not torch.strided or not weight.is_floating_point():
+        return (
+            f"its weight is of {weight.layout} and {weight.dtype}; only dense floats are supported"
+        )
     if hasattr(module, "_hf_hook"):
         return "accelerate moves its weights during forward; load the model without offloading"
     if any(getattr(module, hooks) for hooks in _HOOKS):

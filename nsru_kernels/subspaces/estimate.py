@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nsru_kernels.checks import check_share, check_whole
 from nsru_kernels.nn.inputs import (
     ActivationStream,
     Batches,
@@ -18,8 +19,8 @@ from nsru_kernels.nn.inputs import (
     with_first,
 )
 from nsru_kernels.nn.names import unwrap
-from nsru_kernels.nn.subspace import RetainSubspace, check_share
-from nsru_kernels.nn.swap import match_linears
+from nsru_kernels.nn.subspace import RetainSubspace
+from nsru_kernels.nn.swap import match_linears, names_in
 from nsru_kernels.subspaces.collection import InputDiagnostics, SubspaceSet, fingerprint_weights
 from nsru_kernels.subspaces.distributed import communication_device
 from nsru_kernels.subspaces.sketch import MIN_ENERGY, RetainSketch, lifted
@@ -76,6 +77,7 @@ def estimate_retain_subspaces(
             match, or one that no batch reached.
     """
     model = unwrap(model)
+    targets, exclude = names_in("targets", targets), names_in("exclude", exclude)
     linears = dict(match_linears(model, targets, exclude))
     _check_request(linears, width, rank, energy, min_editability, forget_batches is not None)
     with evaluating(model):
@@ -228,6 +230,7 @@ def _check_request(
     has_forget: bool,
 ) -> None:
     function = "estimate_retain_subspaces"
+    check_whole(function, "width", width)
     choices = {"rank": rank, "energy": energy, "min_editability": min_editability}
     given = [name for name, value in choices.items() if value is not None]
     if len(given) != 1:
@@ -241,8 +244,7 @@ def _check_request(
         if not has_forget:
             raise ValueError(f"{function}: min_editability needs forget_batches to measure it on.")
     if rank is not None:
-        if rank < 0:
-            raise ValueError(f"{function}: rank must be 0 or more, got {rank}.")
+        check_whole(function, "rank", rank, least=0)
         if rank > width:
             raise ValueError(
                 f"{function}: rank={rank} needs a width of at least that, better {rank + 64}, got "

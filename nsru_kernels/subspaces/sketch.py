@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsru_kernels.checks import check_dense, check_whole
 from nsru_kernels.dispatch.precision import full_float32
 from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.ops.sketch import energy_limit, update_sketch
@@ -71,8 +72,7 @@ class RetainSketch:
         device: torch.device | str | None = None,
     ) -> None:
         for name, value in (("in_features", in_features), ("width", width)):
-            if value < 1:
-                raise ValueError(f"RetainSketch: {name} must be at least 1, got {value}.")
+            check_whole("RetainSketch", name, value)
         if refresh_every is not None and refresh_every < width:
             raise ValueError(
                 f"RetainSketch: refresh_every must be at least width={width} tokens, got "
@@ -290,6 +290,7 @@ class RetainSketch:
 
     def _tokens_of(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
         """x as [M, K], which rows to keep (None for all of them), and how many these are."""
+        check_dense("update", x=x)
         if not x.is_floating_point():
             raise TypeError(f"update: x must have a floating dtype, got {x.dtype}.")
         if x.ndim == 0 or x.shape[-1] != self.in_features:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nsru_kernels.checks import check_dense, check_probability
 from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.dispatch.launch import capturing
 from nsru_kernels.ops.linear.autograd import Call, ProjectedLinear
@@ -51,7 +52,7 @@ def nsru_linear(
         autocast dtype, as ``nn.Linear`` does.
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
-        TypeError: weight is a DTensor.
+        TypeError: one is no dense tensor, or weight is a DTensor.
         RuntimeError: dropout_p > 0 while a CUDA graph is captured.
         BackendUnavailable: a backend named explicitly cannot run here.
     Source: design after arXiv 2606.10989; the projected form is exact because x P Aᵀ = x (A P)ᵀ.
@@ -62,10 +63,12 @@ def nsru_linear(
     >>> bool(torch.allclose(y, x @ w.T + 2 * (x - x @ u @ u.T) @ a.T @ b.T, atol=1e-4))
     True
     """
+    check_dense(
+        "nsru_linear", x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, basis=basis, bias=bias
+    )
+    check_probability("nsru_linear", "dropout_p", dropout_p)
     x, (weight,), (bias,) = _autocast(x, [weight], [bias])
     _check("nsru_linear", x, weight, lora_a, lora_b, basis, bias)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"nsru_linear: dropout_p must be in [0, 1], got {dropout_p}.")
     return projected_linears(
         x, [weight], [lora_a], [lora_b], basis, [bias], None, [float(scaling)], dropout_p, backend
     )[0]
@@ -104,7 +107,7 @@ def nsru_linear_group(
     Raises:
         ValueError: the lists are empty or differ in length, or shapes, dtypes or devices do not
             fit; the message names the index.
-        TypeError: a weight is a DTensor.
+        TypeError: one is no dense tensor, or a weight is a DTensor.
         BackendUnavailable: a backend named explicitly cannot run here.
     Source: design after arXiv 2606.10989; derivation in this folder's README.
 
@@ -125,6 +128,11 @@ def nsru_linear_group(
                 f"nsru_linear_group: {name} must hold one entry per weight ({len(weights)}), "
                 f"got {len(values)}."
             )
+    for i, (weight, lora_a, lora_b, bias) in enumerate(
+        zip(weights, lora_as, lora_bs, biases, strict=True)
+    ):
+        op = f"nsru_linear_group, index {i}"
+        check_dense(op, x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, basis=basis, bias=bias)
     x, weights, biases = _autocast(x, weights, biases)
     for i, (weight, lora_a, lora_b, bias) in enumerate(
         zip(weights, lora_as, lora_bs, biases, strict=True)
@@ -159,6 +167,7 @@ def projected_linears(
         (not x.is_meta and torch.is_autocast_enabled(x.device.type))
         or weights[0].dtype != dtype
         or x.shape[-1:] != (k,)
+        or x.device != weights[0].device
     ):
         x, weights, biases = _autocast(x, weights, biases)
         for weight, a, b, bias in zip(weights, lora_as, lora_bs, biases, strict=True):

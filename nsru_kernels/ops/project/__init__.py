@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from nsru_kernels.checks import check_dense
 from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.ops.project.autograd import Projection
 from nsru_kernels.ops.project.gram import gram_inverse_of
@@ -79,6 +80,7 @@ def project_adapters(
 
 def check_projection(op: str, lora_a: Tensor, basis: Tensor | None) -> None:
     """Refuse what no backend can project. Raises ValueError or TypeError."""
+    check_dense(op, lora_a=lora_a, basis=basis)
     if lora_a.dim() != 2 or not lora_a.is_floating_point():
         raise ValueError(
             f"{op}: lora_a must be a floating [R, K] matrix, got {tuple(lora_a.shape)} "
