@@ -150,8 +150,8 @@ def swap_linears(
     if elsewhere := _read_elsewhere(model, dict(linears), batch):
         linears, skipped = _match(model, targets, exclude, {**skipped, **elsewhere})
     names = [name for name, _ in linears]
-    ranks = _take_all("rank_pattern", rank_pattern, names, rank)
-    alphas = _take_all("alpha_pattern", alpha_pattern, names, alpha)
+    ranks = take_all("swap_linears: rank_pattern", rank_pattern, names, rank)
+    alphas = take_all("swap_linears: alpha_pattern", alpha_pattern, names, alpha)
     if subspaces is not None:
         if missing := [name for name, _ in linears if name not in subspaces]:
             raise ValueError(
@@ -309,20 +309,24 @@ def _holder(
     return holders[id(subspace)][1]
 
 
-def _take_all(
+def take_all(
     argument: str, pattern: Mapping[str, Value] | None, names: list[str], default: Value
 ) -> dict[str, Value]:
-    """``by_pattern``, where a key that no target takes is a mistake."""
+    """``by_pattern``, where a key that no target takes is a mistake.
+
+    Raises: ValueError: there is one, or it is no regular expression. TypeError: it is no name.
+    """
     pattern = {} if pattern is None else pattern
     if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
-        raise TypeError(
-            f"swap_linears: {argument} must map names of modules to numbers, got {pattern!r:.80}."
-        )
-    keys = by_pattern({key: key for key in pattern}, names, None)
+        raise TypeError(f"{argument} must map names of modules to numbers, got {pattern!r:.80}.")
+    try:
+        keys = by_pattern({key: key for key in pattern}, names, None)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
     if unused := sorted(pattern.keys() - set(keys.values())):
         closest = difflib.get_close_matches(unused[0], names, n=1, cutoff=0)
         raise ValueError(
-            f"swap_linears: {argument} has {unused[0]!r}, which no target takes: none fits, or an "
+            f"{argument} has {unused[0]!r}, which no target takes: none fits, or an "
             f"earlier key does first; closest: {closest}."
         )
     return {name: default if key is None else pattern[key] for name, key in keys.items()}

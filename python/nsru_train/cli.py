@@ -195,7 +195,14 @@ def train(
     import nsru_kernels as nk
     from nsru_kernels.subspaces.collection import fingerprint_weights
     from nsru_train.evaluate import before_and_after, probability_sets, quick_probabilities
-    from nsru_train.pipeline import find_subspaces, load_data, load_model, unlearn, without_long
+    from nsru_train.pipeline import (
+        check_layers,
+        find_subspaces,
+        load_data,
+        load_model,
+        unlearn,
+        without_long,
+    )
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder
 
@@ -238,6 +245,7 @@ def train(
         limit=QUESTIONS_BEFORE_AND_AFTER,
     )
     longest = max(4096, data.max_length)
+    check_layers(base, subspace, lora)
     run.write_config(config)
     run.write_environment()
     subspaces = None
@@ -258,6 +266,7 @@ def train(
         loaded,
         run.path,
         targets=subspace.targets,
+        exclude=subspace.exclude,
         subspaces=subspaces,
         lora=lora,
         objective=objective,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nsru_kernels.checks import check_number, check_probability, check_whole
 from nsru_train.losses.objective import Objective
 
 __all__ = ["DataConfig", "LoraConfig", "ModelConfig", "Objective", "SubspaceConfig", "TrainConfig"]
@@ -89,7 +90,8 @@ class SubspaceConfig:
     """The retain subspaces. Give at most one of rank, energy and min_editability.
 
     Args:
-        targets: "all-linear", names of linear layers, or their ends.
+        targets: "all-linear", names of linear layers, their ends, or regular expressions.
+        exclude: targets to leave alone, named like them.
         path: folder of subspaces estimated before; none estimates them.
         width: of the sketch: the most directions that can be found.
         rank: fixed rank of every subspace.
@@ -101,6 +103,7 @@ class SubspaceConfig:
     """
 
     targets: list[str] | str = field(default_factory=lambda: ["all-linear"])
+    exclude: list[str] | str = field(default_factory=list)
     path: str | None = None
     width: int = 512
     rank: int | None = None
@@ -110,6 +113,7 @@ class SubspaceConfig:
 
     def __post_init__(self) -> None:
         self.targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        self.exclude = [self.exclude] if isinstance(self.exclude, str) else self.exclude
         self.path = _absolute(self.path)
 
     def rule(self) -> dict[str, Any]:
@@ -136,14 +140,26 @@ class LoraConfig:
         rank: R.
         alpha: updates are scaled by alpha / rank, and where they are projected by 1 / √editability
             besides, so that one lr suits every subspace and none.
+        rank_pattern: other ranks for some layers, as in PEFT, such as {q_proj: 16}: name, its end,
+            or a regular expression; the first that fits counts.
+        alpha_pattern: the same for alpha.
         dropout: on the adapters' input; above 0 the null space holds in expectation only.
         project: confine the update to the null space of the retain subspaces; false is plain LoRA.
     """
 
     rank: int = 8
     alpha: float = 16.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     dropout: float = 0.0
     project: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in {"rank": self.rank, **self.rank_pattern}.items():
+            check_whole("lora", name, value)
+        for name, value in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            check_number("lora", name, value)
+        check_probability("lora", "dropout", self.dropout)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch import nn
 
 import nsru_kernels as nk
 from nsru_kernels.dispatch import default_device
+from nsru_kernels.nn.swap import match_linears, take_all
 from nsru_kernels.subspaces.estimate import SubspaceSet
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import (
@@ -215,6 +216,13 @@ def token_batches(
     return batches
 
 
+def check_layers(model: nn.Module, subspace: SubspaceConfig, lora: LoraConfig) -> None:
+    """Raise ValueError, before anything takes time, where a name fits no layer of the model."""
+    names = [name for name, _ in match_linears(model, subspace.targets, subspace.exclude)]
+    take_all("lora.rank_pattern", lora.rank_pattern, names, lora.rank)
+    take_all("lora.alpha_pattern", lora.alpha_pattern, names, lora.alpha)
+
+
 def find_subspaces(
     model: nn.Module,
     tokenizer,
@@ -249,6 +257,7 @@ def find_subspaces(
         model,
         retain_batches,
         config.targets,
+        exclude=config.exclude,
         width=config.width,
         forget_batches=forget_batches,
         unit_tokens=True,
@@ -310,6 +319,7 @@ def unlearn(
     folder: str | Path,
     *,
     targets: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
     subspaces: Mapping[str, Any] | None,
     lora: LoraConfig,
     objective: Objective,
@@ -340,11 +350,17 @@ def unlearn(
         targets,
         rank=lora.rank,
         alpha=lora.alpha,
-        alpha_pattern=_alphas(subspaces, lora) if lora.project else None,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        exclude=exclude,
         dropout=lora.dropout,
         subspaces=subspaces if lora.project else None,
         batch=first,
     )
+    if lora.project and isinstance(subspaces, SubspaceSet):
+        factors = subspaces.alphas(1.0)
+        for name, module in _adapted(model):
+            module.alpha *= factors[name]
     reference = reference_nll(model, tokenizer, data.forget, max_length=max_length)
     dataset = make_train_dataset(
         tokenizer,
@@ -403,15 +419,13 @@ def unlearn(
         early_stop=trainer.early_stop_reason,
         leakage=[
             {"module": name, "leakage": module.leakage(), "rounding": rounding(module.weight)}
-            for name, module in model.named_modules()
-            if isinstance(module, nk.NSRULinear)
+            for name, module in _adapted(model)
         ],
     )
 
 
-def _alphas(subspaces: Mapping[str, Any] | None, lora: LoraConfig) -> dict[str, float] | None:
-    """An alpha for each module where the subspaces know their editability."""
-    return subspaces.alphas(lora.alpha) if isinstance(subspaces, SubspaceSet) else None
+def _adapted(model: nn.Module) -> list[tuple[str, nk.NSRULinear]]:
+    return [(n, module) for n, module in model.named_modules() if isinstance(module, nk.NSRULinear)]
 
 
 def rounding(weight: torch.Tensor) -> float:

@@ -11,8 +11,9 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import CLIPConfig, T5Config
+from transformers import AutoModelForCausalLM, CLIPConfig, T5Config
 
+import nsru_kernels as nk
 from nsru_train import cli
 from nsru_train.demo.tiny_model import make_llama, train_tokenizer
 from nsru_train.trainer import CheckpointError, NSRUTrainer
@@ -318,3 +319,64 @@ def test_options_of_transformers_reach_the_trainer(model, monkeypatch, tmp_path)
 )
 def test_options_of_transformers_are_checked_first(capsys, flag, wanted):
     assert wanted in fails(capsys, *TRAIN, flag)
+
+
+def test_layers_left_out_and_sizes_of_their_own(model, tmp_path, capsys):
+    """From estimate to swap, export, evaluation, merge and check of the export."""
+    out = tmp_path / "run"
+    settings = {
+        "subspace": {"exclude": "down_proj", "rank": 3, "width": 16},
+        "lora": {"rank": 2, "rank_pattern": {"q_proj": 4, r".*\.mlp\..*": 3}},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    cli.main(
+        [
+            *("train", "--config", str(tmp_path / "c.yaml"), f"--model.path={model}"),
+            "--data.forget=authors:forget?authors=3",
+            "--data.retain=authors:retain?authors=3",
+            *("--data.max_length=900", "--train.steps=4", "--train.batch_size=2"),
+            *("--train.lr=0.02", "--objective.suppression=npo", "--objective.w_suppress=1"),
+            *("--lora.alpha_pattern", "{v_proj: 5}", f"--out={out}"),
+        ]
+    )
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert saved["subspace"]["exclude"] == ["down_proj"]
+    assert saved["lora"]["rank_pattern"] == settings["lora"]["rank_pattern"]
+    index = json.loads((out / "subspaces/index.json").read_text())
+    openness = {name: e["editability"] for e in index["inputs"] for name in e["modules"]}
+    ends = {name.rpartition(".")[2] for name in openness}
+    assert ends == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    adapted = AutoModelForCausalLM.from_pretrained(model)
+    nk.load_lora_adapter(adapted, out / "adapter")
+    found = {n: m for n, m in adapted.named_modules() if isinstance(m, nk.NSRULinear)}
+    assert found.keys() == openness.keys()
+    for name, module in found.items():
+        end = name.rpartition(".")[2]
+        assert module.rank == {"q_proj": 4, "gate_proj": 3, "up_proj": 3}.get(end, 2)
+        alpha = 5 if end == "v_proj" else 16
+        assert module.alpha == pytest.approx(alpha / math.sqrt(openness[name]))
+    for command in ("merge", "verify", "eval"):
+        cli.main([command, str(out), *(["--generate=false"] if command == "eval" else [])])
+    assert "verify passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "wanted"),
+    [
+        ("--lora.rank_pattern={q_prj: 4}", "lora.rank_pattern has 'q_prj', which no target takes"),
+        ("--lora.alpha_pattern={'q(': 4}", "lora.alpha_pattern: 'q(' is no regular expression"),
+        ("--lora.rank_pattern={q_proj: 0}", "q_proj must be ≥ 1, got 0"),
+        ("--lora.rank_pattern={q_proj: 4.5}", "lora.rank_pattern"),
+        ("--lora.rank={q_proj: 4}", "lora.rank"),
+        ("--lora.alpha=.nan", "alpha must be a finite number"),
+        ("--subspace.exclude=q_prj", "exclude 'q_prj' matches no linear layer; closest: 'q_proj'"),
+    ],
+)
+def test_slips_in_layers_are_told_before_anything_is_estimated(
+    capsys, model, tmp_path, flag, wanted
+):
+    sets = ("--data.forget=authors:forget?authors=3", "--data.retain=authors:retain?authors=3")
+    out = tmp_path / "run"
+    error = fails(capsys, "train", f"--model.path={model}", *sets, flag, f"--out={out}")
+    assert wanted in error
+    assert not (out / "config.yaml").exists()

@@ -76,3 +76,15 @@ def test_alpha_follows_editability_only_where_it_projects(model, tokenizer, tmp_
         assert 0 < entry.editability < 1
         want = 16 / math.sqrt(entry.editability) if project else 16
         assert all(adapted[name].alpha == pytest.approx(want) for name in entry.modules)
+
+
+def test_subspaces_may_be_of_more_layers_than_are_trained(model, tokenizer, tmp_path):
+    subspaces = find_subspaces(
+        model, tokenizer, FORGET, RETAIN, SubspaceConfig(rank=3), progress=False
+    )
+    outcome = unlearn(
+        model, tokenizer, Data(FORGET, RETAIN, {}, SafeTargets.from_file()), tmp_path,
+        targets=["q_proj"], subspaces=subspaces, lora=LoraConfig(), objective=Objective(),
+        train=TrainConfig(steps=1, batch_size=2, save_steps=0), progress=False,
+    )  # fmt: skip
+    assert {name.rpartition(".")[2] for name in outcome.swap.swapped} == {"q_proj"}

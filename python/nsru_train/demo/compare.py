@@ -44,6 +44,7 @@ class Comparison:
     sets: Sets
     safe: SafeTargets
     targets: str | Sequence[str]
+    exclude: str | Sequence[str]
     subspaces: SubspaceSet
     lora: LoraConfig
     objective: Objective
@@ -100,6 +101,7 @@ class Comparison:
                 Data(self.sets.forget, self.sets.retain, {}, self.safe),
                 folder.path,
                 targets=self.targets,
+                exclude=self.exclude,
                 subspaces=self.subspaces,
                 lora=replace(self.lora, project=method == "nsru"),
                 objective=self.objective,

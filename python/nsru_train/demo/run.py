@@ -111,8 +111,8 @@ def run_demo(
     subspaces = _subspaces(run, base, tokenizer, sets, subspace, resume, progress)
     print(subspaces.table())
     comparison = Comparison(
-        run, base, tokenizer, sets, safe, subspace.targets, subspaces, lora, objective, train,
-        scale.eval_steps, stop, probed, examples, resume, progress,
+        run, base, tokenizer, sets, safe, subspace.targets, subspace.exclude, subspaces, lora,
+        objective, train, scale.eval_steps, stop, probed, examples, resume, progress,
     )  # fmt: skip
     rows = [comparison.before()]
 
