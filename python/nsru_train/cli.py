@@ -51,6 +51,8 @@ KNOWN_AS = {
     "output_dir": "out",
     "resume_from_checkpoint": "resume",
 }
+# By these a process knows that it has others beside it, and would wait for them.
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Of one set: enough for means that hold to about a percent, at the cost of a few training steps.
 QUESTIONS_BEFORE_AND_AFTER = 200
 
@@ -491,6 +493,11 @@ def main(args: list[str] | None = None) -> None:
 
     given = sys.argv[1:] if args is None else args
     first = os.environ.get("RANK", "0") == "0"  # under torchrun
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _command(given) != "train":
+        if not first:
+            return  # all but training is done by one process
+        for name in LAUNCHED:
+            os.environ.pop(name, None)
     try:
         with (
             open(os.devnull, "w") as nowhere,
@@ -510,6 +517,10 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
+def _command(given: list[str]) -> str | None:
+    return next((word for word in given if word in COMMANDS), None)
+
+
 def _check_configs(given: list[str]) -> None:
     """Raise ValueError where a --config file is not YAML, or has a key twice."""
     values = re.findall(r"--config(?:=|\n)(.*)", "\n".join(given))
@@ -520,7 +531,7 @@ def _check_configs(given: list[str]) -> None:
 def _explain(error: Exception, given: list[str]) -> str:
     """One line on what is wrong in the command line, with the closest option that there is."""
     text = " ".join(str(error).split())
-    command = next((word for word in given if word in COMMANDS), None)
+    command = _command(given)
     unknown = re.search(r"unrecognized arguments: -*([\w.]+)|not accept option '([\w.]+)'", text)
     if command is None or unknown is None:
         names = re.sub(rf"\b{command}\.([a-z_]+\.)", r"--\1", text)

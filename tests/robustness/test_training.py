@@ -16,7 +16,7 @@ import torch
 
 import nsru_kernels as nk
 from nsru_kernels import files
-from nsru_train import pipeline
+from nsru_train import cli, pipeline
 from nsru_train.checkpoints import rotate
 from nsru_train.data.encode import collate, encode_qa
 from nsru_train.losses.nll import answer_logits, answer_states
@@ -509,25 +509,17 @@ def test_processes_look_for_unused_parameters_only_where_some_may_be(tmp_path, t
     assert not _all_take_part(model, data)
 
 
-def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
-    samples.save_tiny(tmp_path / "model", samples.RECORDS)
-    for name, records in (("forget", samples.FORGET), ("retain", samples.RETAIN)):
-        save_records(tmp_path / f"{name}.jsonl", records)
+def torchrun(folder, *arguments):
+    """What nsru prints in two processes, which both must end well."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [
-        *(sys.executable, "-m", "nsru_train.cli", "train", "--model.path", "model"),
-        *("--data.forget", "forget.jsonl", "--data.retain", "retain.jsonl", "--out", "run"),
-        *("--train.steps", "2", "--train.batch_size", "2", "--train.save_steps", "2"),
-        *("--subspace.rank", "4", "--subspace.width", "16"),
-    ]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            command,
+            [sys.executable, "-m", "nsru_train.cli", *arguments],
             env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
+            cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -536,9 +528,38 @@ def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
     ]
     printed, silent = (process.communicate(timeout=600) for process in processes)
     assert [process.returncode for process in processes] == [0, 0], printed[1] + silent[1]
-    assert "next: nsru eval run" in printed[0]
-    assert silent[0] == ""
+    return printed[0], silent[0]
+
+
+def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
+    samples.save_tiny(tmp_path / "model", samples.RECORDS)
+    for name, records in (("forget", samples.FORGET), ("retain", samples.RETAIN)):
+        save_records(tmp_path / f"{name}.jsonl", records)
+    printed, silent = torchrun(
+        tmp_path,
+        *("train", "--model.path", "model", "--out", "run"),
+        *("--data.forget", "forget.jsonl", "--data.retain", "retain.jsonl"),
+        *("--train.steps", "2", "--train.batch_size", "2", "--train.save_steps", "2"),
+        *("--subspace.rank", "4", "--subspace.width", "16"),
+    )
+    assert "next: nsru eval run" in printed
+    assert silent == ""
     assert not list((tmp_path / "run").rglob(".*"))
     assert len(RunFolder(tmp_path / "run").read_metrics()) == 2
     checkpoint = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
     assert checkpoint == {*CHECKPOINT[:-1], "rng_state_0.pth", "rng_state_1.pth"}
+    printed, silent = torchrun(tmp_path, "eval", "run", "--generate=false")
+    assert "next: nsru verify run" in printed
+    assert silent == ""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("command", ["demo", "subspace", "train", "eval", "merge", "verify"])
+def test_only_training_takes_several_processes(monkeypatch, command, rank):
+    """The others end at once, and the first one does not wait for them."""
+    ran = []
+    monkeypatch.setitem(cli.COMMANDS, command, lambda: ran.append(os.environ.get("WORLD_SIZE")))
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    cli.main([command])
+    assert ran == (["2"] if command == "train" else [None] if rank == "0" else [])
