@@ -17,6 +17,7 @@ LAYERS = (
     ("config", "eval_results", "scoring", "sources"),
     ("callbacks", "demo.sets", "demo.smollm2", "demo.tiny_model", "evaluate", "unlearn_dataset"),
     ("trainer",),
+    ("own_texts",),
     ("pipeline",),
     ("report", "verify"),
     ("demo.compare",),

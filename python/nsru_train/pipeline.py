@@ -35,6 +35,7 @@ from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluate import SPLITS
 from nsru_train.losses.objective import Objective
 from nsru_train.measure import PeakMemory
+from nsru_train.own_texts import own_texts
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import check_positions, end_tokens, position_limit
 from nsru_train.sources import load_records
@@ -253,9 +254,13 @@ def find_subspaces(
         )
         for records in (retain, forget)
     )  # fmt: skip
+    own = own_texts(
+        model, tokenizer, config.own_texts, batch_tokens=config.max_tokens, seed=seed,
+        progress=progress,
+    )  # fmt: skip
     subspaces = nk.estimate_retain_subspaces(
         model,
-        retain_batches,
+        [*retain_batches, *own],
         config.targets,
         exclude=config.exclude,
         width=config.width,

@@ -213,7 +213,7 @@ def greedy_answers(
             batch, order = order[:rows], order[rows:]
             inputs = _left_padded([prompts[question] for question in batch], pad, width)
             new_tokens = int(min(max_new_tokens, limit - width))
-            with _greedy_config(model, new_tokens, sorted(stop), pad):
+            with generation_config(model, new_tokens, sorted(stop), pad):
                 output = model.generate(**{k: v.to(_device(model)) for k, v in inputs.items()})
             for question, ids in zip(batch, output[:, width:].tolist(), strict=True):
                 end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
@@ -257,7 +257,7 @@ def _masks_padding(model: PreTrainedModel, prompt: Sequence[int], pad: int) -> b
         other[:, :8] = next(token for token in prompt if token != pad)
         logits = []
         for input_ids in (inputs["input_ids"], other):
-            with _greedy_config(model, 1, None, pad):
+            with generation_config(model, 1, None, pad):
                 output = model.generate(
                     input_ids=input_ids.to(_device(model)),
                     attention_mask=inputs["attention_mask"].to(_device(model)),
@@ -279,16 +279,23 @@ def _masks_padding(model: PreTrainedModel, prompt: Sequence[int], pad: int) -> b
 
 
 @contextmanager
-def _greedy_config(
-    model: PreTrainedModel, max_new_tokens: int, stop: list[int] | None, pad: int
+def generation_config(
+    model: PreTrainedModel,
+    max_new_tokens: int,
+    stop: list[int] | None,
+    pad: int,
+    *,
+    do_sample: bool = False,
 ) -> Iterator[None]:
+    """Greedy, or plain sampling, in place of what the model's own generation config says."""
     # Replaced, not passed to generate(): what is passed inherits penalties and sampling settings.
     from transformers import GenerationConfig
 
     own = model.generation_config
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        do_sample=do_sample,
+        top_k=0,
         use_cache=True,
         eos_token_id=stop,
         pad_token_id=pad,

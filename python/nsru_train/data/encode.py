@@ -110,6 +110,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int
     return _tokens(tokenizer, _prompt_text(_around_answer(tokenizer, question)[0]))
 
 
+def encode_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that precede any question: the chat template's, else BOS or what stands for it."""
+    if tokenizer.chat_template:
+        return _tokens(tokenizer, _render(tokenizer, _ANSWER).partition(_ANSWER)[0])
+    bos = tokenizer.bos_token_id
+    return [tokenizer.eos_token_id if bos is None else bos]
+
+
 def encode_qa(
     tokenizer: PreTrainedTokenizerBase, question: str, answer: str, *, max_length: int = 512
 ) -> Encoded:
