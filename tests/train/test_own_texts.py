@@ -69,9 +69,10 @@ def test_they_are_sampled_from_the_whole_distribution(model, tokenizer):
     """Neither the model's own top-k nor its end of text holds sampling back."""
     model.generation_config.top_k, model.generation_config.do_sample = 1, True
     logits = model(torch.tensor([[tokenizer.bos_token_id]])).logits[0, -1]
-    texts = torch.cat(sample(model, tokenizer, count=400))
-    counted = torch.bincount(texts[:, 1], minlength=len(logits)) / 400
-    assert (counted - logits.softmax(0)).abs().sum() < 0.5
+    texts = torch.cat(sample(model, tokenizer, count=4000))
+    counted = torch.bincount(texts[:, 1], minlength=len(logits)) / len(texts)
+    # transformers' default, the 50 most likely tokens, leaves out a third of the mass here.
+    assert (counted - logits.softmax(0)).abs().sum() < 0.25
     assert (texts[:, 1:-1] == tokenizer.eos_token_id).any(), "texts go on after an end"
 
 
