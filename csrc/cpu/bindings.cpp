@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "amx.h"
-#include "fold.h"
+#include "project.h"
 #include "linear.h"
 
 namespace py = pybind11;
@@ -35,54 +35,54 @@ void check_available() {
 void run_forward(const TensorTuple& x, const TensorTuple& a, const TensorTuple& s,
                  const std::vector<ForwardTuple>& tuples, int threads) {
     check_available();
-    std::vector<Sibling> siblings;
+    std::vector<Member> members;
     for (const auto& [w, b, scaling, bias, y] : tuples)
-        siblings.push_back({tensor(w), tensor(b), scaling, reinterpret_cast<const bf16*>(bias),
+        members.push_back({tensor(w), tensor(b), scaling, reinterpret_cast<const bf16*>(bias),
                             tensor(y), std::nullopt, std::nullopt});
     py::gil_scoped_release unlocked;
-    forward(tensor(x), tensor(a), tensor(s), siblings, threads);
+    forward(tensor(x), tensor(a), tensor(s), members, threads);
 }
 
 void run_backward(const TensorTuple& x, const TensorTuple& a, const TensorTuple& s,
                   const TensorTuple& ds, const MaybeTuple& dx, const MaybeTuple& da,
                   const std::vector<BackwardTuple>& tuples, int threads) {
     check_available();
-    std::vector<Sibling> siblings;
+    std::vector<Member> members;
     for (const auto& [w, b, scaling, dy, db] : tuples)
-        siblings.push_back(
+        members.push_back(
             {tensor(w), tensor(b), scaling, nullptr, std::nullopt, maybe(dy), maybe(db)});
     py::gil_scoped_release unlocked;
-    backward(tensor(x), tensor(a), tensor(s), tensor(ds), maybe(dx), maybe(da), siblings, threads);
+    backward(tensor(x), tensor(a), tensor(s), tensor(ds), maybe(dx), maybe(da), members, threads);
 }
 
 // (address of A, address of Ā, rank)
 using AdapterTuple = std::tuple<uintptr_t, uintptr_t, int64_t>;
 
-void run_fold(const TensorTuple& basis, const std::vector<AdapterTuple>& tuples, int threads) {
+void run_project(const TensorTuple& basis, const std::vector<AdapterTuple>& tuples, int threads) {
     check_available();
     const auto& [data, k, q, stride, column_stride] = basis;
     if (column_stride != 1 && q > 1)
-        throw std::invalid_argument("fold: rows of the basis must be contiguous");
+        throw std::invalid_argument("project: rows of the basis must be contiguous");
     const Basis u{reinterpret_cast<const float*>(data), k, q, stride};
     std::vector<Adapter> adapters;
-    for (const auto& [a, folded, rank] : tuples)
+    for (const auto& [a, projected, rank] : tuples)
         adapters.push_back(
-            {reinterpret_cast<const float*>(a), reinterpret_cast<float*>(folded), rank});
+            {reinterpret_cast<const float*>(a), reinterpret_cast<float*>(projected), rank});
     py::gil_scoped_release unlocked;
-    fold(u, adapters, threads);
+    project(u, adapters, threads);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU backend of nsru_kernels; independent of torch.";
-    m.attr("interface") = 2;  // to be raised with cpu_extension.py's when arguments change
+    m.attr("interface") = 3;  // to be raised with cpu_extension.py's when arguments change
     m.def("unavailable", &unavailable, "Why this CPU cannot run the kernels; '' where it can.");
-    m.def("forward", &run_forward, py::arg("x"), py::arg("a"), py::arg("s"), py::arg("siblings"),
-          py::arg("threads"), "y and S; siblings are (w, b, scaling, bias, y).");
+    m.def("forward", &run_forward, py::arg("x"), py::arg("a"), py::arg("s"), py::arg("members"),
+          py::arg("threads"), "y and S; members are (w, b, scaling, bias, y).");
     m.def("backward", &run_backward, py::arg("x"), py::arg("a"), py::arg("s"), py::arg("ds"),
-          py::arg("dx"), py::arg("da"), py::arg("siblings"), py::arg("threads"),
-          "dX, dS and, in float32, dA and dB; siblings are (w, b, scaling, dy, db).");
-    m.def("fold", &run_fold, py::arg("basis"), py::arg("adapters"), py::arg("threads"),
-          "Folded float32 adapters of one basis; adapters are (A, folded, rank), contiguous.");
+          py::arg("dx"), py::arg("da"), py::arg("members"), py::arg("threads"),
+          "dX, dS and, in float32, dA and dB; members are (w, b, scaling, dy, db).");
+    m.def("project", &run_project, py::arg("basis"), py::arg("adapters"), py::arg("threads"),
+          "Projected float32 adapters of one basis; adapters are (A, projected, rank), contiguous.");
 }

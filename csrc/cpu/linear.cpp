@@ -44,31 +44,31 @@ Output in_float32(Output made) {
 }  // namespace
 
 void forward(const Tensor& x, const Tensor& a, const Tensor& s,
-             const std::vector<Sibling>& siblings, int threads) {
+             const std::vector<Member>& members, int threads) {
     // x is packed once for S and for all y.
     Product product{x.rows, {left(x)}, {}, {}};
     int64_t rank = 0;
-    for (const Sibling& sibling : siblings) {
-        const int64_t r = sibling.b.columns;
+    for (const Member& member : members) {
+        const int64_t r = member.b.columns;
         const int index = product.narrows.size() + 1;
         product.narrows.push_back(
             {output(some_columns(s, rank, r), 1.0f, {{0, matrix(some_rows(a, rank, r))}}),
-             sibling.scaling});
+             member.scaling});
         product.outputs.push_back(output(
-            *sibling.y, 1.0f, {{0, matrix(sibling.w)}, {index, matrix(sibling.b)}}, sibling.bias));
+            *member.y, 1.0f, {{0, matrix(member.w)}, {index, matrix(member.b)}}, member.bias));
         rank += r;
     }
     multiply({product}, threads);
 }
 
 void backward(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& ds, const Maybe& dx,
-              const Maybe& da, const std::vector<Sibling>& siblings, int threads) {
+              const Maybe& da, const std::vector<Member>& members, int threads) {
     // All but dB are computed as their transposes: a left operand is packed once, a right one for
     // every 128 rows, and W, which has to be interleaved, costs more than dY, which lies in tiles.
     std::vector<Product> first, then;
     std::vector<std::pair<Tensor, Tensor>> wide, narrow;  // what dX is the sum of
     int64_t rank = 0;
-    for (const auto& [w, b, scaling, bias, y, dy, db] : siblings) {
+    for (const auto& [w, b, scaling, bias, y, dy, db] : members) {
         const int64_t r = b.columns, column = std::exchange(rank, rank + r);
         if (!dy) continue;
         const Tensor s_i = some_columns(s, column, r), ds_i = some_columns(ds, column, r);

@@ -20,7 +20,7 @@ struct Tensor {
 };
 using Maybe = std::optional<Tensor>;
 
-struct Sibling {
+struct Member {
     Tensor w, b;  // [N, K], [N, R]
     float scaling;
     const bf16* bias;  // [N], or nullptr
@@ -30,10 +30,10 @@ struct Sibling {
 
 // x [M, K], Ā [ΣR, K], S and dS [M, ΣR].
 void forward(const Tensor& x, const Tensor& a, const Tensor& s,
-             const std::vector<Sibling>& siblings, int threads);
+             const std::vector<Member>& members, int threads);
 
 // dS is written where dX or dĀ is; columns of a missing dY are left as they are.
 void backward(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& ds, const Maybe& dx,
-              const Maybe& da, const std::vector<Sibling>& siblings, int threads);
+              const Maybe& da, const std::vector<Member>& members, int threads);
 
 }  // namespace nsru::cpu

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from nsru_kernels.dispatch.config import BackendUnavailable
 
-_INTERFACE = 2  # of csrc/cpu/bindings.cpp
+_INTERFACE = 3  # of csrc/cpu/bindings.cpp
 KERNEL_DTYPES = frozenset((torch.bfloat16,))
 _Matrix = tuple[int, int, int, int, int]  # address, shape, strides
 

@@ -22,7 +22,7 @@ def own_texts(
     count: int,
     *,
     new_tokens: int = 128,
-    batch_tokens: int = 4096,
+    batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
 ) -> Iterator[dict[str, Tensor]]:
@@ -35,7 +35,7 @@ def own_texts(
     Args:
         count: number of texts.
         new_tokens: tokens sampled for each.
-        batch_tokens: most tokens of a batch.
+        batch_size: texts sampled together; of each only the KV cache is held.
         seed: of the sampling; the global random state is left as it was.
 
     Yields:
@@ -54,12 +54,11 @@ def own_texts(
         raise ValueError(
             f"own texts take {length} tokens, {type(model).__name__} has {limit} positions"
         )
-    rows = max(1, batch_tokens // length)
     devices = [device] if device.type == "cuda" else []
     for start in tqdm(
-        range(0, count, rows), "the model's own texts", disable=not progress, leave=False
+        range(0, count, batch_size), "the model's own texts", disable=not progress, leave=False
     ):
-        begun = opening.expand(min(rows, count - start), -1)
+        begun = opening.expand(min(batch_size, count - start), -1)
         with (
             evaluating(model),
             torch.random.fork_rng(devices),

@@ -254,10 +254,7 @@ def find_subspaces(
         )
         for records in (retain, forget)
     )  # fmt: skip
-    own = own_texts(
-        model, tokenizer, config.own_texts, batch_tokens=config.max_tokens, seed=seed,
-        progress=progress,
-    )  # fmt: skip
+    own = own_texts(model, tokenizer, config.own_texts, seed=seed, progress=progress)
     subspaces = nk.estimate_retain_subspaces(
         model,
         [*retain_batches, *own],

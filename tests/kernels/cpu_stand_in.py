@@ -6,7 +6,7 @@ import ctypes
 import torch
 
 BF16 = torch.bfloat16
-interface = 2  # of csrc/cpu/bindings.cpp
+interface = 3  # of csrc/cpu/bindings.cpp
 
 
 def unavailable():
@@ -59,7 +59,7 @@ def backward(x, a, s, ds, dx, da, siblings, threads):
         at(da, torch.float32).copy_(ds.float().T @ x.float())
 
 
-def fold(basis, adapters, threads):
+def project(basis, adapters, threads):
     """Ā = A - (A U) Uᵀ of (address of A, address of Ā, rank)."""
     assert threads == torch.get_num_threads()
     u = at(basis, torch.float32)

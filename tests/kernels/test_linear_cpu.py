@@ -235,7 +235,7 @@ def test_a_swapped_model_trains_with_it(monkeypatch):
     counting = types.SimpleNamespace(
         forward=lambda *args: calls.append(1) or module.forward(*args),
         backward=module.backward,
-        fold=module.fold,
+        project=module.project,
     )
     monkeypatch.setattr(cpu_extension, "load", lambda: counting)
     model = Block()

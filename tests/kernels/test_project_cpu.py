@@ -85,7 +85,7 @@ def test_what_lies_around_the_operands_is_neither_read_nor_written():
     a.copy_(torch.randn(3, 50))
     take = cpu_extension.Arguments()
     adapters = [(a.data_ptr(), projected.data_ptr(), 3)]
-    cpu_extension.load().fold(take.matrix(basis[1:-1, 1:-1]), adapters, 2)
+    cpu_extension.load().project(take.matrix(basis[1:-1, 1:-1]), adapters, 2)
     assert projected.isfinite().all()
     assert around.isfinite().sum() == a.numel() + projected.numel()
 

@@ -48,8 +48,8 @@ def test_without_a_template_texts_begin_after_bos_or_eos(model, tokenizer, bos):
     assert set(texts[:, 0].tolist()) == {first}
 
 
-def test_batches_hold_no_more_than_their_tokens_and_repeat_themselves_never(model, tokenizer):
-    batches = sample(model, tokenizer, batch_tokens=14)
+def test_batches_do_not_repeat_each_other(model, tokenizer):
+    batches = sample(model, tokenizer, batch_size=2)
     assert [len(texts) for texts in batches] == [2, 2, 1]
     assert len({tuple(row) for texts in batches for row in texts.tolist()}) == 5
 

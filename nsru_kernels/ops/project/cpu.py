@@ -26,6 +26,6 @@ def project_many(
         if i == len(bases_KQ) or bases_KQ[i] is not basis_KQ:
             rows = basis_KQ.stride(1) == 1
             basis = take.matrix(basis_KQ if rows else basis_KQ.contiguous())
-            cpu_extension.load().fold(basis, adapters[first:i], torch.get_num_threads())
+            cpu_extension.load().project(basis, adapters[first:i], torch.get_num_threads())
             first = i
     return projected

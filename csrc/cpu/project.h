@@ -15,12 +15,12 @@ struct Basis {
 // A and Ā [rank, K], contiguous.
 struct Adapter {
     const float* a;
-    float* folded;
+    float* projected;
     int64_t rank;
 };
 
 // For adapters with one basis, with `threads` threads as in product.h; the result does not depend
 // on their number.
-void fold(const Basis& basis, const std::vector<Adapter>& adapters, int threads);
+void project(const Basis& basis, const std::vector<Adapter>& adapters, int threads);
 
 }  // namespace nsru::cpu

@@ -2,7 +2,7 @@
 //
 //     A U       summed up for every 256 rows of U by itself, then in their order
 //     (A U) Uᵀ  for 16 rows of U at a time, which are transposed in registers
-#include "fold.h"
+#include "project.h"
 
 #include <algorithm>
 
@@ -98,14 +98,14 @@ void subtract(const Adapter& adapter, const float* along, const float* columns, 
         for (int64_t i = 0; i < std::min<int64_t>(kBlock, adapter.rank - r); ++i) {
             const int64_t at = (r + i) * end + k;
             const __m512 a = _mm512_maskz_loadu_ps(lanes, adapter.a + at);
-            _mm512_mask_storeu_ps(adapter.folded + at, lanes, _mm512_sub_ps(a, sums[i]));
+            _mm512_mask_storeu_ps(adapter.projected + at, lanes, _mm512_sub_ps(a, sums[i]));
         }
     }
 }
 
 }  // namespace
 
-void fold(const Basis& u, const std::vector<Adapter>& adapters, int threads) {
+void project(const Basis& u, const std::vector<Adapter>& adapters, int threads) {
     const int64_t width = round_up(u.q, 2 * kLanes), blocks = ceil_div(u.k, kSumRows);
     std::vector<int64_t> offsets{0};
     for (const Adapter& adapter : adapters)
