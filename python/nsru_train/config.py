@@ -119,6 +119,8 @@ class SubspaceConfig:
         self.targets = [self.targets] if isinstance(self.targets, str) else self.targets
         self.exclude = [self.exclude] if isinstance(self.exclude, str) else self.exclude
         self.path = _absolute(self.path)
+        if self.own_texts < 0:
+            raise ValueError(f"subspace.own_texts must be 0 (none) or more, got {self.own_texts}.")
 
     def rule(self) -> dict[str, Any]:
         """The one rule that chooses the rank, as a keyword argument."""

@@ -254,7 +254,8 @@ def find_subspaces(
         )
         for records in (retain, forget)
     )  # fmt: skip
-    own = own_texts(model, tokenizer, config.own_texts, seed=seed, progress=progress)
+    count = config.own_texts
+    own = own_texts(model, tokenizer, count, seed=seed, progress=progress) if count else ()
     subspaces = nk.estimate_retain_subspaces(
         model,
         [*retain_batches, *own],

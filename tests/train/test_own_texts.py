@@ -82,7 +82,7 @@ def test_subspaces_hold_them_too(model, tokenizer):
         return find_subspaces(model, tokenizer, FORGET, RETAIN, config, progress=False)
 
     without, with_them = estimate(0), estimate(4)
-    (texts,) = [b for b in own_texts(model, tokenizer, 4, progress=False)]
+    (texts,) = own_texts(model, tokenizer, 4, progress=False)
     assert with_them.inputs[0].tokens == without.inputs[0].tokens + texts["input_ids"].numel()
     name = with_them.inputs[0].name
     assert not torch.allclose(with_them[name].basis, without[name].basis, atol=1e-3)
@@ -95,5 +95,10 @@ def test_a_position_table_that_is_too_short_is_said(tokenizer):
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, ffn_dim=16,
         num_attention_heads=2, max_position_embeddings=20, word_embed_proj_dim=16,
     ))  # fmt: skip
-    with pytest.raises(ValueError, match="own texts take 129 tokens.*20 positions"):
+    with pytest.raises(ValueError, match=r"own texts take 129 tokens.*20 positions"):
         next(own_texts(model, tokenizer, 1, progress=False))
+
+
+def test_a_negative_number_of_texts_is_refused():
+    with pytest.raises(ValueError, match=r"subspace.own_texts must be 0 .*got -1"):
+        SubspaceConfig(own_texts=-1)
