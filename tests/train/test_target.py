@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,9 +109,11 @@ def test_demo_shows_general_knowledge(results):
 
 
 def test_an_interrupted_demo_goes_on(out, results, tmp_path, monkeypatch):
-    first = demo(out, tmp_path)
-    (tmp_path / "results.json").unlink()
-    shutil.rmtree(tmp_path / "runs" / "lora-0.01-0")
+    monkeypatch.chdir(tmp_path)  # a name that holds in one working directory means the same later
+    folder = Path("run")
+    first = demo(out, folder)
+    (folder / "results.json").unlink()
+    shutil.rmtree(folder / "runs" / "lora-0.01-0")
     trained = []
     from nsru_train.demo import compare
 
@@ -118,7 +121,7 @@ def test_an_interrupted_demo_goes_on(out, results, tmp_path, monkeypatch):
     monkeypatch.setattr(
         compare, "unlearn", lambda *args, **kw: trained.append(args[3]) or whole(*args, **kw)
     )
-    again = demo(out, tmp_path, "--resume=true")
+    again = demo(out, folder, "--resume=true")
     assert [path.name for path in trained] == ["lora-0.01-0"]
     assert again["frontier"] == first["frontier"] == results["frontier"]
 

@@ -89,7 +89,7 @@ def run_demo(
         sets = fictitious_sets(scale.authors, safe)
     else:
         sets = tofu_sets(data_dir, scale.authors, safe)
-    base_dir = model or str(run.path / "base")
+    base_dir = model or str(run.path.resolve() / "base")
     config = _run_config(run, base_dir, sets, subspace, lora, objective, train)
     config["demo"] = {"stop": stop, "probed": probed}
     if resume and run.config_path.exists() and (was := read_yaml(run.config_path)) != config:
@@ -291,7 +291,7 @@ def _run_config(
     return {
         "model": asdict(ModelConfig(base)),
         "data": asdict(data),
-        "subspace": asdict(replace(subspace, path=str(run.path / "subspaces"))),
+        "subspace": asdict(replace(subspace, path=str(run.path.resolve() / "subspaces"))),
         "lora": asdict(lora),
         "objective": asdict(objective),
         "train": asdict(train),
