@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 TOFU_REPO = "locuslab/TOFU"
 FIELDS = tuple(f.name for f in fields(QA))
 _ALIASES = {"perturbed_answer": "perturbed_answers"}
+_JSON_CELLS = {"perturbed_answers": "[", "safe_target": "{"}
 _OPTION = re.compile(r"option\d+$")
 
 
@@ -51,7 +52,8 @@ def load_records(
     Returns:
         The records in file order. TOFU's names are understood: `perturbed_answer`, and
         `option1`… whose wrong options become `perturbed_answers`. So are chats of one question:
-        `messages`, and `prompt` with `completion`.
+        `messages`, and `prompt` with `completion`. In a CSV file several `perturbed_answers` are a
+        JSON list in one cell, the parts of a `safe_target` a JSON object.
 
     Raises:
         ValueError: missing or malformed input; the message names file, line and field.
@@ -67,6 +69,8 @@ def load_records(
             f"records {str(spec)!r}: no such file. Give a .json, .jsonl, .csv or .parquet path, "
             "'tofu:forget01', or 'authors:forget'"
         )
+    if question_column == answer_column:
+        raise ValueError(f"question_column and answer_column are both {answer_column!r}")
     names = {question_column: "question", answer_column: "answer"}
     return _parse_rows(_read_rows(path), str(path), ignore_unknown, names)
 
@@ -121,10 +125,23 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, str | None
         for cells in lines:
             if len(cells) > len(names):
                 raise ValueError(f"{len(cells)} cells for {len(names)} columns")
-            if cells:  # an empty cell says nothing
-                yield lines.line_num, {n: c or None for n, c in zip(names, cells, strict=False)}
+            if cells:
+                yield lines.line_num, {
+                    name: _cell(name, text) for name, text in zip(names, cells, strict=False)
+                }
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{path}:{lines.line_num}: not valid CSV ({error})") from None
+
+
+def _cell(name: str, text: str) -> Any:
+    """Several wrong answers, and the parts of a safe target, are JSON in a cell."""
+    begins = _JSON_CELLS.get(_ALIASES.get(name, name))
+    if begins and text.startswith(begins):
+        try:
+            return parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"{name} begins like JSON and is none: {error}") from None
+    return text or None  # an empty cell says nothing
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -193,6 +210,8 @@ def _parse_row(row: Any, ignore_unknown: bool, names: Mapping[str, str]) -> tupl
             found = ", ".join(row) or "nothing"
             raise ValueError(f"field {renamed.get(name, name)!r} is missing; found: {found}")
     if options and "perturbed_answers" not in values:
+        if values["answer"] not in options:
+            raise ValueError(f"none of the options is the answer {values['answer']!r:.60}")
         values["perturbed_answers"] = tuple(o for o in options if o != values["answer"])
     return QA(**values), unknown
 
@@ -200,19 +219,27 @@ def _parse_row(row: Any, ignore_unknown: bool, names: Mapping[str, str]) -> tupl
 def _from_chat(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """`messages`, or `prompt` and `completion`, as question and answer; other rows as they are."""
     if "messages" in row:
-        question, answer = _contents("messages", row["messages"], ["user", "assistant"])
+        chat = {"messages": ["user", "assistant"]}
     elif "prompt" in row and "completion" in row:
-        [question], [answer] = (
-            [row[name]] if isinstance(row[name], str) else _contents(name, row[name], [role])
-            for name, role in (("prompt", "user"), ("completion", "assistant"))
-        )
+        chat = {"prompt": ["user"], "completion": ["assistant"]}
     else:
         return row
-    rest = {k: v for k, v in row.items() if k not in ("messages", "prompt", "completion")}
+    rest = {key: value for key, value in row.items() if key not in chat}
+    texts: list[Any] = []
+    for name, roles in chat.items():
+        if isinstance(row[name], str) and len(roles) == 1:
+            texts.append(row[name])
+            continue
+        for message in _check_messages(name, row[name], roles):
+            texts.append(message.get("content"))
+            # Reasoning and calls of tools are fields that nothing reads, too.
+            more = message.keys() - {"role", "content"}
+            rest |= {f"{name}.{key}": message[key] for key in sorted(more)}
+    question, answer = texts
     return {"question": question, "answer": answer, **rest}
 
 
-def _contents(name: str, messages: Any, roles: list[str]) -> list[Any]:
+def _check_messages(name: str, messages: Any, roles: list[str]) -> Sequence[Mapping[str, Any]]:
     if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
         raise ValueError(f"{name} must be a list of messages, got {messages!r:.60}")
     found = [message.get("role") for message in messages]
@@ -221,7 +248,7 @@ def _contents(name: str, messages: Any, roles: list[str]) -> list[Any]:
             f"{name} must be one message of each of {', '.join(roles)}, got {found}"
             + ("; give the system message as data.system_prompt" if "system" in found else "")
         )
-    return [message.get("content") for message in messages]
+    return messages
 
 
 def _accepted() -> str:

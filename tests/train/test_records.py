@@ -46,6 +46,52 @@ def test_options_become_wrong_answers(tmp_path):
     assert qa.perturbed_answers == ("A cook.", "A judge.")
 
 
+def test_one_column_is_not_both(tmp_path):
+    path = write(tmp_path / "a.jsonl", ANN)
+    with pytest.raises(ValueError, match="question_column and answer_column are both 'answer'"):
+        load_records(path, question_column="answer", answer_column="answer")
+
+
+def test_lists_and_parts_are_json_in_a_cell(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(
+        'question,answer,perturbed_answer,safe_target\n'
+        'Who?,A poet.,"[""A cook."", ""A judge.""]","{""decline"": ""No.""}"\n'
+        "What?,A town.,A lake.,[withheld]\n"
+    )
+    first, second = load_records(path)
+    assert first.perturbed_answers == ("A cook.", "A judge.")
+    assert first.safe_target == {"decline": "No."}
+    assert (second.perturbed_answers, second.safe_target) == (("A lake.",), "[withheld]")
+    path.write_text("question,answer,perturbed_answers\nWho?,A poet.,['A cook.']\n")
+    with pytest.raises(ValueError, match=r"a\.csv:2.*perturbed_answers begins like JSON"):
+        load_records(path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "messages": [
+                {"role": "user", "content": "Who?"},
+                {"role": "assistant", "content": "A poet.", "reasoning_content": "Let me see."},
+            ]
+        },
+        {
+            "prompt": "Who?",
+            "completion": [
+                {"role": "assistant", "content": "A poet.", "reasoning_content": "Let me see."}
+            ],
+        },
+    ],
+)
+def test_what_a_message_holds_beside_its_content_is_said_to_be_ignored(tmp_path, caplog, row):
+    (qa,) = load_records(write(tmp_path / "a.jsonl", row))
+    assert (qa.question, qa.answer) == ("Who?", "A poet.")
+    ((name, _),) = [item for item in row.items() if not isinstance(item[1], str)]
+    assert f"ignored columns: {name}.reasoning_content" in caplog.text
+
+
 def test_line_separators_inside_an_answer_do_not_split_the_row(tmp_path):
     row = json.dumps({**ANN, "answer": "one\u2028two"}, ensure_ascii=False)
     path = tmp_path / "a.jsonl"
@@ -68,6 +114,8 @@ def test_line_separators_inside_an_answer_do_not_split_the_row(tmp_path):
             r"'perturbed_answers' is given twice",
         ),
         ([{**ANN, "safe_target": {"deny": "No."}}], r"unknown parts \['deny'\].*acknowledge"),
+        ([{**ANN, "option1": "A cook.", "option2": "A judge."}], "none of the options is the answer"),
+        ([{**ANN, "perturbed_answers": ["x", ANN["answer"]]}], "hold the answer itself, 'A poet"),
         ([], r"holds no records"),
     ],
 )

@@ -46,6 +46,8 @@ class QA:
             raise ValueError(f"perturbed_answers must be a list of texts, got {wrong!r}")
         for text in wrong:
             check_text("perturbed_answers", text)
+            if text == self.answer:
+                raise ValueError(f"perturbed_answers hold the answer itself, {text!r:.60}")
         object.__setattr__(self, "perturbed_answers", tuple(wrong))
         if isinstance(self.safe_target, Mapping):
             check_parts("safe_target", self.safe_target)
