@@ -28,6 +28,12 @@ ALL_LINEAR = "all-linear"
 _EXPRESSION = re.compile(r"[\\^$*+?{}\[\]|()]")  # what names of modules do not hold
 # Where PEFT refuses out_proj: on a GPU training reads its weight, here a forward calls it.
 _MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+# Targets that PEFT takes for those of fused experts, also where a dense layer has the name, by the
+# kind of checkpoint that holds the experts apart.
+_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -37,7 +43,8 @@ class SwapReport:
 
     Attributes:
         swapped: module names, in model order.
-        skipped: name → reason, for every linear layer that was left as it was.
+        skipped: name → reason, for every linear layer, and all fused experts of a layer, that were
+            left as they were.
         retain_ranks: name → Q of its basis, 0 for plain LoRA.
         trainable: number of adapter parameters.
         frozen: number of all other parameters.
@@ -149,6 +156,7 @@ def swap_linears(
     linears, skipped = _match(model, targets, exclude, getattr(subspaces, "read_elsewhere", {}))
     if elsewhere := _read_elsewhere(model, dict(linears), batch):
         linears, skipped = _match(model, targets, exclude, {**skipped, **elsewhere})
+    skipped |= _fused_experts(model)
     names = [name for name, _ in linears]
     ranks = take_all("swap_linears: rank_pattern", rank_pattern, names, rank)
     alphas = take_all("swap_linears: alpha_pattern", alpha_pattern, names, alpha)
@@ -375,10 +383,7 @@ def _match(
             reason = "the same module stands in several places; give each its own"
         if reason is None and id(module.weight) in shared:
             reason = "its weight is tied to another module; a merge would change both, untie them"
-        if reason is None and _is_fused_in_mamba(model, name):
-            reason = "fused kernels of Mamba read its weight, and PEFT refuses an adapter there"
-        if reason is None:
-            reason = elsewhere.get(name)
+        reason = reason or _refused_by_peft(model, name) or elsewhere.get(name)
         hits.update(excluded)
         if excluded and (named or ALL_LINEAR in wanted):
             hits.update({*named, ALL_LINEAR})
@@ -431,9 +436,36 @@ def _shared_memory(model: nn.Module) -> set[int]:
     return shared
 
 
-def _is_fused_in_mamba(model: nn.Module, name: str) -> bool:
+def _refused_by_peft(model: nn.Module, name: str) -> str | None:
+    """The reason for which PEFT would not load an adapter of this layer."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    return kind in _MAMBA and name.rpartition(".")[2] == "out_proj"
+    end = name.rpartition(".")[2]
+    if kind is None:
+        return None
+    if kind in _MAMBA and end == "out_proj":
+        return "fused kernels of Mamba read its weight, and PEFT refuses an adapter there"
+    try:
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as kinds
+    except ImportError:  # older, with experts that are linear layers
+        return None
+    if end in _EXPERTS.get(kinds.get(kind), ()):
+        return "PEFT takes its name for that of fused experts, and would not load it here"
+    return None
+
+
+def _fused_experts(model: nn.Module) -> dict[str, str]:
+    """Name → what is left out, for the modules that hold all experts of a layer in 3-D parameters.
+
+    Their share of the parameters says how much of the knowledge no adapter reaches.
+    """
+    sizes = {
+        name: sum(p.numel() for p in module._parameters.values() if p is not None and p.dim() == 3)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "experts"
+    }
+    share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
+    reason = f"fused experts, {share:.0%} of all parameters; only nn.Linear is supported"
+    return {name: reason for name, size in sizes.items() if size}
 
 
 def _looks_linear(module: nn.Module) -> bool:

@@ -4,7 +4,14 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import JambaConfig, JambaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    JambaConfig,
+    JambaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import nsru_kernels as nk
 
@@ -156,3 +163,40 @@ def test_what_is_exported_of_mamba_is_what_peft_loads(tmp_path):
     ids = torch.arange(6).unsqueeze(0)
     torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
     assert sorted(report.swapped) == sorted(loaded.targeted_module_names)
+
+
+def qwen3_moe():
+    """Two layers, a dense one and one of experts."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, moe_intermediate_size=8,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        num_experts=4, num_experts_per_tok=2, mlp_only_layers=[0],
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config)
+
+
+def test_what_is_exported_beside_fused_experts_is_what_peft_loads(tmp_path):
+    model = qwen3_moe()
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate_proj.*name for that of fused expert"):
+        nk.swap_linears(model, ["gate_proj"], rank=2, alpha=4)
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    assert {name.rpartition(".")[2] for name in report.swapped} == {
+        "q_proj", "k_proj", "v_proj", "o_proj",
+    }  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, nk.NSRULinear):
+            nn.init.normal_(module.lora_B)
+    nk.save_lora_adapter(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(qwen3_moe(), tmp_path)
+    ids = torch.arange(6).unsqueeze(0)
+    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def test_the_report_names_fused_experts_with_their_share():
+    model = qwen3_moe()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = 4 * 3 * 16 * 8
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    assert report.skipped["model.layers.1.mlp.experts"].startswith("fused experts, ")
+    assert f"not swapped: experts × 1 (fused experts, {experts / total:.0%} of all" in str(report)
