@@ -10,6 +10,7 @@
 namespace nsru {
 
 constexpr int kBlockK = 64;   // 128 bytes of 16-bit elements: TMA's widest swizzle
+constexpr int kStepK = 16;    // what one wgmma takes of a tile
 constexpr int kClusterM = 2;  // two blocks of a cluster share each tile of W by multicast
 
 struct KextConfig {
@@ -33,6 +34,11 @@ struct KTiles {
 };
 
 KTiles split_k(int64_t k, int64_t r);
+
+// Steps of the last tile of P that hold anything; the others would multiply zeros.
+constexpr int last_steps(int64_t r) {
+    return static_cast<int>((r - 1) % kBlockK) / kStepK + 1;
+}
 
 // How many of the `count` k tiles from `first` on come from the main source; the tail has the rest.
 // Also called by the producer warp.

@@ -6,7 +6,8 @@
 //
 // Only the producer warp knows that there are two sources: at k tile `main` it goes on with a
 // second pair of TMA descriptors. Columns beyond K, and beyond R, are out of those descriptors'
-// bounds, so the copy engine fills them with zeros and no consumer masks anything. Launched by
+// bounds, so the copy engine fills them with zeros and no consumer masks anything. Of the last
+// tile the consumers multiply only the steps of 16 that hold columns of P. Launched by
 // programmatic dependent launch, it waits for the kernel that makes P no earlier than there.
 #pragma once
 
@@ -32,9 +33,12 @@ struct KextMainloop : BASE {
     struct Params : BASE::Params {
         typename BASE::Params tail;
         int main_tiles;
+        int last_steps;
     };
 
     static_assert(cute::size<2>(typename BASE::TileShape{}) == kBlockK);
+    static_assert(cute::size<2>(typename BASE::TiledMma::AtomShape_MNK{}) == kStepK);
+    static_assert(BASE::K_PIPE_MMAS == 1, "mma() leaves one batch under way, as the base does");
 
     template <class PROBLEM>
     static Params to_underlying_arguments(const PROBLEM& problem, const Arguments& args,
@@ -44,7 +48,7 @@ struct KextMainloop : BASE {
                                               workspace),
                 BASE::to_underlying_arguments(cute::make_shape(m, n, args.r, batches), args.tail,
                                               workspace),
-                static_cast<int>(split_k(args.k, args.r).main)};
+                static_cast<int>(split_k(args.k, args.r).main), last_steps(args.r)};
     }
 
     // host/kext_plan.cpp refuses what TMA cannot describe. The base's rule is stricter: it wants R
@@ -78,6 +82,43 @@ struct KextMainloop : BASE {
                                                          cute::shape<3>(cute::get<0>(inputs)));
         BASE::load(params.tail, pipeline, state, inputs, tile_coord, tail_tile, k_tiles - main,
                    thread_index, rank_in_cluster, tensors_smem);
+    }
+
+    // There are two tiles at least, one of X and one of P.
+    template <class ACCUMULATOR>
+    CUTLASS_DEVICE void mma(typename BASE::MainloopPipeline pipeline,
+                            typename BASE::PipelineState state, ACCUMULATOR& acc, int k_tiles,
+                            int thread_index, typename BASE::TensorStorage& tensors_smem,
+                            const Params& params) {
+        using namespace cute;
+        BASE::mma(pipeline, state, acc, k_tiles - 1, thread_index, tensors_smem, params);
+
+        auto release = state;
+        release.advance(k_tiles - 2);
+        state.advance(k_tiles - 1);
+        typename BASE::TiledMma tiled_mma;
+        tiled_mma.accumulate_ = GMMA::ScaleOut::One;
+        constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
+        const int warpgroup = __shfl_sync(0xFFFFFFFF, thread_index / kThreads, 0);
+        const auto mine = tiled_mma.get_slice(warpgroup * kThreads);
+        const auto a = mine.make_fragment_A(mine.partition_A(make_tensor(
+            make_smem_ptr(tensors_smem.smem_A.data()), typename BASE::SmemLayoutA{})));
+        const auto b = mine.make_fragment_B(mine.partition_B(make_tensor(
+            make_smem_ptr(tensors_smem.smem_B.data()), typename BASE::SmemLayoutB{})));
+        pipeline.consumer_wait(state);
+        warpgroup_fence_operand(acc);
+        warpgroup_arrive();
+        CUTLASS_PRAGMA_UNROLL
+        for (int step = 0; step < kBlockK / kStepK; ++step) {
+            if (step < params.last_steps) {
+                cute::gemm(tiled_mma, a(_, _, step, state.index()), b(_, _, step, state.index()),
+                           acc);
+            }
+        }
+        warpgroup_commit_batch();
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(acc);
+        pipeline.consumer_release(release);
     }
 };
 

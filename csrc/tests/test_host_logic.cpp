@@ -93,6 +93,14 @@ void test_k_tiles_cover_both_sources() {
     CHECK(split_k(4096, 16).total() == 65);
 }
 
+void test_the_last_tile_of_p_is_multiplied_as_far_as_it_holds_columns() {
+    for (int64_t r = 1; r <= 3 * kBlockK; ++r) {
+        const int64_t in_last = r - (split_k(64, r).tail - 1) * kBlockK;
+        CHECK(cover(last_steps(r), kStepK, in_last));
+    }
+    CHECK(last_steps(16) == 1 && last_steps(64) == 4 && last_steps(65) == 1);
+}
+
 void test_every_k_tile_is_loaded_once_from_its_source() {
     const int main_tiles = 5, tail_tiles = 2, total = main_tiles + tail_tiles;
     for (int first = 0; first <= total; ++first) {
@@ -399,6 +407,7 @@ void test_the_projection_refuses_what_does_not_fit_together() {
 
 int main() {
     test_k_tiles_cover_both_sources();
+    test_the_last_tile_of_p_is_multiplied_as_far_as_it_holds_columns();
     test_every_k_tile_is_loaded_once_from_its_source();
     test_tiles_come_in_whole_clusters();
     test_the_default_config_serves_sizes_that_fill_the_gpu();
