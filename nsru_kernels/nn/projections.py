@@ -12,16 +12,20 @@ import weakref
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from nsru_kernels.ops.project import project_adapters
+from nsru_kernels.ops.project.autograd import GradientBatch
+from nsru_kernels.ops.project.reference import accumulate_dtype
 
 if TYPE_CHECKING:
     from nsru_kernels.nn.group import LinearGroup
 
     Projected = tuple[tuple, tuple, Tensor]  # key, what it names, Ā [ΣR, K]
+    Receivers = tuple[tuple, tuple[Tensor, ...]]  # key of Ā, what takes dĀ_i
 
 
 class _Steps:
@@ -73,7 +77,7 @@ class Projections:
     def clear(self) -> None:
         """Forget every projection; the next forward projects again."""
         for group in list(self._groups):
-            group.projected = None
+            group.projected = group.receivers = None
 
     def refresh(self, asked: LinearGroup, dtype: torch.dtype) -> Projected:
         """Project ``asked`` in ``dtype``, and with it every other group that needs it too."""
@@ -100,32 +104,70 @@ class Projections:
                     result = group.projected
         return result
 
+    def make_receivers(self, asked: LinearGroup) -> Receivers:
+        """Where dĀ_i of ``asked``, whose Ā is known, go to be projected with all of one backward.
+
+        Made for all groups at a time that can be projected in one launch; empty where a group
+        projects its own.
+        """
+        assert asked.projected is not None
+        key = asked.projected[0]
+        asked.receivers = result = key, ()
+        # Ranks average each gradient while backward goes on, so none of them may wait for the last.
+        if dist.is_available() and dist.is_initialized():
+            return result
+        groups, parts = [], []
+        for group in self._groups:
+            if group.projected is None or group.projected[0][0] != key[0]:
+                continue
+            members = group.modules()
+            trained = [m.lora_A for m in members if m.lora_A.requires_grad]
+            if trained and members[0].basis is not None and _alike(asked, group):
+                groups.append(group)
+                parts.append((trained, members[0].basis))
+        if len(groups) < 2:
+            return result
+        batch = GradientBatch(asked.backend, accumulate_dtype(key[0]))
+        with torch.inference_mode(False), torch.enable_grad():
+            made = batch.receivers(parts)
+        for group, own in zip(groups, map(iter, made), strict=True):
+            lora_as = [m.lora_A for m in group.modules()]
+            ends = tuple([next(own) if a.requires_grad else a for a in lora_as])
+            group.receivers = group.projected[0], ends
+        return asked.receivers
+
 
 def projection_key(dtype: torch.dtype, lora_as: tuple[Tensor, ...], basis: Tensor | None) -> tuple:
-    """Identities and versions that a projection depends on, as far as PyTorch counts them."""
+    """What a projection and the way of its gradients depend on, as far as PyTorch counts it."""
     key: list = [dtype, steps.count]
     for tensor in lora_as if basis is None else (*lora_as, basis):
         version = 0 if tensor.is_inference() else tensor._version
-        key += (id(tensor), tensor.data_ptr(), version)
+        key += (id(tensor), tensor.data_ptr(), version, tensor.requires_grad)
     return tuple(key)
 
 
 def _stale_alike(asked: LinearGroup, other: LinearGroup, dtype: torch.dtype) -> bool:
     """True where ``other`` needs projecting too, in a dtype it is used with, in this launch."""
+    if not _alike(asked, other):
+        return False
+    if other.projected is None:
+        return True
+    members = other.modules()
+    key = other.projected[0]
+    lora_as, basis = tuple(m.lora_A for m in members), members[0].basis
+    return key[0] == dtype and key != projection_key(dtype, lora_as, basis)
+
+
+def _alike(asked: LinearGroup, other: LinearGroup) -> bool:
+    """True where both can be projected in one launch."""
     members = other.modules()
     if not members or other.backend != asked.backend:
         return False
-    device = asked.modules()[0].lora_A.device
-    lora_as, basis = tuple(m.lora_A for m in members), members[0].basis
-    for a_RK in lora_as:
+    device, basis = asked.modules()[0].lora_A.device, members[0].basis
+    for a_RK in [m.lora_A for m in members]:
         # FSDP holds shards of A until its layer is called.
         if type(a_RK) not in (Tensor, nn.Parameter) or a_RK.device != device:
             return False
         if a_RK.is_inference():
             return False
-    if basis is not None and basis.device != device:
-        return False
-    if other.projected is None:
-        return True
-    key = other.projected[0]
-    return key[0] == dtype and key != projection_key(dtype, lora_as, basis)
+    return basis is None or basis.device == device

@@ -6,7 +6,7 @@ from linear_cases import make_basis
 from tolerance import assert_close_to_exact
 
 import nsru_kernels as nk
-from nsru_kernels.ops.project import gram
+from nsru_kernels.ops.project import autograd, gram
 from nsru_kernels.ops.project.reference import gram_inverse
 
 K_LARGE = 4096
@@ -114,6 +114,22 @@ def test_gradcheck_and_subsets():
     assert torch.autograd.gradcheck(
         lambda a: nk.project_adapters([leaves[0], a], bases)[1], leaves[1]
     )
+
+
+def test_what_gets_no_gradient_is_not_projected(monkeypatch):
+    leaves = [torch.randn(2, 9, requires_grad=True) for _ in range(3)]
+    _, used, _ = nk.project_adapters(leaves, [make_basis(9, 3).float()] * 3)
+    taken = []
+    many = autograd.project_many
+
+    def counted(as_RK, *args):
+        taken.append(len(as_RK))
+        return many(as_RK, *args)
+
+    monkeypatch.setattr(autograd, "project_many", counted)
+    used.sum().backward()
+    assert taken == [1]
+    assert [a.grad is None for a in leaves] == [True, False, True]
 
 
 def test_the_gradient_stays_in_the_null_space_for_a_rounded_basis():
