@@ -37,7 +37,7 @@ def build_extension(folder: Path, python: str, cutlass: Path) -> Path:
         ],
         check=True,
     )  # fmt: skip
-    subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
+    subprocess.run(["cmake", "--build", str(build)], check=True)
     (module,) = folder.glob("_cuda*.so")
     return module
 
