@@ -38,7 +38,7 @@ struct KextMainloop : BASE {
 
     static_assert(cute::size<2>(typename BASE::TileShape{}) == kBlockK);
     static_assert(cute::size<2>(typename BASE::TiledMma::AtomShape_MNK{}) == kStepK);
-    static_assert(BASE::K_PIPE_MMAS == 1, "mma() leaves one batch under way, as the base does");
+    static_assert(BASE::K_PIPE_MMAS == 1, "mma() leaves the last batch under way, as the base does");
 
     template <class PROBLEM>
     static Params to_underlying_arguments(const PROBLEM& problem, const Arguments& args,
@@ -107,15 +107,16 @@ struct KextMainloop : BASE {
             make_smem_ptr(tensors_smem.smem_B.data()), typename BASE::SmemLayoutB{})));
         pipeline.consumer_wait(state);
         warpgroup_fence_operand(acc);
-        warpgroup_arrive();
+        // A batch each: one across branches costs the compiler an empty wgmma that commits it.
         CUTLASS_PRAGMA_UNROLL
         for (int step = 0; step < kBlockK / kStepK; ++step) {
             if (step < params.last_steps) {
+                warpgroup_arrive();
                 cute::gemm(tiled_mma, a(_, _, step, state.index()), b(_, _, step, state.index()),
                            acc);
+                warpgroup_commit_batch();
             }
         }
-        warpgroup_commit_batch();
         warpgroup_wait<1>();
         warpgroup_fence_operand(acc);
         pipeline.consumer_release(release);
