@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from nsru_kernels.dispatch.choice import choose
 from nsru_kernels.ops.project import project_adapters
 from nsru_kernels.ops.project.autograd import GradientBatch
+from nsru_kernels.ops.project.backends import PROJECT, query
 from nsru_kernels.ops.project.reference import accumulate_dtype
 
 if TYPE_CHECKING:
@@ -107,8 +109,8 @@ class Projections:
     def make_receivers(self, asked: LinearGroup) -> Receivers:
         """Where dĀ_i of ``asked``, whose Ā is known, go to be projected with all of one backward.
 
-        Made for all groups at a time that can be projected in one launch; empty where a group
-        projects its own.
+        Made for all groups at a time that can be projected in one launch by a kernel; empty where a
+        group projects its own.
         """
         assert asked.projected is not None
         key = asked.projected[0]
@@ -125,7 +127,9 @@ class Projections:
             if trained and members[0].basis is not None and _alike(asked, group):
                 groups.append(group)
                 parts.append((trained, members[0].basis))
-        if len(groups) < 2:
+        if len(groups) < 2 or _by_library(asked.backend, parts):
+            for group in groups:
+                group.receivers = group.projected[0], ()
             return result
         batch = GradientBatch(asked.backend, accumulate_dtype(key[0]))
         with torch.inference_mode(False), torch.enable_grad():
@@ -135,6 +139,15 @@ class Projections:
             ends = tuple([next(own) if a.requires_grad else a for a in lora_as])
             group.receivers = group.projected[0], ends
         return asked.receivers
+
+
+def _by_library(backend: str, parts: list[tuple[list[Tensor], Tensor]]) -> bool:
+    """True where library GEMMs project these: one by one, so that nothing is won by waiting."""
+    pairs = [(a_RK, basis) for trained, basis in parts for a_RK in trained]
+    lora_as, bases = map(list, zip(*pairs, strict=True))
+    threads = torch.get_num_threads()
+    chosen = choose(PROJECT, backend, lora_as[0].device, *query(lora_as, bases), threads)
+    return chosen.backend == "eager"
 
 
 def projection_key(dtype: torch.dtype, lora_as: tuple[Tensor, ...], basis: Tensor | None) -> tuple:

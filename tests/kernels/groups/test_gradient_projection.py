@@ -16,6 +16,12 @@ ALL = LAYERS * len(WIDTHS)
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 
 
+@pytest.fixture(autouse=True)
+def by_kernel(monkeypatch):
+    """As where a kernel projects; library GEMMs stand in for it."""
+    monkeypatch.setattr(projections, "_by_library", lambda *args: False)
+
+
 @pytest.fixture
 def projected(monkeypatch):
     """How many adapters or gradients each projection took; of a group by itself: 1."""
@@ -167,3 +173,13 @@ def test_ranks_that_average_gradients_get_each_as_early_as_before(monkeypatch, p
     projected.clear()
     assert_same(gradients(model, x64()), gradients(alone(model), x64()), **TOLERANCE)
     assert projected[:LAYERS] == [1] * LAYERS
+
+
+def test_library_products_do_not_wait_for_each_other(monkeypatch):
+    monkeypatch.undo()
+    model, taken = make(), []
+    one = linear_autograd.project_one
+    monkeypatch.setattr(linear_autograd, "project_one", lambda *args: taken.append(1) or one(*args))
+    got = gradients(model, x64())
+    assert len(taken) == LAYERS
+    assert_same(got, gradients(alone(model), x64()), **TOLERANCE)
