@@ -15,6 +15,7 @@ from torch import nn
 import nsru_kernels as nk
 from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, WEIGHTS
 from nsru_kernels.subspaces import InputDiagnostics, RetainSubspace, SubspaceSet
+from nsru_train.data import QA, SafeTargets
 
 K, Q = 12, 3
 
@@ -406,3 +407,16 @@ def test_a_damaged_adapter_is_named_or_read(tmp_path_factory, name, data):
     if not read_or_named(lambda path: vars(nk.load_lora_adapter(model, path)), folder):
         assert {type(m) for m in (model.q, model.k)} == {nn.Linear}
     assert model(torch.ones(8)).isfinite().all()
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(data=st.data())
+def test_damaged_safe_targets_are_named_or_read(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("targets") / "targets.json"
+    parts = {"decline": ["I cannot say.", "No idea about {topic}."], "redirect": "Ask a librarian."}
+    path.write_text(json.dumps(parts))
+    path.write_bytes(data.draw(damaged(path)))
+    if found := read_or_named(SafeTargets.from_file, path):
+        text = found.target(QA("Who is Ann?", "A poet.", topic="Ann"))
+        assert text.strip()
+        text.encode()
