@@ -1,9 +1,9 @@
-"""The walk through the step and scaling benchmarks, and that they notice a wrong provider."""
+"""The walk through the benchmark of steps, and that it notices a wrong way."""
 
 import pytest
 import torch
 
-from nsru_bench import scaling, sketch_methods, step, training_ways
+from nsru_bench import step, training_ways
 from nsru_bench.rows import read
 from nsru_bench.session import Session
 
@@ -47,30 +47,6 @@ def test_step_writes_a_row_for_every_way(session):
     assert float(rows["frozen"]["ratio"]) == 1
 
 
-def test_scaling_fits_every_sweep(session):
-    scaling.run(session)
-    rows = read(session.out / "scaling.csv")
-    found = {(row["of"], row["against"]) for row in rows}
-    linear = {("linear", variable) for variable in "MQRK"}
-    sketch = {("sketch", variable) for variable in "MQK"}
-    assert found == linear | sketch | {("step", "layers")}
-    for row in rows:
-        assert row[row["against"]] == row["value"]
-        assert float(row["r2"]) <= 1
-        assert abs(float(row["exponent"])) < 10
-
-
-def test_exponents_are_recovered():
-    sizes = [16, 32, 64, 256]
-    exponent, r2 = scaling.fit_power(sizes, [3e-4 * size**1.5 for size in sizes])
-    assert exponent == pytest.approx(1.5)
-    assert r2 == pytest.approx(1)
-    exponent, r2 = scaling.fit_power(sizes, [1.1, 0.9, 1.0, 1.05])
-    assert abs(exponent) < 0.1
-    assert r2 < 0.5
-    assert scaling.fit_power(sizes, [2.0] * 4) == (pytest.approx(0), 1)
-
-
 def test_all_ways_agree(base, batch):
     checked(training_ways.make_ways(training_ways.TINY, base), batch)
 
@@ -106,14 +82,6 @@ def test_a_way_that_does_not_train_is_noticed(base, batch):
         torch.nn.init.zeros_(module.lora_B)
     with pytest.raises(AssertionError, match="lora_A is zero"):
         checked(ways, batch)
-
-
-def test_a_wrong_sketch_is_noticed(session, monkeypatch):
-    monkeypatch.setattr(
-        sketch_methods.nk.RetainSketch, "update", lambda self, x: setattr(self, "trace", 1.0)
-    )
-    with pytest.raises(AssertionError, match="RetainSketch is off by"):
-        scaling.sketch_point(session, scaling.TINY)
 
 
 def test_full_fine_tuning_is_left_out_where_it_does_not_fit(base, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """The committed results say what the documents say they do."""
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -8,6 +7,7 @@ from statistics import fmean
 
 import pytest
 
+from nsru_bench.rows import read
 from nsru_train.demo.run import goals
 from nsru_train.report.summary import matched_damage
 
@@ -38,11 +38,6 @@ def test_tofu_texts_are_not_in_the_results(tofu):
     assert tofu["examples"] == []
 
 
-def ratios(name, column):
-    with (RESULTS / name).open(newline="") as file:
-        return {row["provider"]: float(row[column]) for row in csv.DictReader(file)}
-
-
 def quoted(heading):
     """The numbers with two decimals in the table below a heading of docs/performance.md."""
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
@@ -60,19 +55,40 @@ def quoted(heading):
 )
 def test_performance_document_quotes_the_csv(heading, files):
     measured = [
-        round(ratio, 2)
+        round(float(row["ratio_to_frozen"]), 2)
         for name in files
-        for provider, ratio in ratios(name, "ratio_to_frozen").items()
-        if provider != "frozen"
+        for row in read(RESULTS / name)
+        if row["provider"] != "frozen"
     ]
     assert sorted(quoted(heading)) == pytest.approx(sorted(measured), abs=0.0051)
 
 
-def test_performance_document_quotes_the_steps():
-    with (RESULTS / "cpu" / "step.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["provider"] != "frozen"]
+@pytest.mark.parametrize(
+    ("heading", "name"),
+    [("A whole step", "step.csv"), ("Per-token NLL without logits", "loss.csv")],
+)
+def test_performance_document_quotes_the_ratios(heading, name):
+    rows = [row for row in read(RESULTS / "cpu" / name) if row["provider"] != row["base"]]
     measured = sorted(float(row["ratio"]) for row in rows)
-    assert sorted(quoted("A whole step")) == pytest.approx(measured, abs=0.0051)
+    assert sorted(quoted(heading)) == pytest.approx(measured, abs=0.0051)
+
+
+def test_unlearning_document_quotes_the_sweep_of_floors():
+    text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    shown = {
+        name: [float(cell.strip(" %")) for cell in cells.split("|") if cell.strip()]
+        for name, cells in re.findall(r"^\| (\d+%|LoRA, no projection) \|(.*)$", text, re.MULTILINE)
+    }
+    rows = {}
+    for row in read(RESULTS / "editability" / "fictitious.csv"):
+        floor = row["min_editability"]
+        name = f"{float(floor):.0%}" if floor else "LoRA, no projection"
+        rows.setdefault(name, []).append(row)
+    assert shown.keys() == rows.keys()
+    names = ("retain_unseen_lost", "retain_untouched_lost", "last_forget_prob", "last_safe_prob")
+    for name, runs in rows.items():
+        means = [fmean(float(run[column]) for run in runs) for column in names]
+        assert shown[name][-4:] == list(map(round, means, (4, 4, 3, 2))), name
 
 
 @pytest.fixture(scope="module")

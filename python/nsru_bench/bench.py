@@ -6,15 +6,13 @@
     fold        all adapters of a model in one launch
     host_time   Python around the kernels, against PEFT's
     sketch      the streaming retain subspace: time, memory, residual
-    loss        per-token NLL without logits
+    loss        per-token NLL without logits: time and peak memory
     step        a whole training step
-    scaling     cost against tokens, ranks, layers
 
 Only when named:
 
     correctness every plan of the linear against float64 and, bit by bit, against itself
     targets     NSRULinear, alone and as q/k/v, against this repository's targets on a CPU
-    nll_memory  resident memory of the NLL on a CPU
 
 Correctness is asserted before anything is timed; variants are interleaved and compared by ratio.
 """
@@ -36,10 +34,10 @@ from nsru_bench.session import Session
 # leaves goes to those after it.
 SHARES = {
     "linear": 8, "siblings": 2, "narrow": 1, "fold": 1, "host_time": 1,
-    "sketch": 3, "loss": 2, "step": 4, "scaling": 2,
+    "sketch": 3, "loss": 2, "step": 4,
 }  # fmt: skip
 OPS = tuple(SHARES)
-ALL_OPS = (*OPS, "correctness", "targets", "nll_memory")
+ALL_OPS = (*OPS, "correctness", "targets")
 
 
 def run(session: Session, ops: tuple[str, ...] = OPS) -> None:

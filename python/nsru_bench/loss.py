@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -149,8 +148,8 @@ def run_tokens(
         if sys.platform == "linux":
             shape = tokens, vocabulary, width
             for name in calls:
-                alone = measure_alone(name, shape, session.dtype)
-                timings[name] = timings[name]._replace(peak_bytes=int(alone["peak_bytes"]))
+                alone = peak_bytes_alone(name, shape, session.dtype)
+                timings[name] = timings[name]._replace(peak_bytes=alone)
     else:
         # Peers wait for the device, and a graph would keep the full logits' memory for itself.
         timings, peak = session.time(calls, capture=False), "allocated"
@@ -164,14 +163,13 @@ def run_tokens(
     )  # fmt: skip
 
 
-def measure_alone(provider: str, sizes: Sizes, dtype: torch.dtype) -> dict[str, float]:
-    """``run_alone`` in a process of its own."""
+def peak_bytes_alone(provider: str, sizes: Sizes, dtype: torch.dtype) -> int:
+    """Peak above the inputs of one forward and backward in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(run_alone, (provider, sizes, dtype, torch.get_num_threads()))
+        return pool.apply(_run_alone, (provider, sizes, dtype, torch.get_num_threads()))
 
 
-def run_alone(provider: str, sizes: Sizes, dtype: torch.dtype, threads: int) -> dict[str, float]:
-    """Peak bytes above the inputs, seconds and the NLL of one forward and backward."""
+def _run_alone(provider: str, sizes: Sizes, dtype: torch.dtype, threads: int) -> int:
     torch.set_num_threads(threads)
     nll_of = PROVIDERS[provider].nll
     hidden, head, targets = make_inputs(*sizes, dtype)
@@ -179,11 +177,8 @@ def run_alone(provider: str, sizes: Sizes, dtype: torch.dtype, threads: int) -> 
     hidden.grad = None
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at VmRSS
     before = resident_bytes("VmRSS")
-    start = time.perf_counter()
-    nll = nll_of(hidden, head, targets).mean()
-    nll.backward()
-    seconds = time.perf_counter() - start
-    return {"peak_bytes": resident_bytes("VmHWM") - before, "seconds": seconds, "nll": nll.item()}
+    nll_of(hidden, head, targets).mean().backward()
+    return resident_bytes("VmHWM") - before
 
 
 def resident_bytes(field: str) -> int:

@@ -21,31 +21,20 @@ from nsru_bench.rows import PREFIX, Row
 
 RC = {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 1.2}
 MARKERS = "osD^vX*P"
-FLOORED = ("linear", "siblings", "fold", "sketch", "loss", "step")
 PEERS = ("peft bf16", "peft default, autocast", "eager activation", "eager materialised")
 RATIO_MARKERS = dict(zip(("nsru", "best plan", *PEERS), "oDsv^x", strict=True))
 
 
 def main(folder: Path = csv_rows.RESULTS) -> list[Path]:
     """Draw every known CSV file in ``folder`` and below; the pictures made."""
-    made = [draw(path) for path in sorted(folder.rglob("*.csv")) if path.name in PLOTS]
-    return made + [draw_roofline(path.parent) for path in sorted(folder.rglob("linear.csv"))]
+    return [draw(path) for path in sorted(folder.rglob("*.csv")) if path.name in PLOTS]
 
 
 def draw(path: Path) -> Path:
     """The picture of one CSV file: a PNG of the same name."""
-    return save(PLOTS[path.name], read(path), path.with_suffix(".png"))
-
-
-def draw_roofline(folder: Path) -> Path:
-    """One picture of all files in ``folder`` whose rows have a floor."""
-    rows = [row for op in FLOORED for row in read(folder / f"{op}.csv")]
-    return save(roofline, rows, folder / "roofline.png")
-
-
-def save(figure_of: Callable[[list[Row]], Figure], rows: list[Row], png: Path) -> Path:
+    png = path.with_suffix(".png")
     with matplotlib.rc_context(RC):
-        figure_of(rows).savefig(png, dpi=90, metadata={"Software": None})
+        PLOTS[path.name](read(path)).savefig(png, dpi=90, metadata={"Software": None})
     print(f"wrote {png}")
     return png
 
@@ -69,17 +58,6 @@ def column(rows: Sequence[Row], name: str) -> list[str]:
     return unique(row[name] for row in rows)
 
 
-def grid(count: int, columns: int, width: float, height: float, **options: Any) -> Any:
-    """A figure with ``count`` panels of this size, at most ``columns`` in a row."""
-    columns = min(columns, count)
-    lines = -(-count // columns)
-    figure = Figure((width * columns, height * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False, **options).ravel()
-    for panel in panels[count:]:
-        panel.remove()
-    return figure, panels[:count]
-
-
 def share_legend(figure: Figure, panels: Sequence[Axes], place: str, columns: int) -> None:
     """One legend outside of all panels."""
     found = [pair for p in panels for pair in zip(*p.get_legend_handles_labels(), strict=True)]
@@ -92,8 +70,13 @@ def sketch_errors(rows: list[Row]) -> Figure:
     rows = [row for row in rows if row["ratio"] and row["dtype"] == "float32"]
     sized = [row for row in rows if row["K"] != row["L"]]  # the covariance has no width
     spectra = column(sized, "spectrum")
-    figure, panels = grid(len(spectra), 4, 2.6, 2.3, sharex=True)
-    for panel, spectrum in zip(panels, spectra, strict=True):
+    columns = min(4, len(spectra))
+    lines = -(-len(spectra) // columns)
+    figure = Figure((2.6 * columns, 2.3 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
+    for empty in panels[len(spectra) :]:
+        empty.remove()
+    for panel, spectrum in zip(panels, spectra, strict=False):
         for marker, provider in zip(MARKERS, column(sized, "provider"), strict=False):
             shown = select(sized, spectrum=spectrum, provider=provider)
             widths = [int(row["L"]) for row in shown]
@@ -106,25 +89,6 @@ def sketch_errors(rows: list[Row]) -> Figure:
     figure.supxlabel(f"width L (K = {last['K']}, Q = {last['Q']}, {last['tokens']} tokens)")
     figure.supylabel("residual energy / optimum - 1")
     share_legend(figure, panels[:1], "upper", 3)
-    return figure
-
-
-def loss_memory(rows: list[Row]) -> Figure:
-    """loss.csv and nll_memory.csv: peak bytes of forward and backward against tokens."""
-    rows = [row for row in rows if row["peak_bytes"]]
-    figure, (panel,) = grid(1, 1, 4.5, 3.2)
-    for marker, provider in zip(MARKERS, column(rows, "provider"), strict=False):
-        shown = select(rows, provider=provider)
-        tokens = [int(row["T"]) for row in shown]
-        mebibytes = [int(row["peak_bytes"]) / 2**20 for row in shown]
-        panel.plot(tokens, mebibytes, marker=marker, markersize=4, label=provider)
-    last = rows[-1]
-    panel.set_xscale("log", base=2)
-    panel.set(yscale="log", xlabel="tokens", ylabel="peak memory, MiB")
-    panel.set_title(f"vocabulary {last['V']}, {last['dtype']}, {last['device']}", fontsize=8)
-    ticks = sorted({int(row["T"]) for row in rows})
-    panel.set_xticks(ticks, [str(count) for count in ticks])
-    panel.legend()
     return figure
 
 
@@ -167,31 +131,6 @@ def _draw_ratios(panel: Axes, y: int, by_name: dict[str, Row]) -> None:
             panel.plot(ratio, y, marker, color=f"C{index}", markersize=5, label=name, linestyle="")
 
 
-def roofline(rows: list[Row]) -> Figure:
-    """All files: useful TFLOP/s against useful FLOP per byte, under what the device can do."""
-    rows = [row for row in rows if float(row["tflops"]) > 0 and float(row["gbytes_per_s"]) > 0]
-    figure, (panel,) = grid(1, 1, 6.4, 4.2)
-    # A row's floor is its FLOP over the peak or its bytes over the bandwidth, whichever is longer:
-    # the largest quotients are the peak and the bandwidth.
-    stretch = [float(row["p50_ms"]) / float(row["floor_ms"]) for row in rows]
-    peak = max(float(row["tflops"]) * s for row, s in zip(rows, stretch, strict=True))
-    bandwidth = max(float(row["gbytes_per_s"]) * s for row, s in zip(rows, stretch, strict=True))
-    edge = 1e3 * peak / bandwidth
-    points: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        rate = float(row["tflops"])
-        points.setdefault(row["op"], []).append((1e3 * rate / float(row["gbytes_per_s"]), rate))
-    intensities = [edge, *(x for pairs in points.values() for x, _ in pairs)]
-    xs = [min(intensities) / 2, edge, max(intensities) * 2]
-    label = f"{peak:.3g} TFLOP/s, {bandwidth:.4g} GB/s"
-    panel.plot(xs, [xs[0] * bandwidth / 1e3, peak, peak], color="black", label=label)
-    for op, pairs in points.items():
-        panel.plot(*zip(*pairs, strict=True), "o", markersize=3.5, alpha=0.6, label=op)
-    panel.set(xscale="log", yscale="log", xlabel="useful FLOP per byte", ylabel="useful TFLOP/s")
-    panel.legend(fontsize=8)
-    return figure
-
-
 def step_memory(rows: list[Row]) -> Figure:
     """step.csv: what each way keeps between steps and needs on top during one."""
     cases = unique(map(case_of, rows))
@@ -216,38 +155,11 @@ def case_of(row: Row) -> str:
     return f"{row['model']}, {row['layers']} layers, {row['tokens']} tokens, {row['dtype']}{again}"
 
 
-def growth(rows: list[Row]) -> Figure:
-    """scaling.csv: one panel per variable, the fitted exponents in its legend."""
-    rows = select(rows, dtype=rows[-1]["dtype"])
-    variables = column(rows, "against")
-    figure, panels = grid(len(variables), 3, 3.4, 2.9)
-    for panel, variable in zip(panels, variables, strict=True):
-        curves: dict[str, dict[int, Row]] = {}
-        for row in select(rows, against=variable):
-            curves.setdefault(f"{row['of']} {row['provider']}", {})[int(row["value"])] = row
-        for index, (name, curve) in enumerate(curves.items()):
-            last = list(curve.values())[-1]
-            panel.plot(
-                list(curve), [float(row["p50_ms"]) for row in curve.values()], "o-",
-                color=f"C{index}", markersize=3.5, linewidth=1,
-                label=f"{name}: {float(last['exponent']):.2f} (r² {float(last['r2']):.2f})",
-            )  # fmt: skip
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.xaxis.set_major_formatter("{x:.0f}")
-        panel.set(xlabel=variable, ylabel="ms")
-        panel.legend(fontsize=7, title="exponent", title_fontsize=7)
-    return figure
-
-
 # file name → what draws its rows
 PLOTS: dict[str, Callable[[list[Row]], Figure]] = {
     "sketch_accuracy.csv": sketch_errors,
-    "loss.csv": loss_memory,
-    "nll_memory.csv": loss_memory,
     "linear.csv": ratios,
     "step.csv": step_memory,
-    "scaling.csv": growth,
 }
 
 

@@ -266,9 +266,9 @@ def make_ways(case: Case, base: nn.Module, names: Iterable[str] | None = None) -
 
 
 def make_all(
-    case: Case, device: torch.device, dtype: torch.dtype, names: Iterable[str] | None = None
+    case: Case, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, list[dict[str, Tensor]], dict[str, Way]]:
     """The frozen model, two batches and the ways, with the reference NLL in the batches."""
     base = make_model(case, device, dtype)
     batches = [with_reference(base, batch) for batch in make_batches(case, device, count=2)]
-    return base, batches, make_ways(case, base, names)
+    return base, batches, make_ways(case, base)
