@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from nsru_bench import (
     providers,
     siblings,
     sketch,
-    sketch_accuracy,
     sketch_methods,
 )
 from nsru_bench.rows import read
@@ -195,41 +195,6 @@ def test_sketch_times_both_triton_routes(walked):
     assert {"plan triton one_read", "plan triton two_reads"} <= providers
 
 
-def test_accuracy_rows(walked):
-    rows = read(walked / "sketch_accuracy.csv")
-    assert {row["spectrum"] for row in rows} == {
-        sketch_accuracy.HARMONIC,
-        sketch_accuracy.MEAN,
-        *(name for name, _ in sketch_accuracy.published_spectra(60, 4)),
-    }
-    for row in rows:
-        assert 0 <= float(row["residual"]) <= 1
-        assert row["certified"] == str(row["provider"].startswith("RetainSketch"))
-        if row["ratio"]:
-            assert float(row["ratio"]) >= 1 - 1e-5
-        if row["certified"] == "True":
-            assert float(row["claim_error"]) <= 1e-6
-    harmonic = {
-        (row["provider"], int(row["L"])): float(row["ratio"])
-        for row in rows
-        if row["spectrum"] == sketch_accuracy.HARMONIC
-    }
-    assert harmonic["covariance + eigh", 60] == pytest.approx(1, abs=1e-5)
-    assert harmonic["RetainSketch", 15] <= 1.1
-
-
-def test_centring_loses_the_mean(walked):
-    """What a null space must keep is not what a principal component analysis finds."""
-    rows = read(walked / "sketch_accuracy.csv")
-    ratios = {
-        row["provider"]: float(row["ratio"])
-        for row in rows
-        if row["spectrum"] == sketch_accuracy.MEAN
-    }
-    assert ratios["peft IncrementalPCA"] > 2
-    assert ratios["RetainSketch"] < 1.1
-
-
 def test_host_time_rows(walked):
     rows = read(walked / "host_time.csv")
     assert_timed(rows)
@@ -285,9 +250,11 @@ def test_loss_rows(walked):
         assert all(int(row["peak_bytes"]) > 0 for row in rows)
 
 
-def test_pictures_are_small(walked):
-    pictures = plots.main(walked)
-    assert {path.name for path in pictures} == {"sketch_accuracy.png"}
+def test_pictures_are_small(tmp_path):
+    for name in ("linear.csv", "step.csv"):
+        shutil.copy(ROOT / "benchmarks" / "results" / "cpu" / name, tmp_path)
+    pictures = plots.main(tmp_path)
+    assert {path.name for path in pictures} == {"linear.png", "step.png"}
     for path in pictures:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size < 150_000
@@ -322,16 +289,6 @@ def test_a_wrong_sketch_is_not_timed(monkeypatch, tmp_path, make_wrong):
     with pytest.raises(AssertionError, match=r"is off by|leaves"):
         sketch.run(tiny_session(tmp_path))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_broken_certificate_is_not_reported(monkeypatch, tmp_path):
-    def finish(method, rank, right=sketch_methods.Sketch.finish):
-        basis_KQ, claimed = right(method, rank)
-        return basis_KQ, claimed + 1
-
-    monkeypatch.setattr(sketch_methods.Sketch, "finish", finish)
-    with pytest.raises(AssertionError, match="certifies"):
-        sketch_accuracy.run(tiny_session(tmp_path))
 
 
 def wrong_value(nll, hidden, head, targets):

@@ -91,6 +91,23 @@ def test_unlearning_document_quotes_the_sweep_of_floors():
         assert shown[name][-4:] == list(map(round, means, (4, 4, 3, 2))), name
 
 
+def test_performance_document_quotes_the_accuracy_of_the_sketch():
+    rows = read(RESULTS / "cpu" / "sketch_accuracy.csv")
+    found = {(row["spectrum"], row["provider"], row["L"]): row for row in rows}
+    ours, fixed = (
+        [float(found["1/i", name, width]["ratio"]) for width in ("40", "64")]
+        for name in ("RetainSketch", "RetainSketch, no refresh")
+    )
+    pca = found["1/i and a mean", "peft IncrementalPCA", "64"]
+    text = " ".join((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split())
+    assert f"{ours[0]:.3f} at L = 40, {ours[1]:.3f} at L = 64; without refreshes" in text
+    assert "without refreshes {:.2f} and {:.2f}.".format(*fixed) in text
+    assert f"leave {float(pca['ratio']):.2f} times the optimum and" in text
+    assert f"claim {100 * float(pca['claim_error']):.0f} points too much" in text
+    certified = [float(row["claim_error"]) for row in rows if row["certified"] == "True"]
+    assert max(certified) <= 1e-6, "never claimed too much"
+
+
 @pytest.fixture(scope="module")
 def smollm2():
     return json.loads((RESULTS / "smollm2" / "results.json").read_text())

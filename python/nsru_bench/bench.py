@@ -5,7 +5,7 @@
     narrow      S, dS, dB and dA against the bandwidth of a copy
     fold        all adapters of a model in one launch
     host_time   Python around the kernels, against PEFT's
-    sketch      the streaming retain subspace: time, memory, residual
+    sketch      the streaming retain subspace: time, memory
     loss        per-token NLL without logits: time and peak memory
     step        a whole training step
 

@@ -20,7 +20,6 @@ from nsru_bench import rows as csv_rows
 from nsru_bench.rows import PREFIX, Row
 
 RC = {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 1.2}
-MARKERS = "osD^vX*P"
 PEERS = ("peft bf16", "peft default, autocast", "eager activation", "eager materialised")
 RATIO_MARKERS = dict(zip(("nsru", "best plan", *PEERS), "oDsv^x", strict=True))
 
@@ -58,40 +57,6 @@ def column(rows: Sequence[Row], name: str) -> list[str]:
     return unique(row[name] for row in rows)
 
 
-def share_legend(figure: Figure, panels: Sequence[Axes], place: str, columns: int) -> None:
-    """One legend outside of all panels."""
-    found = [pair for p in panels for pair in zip(*p.get_legend_handles_labels(), strict=True)]
-    handles = {label: handle for handle, label in found}
-    figure.legend(handles.values(), handles, loc=f"outside {place} center", ncols=columns)
-
-
-def sketch_errors(rows: list[Row]) -> Figure:
-    """sketch_accuracy.csv: a panel for each spectrum, residual above the optimum against width."""
-    rows = [row for row in rows if row["ratio"] and row["dtype"] == "float32"]
-    sized = [row for row in rows if row["K"] != row["L"]]  # the covariance has no width
-    spectra = column(sized, "spectrum")
-    columns = min(4, len(spectra))
-    lines = -(-len(spectra) // columns)
-    figure = Figure((2.6 * columns, 2.3 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
-    for empty in panels[len(spectra) :]:
-        empty.remove()
-    for panel, spectrum in zip(panels, spectra, strict=False):
-        for marker, provider in zip(MARKERS, column(sized, "provider"), strict=False):
-            shown = select(sized, spectrum=spectrum, provider=provider)
-            widths = [int(row["L"]) for row in shown]
-            # A residual equal to the optimum has no place on a log axis.
-            above = [max(float(row["ratio"]) - 1, 1e-5) for row in shown]
-            label = provider + (" (centres)" if shown[0]["centred"] == "True" else "")
-            panel.plot(widths, above, marker=marker, markersize=3.5, label=label)
-        panel.set(yscale="log", title=spectrum)
-    last = rows[-1]
-    figure.supxlabel(f"width L (K = {last['K']}, Q = {last['Q']}, {last['tokens']} tokens)")
-    figure.supylabel("residual energy / optimum - 1")
-    share_legend(figure, panels[:1], "upper", 3)
-    return figure
-
-
 def ratios(rows: list[Row]) -> Figure:
     """linear.csv: one line per shape, one mark per way, the floor of the device as a bar."""
     rows = select(rows, dtype=rows[-1]["dtype"])
@@ -107,7 +72,9 @@ def ratios(rows: list[Row]) -> Figure:
         panel.set_xlim(left=0)
     panels[0].set_yticks(range(len(shapes)), shapes, fontsize=7)
     panels[0].invert_yaxis()
-    share_legend(figure, panels, "lower", 4)
+    found = [pair for p in panels for pair in zip(*p.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in found}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -157,7 +124,6 @@ def case_of(row: Row) -> str:
 
 # file name → what draws its rows
 PLOTS: dict[str, Callable[[list[Row]], Figure]] = {
-    "sketch_accuracy.csv": sketch_errors,
     "linear.csv": ratios,
     "step.csv": step_memory,
 }

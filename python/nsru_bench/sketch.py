@@ -1,9 +1,8 @@
 """The streaming retain subspace against what else finds leading directions; see ``bench.py``.
 
-Two files. ``sketch.csv`` has the time of one batch (pass "update") and of the end of a stream
-("finish"), each method's sums compared with float64 before it is timed. ``sketch_accuracy.csv``,
-made in ``sketch_accuracy.py``, has what whole streams come to. Both name what each method keeps in
-memory between batches, and whether it subtracts the mean.
+The time of one batch (pass "update") and of the end of a stream ("finish"), each method's sums
+compared with float64 before it is timed. Rows name what each method keeps in memory between
+batches, and whether it subtracts the mean.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 import nsru_kernels as nk
-from nsru_bench import sketch_accuracy, timing
+from nsru_bench import timing
 from nsru_bench.cases import SUM_TOLERANCE, assert_near, normal_numbers
 from nsru_bench.rows import PREFIX
 from nsru_bench.session import Session
@@ -45,8 +44,6 @@ def run(session: Session) -> None:
             run_update(session, tokens, k, width)
             if not session.quick:
                 run_finish(session, tokens, k, width)
-    if not session.quick:
-        sketch_accuracy.run(session)
 
 
 def rank_of(width: int) -> int:

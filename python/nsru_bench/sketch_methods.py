@@ -19,7 +19,6 @@ class Method:
     """Takes batches x [M, K], then gives a basis and the share of the energy that it claims."""
 
     centred = False  # subtracts the mean, although that is a direction to retain like any other
-    certified = False  # what it claims is never more than what it captures
     waits = True  # the host waits for the device in each update
     route = ""
 
@@ -51,8 +50,6 @@ def exact_sums(x_MK: Tensor, omega_KL: Tensor) -> tuple[Tensor, Tensor]:
 
 class Sketch(Method):
     """RetainSketch, by the route that it takes."""
-
-    certified = True
 
     def __init__(self, k: int, width: int, device: torch.device, **options: int) -> None:
         self.sketch = nk.RetainSketch(k, width, device=device, **options)
