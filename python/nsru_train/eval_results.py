@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nsru_kernels.text_table import align_columns
 from nsru_train.metrics.tofu import UTILITY_SPLITS
 
 SCHEMA = 1
@@ -99,16 +100,8 @@ def format_table(results: Mapping[str, Any]) -> str:
     cells += [
         [split, *(_cell(key, row.get(key)) for key in columns)] for split, row in splits.items()
     ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            c.rjust(w) if i else c.ljust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    lines.append("")
+    head, *lines = align_columns(cells)
+    lines = [head, "-" * len(head), *lines, ""]
     overall = {k: v for k, v in results["metrics"].items() if not isinstance(v, Mapping)}
     for key, value in overall.items():
         text = f"{key:<18} {value:.4g}"
