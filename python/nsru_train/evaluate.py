@@ -6,8 +6,7 @@ Every distinct sequence goes through the model once, whatever number of metrics 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -144,22 +143,31 @@ def evaluate(
     """
     start = time.perf_counter()
     _check_splits(splits)
-    pool = _Pool(tokenizer, max_length)
-    plans = {
-        split: [_plan(pool, qa, safe if split == "forget" else None, safe_seed) for qa in records]
+    asked: dict[str, list[tuple[QA, str | None]]] = {
+        split: [
+            (qa, safe.target(qa, safe_seed) if safe and split == "forget" else None)
+            for qa in records
+        ]
         for split, records in splits.items()
     }
-    scores = score_sequences(
+    flat = [pair for pairs in asked.values() for pair in pairs]
+    encoded = {
+        sequence: encode_qa(tokenizer, *sequence, max_length=max_length)
+        for sequence in dict.fromkeys(s for pair in flat for s in _sequences(*pair))
+    }
+    own = {(qa.question, qa.answer) for qa, _ in flat}
+    found = score_sequences(
         model,
         tokenizer,
-        pool.encoded,
-        predict=pool.predict,
+        list(encoded.values()),
+        predict=[sequence in own for sequence in encoded],
         max_tokens=max(max_tokens, max_length),
         progress=progress,
     )
+    scores = dict(zip(encoded, found, strict=True))
     rows = {
-        split: [_row(plan, pool, scores, split, mean) for plan in rows]
-        for split, rows in plans.items()
+        split: [_row(qa, target, encoded, scores, split, mean) for qa, target in pairs]
+        for split, pairs in asked.items()
     }
     if generate:
         _add_answers(rows, model, tokenizer, max_new_tokens, max_tokens, progress)
@@ -175,81 +183,51 @@ def evaluate(
     return result
 
 
-class _Pool:
-    """Distinct sequences to score; asking for one twice gives the same index."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
-        self.encoded: list[Encoded] = []
-        self.predict: list[bool] = []
-        self._index: dict[tuple[str, str], int] = {}
-
-    def add(self, question: str, answer: str, predict: bool = False) -> int:
-        key = (question, answer)
-        if key not in self._index:
-            self._index[key] = len(self.encoded)
-            self.encoded.append(
-                encode_qa(self.tokenizer, question, answer, max_length=self.max_length)
-            )
-            self.predict.append(False)
-        index = self._index[key]
-        self.predict[index] |= predict
-        return index
+def _sequences(qa: QA, target: str | None) -> Iterator[tuple[str, str]]:
+    """Question and answer of each sequence that a record's row needs."""
+    yield qa.question, qa.answer
+    yield qa.question, qa.paraphrased_answer or qa.answer
+    for wrong in qa.perturbed_answers:
+        yield qa.question, wrong
+    if qa.paraphrased_question is not None:
+        yield qa.paraphrased_question, qa.answer
+    if target is not None:
+        yield qa.question, target
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Indices into the pool of the sequences that one record needs."""
-
-    qa: QA
-    right: int
-    paraphrased: int
-    wrong: tuple[int, ...]
-    reworded: int | None
-    safe: int | None
-    safe_target: str | None
-
-
-def _plan(pool: _Pool, qa: QA, safe: SafeTargets | None, seed: int) -> _Plan:
-    target = safe.target(qa, seed) if safe is not None else None
-    reworded = qa.paraphrased_question
-    return _Plan(
-        qa,
-        right=pool.add(qa.question, qa.answer, predict=True),
-        paraphrased=pool.add(qa.question, qa.paraphrased_answer or qa.answer),
-        wrong=tuple(pool.add(qa.question, answer) for answer in qa.perturbed_answers),
-        reworded=None if reworded is None else pool.add(reworded, qa.answer),
-        safe=None if target is None else pool.add(qa.question, target),
-        safe_target=target,
-    )
-
-
-def _row(plan: _Plan, pool: _Pool, scores: Sequence[Score], split: str, mean: Mean) -> Row:
-    right = scores[plan.right]
-    tokens = pool.encoded[plan.right].answer
+def _row(
+    qa: QA,
+    target: str | None,
+    encoded: Mapping[tuple[str, str], Encoded],
+    scores: Mapping[tuple[str, str], Score],
+    split: str,
+    mean: Mean,
+) -> Row:
+    right = scores[qa.question, qa.answer]
+    tokens = encoded[qa.question, qa.answer].answer
     own = slice(len(tokens))
     row: Row = {
-        "question": plan.qa.question,
-        "answer": plan.qa.answer,
+        "question": qa.question,
+        "answer": qa.answer,
         "probability": right.probability,
         "loss": right.loss,
         "extraction_strength": extraction_strength(right.predictions[own], tokens),
         "exact_memorisation": exact_memorisation(right.predictions[own], tokens),
         "min_k": min_k(right.nll[own]),
     }
-    if plan.wrong:
-        row["paraphrased_loss"] = scores[plan.paraphrased].loss
-        row["perturbed_loss"] = [scores[i].loss for i in plan.wrong]
+    if qa.perturbed_answers:
+        row["paraphrased_loss"] = scores[qa.question, qa.paraphrased_answer or qa.answer].loss
+        row["perturbed_loss"] = [scores[qa.question, wrong].loss for wrong in qa.perturbed_answers]
         ratio = truth_ratio([row["paraphrased_loss"]], [row["perturbed_loss"]], mean)
         row["truth_ratio"] = float(ratio[0])
         if split in OPTION_SPLITS:
             wrong = np.array(row["perturbed_loss"])
             row["option_probability"] = float(option_probability([right.loss], [wrong])[0])
-    if plan.reworded is not None:
-        row["reworded_probability"] = scores[plan.reworded].probability
-    if plan.safe is not None:
-        row["safe_target"] = plan.safe_target
-        row["safe_probability"] = scores[plan.safe].probability
+    if qa.paraphrased_question is not None:
+        row["reworded_probability"] = scores[qa.paraphrased_question, qa.answer].probability
+    if target is not None:
+        row["safe_target"] = target
+        row["safe_probability"] = scores[qa.question, target].probability
     return row
 
 
