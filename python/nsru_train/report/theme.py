@@ -77,6 +77,7 @@ def draw(folder: Path, name: str, plot: Callable[..., Figure], *data: Any) -> st
     with matplotlib.rc_context(_RC):
         figure = plot(*data)
         figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+        figure.set_layout_engine("none")  # what the first drawing laid out stays
         figure.savefig(svg, format="svg", metadata={"Date": None})
     atomic_write(folder / f"{name}.png", png.getvalue())
     return themed_svg(svg.getvalue(), name)
