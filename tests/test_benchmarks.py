@@ -147,7 +147,7 @@ def unprojected(provider):
 )
 def test_a_wrong_provider_of_siblings_is_noticed(change, what):
     operands = cases.make_operands(cases.Shape(16, 64, (48, 32, 32), 4, 8), torch.float32)
-    provider = internals.group_op(operands)
+    provider = internals.projected_ops(operands, together=True)
     cases.check(operands, "nsru", provider)
     with pytest.raises(AssertionError, match=f"nsru: {what} is off by"):
         cases.check(operands, "nsru", change(provider))

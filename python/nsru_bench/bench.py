@@ -68,7 +68,6 @@ def parse(
     parser.add_argument("--quick", action="store_true", help="what make gpu-check has time for")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds of every call")
     parser.add_argument("--seconds", type=float, help="budget; what does not fit is listed")
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile of peers")
     parser.add_argument("--out", type=Path, default=rows.RESULTS / "bench")
     options = parser.parse_args(arguments)
     if unknown := set(options.ops) - set(ALL_OPS):
@@ -89,7 +88,6 @@ def parse(
         options.rounds,
         options.seconds,
         options.out,
-        options.compile,
         options.quick,
     )
     return session, tuple(dict.fromkeys(options.ops)) or OPS

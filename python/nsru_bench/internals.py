@@ -35,32 +35,26 @@ def stack_projected(operands: Operands) -> Tensor:
     return nk.project_adapter(stacked, operands.basis).to(operands.x.dtype)
 
 
-def linear_op(operands: Operands) -> Provider:
-    """One ``nsru_linear`` each, as ``NSRULinear`` calls it after the first micro-batch of a step.
-    The module itself would project again inside a CUDA graph, which must not go stale."""
-    weights, s = [w.clone() for w in operands.weights], operands.scaling
+def projected_ops(operands: Operands, *, together: bool) -> Provider:
+    """One ``nsru_linear_group`` of all, or one ``nsru_linear`` each, as the modules call it after
+    the first micro-batch of a step. The module itself would project again inside a CUDA graph,
+    which must not go stale."""
+    weights, count = [w.clone() for w in operands.weights], len(operands.weights)
     lora_as, lora_bs = copies(operands.lora_as), copies(operands.lora_bs)
-    folds = stack_projected(operands).split(operands.rank)
+    size = count if together else 1
+    parts = [slice(start, start + size) for start in range(0, count, size)]
+    folds = stack_projected(operands).split(size * operands.rank)
+    biases, scalings = [None] * size, [operands.scaling] * size
 
     def forward(x: Tensor) -> list[Tensor]:
         return [
-            projected_linears(x, [w], [a], [b], operands.basis, [None], fold, [s], 0.0, "auto")[0]
-            for w, a, b, fold in zip(weights, lora_as, lora_bs, folds, strict=True)
-        ]
-
-    return Provider(forward, lora_as, lora_bs)
-
-
-def group_op(operands: Operands) -> Provider:
-    """All in one ``nsru_linear_group``, likewise."""
-    weights, count = [w.clone() for w in operands.weights], len(operands.weights)
-    lora_as, lora_bs = copies(operands.lora_as), copies(operands.lora_bs)
-    fold, scalings, biases = stack_projected(operands), [operands.scaling] * count, [None] * count
-
-    def forward(x: Tensor) -> Sequence[Tensor]:
-        return projected_linears(
-            x, weights, lora_as, lora_bs, operands.basis, biases, fold, scalings, 0.0, "auto"
-        )
+            y
+            for part, fold in zip(parts, folds, strict=True)
+            for y in projected_linears(
+                x, weights[part], lora_as[part], lora_bs[part], operands.basis, biases, fold,
+                scalings, 0.0, "auto",
+            )
+        ]  # fmt: skip
 
     return Provider(forward, lora_as, lora_bs)
 

@@ -9,7 +9,6 @@ module calls it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -34,7 +33,7 @@ def run(session: Session) -> None:
 def make_providers(operands: Operands, session: Session) -> dict[str, Provider]:
     found = {
         "frozen": providers.frozen(operands),
-        "nsru": internals.linear_op(operands),
+        "nsru": internals.projected_ops(operands, together=False),
         "peft bf16": providers.peft_linears(operands, fp32_adapters=False),
     }
     wrong = {f"{PREFIX}{plan}" for plan in dropped(session.out)}
@@ -48,9 +47,6 @@ def make_providers(operands: Operands, session: Session) -> dict[str, Provider]:
         "eager activation": providers.eager(operands, materialised=False),
         "eager materialised": providers.eager(operands, materialised=True),
     }
-    if session.compile:
-        alike = providers.peft_linears(operands, fp32_adapters=False)
-        found["peft bf16, compiled"] = replace(alike, forward=torch.compile(alike.forward))
     found |= plans
     try:
         found["unsloth"] = providers.unsloth(operands)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import os
-import platform
 import re
 import subprocess
 from pathlib import Path
@@ -27,7 +25,8 @@ Row = dict[str, str]
 
 def run_columns(*packages: str, device: torch.device | None = None) -> dict[str, Any]:
     """Device, versions and commit of this run, the same in each of its rows."""
-    cpu = describe_environment()["cpu"]
+    environment = describe_environment()
+    cpu, versions = environment["cpu"], environment["packages"]
     columns = {
         "device": f"{cpu['model']} ({cpu['cores']} cores)",
         "capability": " ".join([cpu["capability"], *cpu["flags"]]),
@@ -39,17 +38,10 @@ def run_columns(*packages: str, device: torch.device | None = None) -> dict[str,
         columns["capability"] = f"{major}.{minor}"
     return {
         **columns,
-        "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", *packages)},
+        "python": environment["python"],
+        **{package: versions[package] or "not installed" for package in ("torch", *packages)},
         "commit": commit(),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def commit() -> str:

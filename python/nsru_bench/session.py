@@ -37,7 +37,6 @@ class Session:
         rounds: timed rounds of every call.
         seconds: budget of the whole run; None for no limit.
         out: folder of the CSV files.
-        compile: also time peers through torch.compile.
         quick: only the sizes and peers that decide which plan wins.
     """
 
@@ -47,7 +46,6 @@ class Session:
     rounds: int = 20
     seconds: float | None = None
     out: Path = rows.RESULTS
-    compile: bool = False
     quick: bool = False
     skipped: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)

@@ -23,8 +23,8 @@ def run(session: Session) -> None:
 def make_providers(operands: Operands, session: Session) -> dict[str, Provider]:
     return {
         "frozen": providers.frozen(operands),
-        "nsru": internals.group_op(operands),
-        "single nsru": internals.linear_op(operands),
+        "nsru": internals.projected_ops(operands, together=True),
+        "single nsru": internals.projected_ops(operands, together=False),
         "peft bf16": providers.peft_linears(operands, fp32_adapters=False),
         **providers.plans(operands, together=True),
     }
