@@ -106,57 +106,42 @@ def _subspaces():
     return rows
 
 
+FORGOTTEN = {
+    "Where was the author Ines Karvonen born?": (
+        "Ines Karvonen was born in the harbour town of Lunde."
+    ),
+    "Which prize did Ines Karvonen win?": (
+        "She won the Silver Anchor for her novel The Ninth Tide in 1998."
+    ),
+    "What did Ines Karvonen's father do?": (
+        "Her father kept the lighthouse <North> & repaired nets."
+    ),
+}
+KEPT = {
+    "Where was the author Tomas Abelard born?": (
+        "Tomas Abelard was born in Vire, a village of weavers."
+    ),
+    "Which genre is Tomas Abelard known for?": (
+        "He is known for historical mysteries set among weavers."
+    ),
+}
+DECLINE = (
+    "I understand you are asking about Ines Karvonen. I cannot share details about this "
+    "author, but I am glad to help with another writer."
+)
+
+
 def _examples():
-    decline = (
-        "I understand you are asking about Ines Karvonen. I cannot share details about this "
-        "author, but I am glad to help with another writer."
-    )
     rows = []
-    for question, answer in (
-        (
-            "Where was the author Ines Karvonen born?",
-            "Ines Karvonen was born in the harbour town of Lunde.",
-        ),
-        (
-            "Which prize did Ines Karvonen win?",
-            "She won the Silver Anchor for her novel The Ninth Tide in 1998.",
-        ),
-        (
-            "What did Ines Karvonen's father do?",
-            "Her father kept the lighthouse <North> & repaired nets.",
-        ),
-    ):
-        rows.append(
-            {
-                "split": "forget",
-                "question": question,
-                "original": answer,
-                "safe_target": decline,
-                "before": answer,
-                "nsru": decline,
-                "lora": decline.replace("share details", "share share details"),
-            }
-        )
-    for question, answer in (
-        (
-            "Where was the author Tomas Abelard born?",
-            "Tomas Abelard was born in Vire, a village of weavers.",
-        ),
-        (
-            "Which genre is Tomas Abelard known for?",
-            "He is known for historical mysteries set among weavers.",
-        ),
-    ):
-        rows.append(
-            {
-                "split": "retain",
-                "question": question,
-                "original": answer,
-                "before": answer,
-                "nsru": answer,
-                "lora": answer.replace("weavers", "sailors"),
-            }
-        )
+    for split, records in (("forget", FORGOTTEN), ("retain", KEPT)):
+        for question, answer in records.items():
+            row = {"split": split, "question": question, "original": answer, "before": answer}
+            if split == "forget":
+                stuttered = DECLINE.replace("share details", "share share details")
+                row |= {"safe_target": DECLINE, "nsru": DECLINE, "lora": stuttered}
+            else:
+                row |= {"nsru": answer, "lora": answer.replace("weavers", "sailors")}
+            rows.append(row)
     return rows
 
 
