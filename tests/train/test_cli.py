@@ -15,6 +15,10 @@ from nsru_train.demo.authors import author_splits
 from nsru_train.sources import save_records
 
 
+# The run that all tests look at is drawn; the others need no drawings.
+pytestmark = pytest.mark.usefixtures("without_figures")
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """Flags for a tiny random model and small sets of fictitious authors."""

@@ -20,7 +20,7 @@ TINY = replace(
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def out(tmp_path_factory, short_answers):
     folder = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "FICTITIOUS", TINY)

@@ -60,12 +60,6 @@ def page_of(folder, results, metrics=()):
     return write_report(run).read_text()
 
 
-@pytest.fixture
-def without_figures(monkeypatch):
-    """Pages whose tables are looked at need no drawings, which take seconds."""
-    monkeypatch.setattr("nsru_train.report.page.draw", lambda folder, name, *_: f"<i>{name}</i>")
-
-
 def text_of(page):
     """What a reader sees: tags, style and drawings left out, white space as single spaces."""
     page = re.sub(r"<(style|svg)\b.*?</\1>", " ", page, flags=re.DOTALL)
@@ -148,10 +142,9 @@ def test_text_of_the_run_is_escaped(tmp_path):
     results["metrics"] = {evil: {evil: 0.5}, f"{evil}2": 0.5}
     results["notes"] = [evil]
     results["leakage"] = [{"module": name, "leakage": 1.0} for name in (evil, unbalanced)]
-    run.write_results(results)
     run.write_config({"evil": evil})
     run.environment_path.write_text(evil)
-    page = write_report(run).read_text()
+    page = page_of(tmp_path, results)
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 20
     Tags(page)
@@ -165,14 +158,8 @@ def test_answers_table(demo):
 
 
 def test_missing_parts_are_named(tmp_path):
-    run = RunFolder(tmp_path)
-    run.write_results(
-        {
-            "kind": "eval",
-            "metrics": {"retain": {"probability": 0.91234, "rouge": None}, "model_utility": 0.62},
-        }
-    )
-    page = write_report(run).read_text()
+    metrics = {"retain": {"probability": 0.91234, "rouge": None}, "model_utility": 0.62}
+    page = page_of(tmp_path, {"kind": "eval", "metrics": metrics})
     missing = re.search(r"Not recorded in this run: (.*?)\.</p>", page)[1]
     for part in ("Forgetting against retention", "Answers before and after", "Leakage", "Losses"):
         assert part in missing
@@ -180,13 +167,10 @@ def test_missing_parts_are_named(tmp_path):
     assert "0.9123" in page
     assert "0.62" in page
     assert "config.yaml): not recorded" in page
-    assert list(run.figures_dir.iterdir()) == []
+    assert list((tmp_path / "figures").glob("*")) == []
 
 
 def test_train_run_with_one_method_and_one_seed(tmp_path):
-    run = RunFolder(tmp_path)
-    for step in range(1, 4):
-        run.log_metrics({"step": step, "loss": 3.0 / step, "safe": 1.0, "total": float("nan")})
     results = demo_results(seeds=(0,))
     frontier = [
         {key: value for key, value in row.items() if key != "retain_untouched_prob"}
@@ -195,11 +179,13 @@ def test_train_run_with_one_method_and_one_seed(tmp_path):
     ]
     frontier[-1] = frontier[-1] | {"forget_prob": 0.0}
     frontier.append({"method": "nsru", "seed": 0, "step": 160, "forget_prob": None})
-    run.write_results(
-        {"kind": "train", "frontier": frontier, "subspaces": results["subspaces"][:1]}
-    )
-    page = write_report(run).read_text()
-    assert {path.name for path in run.figures_dir.iterdir()} == {
+    metrics = [
+        {"step": step, "loss": 3.0 / step, "safe": 1.0, "total": float("nan")}
+        for step in range(1, 4)
+    ]
+    parts = {"kind": "train", "frontier": frontier, "subspaces": results["subspaces"][:1]}
+    page = page_of(tmp_path, parts, metrics)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         f"{name}.png" for name in ("frontier", "steps", "losses", "spectrum", "editability")
     }
     assert "at matched forgetting" not in page
@@ -499,7 +485,6 @@ def test_palette_colours_are_distinct():
 
 
 def test_many_layers_and_zero_leakage(tmp_path):
-    run = RunFolder(tmp_path)
     names = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj", "gate"]
     subspaces = [
         {
@@ -513,16 +498,10 @@ def test_many_layers_and_zero_leakage(tmp_path):
         for layer in range(32)
         for name in names
     ]
-    run.write_results(
-        {
-            "kind": "train",
-            "subspaces": subspaces,
-            "leakage": [{"module": "m.layers.0.q_proj", "leakage": 0.0}],
-        }
-    )
-    page = write_report(run).read_text()
+    leakage = [{"module": "m.layers.0.q_proj", "leakage": 0.0}]
+    page = page_of(tmp_path, {"kind": "train", "subspaces": subspaces, "leakage": leakage})
     assert "all inputs" in page
-    assert (run.figures_dir / "leakage.png").exists()
+    assert (tmp_path / "figures" / "leakage.png").exists()
 
 
 def test_untouched_retain_answers_are_compared_on_their_own(demo):
@@ -539,10 +518,10 @@ def test_untouched_retain_answers_are_compared_on_their_own(demo):
 
 def test_header_tells_where_it_ran(tmp_path):
     run = RunFolder(tmp_path)
-    run.write_results({"kind": "eval", "seconds": 75.2, "metrics": {"model_utility": 0.5}})
     run.environment_path.write_text(
         '{"packages": {"torch": "2.13.0"}, "cuda": {"gpus": []}, "cpu": {"model": "Some CPU"},'
         ' "commit": "0123456789abcdef-dirty", "time": "2026-01-02T03:04:05+00:00"}'
     )
-    page = write_report(run).read_text()
+    metrics = {"model_utility": 0.5}
+    page = page_of(tmp_path, {"kind": "eval", "seconds": 75.2, "metrics": metrics})
     assert "1 min 15 s · torch 2.13.0 · Some CPU · commit 0123456789ab with changes" in page

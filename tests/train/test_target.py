@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 
 from nsru_bench import scale
 from nsru_train.cli import main
-from nsru_train.demo import run, smollm2
+from nsru_train.demo import compare, run, smollm2
 from nsru_train.demo.authors import author_splits
 from nsru_train.demo.compare import best_lr
 from nsru_train.demo.sets import target_sets
 from nsru_train.demo.tiny_model import make_llama, train_tokenizer
+
+
+pytestmark = pytest.mark.usefixtures("short_answers", "module_without_figures")
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +78,12 @@ def test_a_killed_training_goes_on_to_the_same_weights(out, groups, tmp_path, mo
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=0)
 
 
-def demo(out, folder, *more):
+def demo(out, folder, *more, seeds=2, lrs="[1e-3,1e-2]"):
     main(
         [
-            "demo", f"--model={out / 'target'}", f"--out={folder}", "--seeds=2", "--train.steps=4",
-            "--lrs={nsru: [1e-3,1e-2], lora: [1e-3,1e-2]}", "--examples=2", "--probed=4",
-            "--train.warmup=0", *more,
+            "demo", f"--model={out / 'target'}", f"--out={folder}", f"--seeds={seeds}",
+            f"--lrs={{nsru: {lrs}, lora: {lrs}}}", "--train.steps=4", "--train.warmup=0",
+            "--examples=2", "--probed=4", *more,
         ]
     )  # fmt: skip
     return json.loads((folder / "results.json").read_text())
@@ -89,7 +92,9 @@ def demo(out, folder, *more):
 @pytest.fixture(scope="module")
 def results(out, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
-    return {**demo(out, folder), "folder": folder}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)  # a name that holds in one working directory means the same later
+        return {**demo(out, Path(folder.name)), "folder": folder}
 
 
 def test_demo_tries_every_rate_and_keeps_one_for_all_seeds(results):
@@ -108,22 +113,21 @@ def test_demo_shows_general_knowledge(results):
     assert results["setup"]["questions"]["world_facts"] == 4
 
 
-def test_an_interrupted_demo_goes_on(out, results, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a name that holds in one working directory means the same later
-    folder = Path("run")
-    first = demo(out, folder)
+def test_an_interrupted_demo_goes_on(out, results, monkeypatch):
+    folder, lost = results["folder"], ["nsru-0.001-0", "lora-0.01-0"]
     (folder / "results.json").unlink()
-    shutil.rmtree(folder / "runs" / "lora-0.01-0")
+    for run_of_one in lost:
+        shutil.rmtree(folder / "runs" / run_of_one)
     trained = []
-    from nsru_train.demo import compare
-
     whole = compare.unlearn
     monkeypatch.setattr(
         compare, "unlearn", lambda *args, **kw: trained.append(args[3]) or whole(*args, **kw)
     )
-    again = demo(out, folder, "--resume=true")
-    assert [path.name for path in trained] == ["lora-0.01-0"]
-    assert again["frontier"] == first["frontier"] == results["frontier"]
+    monkeypatch.chdir(folder.parent)
+    again = demo(out, Path(folder.name), "--resume=true")
+    assert [path.name for path in trained] == lost
+    for rows in ("tuning", "frontier"):
+        assert again[rows] == results[rows], "as if nothing had happened"
 
 
 def test_an_interrupted_demo_with_other_settings_is_refused(out, results, capsys):
@@ -137,9 +141,10 @@ def test_an_interrupted_demo_with_other_settings_is_refused(out, results, capsys
 
 def test_a_run_stops_where_it_has_forgotten_enough(out, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "FICTITIOUS", replace(run.FICTITIOUS, eval_steps=2))
-    found = demo(out, tmp_path / "early", "--stop=0.9999")
+    once = {"seeds": 1, "lrs": "[1e-2]"}
+    found = demo(out, tmp_path / "early", "--stop=0.9999", **once)
     assert {row["step"] for row in found["frontier"]} == {0, 2}
-    found = demo(out, tmp_path / "late", "--stop=1e-9")
+    found = demo(out, tmp_path / "late", "--stop=1e-9", **once)
     assert {row["step"] for row in found["frontier"]} == {0, 2, 4}
 
 
