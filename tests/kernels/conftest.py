@@ -5,7 +5,7 @@ import torch
 import without_nvcc
 from gemm_stand_in import launch_kext_gemm
 
-from nsru_kernels.dispatch import extension
+from nsru_kernels.dispatch import choose, extension
 
 
 @pytest.fixture
@@ -39,6 +39,15 @@ def emulated(emulated_module, monkeypatch, poisoned_memory):
     monkeypatch.setattr(extension, "load", lambda: emulated_module)
     monkeypatch.setattr(extension, "place", lambda tensor: {"device": 0, "stream": 0})
     return emulated_module
+
+
+@pytest.fixture
+def serves_the_cpu(emulated, monkeypatch):
+    """As if the emulated extension were a GPU's."""
+    monkeypatch.setattr(extension, "unavailable", lambda op, device: None)
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
 
 
 @pytest.fixture

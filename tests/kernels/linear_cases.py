@@ -127,6 +127,27 @@ def check_against_exact(inputs, basis, *, backend="auto", **options):
         assert grad.is_contiguous() or not inputs[name].is_contiguous(), name
 
 
+def tiny_llama(**changes):
+    """A random Llama with grouped queries, so that q and k differ in out_features."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**sizes | changes))
+
+
+opcheck = functools.partial(
+    torch.library.opcheck,
+    test_utils=(
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    ),
+)
+
+
 # ---------------------------------------------------------------- by the modules of the backends
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from linear_cases import GRADIENTS, make_basis, make_inputs, run
+from linear_cases import GRADIENTS, make_basis, make_inputs, opcheck, run
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,16 +13,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import nsru_kernels as nk
 from nsru_kernels.ops.project import gram
-
-opcheck = functools.partial(
-    torch.library.opcheck,
-    test_utils=(
-        "test_schema",
-        "test_autograd_registration",
-        "test_faketensor",
-        "test_aot_dispatch_dynamic",
-    ),
-)
 
 
 @pytest.fixture(autouse=True)

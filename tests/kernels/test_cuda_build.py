@@ -51,6 +51,13 @@ def instructions(arch):
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+@pytest.fixture(params=["sm_80", "sm_90a"])
+def arch(request):
+    if request.param.removeprefix("sm_") not in cuda.build_info()["archs"].split(","):
+        pytest.skip(f"the extension was built without {request.param}")
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def gemms():
     return {name: sass for name, sass in instructions("sm_90a").items() if "KextMainloop" in name}
@@ -94,13 +101,10 @@ def test_gemms_use_tensor_cores_and_both_pairs_of_descriptors(gemms, schedule, d
         assert not re.search(r"\b(STL|LDL)\b", sass)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize(
     ("kernel", "loads"), [("rows_kernel", r"LDG\.E\.128"), ("columns_kernel", r"LDGSTS\.E\S*\.128")]
 )
 def test_narrow_products_read_wide_words_into_tensor_cores(arch, kernel, loads):
-    if arch.removeprefix("sm_") not in cuda.build_info()["archs"].split(","):
-        pytest.skip(f"the extension was built without {arch}")
     found = {name: sass for name, sass in instructions(arch).items() if kernel in name}
     assert len(found) >= 2 * 7, "bf16 and fp16, every number of rank tiles"
     for name, sass in found.items():
@@ -115,10 +119,7 @@ def test_narrow_products_fit_a_multiprocessor(resources):
         assert registers * 256 <= REGISTERS, name
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_sketch_copies_wide_words_ahead_of_tensor_cores(arch):
-    if arch.removeprefix("sm_") not in cuda.build_info()["archs"].split(","):
-        pytest.skip(f"the extension was built without {arch}")
     found = {n: sass for n, sass in instructions(arch).items() if "sketch_update_kernel" in n}
     assert len(found) == 2 * 6, "bf16 and fp16, tiles of 32 to 192 columns"
     for name, sass in found.items():
@@ -133,10 +134,7 @@ def test_two_blocks_of_the_sketch_share_a_multiprocessor_up_to_128_columns(resou
         assert registers * 256 * (2 if width <= 128 else 1) <= REGISTERS, name
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_projections_copy_wide_words_ahead_of_tensor_cores_where_all_is_aligned(arch):
-    if arch.removeprefix("sm_") not in cuda.build_info()["archs"].split(","):
-        pytest.skip(f"the extension was built without {arch}")
     found = {n: sass for n, sass in instructions(arch).items() if "project_kernelI" in n}
     assert len(found) == 3 * 3 + 1, "one for every pair of dtypes, and one for the rest"
     for name, sass in found.items():

@@ -74,6 +74,9 @@ def test_a_named_backend_never_falls_back(backend):
         nk.BackendUnavailable, match=rf"backend='{backend}' cannot serve nsru_linear on cpu"
     ):
         call(backend)
+    several = torch.ones(1, 4), *([torch.ones(size)] * 2 for size in ((3, 4), (2, 4), (3, 2)))
+    with pytest.raises(nk.BackendUnavailable, match=rf"backend='{backend}' cannot serve"):
+        nk.nsru_linear_group(*several, scalings=[1.0] * 2, backend=backend)
     with pytest.raises(nk.BackendUnavailable, match=r"Use backend='eager'"):
         nk.project_adapter(torch.ones(1, 4), torch.ones(4, 1), backend=backend)
 

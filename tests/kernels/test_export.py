@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from linear_cases import make_basis
+from linear_cases import make_basis, tiny_llama
 from torch import nn
 
 import nsru_kernels as nk
@@ -17,24 +17,14 @@ from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, WEIGHTS, load_lora_adap
 from nsru_kernels.nn.swap import match_linears
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
 def llama():
-    """A random Llama with grouped queries, so that q and k differ in out_features."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny_llama().eval()
 
 
 @pytest.fixture
@@ -291,16 +281,7 @@ def test_a_damaged_adapter_is_named_and_the_model_left_alone(base, llama, tmp_pa
 
 def test_an_adapter_of_another_model_is_refused(base, tmp_path):
     folder = nk.save_lora_adapter(adapt(base, ["q_proj"]), tmp_path)
-    narrow = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=40,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    )
+    narrow = tiny_llama(hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
     with pytest.raises(
         ValueError, match=r"made for a weight of \(32, 32\), the model has \(16, 16\)"
     ):

@@ -11,6 +11,7 @@ from linear_cases import (
     linears,
     make_inputs,
     one_by_one,
+    opcheck,
     operands,
     run,
 )
@@ -71,15 +72,6 @@ def test_one_compiled_graph_gives_the_eager_result(dtype, used):
 
 @pytest.mark.parametrize("m", [5, 0])
 def test_opcheck(m):
-    opcheck = functools.partial(
-        torch.library.opcheck,
-        test_utils=(
-            "test_schema",
-            "test_autograd_registration",
-            "test_faketensor",
-            "test_aot_dispatch_dynamic",
-        ),
-    )
     x, weights, a, bs, biases, scalings = operands(m, 24, *GROUP.values(), torch.float32)
     x = x.T.contiguous().T
     args = (x, weights, a, bs, biases, scalings, 0.0, None, "auto")
@@ -139,11 +131,3 @@ def test_bad_input_names_argument_and_index(case):
     }
     with pytest.raises(ValueError, match=message):
         nk.nsru_linear_group(**{**arguments, **change})
-
-
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_named_backend_never_falls_back(backend, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    inputs, basis = make_inputs(**GROUP)
-    with pytest.raises(nk.BackendUnavailable, match=rf"backend='{backend}' cannot serve"):
-        linears(**inputs, basis=basis, backend=backend)

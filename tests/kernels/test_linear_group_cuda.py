@@ -12,7 +12,7 @@ from linear_cases import (
 )
 
 import nsru_kernels as nk
-from nsru_kernels.dispatch import choose, extension
+from nsru_kernels.dispatch import extension
 from nsru_kernels.ops.linear import cuda
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -46,11 +46,9 @@ def test_unused_outputs_and_single_gradients(kernels, unused, wanted):
     check_some_gradients(cuda, case, torch.float16, unused, wanted)
 
 
-def test_swapped_siblings_go_through_cuda_alone(stand_in, monkeypatch):
+def test_swapped_siblings_go_through_cuda_alone(stand_in, serves_the_cpu, monkeypatch):
     """A model with siblings under NSRU_BACKEND=cuda: no op of it is missing."""
-    monkeypatch.setattr(extension, "unavailable", lambda op, device: None)
     monkeypatch.setenv("NSRU_BACKEND", "cuda")
-    choose.cache_clear()
 
     class Attention(torch.nn.Module):
         def __init__(self):
@@ -60,30 +58,27 @@ def test_swapped_siblings_go_through_cuda_alone(stand_in, monkeypatch):
         def forward(self, x):
             return torch.cat([self.q(x), self.k(x)], -1)
 
-    try:
-        model = Attention().bfloat16()
-        basis = torch.linalg.qr(torch.randn(32, 5))[0].contiguous()
-        x, subspaces = torch.randn(9, 32).bfloat16(), {"q": basis, "k": basis}
-        report = nk.swap_linears(
-            model, ["q", "k"], rank=3, alpha=6, subspaces=subspaces, batch={"x": x}
-        )
-        for parameter in (model.q.lora_B, model.k.lora_B):
-            torch.nn.init.normal_(parameter)
-        for _ in range(3):
-            model(x).square().sum().backward()
-        assert "q+k × 1 computed together" in str(report)
-        adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        grads = [parameter.grad.clone() for parameter in adapters]
-        y = model(x)
-        monkeypatch.setenv("NSRU_BACKEND", "eager")
-        model.zero_grad()
-        for _ in range(3):
-            model(x).square().sum().backward()
-        torch.testing.assert_close(y, model(x), rtol=0.02, atol=0.02)
-        for got, want in zip(grads, (parameter.grad for parameter in adapters), strict=True):
-            torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * want.abs().max().item())
-    finally:
-        choose.cache_clear()
+    model = Attention().bfloat16()
+    basis = torch.linalg.qr(torch.randn(32, 5))[0].contiguous()
+    x, subspaces = torch.randn(9, 32).bfloat16(), {"q": basis, "k": basis}
+    report = nk.swap_linears(
+        model, ["q", "k"], rank=3, alpha=6, subspaces=subspaces, batch={"x": x}
+    )
+    for parameter in (model.q.lora_B, model.k.lora_B):
+        torch.nn.init.normal_(parameter)
+    for _ in range(3):
+        model(x).square().sum().backward()
+    assert "q+k × 1 computed together" in str(report)
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    grads = [parameter.grad.clone() for parameter in adapters]
+    y = model(x)
+    monkeypatch.setenv("NSRU_BACKEND", "eager")
+    model.zero_grad()
+    for _ in range(3):
+        model(x).square().sum().backward()
+    torch.testing.assert_close(y, model(x), rtol=0.02, atol=0.02)
+    for got, want in zip(grads, (parameter.grad for parameter in adapters), strict=True):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * want.abs().max().item())
 
 
 def test_refusals_name_the_reason_and_the_other_backend():

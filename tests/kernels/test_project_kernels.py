@@ -32,18 +32,15 @@ def poison(monkeypatch):
 
 
 @pytest.fixture(params=["triton", "cuda"])
-def backend(request, monkeypatch):
+def backend(request):
     """A backend that serves the tensors of these tests."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     elif DEVICE == "cpu":
-        request.getfixturevalue("emulated")
-        monkeypatch.setattr(extension, "unavailable", lambda op, device: None)
+        request.getfixturevalue("serves_the_cpu")
     elif reason := extension.unavailable("project", torch.device(DEVICE)):
         pytest.skip(reason)
-    choose.cache_clear()
-    yield request.param
-    choose.cache_clear()
+    return request.param
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import torch
 from sketch_cases import check_update, inputs, updated
 
 import nsru_kernels as nk
-from nsru_kernels.dispatch import choose, extension
+from nsru_kernels.dispatch import extension
 from nsru_kernels.ops.sketch import cuda, energy_limit, update_sketch
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -283,22 +283,12 @@ def test_refusals_name_the_reason_and_the_other_backend():
             by_cuda(*arguments)
 
 
-@pytest.fixture
-def serves_the_cpu(kernel, monkeypatch):
-    """As if the emulated extension were a GPU's."""
-
-    monkeypatch.setattr(extension, "unavailable", lambda op, device: None)
-    choose.cache_clear()
-    yield
-    choose.cache_clear()
-
-
 @pytest.mark.parametrize("masked", [False, True])
-def test_retain_sketch(serves_the_cpu, monkeypatch, masked):
+def test_retain_sketch(kernel, serves_the_cpu, monkeypatch, masked):
     sketch_cases.check_retain_sketch("cuda", 64, 16, masked, monkeypatch)
 
 
-def test_through_the_public_function(serves_the_cpu):
+def test_through_the_public_function(kernel, serves_the_cpu):
     x, omega, y, h = inputs(70, 64, 20)
 
     def public(x, omega, y, h, mask, split):
