@@ -16,16 +16,6 @@ def tokenizer():
     return train_tokenizer(["Question: Who is Ann?\nAnswer: Ann is a poet."] * 2, 300)
 
 
-def test_plain_prompt_and_answer(tokenizer):
-    encoded = encode_qa(tokenizer, "Who is Ann?", "A poet.")
-    prompt = encoded.input_ids[: encoded.answer_start]
-    answer = encoded.input_ids[encoded.answer_start :]
-    assert tokenizer.decode(prompt) == "<s>Question: Who is Ann?\nAnswer:"
-    assert tokenizer.decode(answer) == " A poet.</s>"
-    assert prompt == encode_prompt(tokenizer, "Who is Ann?")
-    assert prompt.count(tokenizer.bos_token_id) == 1
-
-
 def test_chat_template_ends_at_eos_without_what_follows(tokenizer):
     tokenizer.chat_template = CHAT
     encoded = encode_qa(tokenizer, "Who is Ann?", "A poet.")
@@ -33,13 +23,6 @@ def test_chat_template_ends_at_eos_without_what_follows(tokenizer):
     assert tokenizer.decode(prompt) == "<s>user:Who is Ann?\n<s>assistant:"
     assert encoded.input_ids[: encoded.answer_start] == prompt
     assert tokenizer.decode(encoded.input_ids[encoded.answer_start :]) == "A poet.</s>"
-
-
-def test_template_without_eos_gets_one(tokenizer):
-    tokenizer.chat_template = CHAT.replace("</s>", "")
-    encoded = encode_qa(tokenizer, "Who is Ann?", "A poet.")
-    assert tokenizer.decode(encoded.input_ids[encoded.answer_start :]) == "A poet.\n</s>"
-    assert encoded.input_ids.count(tokenizer.eos_token_id) == 1
 
 
 def test_prompt_that_depends_on_the_answer_is_refused(tokenizer):

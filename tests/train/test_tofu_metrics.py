@@ -117,15 +117,6 @@ def test_forget_quality_by_hand():
         forget_quality(forget([1, 2]), {"other": {}})
 
 
-def test_indexed_columns_are_paired_by_their_index(log):
-    file = log[LOG_FILES["retain"]]
-    expected = model_utility(log)
-    for position, key in enumerate(file):
-        items = list(enumerate(file[key]))
-        file[key] = {str(i): v for i, v in (items if position % 2 else reversed(items))}
-    assert model_utility(log) == pytest.approx(expected, rel=1e-12)
-
-
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
