@@ -445,10 +445,10 @@ def _refused_by_peft(model: nn.Module, name: str) -> str | None:
     if kind in _MAMBA and end == "out_proj":
         return "fused kernels of Mamba read its weight, and PEFT refuses an adapter there"
     try:
-        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as kinds
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
     except ImportError:  # older, with experts that are linear layers
         return None
-    if end in _EXPERTS.get(kinds.get(kind), ()):
+    if end in _EXPERTS.get(_MODEL_TO_CONVERSION_PATTERN.get(kind), ()):
         return "PEFT takes its name for that of fused experts, and would not load it here"
     return None
 

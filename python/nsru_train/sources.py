@@ -126,9 +126,10 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, str | None
             if len(cells) > len(names):
                 raise ValueError(f"{len(cells)} cells for {len(names)} columns")
             if cells:
-                yield lines.line_num, {
-                    name: _cell(name, text) for name, text in zip(names, cells, strict=False)
-                }
+                yield (
+                    lines.line_num,
+                    {name: _cell(name, text) for name, text in zip(names, cells, strict=False)},
+                )
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{path}:{lines.line_num}: not valid CSV ({error})") from None
 

@@ -14,7 +14,6 @@ from nsru_train.config import DataConfig, ModelConfig, SubspaceConfig
 from nsru_train.demo.authors import author_splits
 from nsru_train.sources import save_records
 
-
 # The run that all tests look at is drawn; the others need no drawings.
 pytestmark = pytest.mark.usefixtures("without_figures")
 

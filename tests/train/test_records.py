@@ -55,7 +55,7 @@ def test_one_column_is_not_both(tmp_path):
 def test_lists_and_parts_are_json_in_a_cell(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(
-        'question,answer,perturbed_answer,safe_target\n'
+        "question,answer,perturbed_answer,safe_target\n"
         'Who?,A poet.,"[""A cook."", ""A judge.""]","{""decline"": ""No.""}"\n'
         "What?,A town.,A lake.,[withheld]\n"
     )
@@ -114,7 +114,7 @@ def test_line_separators_inside_an_answer_do_not_split_the_row(tmp_path):
             r"'perturbed_answers' is given twice",
         ),
         ([{**ANN, "safe_target": {"deny": "No."}}], r"unknown parts \['deny'\].*acknowledge"),
-        ([{**ANN, "option1": "A cook.", "option2": "A judge."}], "none of the options is the answer"),
+        ([{**ANN, "option1": "A cook.", "option2": "A judge."}], "none of the options is"),
         ([{**ANN, "perturbed_answers": ["x", ANN["answer"]]}], "hold the answer itself, 'A poet"),
         ([], r"holds no records"),
     ],

@@ -18,7 +18,6 @@ from nsru_train.demo.compare import best_lr
 from nsru_train.demo.sets import target_sets
 from nsru_train.demo.tiny_model import make_llama, train_tokenizer
 
-
 pytestmark = pytest.mark.usefixtures("short_answers", "module_without_figures")
 
 
@@ -93,7 +92,7 @@ def demo(out, folder, *more, seeds=2, lrs="[1e-3,1e-2]"):
 def results(out, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder.parent)  # a name that holds in one working directory means the same later
+        patch.chdir(folder.parent)  # so that a relative name is gone on with
         return {**demo(out, Path(folder.name)), "folder": folder}
 
 
