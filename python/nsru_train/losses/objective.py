@@ -28,7 +28,8 @@ class Objective:
         delta: margin of simnpo, in nats a token.
 
     Raises:
-        ValueError: a negative weight, or an unknown suppression.
+        ValueError: a negative weight, none above 0, an unknown suppression, or a beta or delta
+            that it does not read.
     """
 
     w_safe: float = 1.0
@@ -51,6 +52,18 @@ class Objective:
             )
         if self.beta is not None and not self.beta > 0:
             raise ValueError(f"Objective: beta must be positive or None, got {self.beta}.")
+        for name, default, readers in (
+            ("beta", None, ("npo", "simnpo")),
+            ("delta", 0, ("simnpo",)),
+        ):
+            value = getattr(self, name)
+            if value != default and self.suppression not in readers:
+                raise ValueError(
+                    f"Objective: {name} is read by {' and '.join(readers)} only, got {value} for "
+                    f"{self.suppression}; leave it out, or choose another suppression."
+                )
+        if not any((self.w_safe, self.suppress_weight, self.w_retain)):
+            raise ValueError("Objective: all weights are 0, nothing would be trained.")
 
     @property
     def suppress_weight(self) -> float:
