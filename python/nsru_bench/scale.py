@@ -2,10 +2,11 @@
 
     python -m nsru_bench.scale --model runs/smollm2/target --out benchmarks/results/smollm2
 
---model is a folder with questions beside it, as `make smollm2` makes them. Three tables:
-scale_energy.csv (who holds the energy of the forget activations), scale_rules.csv (what each way to
-count leaves open of answers to forget and to keep) and scale_steps.csv (what one step of AdamW on B
-changes in an answer token's NLL, by rule and by the power of the editability that divides alpha).
+--model is a folder with questions beside it, as `make smollm2` makes them. Three tables and a
+figure: scale_energy.csv (who holds the energy of the forget activations), scale_rules.csv (what
+each way to count leaves open of answers to forget and to keep) and scale_steps.csv (what one step
+of AdamW on B changes in an answer token's NLL, by rule and by the power of the editability that
+divides alpha).
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows.replace(args.out / "scale_rules.csv", [{**row, **columns} for row in rules])
     steps = _steps(model, tokenizer, forget[:8], retain[:8], targets, found)
     rows.replace(args.out / "scale_steps.csv", [{**row, **columns} for row in steps])
+    draw(energy, rules, steps, args.out / "scale.png")
 
 
 def _at_floor(whole: SubspaceSet, floor: float) -> SubspaceSet:
@@ -227,6 +229,57 @@ def _steps(
             nn.init.zeros_(module.lora_B)
         nk.merge_adapters(model)
     return made
+
+
+def draw(
+    energy: Sequence[Mapping[str, Any]],
+    rules: Sequence[Mapping[str, Any]],
+    steps: Sequence[Mapping[str, Any]],
+    path: Path,
+) -> None:
+    """The three tables side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4))
+    names = list(dict.fromkeys(row["input"] for row in rules))
+    bottom = [0.0] * len(names)
+    for kind, colour in zip(KINDS, ("#b03a2e", "#bbbbbb", "#7fb3d5", "#1f618d"), strict=True):
+        held = {row["input"]: row["energy"] for row in energy if row["kind"] == kind}
+        left.bar(
+            range(len(names)), [held[n] for n in names], bottom=bottom, color=colour, label=kind
+        )
+        bottom = [low + held[name] for low, name in zip(bottom, names, strict=True)]
+    short = [name.removeprefix("model.layers.").replace("self_attn.", "") for name in names]
+    left.set_xticks(range(len(names)), short, rotation=90, fontsize=6)
+    left.set_ylabel("share of the forget activations' energy")
+    left.legend(fontsize=7)
+    for rule, colour in zip(RULES, ("#b03a2e", "#e59866", "#1f618d"), strict=True):
+        shown = [row for row in rules if row["rule"] == rule and row["floor"] == 0.05]
+        middle.scatter(
+            [row["retain_open"] for row in shown], [row["forget_open"] for row in shown],
+            s=16, color=colour, label=rule,
+        )  # fmt: skip
+    middle.set(xscale="log", yscale="log")
+    middle.set_xlabel("open of answers to keep")
+    middle.set_ylabel("open of answers to forget, floor 5 %")
+    middle.legend(fontsize=7)
+    for power, marker in zip(POWERS, "os^", strict=True):
+        shown = [r for r in steps if r["power"] == power and r["rule"] in (*list(RULES)[2:],)]
+        right.plot(
+            [row["floor"] for row in shown], [row["forget_change"] for row in shown],
+            marker=marker, label=f"alpha / editability^{power:g}",
+        )  # fmt: skip
+    plain = next(row for row in steps if row["rule"] == "none")
+    right.axhline(plain["forget_change"], color="#888", lw=0.8, label="LoRA")
+    right.set(xscale="log", yscale="log")
+    right.set_xlabel("editability floor")
+    right.set_ylabel("change of a forget token's NLL by one step")
+    right.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -184,3 +184,4 @@ def test_scale_tells_who_holds_the_energy_and_what_a_step_does(out, tmp_path):
     whole = {row["floor"]: row for row in projected if row["power"] == "0.0"}
     for row in projected:
         assert float(row["forget_change"]) >= float(whole[row["floor"]]["forget_change"]) * 0.99
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
