@@ -54,7 +54,8 @@ class Launch(NamedTuple):
 
     @property
     def key(self) -> str:
-        fixed = {k: v for k, v in self.constants.items() if v is not None}
+        # The order of the tiles is no matter for a compiler.
+        fixed = {k: v for k, v in self.constants.items() if v is not None and k != "GROUP_M"}
         return json.dumps(
             [self.kernel.__name__, self.signature, fixed, self.divisible, self.options]
         )
