@@ -114,7 +114,8 @@ class Projections:
         """
         assert asked.projected is not None
         key = asked.projected[0]
-        asked.receivers = result = key, ()
+        result: Receivers = key, ()
+        asked.receivers = result
         # Ranks average each gradient while backward goes on, so none of them may wait for the last.
         if dist.is_available() and dist.is_initialized():
             return result
@@ -125,7 +126,7 @@ class Projections:
             members = group.modules()
             trained = [m.lora_A for m in members if m.lora_A.requires_grad]
             if trained and members[0].basis is not None and _alike(asked, group):
-                groups.append(group)
+                groups.append((group, group.projected[0]))
                 parts.append((trained, members[0].basis))
         if len(groups) < 2 or _by_library(asked.backend, parts):
             for group in groups:
@@ -134,11 +135,13 @@ class Projections:
         batch = GradientBatch(asked.backend, accumulate_dtype(key[0]))
         with torch.inference_mode(False), torch.enable_grad():
             made = batch.receivers(parts)
-        for group, own in zip(groups, map(iter, made), strict=True):
+        for (group, own_key), own in zip(groups, map(iter, made), strict=True):
             lora_as = [m.lora_A for m in group.modules()]
             ends = tuple([next(own) if a.requires_grad else a for a in lora_as])
-            group.receivers = group.projected[0], ends
-        return asked.receivers
+            group.receivers = own_key, ends
+            if group is asked:
+                result = group.receivers
+        return result
 
 
 def _by_library(backend: str, parts: list[tuple[list[Tensor], Tensor]]) -> bool:

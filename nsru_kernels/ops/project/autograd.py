@@ -100,13 +100,16 @@ def _project_given(
     backend: str,
 ) -> list[Tensor | None]:
     """dA_i of every dĀ_i, unrounded; None of None."""
-    given = [i for i, grad in enumerate(grads) if grad is not None]
+    given = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
     result: list[Tensor | None] = [None] * len(grads)
     if given:
         projected = project_many(
-            *([values[i] for i in given] for values in (grads, bases, gram_inverses)), backend
+            [grad for _, grad in given],
+            [bases[i] for i, _ in given],
+            [gram_inverses[i] for i, _ in given],
+            backend,
         )
-        for i, da in zip(given, projected, strict=True):
+        for (i, _), da in zip(given, projected, strict=True):
             result[i] = da
     return result
 
