@@ -9,6 +9,7 @@ which bumps no version counter). A hand edit through ``.data`` is seen by neithe
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -119,7 +120,8 @@ class Projections:
         # Ranks average each gradient while backward goes on, so none of them may wait for the last.
         if dist.is_available() and dist.is_initialized():
             return result
-        groups, parts = [], []
+        groups: list[tuple[LinearGroup, tuple]] = []
+        parts: list[tuple[Sequence[Tensor], Tensor]] = []
         for group in self._groups:
             if group.projected is None or group.projected[0][0] != key[0]:
                 continue
@@ -129,8 +131,8 @@ class Projections:
                 groups.append((group, group.projected[0]))
                 parts.append((trained, members[0].basis))
         if len(groups) < 2 or _by_library(asked.backend, parts):
-            for group in groups:
-                group.receivers = group.projected[0], ()
+            for group, own_key in groups:
+                group.receivers = own_key, ()
             return result
         batch = GradientBatch(asked.backend, accumulate_dtype(key[0]))
         with torch.inference_mode(False), torch.enable_grad():
@@ -144,10 +146,10 @@ class Projections:
         return result
 
 
-def _by_library(backend: str, parts: list[tuple[list[Tensor], Tensor]]) -> bool:
+def _by_library(backend: str, parts: Sequence[tuple[Sequence[Tensor], Tensor]]) -> bool:
     """True where library GEMMs project these: one by one, so that nothing is won by waiting."""
     pairs = [(a_RK, basis) for trained, basis in parts for a_RK in trained]
-    lora_as, bases = map(list, zip(*pairs, strict=True))
+    lora_as, bases = [a_RK for a_RK, _ in pairs], [basis for _, basis in pairs]
     threads = torch.get_num_threads()
     chosen = choose(PROJECT, backend, lora_as[0].device, *query(lora_as, bases), threads)
     return chosen.backend == "eager"

@@ -163,8 +163,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name, value in {"rank": self.rank, **self.rank_pattern}.items():
             check_whole("lora", name, value)
-        for name, value in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            check_number("lora", name, value)
+        for name, number in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            check_number("lora", name, number)
         check_probability("lora", "dropout", self.dropout)
 
 
