@@ -115,14 +115,17 @@ def smollm2():
 
 def test_smollm2_does_at_most_a_fifth_of_the_damage(smollm2):
     assert smollm2["matched"] == matched_damage(smollm2)
+    assert [row["seed"] for row in smollm2["matched"]] == [0, 1, 2]
     assert all(row["ratio"] <= 1 / 5 for row in smollm2["matched"])
     assert all(row["nsru_step"] <= 1.5 * row["lora_step"] for row in smollm2["matched"])
-    _, nsru, _ = smollm2["methods"]
-    assert nsru["forget_prob"] <= 0.1
-    assert nsru["safe_prob"] >= 0.9
+    for row in smollm2["methods"]:
+        if row["method"] == "nsru":
+            assert row["forget_prob"] <= 0.1
+            assert row["safe_prob"] >= 0.9
 
 
-def test_unlearning_document_quotes_the_runs_on_smollm2(smollm2):
+def test_unlearning_document_quotes_the_rates_on_smollm2():
+    rates = json.loads((RESULTS / "smollm2" / "rates.json").read_text())
     text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
     section = text.split("## On a pretrained model\n")[1].split("\n## ")[0]
     rows = [re.sub("[*]", "", line).split("|")[1:-1] for line in section.splitlines()]
@@ -131,9 +134,9 @@ def test_unlearning_document_quotes_the_runs_on_smollm2(smollm2):
         for row in rows
         if len(row) > 5 and "e-" in row[1]
     }
-    before = smollm2["methods"][0]["retain_unseen_prob"]
+    before = rates["before"]["retain_unseen_prob"]
     runs = {}
-    for point in smollm2["tuning"]:
+    for point in rates["tuning"]:
         runs.setdefault((point["method"], point["lr"]), []).append(point)
     assert shown.keys() == runs.keys()
     for run, points in runs.items():
@@ -147,3 +150,20 @@ def test_unlearning_document_quotes_the_runs_on_smollm2(smollm2):
         wanted += [abs(round(before - last["retain_unseen_prob"], 3))]
         cells = [cell.strip() for cell in shown[run]]
         assert [float(c) if c and c != "never" else None for c in cells] == wanted, run
+
+
+def test_unlearning_document_quotes_the_seeds_on_smollm2(smollm2):
+    text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    before, *runs = smollm2["methods"]
+    shown = re.findall(r"^\| (NSRU|LoRA) .*?\| (\d) \| (\d+ \|.*) \|$", text, re.MULTILINE)
+    assert len(shown) == len(runs)
+    table = {(name.lower(), int(seed)): cells for name, seed, cells in shown}
+    for row in runs:
+        lost = before["retain_unseen_prob"] - row["retain_unseen_prob"]
+        cells = [
+            f"{row['step']}", f"{row['forget_prob']:.3f}", f"{row['safe_prob']:.2f}",
+            f"{lost:.3f}", f"{row['forget_safe_rougeL_recall']:.2f}",
+            f"{row['real_authors_exact_memorisation']:.3f}",
+            f"{row['world_facts_exact_memorisation']:.3f}",
+        ]  # fmt: skip
+        assert table[row["method"], row["seed"]].split(" | ") == cells

@@ -99,9 +99,9 @@ class SubspaceConfig:
         min_editability: share of the forget answers' activations, every token counting alike, that
             must stay open to edits; the rank is the largest that leaves it, at least 1. Used when
             none of the three is given.
-        own_texts: number of texts, sampled from the model itself, that join the retain set here, so
-            that what it knows in general is protected too. They take seconds on a GPU, minutes on a
-            CPU. Not for a model that recites what it shall forget when it is asked nothing.
+        own_texts: number of texts, sampled from the model itself, that join the retain set here and
+            stand for what it knows in general. On SmolLM2 they helped little (docs/unlearning.md).
+            Not for a model that recites what it shall forget when it is asked nothing.
         max_tokens: of one batch, padding included.
     """
 
