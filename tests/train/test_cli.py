@@ -95,7 +95,10 @@ def test_run_folder_is_complete(run):
         assert (run / name).exists(), name
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["train"]["steps"] == 6
-    assert config["lora"] == {"rank": 8, "alpha": 16.0, "dropout": 0.0, "project": True}
+    assert config["lora"] == {
+        "rank": 8, "alpha": 16.0, "rank_pattern": {}, "alpha_pattern": {}, "dropout": 0.0,
+        "project": True,
+    }  # fmt: skip
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 6
 
 

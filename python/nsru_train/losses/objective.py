@@ -28,8 +28,8 @@ class Objective:
         delta: margin of simnpo, in nats a token.
 
     Raises:
-        ValueError: a negative weight, none above 0, an unknown suppression, or a beta or delta
-            that it does not read.
+        ValueError: a negative weight, an unknown suppression, or a beta or delta that it does not
+            read.
     """
 
     w_safe: float = 1.0
@@ -62,8 +62,6 @@ class Objective:
                     f"Objective: {name} is read by {' and '.join(readers)} only, got {value} for "
                     f"{self.suppression}; leave it out, or choose another suppression."
                 )
-        if not any((self.w_safe, self.suppress_weight, self.w_retain)):
-            raise ValueError("Objective: all weights are 0, nothing would be trained.")
 
     @property
     def suppress_weight(self) -> float:
