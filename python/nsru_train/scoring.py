@@ -295,7 +295,7 @@ def generation_config(
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=do_sample,
-        top_k=0,
+        top_k=0 if do_sample else None,
         use_cache=True,
         eos_token_id=stop,
         pad_token_id=pad,
