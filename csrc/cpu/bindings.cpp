@@ -7,8 +7,8 @@
 #include <tuple>
 
 #include "amx.h"
-#include "project.h"
 #include "linear.h"
+#include "project.h"
 
 namespace py = pybind11;
 using namespace nsru::cpu;
@@ -38,7 +38,7 @@ void run_forward(const TensorTuple& x, const TensorTuple& a, const TensorTuple& 
     std::vector<Member> members;
     for (const auto& [w, b, scaling, bias, y] : tuples)
         members.push_back({tensor(w), tensor(b), scaling, reinterpret_cast<const bf16*>(bias),
-                            tensor(y), std::nullopt, std::nullopt});
+                           tensor(y), std::nullopt, std::nullopt});
     py::gil_scoped_release unlocked;
     forward(tensor(x), tensor(a), tensor(s), members, threads);
 }
@@ -84,5 +84,5 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("dx"), py::arg("da"), py::arg("members"), py::arg("threads"),
           "dX, dS and, in float32, dA and dB; members are (w, b, scaling, dy, db).");
     m.def("project", &run_project, py::arg("basis"), py::arg("adapters"), py::arg("threads"),
-          "Projected float32 adapters of one basis; adapters are (A, projected, rank), contiguous.");
+          "Projects float32 adapters of one basis; adapters are (A, projected, rank), contiguous.");
 }

@@ -150,19 +150,24 @@ def test_time_steps_of_mamba(make_model):
     assert READS in report.skipped[name]
 
 
+def assert_peft_loads(model, base, report, folder):
+    """What the swapped model exports gives its logits in PEFT, by adapters of the same layers."""
+    for module in model.modules():
+        if isinstance(module, nk.NSRULinear):
+            nn.init.normal_(module.lora_B)
+    nk.save_lora_adapter(model, folder)
+    loaded = peft.PeftModel.from_pretrained(base, folder)
+    ids = torch.arange(6).unsqueeze(0)
+    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+    assert sorted(report.swapped) == sorted(loaded.targeted_module_names)
+
+
 def test_what_is_exported_of_mamba_is_what_peft_loads(tmp_path):
     model = mamba()
     with pytest.raises(ValueError, match="PEFT refuses"):
         nk.swap_linears(model, ["in_proj", "out_proj"], rank=2, alpha=4)
     report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
-    for module in model.modules():
-        if isinstance(module, nk.NSRULinear):
-            nn.init.normal_(module.lora_B)
-    nk.save_lora_adapter(model, tmp_path)
-    loaded = peft.PeftModel.from_pretrained(mamba(), tmp_path)
-    ids = torch.arange(6).unsqueeze(0)
-    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
-    assert sorted(report.swapped) == sorted(loaded.targeted_module_names)
+    assert_peft_loads(model, mamba(), report, tmp_path)
 
 
 def qwen3_moe():
@@ -184,13 +189,7 @@ def test_what_is_exported_beside_fused_experts_is_what_peft_loads(tmp_path):
     assert {name.rpartition(".")[2] for name in report.swapped} == {
         "q_proj", "k_proj", "v_proj", "o_proj",
     }  # fmt: skip
-    for module in model.modules():
-        if isinstance(module, nk.NSRULinear):
-            nn.init.normal_(module.lora_B)
-    nk.save_lora_adapter(model, tmp_path)
-    loaded = peft.PeftModel.from_pretrained(qwen3_moe(), tmp_path)
-    ids = torch.arange(6).unsqueeze(0)
-    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+    assert_peft_loads(model, qwen3_moe(), report, tmp_path)
 
 
 def test_the_report_names_fused_experts_with_their_share():
