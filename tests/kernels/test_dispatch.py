@@ -296,6 +296,22 @@ def test_a_kernel_says_why_it_cannot_run(fake_kernel, monkeypatch):
         chosen("triton", GPU, op=fake_kernel.op)
 
 
+@pytest.mark.parametrize(
+    ("capability", "row"), [((8, 0), 80), ((8, 6), 86), ((8, 9), 86), ((12, 0), 86), ((10, 3), 100)]
+)
+def test_triton_serves_the_gpus_that_it_was_compiled_for(capability, row, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert launch.unavailable(GPU) is None
+    assert launch.architecture(GPU) == row
+
+
+def test_triton_names_the_gpus_that_it_was_compiled_for(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.6, 8.9, 9.0, 10.0, 10.3, 12.0 (this GPU: 7.5)" in launch.unavailable(GPU)
+
+
 def test_a_named_backend_refuses_dtypes_and_explain_names_the_one_it_does_not_take(cpu_table):
     a, basis = torch.ones(4, 64, dtype=torch.bfloat16), torch.ones(64, 2)
     with pytest.raises(nk.BackendUnavailable, match=r"kernels take float32, got torch\.bfloat16"):

@@ -16,7 +16,6 @@ from nsru_kernels.ops.linear import triton_narrow_kernels as narrow_kernels
 
 MAX_BLOCK_R = 64  # a rank block of the narrow products; larger ranks take several
 SOURCES = 3  # linears whose dX one launch can sum
-ARCHITECTURES = (80, 90, 100)
 
 
 def _tiles(m: int, n: int, k: int, warps: int, stages: int, group: int = 8) -> Config:
@@ -42,6 +41,7 @@ def _narrow(m: int, c: int, warps: int, stages: int) -> Config:
 CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
     "kext": {
         80: (_tiles(128, 128, 64, 8, 3), _tiles(128, 256, 32, 8, 3)),
+        86: (_tiles(128, 128, 64, 8, 3), _tiles(128, 128, 32, 8, 4)),
         90: (
             _tiles(128, 256, 64, 8, 3),
             _tiles(128, 128, 64, 8, 4),
@@ -52,11 +52,13 @@ CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
     },
     "rows": {
         80: (_narrow(64, 128, 4, 4), _narrow(128, 64, 8, 4)),
+        86: (_narrow(64, 128, 4, 3), _narrow(128, 64, 8, 4)),
         90: (_narrow(64, 128, 4, 4), _narrow(128, 64, 8, 4)),
         100: (_narrow(64, 64, 4, 4), _narrow(32, 64, 4, 4)),
     },
     "columns": {
         80: (_narrow(64, 128, 8, 3), _narrow(32, 128, 4, 3)),
+        86: (_narrow(64, 128, 8, 2), _narrow(64, 64, 8, 3)),
         90: (_narrow(64, 256, 8, 3), _narrow(32, 512, 8, 3), _narrow(64, 128, 8, 3)),
         100: (_narrow(64, 256, 8, 3), _narrow(64, 128, 8, 3)),
     },
@@ -68,6 +70,7 @@ SMALL: dict[str, Config] = {
     "rows": _narrow(32, 32, 4, 3),
     "columns": _narrow(32, 32, 4, 3),
 }
+SMALL_86 = SMALL | {"kext": _tiles(32, 64, 32, 4, 3)}  # of 64 rows it spills on sm_86
 
 
 def rows_product(
@@ -253,9 +256,10 @@ def seed_of(seed: Tensor | None) -> int:
 
 
 def _configs(kernel: str, *operands: Tensor, tma: bool = False) -> tuple[Config, ...]:
+    arch = launch.architecture(operands[0].device)
     if operands[0].dtype == torch.float32 or not (tma or all(map(aligned, operands))):
-        return (SMALL[kernel],)
-    return CONFIGS[kernel][launch.architecture(operands[0].device)]
+        return ((SMALL_86 if arch == 86 else SMALL)[kernel],)
+    return CONFIGS[kernel][arch]
 
 
 def _kext_block_r(x_MK: Tensor, r: int) -> int:

@@ -18,7 +18,8 @@ from nsru_kernels.ops.sketch import triton_kernels as kernels
 PLANS = ("one_read", "two_reads")
 # Below this width both passes over x cost more than the products (model: 790 TFLOP/s, 4.3 TB/s).
 ONE_READ = 184
-# Two panels of x are to stay in L2 together (40 MiB on A100, 50 MiB on H100). Not measured.
+# Two panels of x are to stay in L2 together (40 MiB on A100, 50 MiB on H100; 6 on a
+# GeForce of 8.6, which reads x twice). Not measured.
 _PANEL_BYTES = 16 << 20
 _MAX_K_CHUNKS, _MAX_M_CHUNKS, _MAX_SPLITS = 8, 4, 8
 # Rows of products that a multiprocessor computes while a part of its tile is written and read
@@ -38,19 +39,25 @@ def _products(k: int, n: int, step: int, warps: int, stages: int) -> Config:
 # Compiled, not measured. By architecture and bytes of x's dtype.
 _ROWS = {
     (80, 2): (_rows(128, 128, 32, 8, 4), _rows(128, 64, 64, 4, 3)),
+    (86, 2): (_rows(128, 128, 32, 8, 4), _rows(128, 64, 64, 4, 3)),
     (90, 2): (_rows(128, 128, 64, 8, 4), _rows(64, 128, 64, 4, 4)),
     (100, 2): (_rows(128, 128, 64, 8, 4), _rows(128, 64, 64, 4, 4)),
+    (86, 4): (_rows(64, 32, 32, 4, 3),),  # of 64 columns it spills on sm_120
 } | {(arch, 4): (_rows(64, 64, 32, 4, 3),) for arch in (80, 90, 100)}
 _PRODUCTS = {
     (80, 2): _products(128, 128, 32, 8, 4),
+    (86, 2): _products(128, 128, 32, 8, 4),
     (90, 2): _products(128, 128, 64, 8, 4),
     (100, 2): _products(128, 128, 64, 8, 4),
-} | {(arch, 4): _products(64, 64, 32, 4, 3) for arch in (80, 90, 100)}
+} | {(arch, 4): _products(64, 64, 32, 4, 3) for arch in launch.ARCHITECTURES}
 _READ_ONCE = {
     (80, 2): ({"BLOCK_M": 64, "STEP_K": 64, "STEP_M": 32}, 8, 3),
+    (86, 2): ({"BLOCK_M": 64, "STEP_K": 64, "STEP_M": 32}, 8, 3),
     (90, 2): ({"BLOCK_M": 64, "STEP_K": 64, "STEP_M": 64}, 8, 4),
     (100, 2): ({"BLOCK_M": 64, "STEP_K": 64, "STEP_M": 64}, 8, 4),
-} | {(arch, 4): ({"BLOCK_M": 32, "STEP_K": 32, "STEP_M": 32}, 8, 2) for arch in (80, 90, 100)}
+} | {
+    (arch, 4): ({"BLOCK_M": 32, "STEP_K": 32, "STEP_M": 32}, 8, 2) for arch in launch.ARCHITECTURES
+}
 
 
 def update_sketch(
