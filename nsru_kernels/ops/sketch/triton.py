@@ -39,7 +39,7 @@ def _products(k: int, n: int, step: int, warps: int, stages: int) -> Config:
 # Compiled, not measured. By architecture and bytes of x's dtype.
 _ROWS = {
     (80, 2): (_rows(128, 128, 32, 8, 4), _rows(128, 64, 64, 4, 3)),
-    (86, 2): (_rows(128, 128, 32, 8, 4), _rows(128, 64, 64, 4, 3)),
+    (86, 2): (_rows(128, 64, 32, 8, 4), _rows(64, 64, 64, 4, 3)),
     (90, 2): (_rows(128, 128, 64, 8, 4), _rows(64, 128, 64, 4, 4)),
     (100, 2): (_rows(128, 128, 64, 8, 4), _rows(128, 64, 64, 4, 4)),
     (86, 4): (_rows(64, 32, 32, 4, 3),),  # of 64 columns it spills on sm_120
