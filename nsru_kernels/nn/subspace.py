@@ -206,6 +206,8 @@ class RetainSubspace(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if (loaded := state_dict.get(prefix + "basis")) is not None:
             _check_basis(loaded)
+            # The memory may be that of the user's subspaces, and of other models that hold them.
+            self.basis = self.basis.clone()
             if loaded.element_size() < 4:  # keep the dtype that says that it is rounded
                 self.basis = self.basis.to(loaded.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)

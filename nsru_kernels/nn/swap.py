@@ -359,6 +359,8 @@ def _match(
     wanted, unwanted = names_in("targets", targets), names_in("exclude", exclude)
     if not wanted:
         raise ValueError("targets must name at least one linear layer, got an empty list.")
+    if ALL_LINEAR in unwanted:
+        raise ValueError(f"exclude must name linear layers, got {ALL_LINEAR!r}: it leaves none.")
     if _looks_linear(model):
         raise ValueError("model is a linear layer itself; use NSRULinear.from_linear.")
     # Layers that a swap or a merge would silently miss, or change in another place.

@@ -412,6 +412,20 @@ def test_state_dict_round_trip_into_a_freshly_swapped_model():
     assert torch.equal(model(x), other(x))
 
 
+def test_loading_leaves_the_subspaces_that_others_hold_alone():
+    basis = make_basis(K, Q, seed=5).float()
+    subspaces = {str(i): nk.RetainSubspace(basis) for i in range(2)}
+    first, second = (nn.Sequential(nn.Linear(K, N), nn.Linear(K, N)) for _ in range(2))
+    for model in (first, second):
+        nk.swap_linears(model, "all-linear", rank=R, alpha=4, subspaces=subspaces)
+    state = first.state_dict()
+    state = {k: v.flip(0) if k.endswith("basis") else v for k, v in state.items()}
+    first.load_state_dict(state)
+    assert torch.equal(first[0].subspace.basis, basis.flip(0))
+    assert torch.equal(second[0].subspace.basis, basis)
+    assert torch.equal(subspaces["0"].basis, basis)
+
+
 def test_loading_a_bad_basis_is_refused():
     layer = make_layer()
     state = layer.state_dict()

@@ -410,6 +410,10 @@ def test_targets_by_expression_and_exclusion(model, targets, exclude, swapped):
         ({"targets": r".*z\d"}, "target .* matches no linear layer"),
         ({"exclude": "z"}, "exclude 'z' matches no linear layer"),
         ({"exclude": ["q", "k"]}, "leaves none of the targets"),
+        (
+            {"exclude": "all-linear"},
+            "exclude must name linear layers, got .all-linear.: it leaves none",
+        ),
         ({"rank_pattern": {"z": 3}}, r"rank_pattern has 'z', which no target takes"),
         ({"rank_pattern": {"q": 3, "layers.0.q": 2}}, "'layers.0.q', which no target takes"),
         ({"alpha_pattern": {"(": 3}}, "no regular expression"),
