@@ -24,9 +24,10 @@ class NSRULinear(nn.Module):
     """y = x Wᵀ + b + (alpha/rank) · dropout(x) Āᵀ Bᵀ with Ā = A (I - U Uᵀ); W and b frozen.
 
     ``lora_A`` [R, K] starts as in PEFT (Kaiming uniform) and ``lora_B`` [N, R] at zero, both
-    float32, so the module starts as its frozen linear. Between calls it
-    keeps Ā, computed again whenever A or the basis changed, and in a group the outputs that its
-    members have yet to take.
+    float32, so the module starts as its frozen linear. Between calls it keeps Ā, computed again
+    whenever A or the basis changed, and in a group the outputs that its members have yet to take.
+    A step of any ``torch.optim.Optimizer`` counts as a change. PyTorch does not count edits through
+    ``.data``, as in a training loop by hand: edit under ``torch.no_grad()``, or call `invalidate`.
 
     Args:
         in_features: K.
