@@ -15,6 +15,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from nsru_kernels.checks import check_range
 from nsru_train.config import (
     DataConfig,
     LoraConfig,
@@ -142,7 +143,7 @@ def subspace(
     from nsru_train.pipeline import find_subspaces, load_data, load_model, without_long
     from nsru_train.run_folder import RunFolder
 
-    subspace.rule()
+    check_range("seed", seed, "must be from 0 to 2³² - 1", whole=True)
     loaded = load_data(data)
     run = RunFolder(out).lock()
     if run.metrics_path.exists():
@@ -208,7 +209,6 @@ def train(
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder
 
-    subspace.rule()
     _check_reporting(train.report_to)
     loaded = load_data(data)
     run = RunFolder(out).lock()
@@ -342,6 +342,7 @@ def eval(
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder
 
+    check_range("max_new_tokens", max_new_tokens, "must be ≥ 1", whole=True)
     model, data = _run_sections(run, model, data)
     loaded = load_data(data)
     log = load_log(retain_log) if retain_log else None
@@ -508,7 +509,14 @@ def main(args: list[str] | None = None) -> None:
             else:
                 given = _underscored(given)
                 _check_configs(given)
-                auto_cli(COMMANDS, given, prog="nsru", description=__doc__, exit_on_error=False)
+                auto_cli(
+                    COMMANDS,
+                    given,
+                    prog="nsru",
+                    description=__doc__,
+                    exit_on_error=False,
+                    allow_abbrev=False,
+                )
     except (ValueError, OSError, ArgumentError) as error:
         message = _explain(error, given) if isinstance(error, ArgumentError) else str(error)
         # The trainer, which is used without a command line as well, names its own argument.

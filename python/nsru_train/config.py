@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nsru_kernels.checks import check_number, check_probability, check_whole
+from nsru_kernels.checks import check_settings
 from nsru_train.losses.objective import Objective
 
 __all__ = ["DataConfig", "LoraConfig", "ModelConfig", "Objective", "SubspaceConfig", "TrainConfig"]
@@ -77,6 +76,7 @@ class DataConfig:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_settings("data", self, max_length="must be ≥ 1")
         if self.truncate and self.skip:
             raise ValueError("data: give truncate or skip, not both.")
         self.forget, self.retain = _absolute(self.forget), _absolute(self.retain)
@@ -119,8 +119,17 @@ class SubspaceConfig:
         self.targets = [self.targets] if isinstance(self.targets, str) else self.targets
         self.exclude = [self.exclude] if isinstance(self.exclude, str) else self.exclude
         self.path = _absolute(self.path)
-        if self.own_texts < 0:
-            raise ValueError(f"subspace.own_texts must be 0 (none) or more, got {self.own_texts}.")
+        check_settings(
+            "subspace",
+            self,
+            width="must be ≥ 1",
+            rank="must not be negative",
+            energy="must be a share above 0 and at most 1",
+            min_editability="must be a share above 0 and at most 1",
+            own_texts="must be 0 (none) or more",
+            max_tokens="must be ≥ 1",
+        )
+        self.rule()
 
     def rule(self) -> dict[str, Any]:
         """The one rule that chooses the rank, as a keyword argument."""
@@ -131,6 +140,11 @@ class SubspaceConfig:
         }
         if len(given) > 1:
             raise ValueError(f"subspace: give one of rank, energy, min_editability, got {given}.")
+        if self.rank is not None and self.rank > self.width:
+            raise ValueError(
+                f"subspace.rank must be at most subspace.width, {self.width}, got {self.rank}; "
+                f"give a width of {self.rank + 64}."
+            )
         return given or {"min_editability": DEFAULT_MIN_EDITABILITY}
 
 
@@ -161,11 +175,15 @@ class LoraConfig:
     project: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in {"rank": self.rank, **self.rank_pattern}.items():
-            check_whole("lora", name, value)
-        for name, number in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            check_number("lora", name, number)
-        check_probability("lora", "dropout", self.dropout)
+        check_settings(
+            "lora",
+            self,
+            rank="must be ≥ 1",
+            alpha="must be a finite number above 0",
+            rank_pattern="must be ≥ 1",
+            alpha_pattern="must be a finite number above 0",
+            dropout="must be a share from 0 to below 1",
+        )
 
 
 @dataclass
@@ -217,21 +235,19 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "retain_per_forget", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("save_steps", "eval_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"train.{name} must be 0 (none) or more, got {getattr(self, name)}."
-                )
         self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"train.lr must be positive and finite, got {self.lr}.")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"train.warmup must be a share from 0 to 1, got {self.warmup}.")
-        if self.retain_stop_ratio is not None and not self.retain_stop_ratio > 1:
-            raise ValueError(
-                f"train.retain_stop_ratio must be above 1, or null for no early stop, got "
-                f"{self.retain_stop_ratio}."
-            )
+        check_settings(
+            "train",
+            self,
+            steps="must be ≥ 1",
+            lr="must not be negative",
+            warmup="must be a share from 0 to 1",
+            batch_size="must be ≥ 1",
+            retain_per_forget="must be ≥ 1",
+            accumulate="must be ≥ 1",
+            weight_decay="must not be negative",
+            save_steps="must be 0 (none) or more",
+            retain_stop_ratio="must be above 1, or null for no early stop",
+            eval_steps="must be 0 (none) or more",
+            seed="must be from 0 to 2³² - 1",
+        )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 
@@ -53,6 +54,7 @@ TRAIN = ("train", "--model.path=none", *SETS)
         ([*TRAIN, "--learning-rate", "3"], "Did you mean --train.lr?"),
         ([*TRAIN, "--lora.lora_alpha=3"], "Did you mean --lora.alpha?"),
         ([*TRAIN, "--steps=3"], "Did you mean --train.steps?"),
+        ([*TRAIN, "--train.step=3"], "Did you mean --train.steps?"),
         ([*TRAIN, "--xyzzy=3"], "train has no option 'xyzzy'. `nsru train --help`"),
         ([*TRAIN, "--train.steps=many"], "key \"train.steps\": Expected a <class 'int'>"),
         (["train", *SETS], "required: --model.path"),
@@ -80,6 +82,111 @@ def test_slips_in_flags(capsys, arguments, wanted):
 def test_slips_in_yaml(capsys, tmp_path, text, wanted):
     (tmp_path / "c.yaml").write_text(text)
     assert wanted in fails(capsys, *TRAIN, "--config", tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("place", ["flag", "yaml"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data.max_length", "0"),
+        ("lora.dropout", "nan"),
+        ("lora.rank", "-2"),
+        ("objective.w_kl", ".inf"),
+        ("subspace.energy", "95"),
+        ("train.lr", "-0.1"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_first(capsys, tmp_path, place, name, value):
+    out, given = tmp_path / "run", [f"--{name}={value}"]
+    if place == "yaml":
+        section, _, field = name.partition(".")
+        (tmp_path / "c.yaml").write_text(f"{section}: {{{field}: {value}}}")
+        given = ["--config", tmp_path / "c.yaml"]
+    error = fails(capsys, *TRAIN, *given, f"--out={out}")
+    assert name in error
+    assert value.lstrip(".") in error
+    assert re.search("must (not )?be .*; give a|Expected a", error)
+    assert not out.exists()
+
+
+OUT_OF_RANGE = {
+    "data.max_length": [0, -5],
+    "lora.rank": [0, -2, 2.5],
+    "lora.alpha": [0, -1],
+    "lora.rank_pattern": [{"q_proj": 0}, {"q_proj": 2.5}],
+    "lora.alpha_pattern": [{"q_proj": 0}],
+    "lora.dropout": [1.0, -0.1],
+    "objective.w_safe": [-1],
+    "objective.w_suppress": [-1],
+    "objective.w_retain": [-1],
+    "objective.w_kl": [-1],
+    "objective.beta": [0, -1],
+    "objective.delta": [],
+    "subspace.width": [0, -3],
+    "subspace.rank": [-1, 2.5],
+    "subspace.energy": [95, 0, -0.5],
+    "subspace.min_editability": [1.5, 0, -0.1],
+    "subspace.own_texts": [-1],
+    "subspace.max_tokens": [0],
+    "train.steps": [0, -1, 2.5],
+    "train.lr": [-0.001],
+    "train.warmup": [-0.1, 1.5, 10],
+    "train.batch_size": [0, -2],
+    "train.retain_per_forget": [0],
+    "train.accumulate": [0, -1],
+    "train.weight_decay": [-0.1],
+    "train.save_steps": [-1],
+    "train.retain_stop_ratio": [1],
+    "train.eval_steps": [-1],
+    "train.seed": [-1, 2**32],
+}
+
+
+def test_every_number_of_a_section_has_a_range():
+    assert OUT_OF_RANGE.keys() == {
+        f"{section}.{field.name}"
+        for section, kind in cli.SECTIONS.items()
+        for field in fields(kind)
+        if re.search(r"\b(int|float)\b", field.type)
+    }
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_a_number_out_of_range_is_no_setting(name):
+    section, _, field = name.partition(".")
+    given = {"data": {"forget": "f", "retain": "r"}}.get(section, {})
+    odd = [math.nan, -math.inf, 10**400, True, "4", [4]]
+    pattern = name.endswith("pattern")
+    for value in OUT_OF_RANGE[name] + [{"q": value} if pattern else value for value in odd]:
+        with pytest.raises(ValueError, match=rf"^{name}\b.* must (not )?be .*; give a"):
+            cli.SECTIONS[section](**given, **{field: value})
+
+
+def test_more_directions_than_the_sketch_has_are_refused():
+    with pytest.raises(ValueError, match=r"subspace\.rank must be at most subspace\.width, 512"):
+        cli.SubspaceConfig(rank=513)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["subspace", *TRAIN[1:], "--seed=-1"], "seed must be"),
+        (["eval", "none", "--max_new_tokens=0"], "max_new_tokens must be"),
+        (["demo", "--seeds=0"], "seeds must be"),
+        (["demo", "--probed=0"], "probed must be"),
+        (["demo", "--stop=90"], "stop must be"),
+        (["demo", "--examples=-1"], "examples must not be negative"),
+        (["demo", "--max_seconds=0"], "max_seconds must be"),
+        (["demo", "--lrs={lora: [0.1, -0.1]}"], "lrs: lora must not be negative"),
+        (["demo", "--lrs={lora: []}"], "lrs: lora must list learning rates"),
+    ],
+)
+def test_numbers_beside_the_sections_are_checked_first(
+    capsys, tmp_path, monkeypatch, arguments, wanted
+):
+    monkeypatch.chdir(tmp_path)
+    assert wanted in fails(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("value", ["q_proj", "[q_proj]", '["q_proj"]'])

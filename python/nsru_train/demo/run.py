@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from nsru_kernels.checks import check_range
 from nsru_kernels.subspaces.collection import SubspaceSet
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.records import QA
@@ -78,6 +79,18 @@ def run_demo(
     """Run the comparison, write results.json and report.html into ``out``; see ``nsru demo -h``."""
     if unknown := sorted(lrs.keys() - set(METHODS)):
         raise ValueError(f"lrs: methods must be out of {', '.join(METHODS)}, got {unknown[0]!r}.")
+    for method, rates in lrs.items():
+        if not rates:
+            raise ValueError(f"lrs: {method} must list learning rates, got none; leave it out.")
+        for rate in rates:
+            check_range(f"lrs: {method}", rate, "must not be negative")
+    check_range("seeds", seeds, "must be ≥ 1", whole=True)
+    check_range("examples", examples, "must not be negative", whole=True)
+    check_range("max_seconds", max_seconds, "must be positive")
+    if probed is not None:
+        check_range("probed", probed, "must be ≥ 1", whole=True)
+    if stop is not None:
+        check_range("stop", stop, "must be a share from 0 to 1")
     started = time.perf_counter()
     run = RunFolder(out).lock()
     run.write_environment()

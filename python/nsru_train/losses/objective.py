@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nsru_kernels.checks import check_settings
 from nsru_train.methods import SUPPRESSIONS, WEIGHTS, suppress
 
 SAFE, FORGET, RETAIN = 0, 1, 2
@@ -41,17 +42,17 @@ class Objective:
     delta: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("w_safe", "w_suppress", "w_retain", "w_kl"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"Objective: {name} must not be negative, got {value}.")
+        weights = dict.fromkeys(
+            ("w_safe", "w_suppress", "w_retain", "w_kl"), "must not be negative"
+        )
+        check_settings(
+            "objective", self, **weights, beta="must be positive", delta="must be a finite number"
+        )
         if self.suppression not in SUPPRESSIONS:
             raise ValueError(
                 f"Objective: suppression must be one of {', '.join(SUPPRESSIONS)}, "
                 f"got {self.suppression!r}."
             )
-        if self.beta is not None and not self.beta > 0:
-            raise ValueError(f"Objective: beta must be positive or None, got {self.beta}.")
         for name, default, readers in (
             ("beta", None, ("npo", "simnpo")),
             ("delta", 0, ("simnpo",)),
