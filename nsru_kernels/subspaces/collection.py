@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import typing
@@ -127,9 +128,10 @@ class SubspaceSet(dict[str, RetainSubspace]):
             )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write one safetensors file per distinct input and index.json.
+        """Write one safetensors file per distinct input and index.json, with the SHA-256 of each.
 
-        The folder appears complete or not at all; a folder of an earlier save is replaced.
+        The folder appears complete or not at all; a folder of an earlier save is replaced. The
+        digests tell what was mixed up or damaged, not what was forged.
 
         Raises: ValueError: `folder` exists and holds something else.
         """
@@ -137,16 +139,18 @@ class SubspaceSet(dict[str, RetainSubspace]):
         if folder.exists() and any(folder.iterdir()) and not (folder / _INDEX).exists():
             raise ValueError(f"save: {folder} holds other files; give an empty or new folder.")
         with whole_folder(folder) as complete:
-            entries = []
+            entries, digests = [], {}
             for number, entry in enumerate(self.inputs):
                 file = f"{number}.safetensors"  # names of modules are no names of files
                 self[entry.name].save(complete / file)
                 entries.append(dataclasses.asdict(entry) | {"file": file})
+                digests[entry.name] = _sha256(complete / file)
             index = {
                 "schema": _SCHEMA,
                 "kind": "retain-subspaces",
                 "fingerprint": self.fingerprint,
                 "inputs": entries,
+                "sha256": digests,
             }
             (complete / _INDEX).write_text(json.dumps(index, indent=1))
 
@@ -173,7 +177,10 @@ class SubspaceSet(dict[str, RetainSubspace]):
                 f"SubspaceSet.load: {path} must be of kind 'retain-subspaces', schema {_SCHEMA}; "
                 f"got {index.get('kind')!r}, {index.get('schema')!r}."
             )
-        check_fields(path, index, {"fingerprint": str, "inputs": list[dict]})
+        index.setdefault("sha256", {})  # of a folder of before there were digests
+        check_fields(
+            path, index, {"fingerprint": str, "inputs": list[dict], "sha256": dict[str, str]}
+        )
         subspaces: dict[str, RetainSubspace] = {}
         inputs = []
         for found in index["inputs"]:
@@ -187,6 +194,16 @@ class SubspaceSet(dict[str, RetainSubspace]):
                         f"SubspaceSet.load: {path} gives {name}={getattr(entry, name)} for "
                         f"{entry.name}, {folder / file} {getattr(subspace, name)}; estimate again."
                     )
+            own, digests = subspace.spectrum(), index["sha256"]
+            shares = zip(own, entry.spectrum, strict=False)
+            if (digests and digests.get(entry.name) != _sha256(folder / file)) or any(
+                not math.isclose(share, noted, abs_tol=1e-6) for share, noted in shares
+            ):
+                raise ValueError(
+                    f"SubspaceSet.load: {folder / file} is not what {path} describes as that of "
+                    f"{entry.name}: it was changed, or taken from another input. Copy the folder "
+                    "again, or estimate again."
+                )
             if entry.name not in entry.modules or not subspaces.keys().isdisjoint(entry.modules):
                 raise ValueError(
                     f"SubspaceSet.load: {path}: modules of {entry.name} must hold it and nothing "
@@ -195,6 +212,10 @@ class SubspaceSet(dict[str, RetainSubspace]):
             inputs.append(entry)
             subspaces.update(dict.fromkeys(entry.modules, subspace))
         return cls(subspaces, inputs, index["fingerprint"])
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _read_entry(path: Path, found: dict[str, typing.Any]) -> tuple[InputDiagnostics, str]:

@@ -99,11 +99,67 @@ def test_the_index_is_checked(tmp_path, changes):
     assert "Traceback" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("changes", [{"inputs": {}}, {"inputs": ["q_proj"]}, {"fingerprint": 7}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"inputs": {}}, {"inputs": ["q_proj"]}, {"fingerprint": 7}, {"sha256": [7]}],
+)
 def test_the_head_of_the_index_is_checked(tmp_path, changes):
     make_set("q_proj").save(tmp_path)
     edit_json(tmp_path / "index.json", **changes)
-    with pytest.raises(ValueError, match=r"index\.json: (inputs|fingerprint) must be"):
+    with pytest.raises(ValueError, match=r"index\.json: (inputs|fingerprint|sha256) must be"):
+        SubspaceSet.load(tmp_path)
+
+
+def without_digests(folder):
+    index = json.loads((folder / "index.json").read_text())
+    del index["sha256"]
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def swap_files(folder):
+    first, second = folder / "0.safetensors", folder / "1.safetensors"
+    first.rename(folder / "kept")
+    second.rename(first)
+    (folder / "kept").rename(second)
+
+
+def swap_entries(folder):
+    index = json.loads((folder / "index.json").read_text())
+    one, other = index["inputs"]
+    one["file"], other["file"] = other["file"], one["file"]
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def swap_names(folder):
+    index = json.loads((folder / "index.json").read_text())
+    one, other = index["inputs"]
+    one |= {"name": "k_proj", "modules": ["k_proj"]}
+    other |= {"name": "q_proj", "modules": ["q_proj"]}
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def replace_basis(folder):
+    rewrite(folder / "0.safetensors", basis=make_subspace(seed=7).basis)
+
+
+@pytest.mark.parametrize("change", [swap_files, swap_entries, swap_names, replace_basis])
+def test_a_subspace_of_another_input_is_refused(tmp_path, change):
+    make_set("q_proj", "k_proj").save(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=r"safetensors is not what .*index\.json describes as"):
+        SubspaceSet.load(tmp_path)
+
+
+def test_without_digests_the_spectrum_tells_inputs_apart(tmp_path):
+    """As in a folder that was written before there were any."""
+    two = make_set("q_proj", "k_proj")
+    two["k_proj"] = RetainSubspace(two["k_proj"].basis, torch.tensor([5.0, 3.0, 1.0]), 10.0, 77)
+    two.inputs[1].spectrum = [0.5, 0.3, 0.1]
+    two.save(tmp_path)
+    without_digests(tmp_path)
+    assert SubspaceSet.load(tmp_path).keys() == two.keys()
+    swap_files(tmp_path)
+    with pytest.raises(ValueError, match=r"0\.safetensors is not what .*index\.json describes as"):
         SubspaceSet.load(tmp_path)
 
 
