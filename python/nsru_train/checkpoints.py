@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import numbers
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -93,6 +96,43 @@ def rotate(run_dir: Path, limit: int | None, newest: Path, best: str | None) -> 
     for path in [*paths[after:], *paths[:after]][:-limit]:
         if str(path) != best:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def check_alike(found: Any, own: Any, name: str) -> None:
+    """Raise TypeError unless ``found`` is of the form of ``own``, and its numbers are finite.
+
+    It may hold more keys, as those of other versions do; what is None in ``own`` may be anything.
+    """
+    if isinstance(own, Tensor):
+        alike = isinstance(found, Tensor) and found.shape == own.shape
+        alike = alike and found.is_floating_point() == own.is_floating_point()
+        alike = alike and bool(found.isfinite().all())
+    elif isinstance(own, (list, tuple)):
+        alike = isinstance(found, (list, tuple)) and len(found) == len(own)
+    elif isinstance(own, numbers.Real):
+        alike = isinstance(found, numbers.Real) and math.isfinite(found)
+    else:
+        alike = own is None or isinstance(found, type(own))
+    if not alike:
+        raise TypeError(f"{name} must be like {own!r:.60}, got {found!r:.60}")
+    if isinstance(own, (list, tuple)):
+        found, own = dict(enumerate(found)), dict(enumerate(own))
+    for key in own if isinstance(own, Mapping) else ():
+        check_alike(found.get(key), own[key], f"{name}[{key!r}]")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Raise TypeError where the loaded state would fail or mislead a later step.
+
+    Args:
+        groups: the optimizer's param_groups before.
+    """
+    for found, own in zip(optimizer.param_groups, groups, strict=True):
+        check_alike(found, own, "param_groups")
+    for parameter, state in optimizer.state.items():
+        if isinstance(optimizer, torch.optim.AdamW) and state:
+            own = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            check_alike(state, own, "state")
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -22,11 +22,23 @@ from typing import Any
 import psutil
 import yaml
 
-from nsru_kernels.files import atomic_write, remove_leftovers
+from nsru_kernels.files import atomic_write, check_fields, remove_leftovers
+from nsru_train.parsing import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
 RESULTS_SCHEMA = 1
+# What is read of results.json beside numbers, which are taken where they are some.
+_RUN = {"method": str, "seed": int, "step": int}
+_ROWS: dict[str, dict[str, Any]] = {
+    "methods": _RUN,
+    "frontier": _RUN,
+    "examples": {"split": str},
+    "subspaces": {"name": str, "modules": list[str], "rank": int, "spectrum": list[float | None]},
+    "leakage": {"module": str, "method": str, "rounding": float},
+}
+_SECTIONS = {"setup": dict, "metrics": dict, "notes": list[str]}
+_METRICS_ROW = {"seconds": float, "seed": int, "method": str}
 _LOCK = ".lock"
 _held: set[Path] = set()  # locks of this process, for another may have had its number before
 
@@ -178,6 +190,7 @@ class RunFolder:
             return []
         rows = []
         for number, line in enumerate(self.metrics_path.read_bytes().split(b"\n"), 1):
+            where = f"{self.metrics_path}:{number}"
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
@@ -186,9 +199,10 @@ class RunFolder:
                     continue
             if not isinstance(row, dict) or not isinstance(row.get("step", ""), int | None):
                 raise ValueError(
-                    f"{self.metrics_path}:{number}: expected a row with its step, as training "
-                    f"writes them, got {line[:40]!r}; restore the file or move it away."
+                    f"{where}: expected a row with its step, as training writes them, got "
+                    f"{line[:40]!r}; restore the file or move it away."
                 )
+            _check_present(where, row, _METRICS_ROW)
             rows.append(row)
         return rows
 
@@ -206,12 +220,16 @@ class RunFolder:
             self.results_path, to_json({"schema": RESULTS_SCHEMA, **results}, indent=1) + "\n"
         )
 
-    def read_results(self) -> dict[str, Any]:
+    def read_results(self, **fields: Any) -> dict[str, Any]:
         """Read results.json.
+
+        Args:
+            fields: name -> type hint of what must be there.
 
         Raises:
             FileNotFoundError: the run has not written results yet.
-            ValueError: the file is not JSON, or of a schema this version does not know.
+            ValueError: the file is not JSON, of a schema this version does not know, or a value is
+                of another type than it should be.
         """
         path = self.results_path
         if not path.exists():
@@ -219,7 +237,7 @@ class RunFolder:
                 f"{path} does not exist: the run has not finished, or {self.path} is no run folder."
             )
         try:
-            results = json.loads(path.read_text(encoding="utf-8"))
+            results = parse_json(read_text(path))
         except ValueError as error:
             raise ValueError(
                 f"{path} is not valid JSON ({error}); run the command again."
@@ -230,7 +248,19 @@ class RunFolder:
                 f"{path}: expected schema {RESULTS_SCHEMA}, got {schema!r}; "
                 "it was written by another version of nsru_train."
             )
+        check_fields(path, results, fields)
+        _check_present(path, results, {**dict.fromkeys(_ROWS, list[dict]), **_SECTIONS})
+        _check_present(path, results.get("setup") or {}, {"questions": dict})
+        for name, fields in _ROWS.items():
+            for row in results.get(name) or []:
+                _check_present(path, row, fields)
         return results
+
+
+def _check_present(path: str | Path, found: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """`check_fields` of those that are there: each may be missing, or null as NaN is."""
+    there = {name: hint for name, hint in fields.items() if found.get(name) is not None}
+    check_fields(path, found, there)
 
 
 def _is_cut_off(line: bytes) -> bool:

@@ -31,6 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 import nsru_kernels as nk
+from nsru_kernels.files import check_fields
 from nsru_kernels.nn.inputs import ActivationStream, evaluating
 from nsru_train.callbacks import (
     PARTS,
@@ -41,7 +42,14 @@ from nsru_train.callbacks import (
     MetricsCallback,
     evaluations,
 )
-from nsru_train.checkpoints import blaming, check_files, digest, rotate
+from nsru_train.checkpoints import (
+    blaming,
+    check_alike,
+    check_files,
+    check_optimizer,
+    digest,
+    rotate,
+)
 from nsru_train.config import TrainConfig
 from nsru_train.data.encode import encode_qa, pad_token_id
 from nsru_train.data.records import QA
@@ -67,6 +75,15 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 REFERENCE_FILE = "reference_nll.json"
+# What training reads of a checkpoint's trainer_state.json.
+_STATE = {
+    "global_step": int,
+    "log_history": list[dict],
+    "total_flos": float,
+    "num_input_tokens_seen": int,
+    "train_batch_size": int | None,
+    "best_model_checkpoint": str | None,
+}
 
 
 class CheckpointError(OSError):
@@ -366,13 +383,30 @@ class NSRUTrainer(Trainer):
                 f"resume_from_checkpoint: {folder} was written with other adapters, such as "
                 f"{min(odd)}; use the same targets and rank, or start a new run."
             )
+        with self._blaming(folder, SAFE_WEIGHTS_NAME):
+            check_alike(saved, parameters, "model")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        groups = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
+        schedule = self.lr_scheduler.state_dict()
         with self._blaming(checkpoint, f"{OPTIMIZER_NAME} or {SCHEDULER_NAME}"):
             super()._load_optimizer_and_scheduler(checkpoint)
+            check_optimizer(optimizer, groups)
+            check_alike(self.lr_scheduler.state_dict(), schedule, "schedule")
+
+    def _load_scaler(self, checkpoint):
+        with self._blaming(checkpoint, SCALER_NAME):
+            super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint):
         with self._blaming(checkpoint, self._rng_file()):
@@ -400,9 +434,18 @@ class NSRUTrainer(Trainer):
         files = self._checkpoint_files()
         check_files(folder, files)
         with self._blaming(folder, TRAINER_STATE_NAME):
-            state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-            if not isinstance(state.global_step, int) or not isinstance(state.log_history, list):
-                raise TypeError("global_step must be a number and log_history a list")
+            path = folder / TRAINER_STATE_NAME
+            state = vars(TrainerState.load_from_json(str(path)))
+            check_fields(path, state, _STATE)
+            for entry in state["log_history"]:
+                check_fields(path, entry, {"step": int})
+                if not isinstance(entry.get("retain", 0.0), (int, float)):
+                    raise TypeError(f"retain must be a number, got {entry['retain']!r:.60}")
+            step = folder.name.removeprefix("checkpoint-")
+            if state["global_step"] < 0 or step.isdecimal() != (step == str(state["global_step"])):
+                raise ValueError(
+                    f"global_step must be that of its folder, got {state['global_step']}"
+                )
         if SAFE_WEIGHTS_NAME not in files:
             return
         self._load_rng_state(folder)  # loaded again when training starts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsru_kernels.files import read_json
 from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, check_fingerprint, read_adapter
 from nsru_kernels.nn.inputs import evaluating
 from nsru_kernels.text_table import align_columns
@@ -234,7 +234,7 @@ def _read_finite(folder: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def _check_shapes(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]) -> str:
-    transposed = bool(json.loads((folder / CONFIG).read_text()).get("fan_in_fan_out"))
+    transposed = bool(read_json(folder / CONFIG).get("fan_in_fan_out"))
     modules = dict(model.named_modules())
     problems = []
     for match in filter(None, map(_LORA_KEY.fullmatch, tensors)):

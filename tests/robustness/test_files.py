@@ -1,8 +1,13 @@
 """Files that anyone may have made: nothing outside their folder is touched, nothing odd used."""
 
 import copy
+import dataclasses
+import io
 import json
 import re
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,11 @@ import nsru_kernels as nk
 from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, WEIGHTS
 from nsru_kernels.subspaces import InputDiagnostics, RetainSubspace, SubspaceSet
 from nsru_train.data import QA, SafeTargets
+from nsru_train.report import page
+from nsru_train.run_folder import RunFolder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
+import samples
 
 K, Q = 12, 3
 
@@ -414,6 +424,36 @@ def damaged_bytes(draw, data):
 
 
 @st.composite
+def damaged_torch(draw, data):
+    """What torch.save writes, with an odd value, or without a key, anywhere."""
+    whole = torch.load(io.BytesIO(data), weights_only=False)
+    part, places = {"": whole}, []
+    while isinstance(part, (dict, list)) and part:
+        key = draw(st.sampled_from(list(part) if isinstance(part, dict) else range(len(part))))
+        places.append((part, key))
+        part = part[key]
+    part, key = draw(st.sampled_from(places))
+    odd = draw(
+        ODD | st.sampled_from([torch.zeros(7), torch.tensor(torch.nan), torch.ones(()).int()])
+    )
+    if part is places[0][0]:
+        whole = odd
+    elif draw(st.booleans()):
+        part[key] = odd
+    else:
+        del part[key]
+    file = io.BytesIO()
+    torch.save(whole, file)
+    return file.getvalue()
+
+
+@st.composite
+def damaged_rows(draw, data):
+    first, rest = data.split(b"\n", 1)
+    return draw(damaged_json(first)) + b"\n" + rest
+
+
+@st.composite
 def damaged_tensors(draw, data):
     """A safetensors file with a damaged header, of the right length again."""
     length = int.from_bytes(data[:8], "little")
@@ -423,8 +463,14 @@ def damaged_tensors(draw, data):
 
 def damaged(path):
     data = path.read_bytes()
-    kinds = [damaged_bytes(data)]
-    kinds.append(damaged_json(data) if path.suffix == ".json" else damaged_tensors(data))
+    own = {
+        ".json": damaged_json,
+        ".jsonl": damaged_rows,
+        ".safetensors": damaged_tensors,
+        ".pt": damaged_torch,
+        ".pth": damaged_torch,
+    }
+    kinds = [damaged_bytes(data), own[path.suffix](data)]
     nested = b"[" * 100_000
     return st.one_of(*kinds, st.sampled_from([b"", b"null", b"[]", nested, b"\xff\xfe"]))
 
@@ -476,3 +522,122 @@ def test_damaged_safe_targets_are_named_or_read(tmp_path_factory, data):
         text = found.target(QA("Who is Ann?", "A poet.", topic="Ann"))
         assert text.strip()
         text.encode()
+
+
+# Runs
+
+
+PROBABILITIES = {
+    "forget_prob": 0.1,
+    "safe_prob": 0.8,
+    "retain_prob": 0.9,
+    "retain_unseen_prob": 0.9,
+}
+RESULTS = {
+    "schema": 1,
+    "kind": "demo",
+    "seconds": 9.5,
+    "command": "nsru demo",
+    "setup": {"questions": {"forget": 7}},
+    "methods": [
+        {"method": "before", "seed": 0, **PROBABILITIES},
+        {"method": "nsru", "seed": 0, **PROBABILITIES, "stopped_early": None},
+        {"method": "lora", "seed": 0, **PROBABILITIES, "mean_retain_rank": 0},
+    ],
+    "frontier": [
+        {"method": method, "seed": 0, "step": step, **PROBABILITIES}
+        for method in ("nsru", "lora")
+        for step in (0, 10)
+    ],
+    "metrics": {"forget": {"count": 7, "probability": 0.5}, "model_utility": 0.6},
+    "notes": ["a note"],
+    "examples": [{"split": "forget", "question": "Who?", "original": "Ann", "nsru": "Nobody"}],
+    "subspaces": [dataclasses.asdict(make_set("layers.0.q_proj").inputs[0])],
+    "leakage": [{"module": "layers.0.q_proj", "leakage": 1e-8, "rounding": 1e-7}],
+}
+METRICS = [
+    {"step": 1, "method": "nsru", "seed": 0, "total": 2.5, "lr": 0.1, "seconds": 0.2},
+    {"step": 2, "method": "nsru", "seed": 0, "total": 1.5, "lr": 0.1, "seconds": 0.2},
+]
+ENVIRONMENT = {
+    "packages": {"torch": "2"},
+    "cuda": {"gpus": [{"name": "A card"}]},
+    "cpu": {"model": "A chip"},
+    "commit": "0123456789abcdef",
+    "time": "2026",
+}
+
+
+def write_run(path, results):
+    run = RunFolder(path)
+    run.write_results(results)
+    run.environment_path.write_text(json.dumps(ENVIRONMENT))
+    for row in METRICS:
+        run.log_metrics(row)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "results"),
+    [
+        ("results.json", RESULTS),
+        ("environment.json", {"kind": "eval"}),
+        ("metrics.jsonl", {"kind": "train"}),
+    ],
+)
+@settings(max_examples=20, deadline=None, database=None)
+@given(data=st.data())
+def test_a_damaged_run_is_named_or_shown(tmp_path_factory, name, results, data):
+    run = write_run(tmp_path_factory.mktemp("run"), results)
+    (run.path / name).write_bytes(data.draw(damaged(run.path / name)))
+    with pytest.MonkeyPatch.context() as patch:
+        # Without the files, which take most of the time.
+        patch.setattr(page, "draw", lambda folder, name, plot, *found: plot(*found) and "")
+        read_or_named(lambda path: page.write_report(path) and {}, run.path)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A trainer that is about to go on, and a whole checkpoint of its run."""
+    run = tmp_path_factory.mktemp("interrupted")
+    samples.resumable(run, max_steps=4).train()
+    whole = shutil.copytree(run / "checkpoint-4", run / "whole")
+    trainer = samples.resumable(run)
+    trainer._belongs_to = {**trainer._base_digests(), **trainer.train_dataset.digests()}
+    return trainer, whole
+
+
+def read_checkpoint(trainer, folder):
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.create_optimizer_and_scheduler(8)
+    trainer._check_checkpoint(folder)
+    trainer._load_from_checkpoint(folder)
+    trainer._load_optimizer_and_scheduler(folder)
+    trainer._load_rng_state(folder)
+    return {"model": trainer.model}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "optimizer.pt",
+        "reference_nll.json",
+        "rng_state.pth",
+        "scheduler.pt",
+        "trainer_state.json",
+    ],
+)
+@settings(max_examples=15, deadline=None, database=None)
+@given(data=st.data())
+def test_a_damaged_checkpoint_is_named_or_read(interrupted, name, data):
+    """And what is read does for a step."""
+    trainer, whole = interrupted
+    folder = shutil.copytree(whole, whole.parent / "checkpoint-4", dirs_exist_ok=True)
+    (folder / name).write_bytes(data.draw(damaged(folder / name)))
+    if read_or_named(lambda path: read_checkpoint(trainer, path), folder):
+        for parameter in trainer.model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        assert all(p.isfinite().all() for p in trainer.model.parameters())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import nsru_kernels as nk
 from nsru_kernels import files
@@ -314,6 +315,38 @@ def test_odd_contents_of_a_checkpoint_are_named(stopped):
             else:
                 torch.save(content, path)
             refuses(trainer, rf"{name}.* is damaged")
+        path.write_bytes(data)
+
+
+def test_odd_values_in_a_checkpoint_are_named(stopped):
+    """Of the right form for a reader, and yet of no use for the steps that follow."""
+    trainer = samples.resumable(stopped, max_steps=9)
+    folder = stopped / "checkpoint-8"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    optimizer = torch.load(folder / "optimizer.pt")
+    groups = [{k: v for k, v in g.items() if k != "betas"} for g in optimizer["param_groups"]]
+    schedule = torch.load(folder / "scheduler.pt")
+    weights = load_file(folder / "model.safetensors")
+    for name, content in [
+        ("trainer_state.json", state | {"global_step": 7}),
+        ("trainer_state.json", state | {"total_flos": "x"}),
+        ("trainer_state.json", state | {"log_history": [{"step": 1, "retain": "x"}]}),
+        ("optimizer.pt", optimizer | {"param_groups": groups}),
+        ("optimizer.pt", optimizer | {"state": optimizer["state"] | {0: {"step": 8}}}),
+        ("scheduler.pt", schedule | {"last_epoch": "x"}),
+        ("scheduler.pt", schedule | {"base_lrs": [float("nan")]}),
+        ("model.safetensors", {k: torch.full_like(v, torch.nan) for k, v in weights.items()}),
+        ("model.safetensors", {k: v.long() for k, v in weights.items()}),
+    ]:
+        path = folder / name
+        data = path.read_bytes()
+        if path.suffix == ".json":
+            path.write_text(json.dumps(content))
+        elif path.suffix == ".safetensors":
+            save_file(content, path)
+        else:
+            torch.save(content, path)
+        refuses(trainer, rf"{name}.* is damaged")
         path.write_bytes(data)
 
 

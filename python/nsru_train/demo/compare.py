@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 import nsru_kernels as nk
+from nsru_kernels.files import check_fields
 from nsru_kernels.hf.peft_format import load_lora_adapter
 from nsru_kernels.subspaces.collection import SubspaceSet
 from nsru_train.config import LoraConfig, TrainConfig
@@ -32,6 +33,12 @@ QUALITY = (
     "safe_rougeL_recall",
 )
 KNOWLEDGE = ("option_probability", "exact_memorisation")
+# What the comparison reads of each point of a frontier.
+_POINT = {
+    **dict.fromkeys(("lr", "forget_prob", "safe_prob", "retain_unseen_prob"), float),
+    "method": str,
+    "step": int,
+}
 
 
 @dataclass
@@ -80,7 +87,7 @@ class Comparison:
             folder.write_results(
                 {"row": row, "start": self._start, "answers": self._say(self.base)}
             )
-        kept = folder.read_results()
+        kept = folder.read_results(row=dict, start=dict[str, float])
         self._start = kept["start"]
         return kept["row"]
 
@@ -123,7 +130,10 @@ class Comparison:
                     "outcome": outcome.results(),
                 }
             )
-        return {**folder.read_results(), "folder": str(folder.path)}
+        kept = folder.read_results(frontier=list[dict], leakage=list[dict], outcome=dict)
+        for point in kept["frontier"]:
+            check_fields(folder.results_path, point, _POINT)
+        return {**kept, "folder": str(folder.path)}
 
     def judge(self, trained: Mapping[str, Any]) -> dict[str, Any]:
         """A row of the results: the last point of the frontier, and how the adapter answers."""
@@ -133,14 +143,15 @@ class Comparison:
             load_lora_adapter(adapted, Path(trained["folder"], "adapter"))
             row = {**trained["frontier"][-1], **self._quality(adapted), **trained["outcome"]}
             folder.write_results({"row": row, "answers": self._say(adapted)})
-        return folder.read_results()["row"]
+        return folder.read_results(row=dict)["row"]
 
     def answers(self, shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Questions with the answers of the base model and of the runs shown."""
         folders = {"before": self.run.path / "runs" / "before"}
         folders |= {one["method"]: Path(one["folder"], "judged") for one in shown}
         answers = {
-            name: RunFolder(path).read_results()["answers"] for name, path in folders.items()
+            name: RunFolder(path).read_results(answers=list[str])["answers"]
+            for name, path in folders.items()
         }
         return [
             {

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from nsru_kernels.checks import check_range
+from nsru_kernels.files import read_json
 from nsru_kernels.subspaces.collection import SubspaceSet
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.records import QA
@@ -216,7 +217,7 @@ def base_model(
 
     recipe = {"scale": asdict(scale), "records": [[qa.question, qa.answer] for qa in records]}
     recipe_file = folder / "recipe.json"
-    if recipe_file.is_file() and json.loads(recipe_file.read_text()) == recipe:
+    if recipe_file.is_file() and read_json(recipe_file) == recipe:
         print(f"  using the model in {folder}")
         model = AutoModelForCausalLM.from_pretrained(folder)
         return model.eval(), AutoTokenizer.from_pretrained(folder)

@@ -132,7 +132,7 @@ def spectrum(subspaces: Sequence[Row]) -> Figure:
             shares = [max(number(share) or 0.0, 1e-12) for share in row.get("spectrum") or []]
             shade, rank = _layer_shade(layer, last), row.get("rank")
             upper.plot(range(1, len(shares) + 1), shares, lw=1.5, **shade)
-            if rank and rank <= len(shares):
+            if rank and 0 < rank <= len(shares):
                 upper.plot(rank, shares[rank - 1], "o", ms=5, **shade)
         upper.set(xlabel="direction i (log)", xscale="log", yscale="log")
         for axis in (upper.xaxis, upper.yaxis):
@@ -167,12 +167,12 @@ def editability(subspaces: Sequence[Row]) -> Figure:
 def leakage(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
     """Leakage of every adapter into its retain subspace, one line of dots a kind of linear."""
     found = [row for row in rows if number(row.get("leakage")) is not None]
-    kinds = list(dict.fromkeys(summary.kind(row["module"]) for row in found))
+    kinds = list(dict.fromkeys(summary.kind(row.get("module")) for row in found))
     sizes = [row["leakage"] for row in found if row["leakage"] > 0] + [LEAKAGE_TOLERANCE]
     figure = Figure(figsize=(WIDTH, 1.5 + 0.33 * len(kinds)))
     axes = figure.subplots()
     for row in found:
-        x, y = max(row["leakage"], min(sizes) / 3), kinds.index(summary.kind(row["module"]))
+        x, y = max(row["leakage"], min(sizes) / 3), kinds.index(summary.kind(row.get("module")))
         colour = series_style(str(row.get("method")), methods)["color"]
         axes.plot(x, y, "o", ms=7, color=colour, alpha=0.75)
     axes.axvline(LEAKAGE_TOLERANCE, **LEVEL)
@@ -233,7 +233,7 @@ def _kind_grid(subspaces: Sequence[Row], height: float):
     """
     kinds: dict[str, list[tuple[int, Row]]] = {}
     for row in subspaces:
-        modules = [str(name) for name in row.get("modules") or [row["name"]]]
+        modules = [str(name) for name in row.get("modules") or [row.get("name")]]
         layer = re.search(r"\.(\d+)\.", modules[0])
         kind = " · ".join(map(summary.kind, modules))
         kinds.setdefault(kind, []).append((int(layer[1]) if layer else 0, row))

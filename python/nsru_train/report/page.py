@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from nsru_kernels.files import atomic_write
+from nsru_train.parsing import parse_json, read_text
 from nsru_train.run_folder import RunFolder
 
 from . import figures, summary, tables
@@ -83,7 +83,8 @@ def write_report(run: str | Path | RunFolder) -> Path:
         },
         missing=[],
     )
-    return atomic_write(folder.report_path, page)
+    # JSON can hold half a surrogate pair, which UTF-8 cannot.
+    return atomic_write(folder.report_path, page.encode(errors="replace"))
 
 
 def _facts(results: summary.Row, folder: RunFolder) -> list[str]:
@@ -93,7 +94,7 @@ def _facts(results: summary.Row, folder: RunFolder) -> list[str]:
         minutes, seconds = divmod(round(results["seconds"]), 60)
         facts.append(f"{minutes} min {seconds} s" if minutes else f"{seconds} s")
     try:
-        environment = json.loads(folder.environment_path.read_text(encoding="utf-8"))
+        environment = parse_json(read_text(folder.environment_path))
         gpus = dict.fromkeys(gpu["name"] for gpu in environment["cuda"]["gpus"])
         commit = str(environment["commit"] or "unknown")
         changed = " with changes" if commit.endswith("-dirty") else ""

@@ -15,6 +15,7 @@ results.json, as far as the report reads it; each key may be missing:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -57,8 +58,9 @@ def kind(module: Any) -> str:
 
 
 def number(value: Any) -> float | None:
-    """``value`` as a float, None when it is not a number (JSON's null stands for NaN)."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """``value`` as a float, None when it is no finite number (JSON's null stands for NaN)."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) <= sys.float_info.max else None
 
 
 def values(rows: Iterable[Row], key: str) -> list[float]:
@@ -169,14 +171,16 @@ def warnings(results: Row) -> list[str]:
             )
         if row.get("stopped_early"):
             found.append(f"{method}, seed {seed}: stopped early ({row['stopped_early']}).")
-    plain = {r["method"] for r in results.get("methods") or [] if r.get("mean_retain_rank") == 0}
+    plain = {
+        r.get("method") for r in results.get("methods") or [] if r.get("mean_retain_rank") == 0
+    }
     leaking = [
         row
         for row in results.get("leakage") or []
         if row.get("method") not in plain
         and (
             number(row.get("leakage")) is None
-            or row["leakage"] > max(LEAKAGE_TOLERANCE, row.get("rounding", 0.0))
+            or row["leakage"] > max(LEAKAGE_TOLERANCE, row.get("rounding") or 0.0)
         )
     ]
     if leaking:
