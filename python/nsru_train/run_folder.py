@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 RESULTS_SCHEMA = 1
 # What is read of results.json beside numbers, which are taken where they are some.
-_RUN = {"method": str, "seed": int, "step": int}
+_RUN = {"method": str, "seed": int | str, "step": int}
 _ROWS: dict[str, dict[str, Any]] = {
     "methods": _RUN,
     "frontier": _RUN,
@@ -38,7 +38,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     "leakage": {"module": str, "method": str, "rounding": float},
 }
 _SECTIONS = {"setup": dict, "metrics": dict, "notes": list[str]}
-_METRICS_ROW = {"seconds": float, "seed": int, "method": str}
+_METRICS_ROW = {"seconds": float, "seed": int | str, "method": str}
 _LOCK = ".lock"
 _held: set[Path] = set()  # locks of this process, for another may have had its number before
 
@@ -249,8 +249,10 @@ class RunFolder:
                 "it was written by another version of nsru_train."
             )
         check_fields(path, results, fields)
-        _check_present(path, results, {**dict.fromkeys(_ROWS, list[dict]), **_SECTIONS})
-        _check_present(path, results.get("setup") or {}, {"questions": dict})
+        sections = {**dict.fromkeys(_ROWS, list[dict]), **_SECTIONS}
+        filled = {name: value for name, value in results.items() if value}
+        _check_present(path, filled, sections)
+        _check_present(path, filled.get("setup", {}), {"questions": dict})
         for name, fields in _ROWS.items():
             for row in results.get(name) or []:
                 _check_present(path, row, fields)

@@ -72,7 +72,11 @@ def of_method(rows: Iterable[Row], method: str) -> list[Row]:
     """Rows of one method, by seed then step."""
     return sorted(
         (row for row in rows if str(row.get("method", "train")) == method),
-        key=lambda row: (row.get("seed") or 0, row.get("step") or 0),
+        key=lambda row: (
+            isinstance(seed := row.get("seed") or 0, str),
+            seed,
+            row.get("step") or 0,
+        ),
     )
 
 
