@@ -104,6 +104,7 @@ def demo(
     """
     from nsru_train.demo.run import run_demo
 
+    _check_reporting(train.report_to)
     run_demo(
         out,
         model=model,
@@ -633,14 +634,21 @@ def _section(name: str, values: Any, path: Path) -> Any:
 
 
 def _check_reporting(names: Sequence[str]) -> None:
-    """Raise ValueError where transformers cannot report to one of them."""
+    """Raise ValueError where transformers cannot report to one of them, or not to all together."""
     from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     available = [*get_available_reporting_integrations(), "all", "none"]
     if missing := sorted(set(names) - set(available)):
+        remedy = f": pip install {missing[0]}" if missing[0] in INTEGRATION_TO_CALLBACK else ""
         raise ValueError(
-            f"train.report_to: {missing[0]!r} is unknown or its package is not installed; "
+            f"train.report_to: {missing[0]!r} is unknown or its package is not installed{remedy}; "
             f"available: {', '.join(available)}."
+        )
+    if len(names) > 1 and (alone := sorted({"all", "none"} & set(names))):
+        raise ValueError(
+            f"train.report_to: {alone[0]!r} goes with no other name, got {', '.join(names)}; give "
+            "it alone, or leave it out."
         )
 
 

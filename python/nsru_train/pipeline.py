@@ -375,6 +375,7 @@ def unlearn(
         seed=train.seed,
         max_length=max_length,
     )
+    os.environ.setdefault("WANDB_DIR", str(Path(folder).resolve()))  # else the working directory
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     device = next(model.parameters()).device

@@ -416,10 +416,56 @@ def test_options_of_transformers_reach_the_trainer(model, monkeypatch, tmp_path)
     assert evaluated[4]["eval_safe_prob"] == pytest.approx(after["safe_prob"])
 
 
+def scalars(folder):
+    """Name of a curve -> step -> value, of what TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next(folder.rglob("events.*")).parent)).Reload()
+    return {
+        name: {event.step: event.value for event in events.Scalars(name)}
+        for name in events.Tags()["scalars"]
+    }
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_what_is_reported_is_right_and_stays_in_the_run(model, monkeypatch, tmp_path, name):
+    pytest.importorskip(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", "")  # to be put back after the test
+    monkeypatch.delenv("WANDB_DIR")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    out = tmp_path / "run"
+    sets = ("--data.forget=authors:forget?authors=3", "--data.retain=authors:retain?authors=3")
+    cli.main(
+        [
+            *("train", f"--model.path={model}", *sets, "--data.max_length=900", f"--out={out}"),
+            *("--train.steps=3", "--train.save_steps=0", "--train.eval_steps=2"),
+            *("--lora.project=false", f"--train.report_to={name}"),
+        ]
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "elsewhere"}
+    assert not list((tmp_path / "elsewhere").iterdir())
+    if name == "wandb":
+        assert list(out.glob("wandb/offline-run-*/*.wandb"))
+        return
+    shown = scalars(out)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for key in ("safe", "suppress", "retain", "total"):
+        wanted = {row["step"]: row[key] for row in rows if key in row}
+        assert shown[f"train/{key}"] == pytest.approx(wanted)
+    for key in ("forget_prob", "safe_prob", "retain_prob"):
+        wanted = {row["step"]: row[f"eval_{key}"] for row in rows if f"eval_{key}" in row}
+        assert wanted.keys() == {0, 2, 3}
+        assert shown[f"eval/{key}"] == pytest.approx(wanted)
+
+
 @pytest.mark.parametrize(
     ("flag", "wanted"),
     [
         ("--train.report_to=wandbb", "train.report_to: 'wandbb' is unknown or its package"),
+        ("--train.report_to=mlflow", "package is not installed: pip install mlflow"),
+        ("--train.report_to=[none, all]", "train.report_to: 'all' goes with no other name, got"),
         ("--train.lr_scheduler_type=cosinus", "train.lr_scheduler_type"),
         ("--train.eval_steps=-1", "train.eval_steps must be 0 (none) or more"),
     ],
