@@ -25,15 +25,8 @@ from nsru_train.config import (
     TrainConfig,
 )
 from nsru_train.parsing import read_yaml
+from nsru_train.run_config import SECTIONS, check_same_run, run_sections
 
-SECTIONS: dict[str, Any] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "subspace": SubspaceConfig,
-    "lora": LoraConfig,
-    "objective": Objective,
-    "train": TrainConfig,
-}
 # What transformers and peft call a setting that has a shorter name here.
 KNOWN_AS = {
     "learning_rate": "lr",
@@ -236,7 +229,7 @@ def train(
         "out": out,
     }
     if last is not None:
-        _check_same_run(run.config_path, config)
+        check_same_run(run.config_path, config)
     started = time.perf_counter()
     base, tokenizer = load_model(model, data)
     loaded = without_long(loaded, tokenizer, data)
@@ -344,7 +337,7 @@ def eval(
     from nsru_train.run_folder import RunFolder
 
     check_range("max_new_tokens", max_new_tokens, "must be ≥ 1", whole=True)
-    model, data = _run_sections(run, model, data)
+    model, data = run_sections(run, model, data)
     loaded = load_data(data)
     log = load_log(retain_log) if retain_log else None
     if out and Path(out, "metrics.jsonl").exists():
@@ -402,7 +395,7 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     from nsru_kernels.hf.peft_format import load_lora_adapter
     from nsru_train.pipeline import load_model
 
-    model, _ = _run_sections(run, model, None, need_data=False)
+    model, _ = run_sections(run, model, None, need_data=False)
     network, tokenizer = load_model(model)
     load_lora_adapter(network, adapter or f"{run}/adapter")
     nk.merge_adapters(network)
@@ -431,7 +424,7 @@ def verify(
     from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.verify import verify as compare
 
-    model, data = _run_sections(run, model, data)
+    model, data = run_sections(run, model, data)
     loaded = load_data(data)
     base, tokenizer = load_model(model, data)
     loaded = without_long(loaded, tokenizer, data)
@@ -588,51 +581,6 @@ def _finish(written: list[str], *following: str) -> None:
     print(f"next: {shlex.join(['nsru', *following])}")
 
 
-def _run_sections(
-    run: str, model: ModelConfig | None, data: DataConfig | None, *, need_data: bool = True
-) -> tuple[Any, Any]:
-    """Model and data of a run: as given, else from its config.yaml."""
-    path = Path(run) / "config.yaml"
-    if (model is None or (data is None and need_data)) and not Path(run).is_dir():
-        raise ValueError(f"run: no folder {run}; give the --out of nsru train.")
-    saved = _read_config(path)
-    if model is None:
-        if "model" not in saved:
-            raise ValueError(f"run: {path} does not say the model; give --model.path.")
-        model = _section("model", saved["model"], path)
-    if data is None and need_data:
-        if "data" not in saved:
-            raise ValueError(
-                f"run: {path} does not say the data; give --data.forget and --data.retain."
-            )
-        data = _section("data", saved["data"], path)
-    return model, data
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """A run's config.yaml, empty where there is none."""
-    saved = read_yaml(path) if path.is_file() else {}
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} must hold sections such as model and data, got {saved!r:.60}.")
-    return saved
-
-
-def _section(name: str, values: Any, path: Path) -> Any:
-    """The settings of one section of a run's config.yaml, each of its type."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(SECTIONS[name], name)
-    try:
-        typed = parser.parse_object({name: values})[name].as_dict()
-        return SECTIONS[name](**{**values, **typed})  # the parser overlooks unknown empty sections
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: {' '.join(str(error).split())}; was it written by another version, or "
-            "changed by hand?"
-        ) from error
-
-
 def _check_reporting(names: Sequence[str]) -> None:
     """Raise ValueError where transformers cannot report to one of them, or not to all together."""
     from transformers.integrations import get_available_reporting_integrations
@@ -649,24 +597,6 @@ def _check_reporting(names: Sequence[str]) -> None:
         raise ValueError(
             f"train.report_to: {alone[0]!r} goes with no other name, got {', '.join(names)}; give "
             "it alone, or leave it out."
-        )
-
-
-def _check_same_run(path: Path, config: dict[str, Any]) -> None:
-    """A resumed run must go on as it began. Raises ValueError naming what differs."""
-    saved = _read_config(path) or config
-    odd = []
-    for section in SECTIONS:
-        before = asdict(_section(section, saved.get(section), path))
-        odd += [
-            f"{section}.{name} was {before[name]!r} and is {value!r}"
-            for name, value in config[section].items()
-            if before[name] != value
-        ]
-    if odd:
-        raise ValueError(
-            f"resume: what is asked for differs from the run's {path}: {'; '.join(odd)}. Use the "
-            "same settings, or another --out."
         )
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, CLIPConfig, T5Config
 import nsru_kernels as nk
 from nsru_train import cli
 from nsru_train.demo.tiny_model import make_llama, train_tokenizer
+from nsru_train.run_config import run_sections
 from nsru_train.trainer import CheckpointError, NSRUTrainer
 
 
@@ -294,12 +295,24 @@ def test_resume_says_only_what_differs(capsys, model, tmp_path):
         assert same_setting not in error
 
 
+def test_resume_of_the_demo_says_only_what_differs(capsys, monkeypatch, tmp_path):
+    def reached(*_):
+        raise ValueError("reached")
+
+    monkeypatch.setattr("nsru_train.demo.run.base_model", reached)
+    demo = ["demo", f"--out={tmp_path}", "--train.steps=3"]
+    assert "reached" in fails(capsys, *demo)
+    assert "reached" in fails(capsys, *demo, "--resume=true")
+    error = fails(capsys, *demo, "--resume=true", "--train.lr=0.1", "--stop=0.2")
+    assert "train.lr was 0.0005 and is 0.1; demo.stop was None and is 0.2. Use" in error
+
+
 def test_settings_of_a_run_before_a_new_one_was_there(model, tmp_path):
     saved = yaml.safe_load(saved_run(tmp_path, model))
     for name in ("truncate", "system_prompt", "chat_template_kwargs"):
         del saved["data"][name]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
-    _, data = cli._run_sections(str(tmp_path), None, None)
+    _, data = run_sections(str(tmp_path), None, None)
     assert data == cli.DataConfig("authors:forget", "authors:retain")
 
 
@@ -349,7 +362,7 @@ def test_damaged_settings_of_a_run_are_named(tmp_path, data):
     path = tmp_path / "config.yaml"
     path.write_bytes(text)
     with only_errors_that_name(path):
-        found = cli._run_sections(str(tmp_path), None, None)
+        found = run_sections(str(tmp_path), None, None)
         assert isinstance(found[0].path, str)
         assert isinstance(found[1].max_length, int)
 

@@ -22,7 +22,6 @@ from nsru_train.demo.compare import Comparison, best_lr
 from nsru_train.demo.sets import Sets, fictitious_sets, target_sets, tofu_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
 from nsru_train.losses.objective import Objective
-from nsru_train.parsing import read_yaml
 from nsru_train.pipeline import MORE_SPLITS, find_subspaces, load_model
 from nsru_train.report import write_report
 from nsru_train.report.summary import (
@@ -31,6 +30,7 @@ from nsru_train.report.summary import (
     SAFE_TARGET,
     matched_damage,
 )
+from nsru_train.run_config import check_same_run
 from nsru_train.run_folder import RunFolder
 from nsru_train.sources import save_records
 
@@ -106,12 +106,8 @@ def run_demo(
     base_dir = model or str(run.path.resolve() / "base")
     config = _run_config(run, base_dir, sets, subspace, lora, objective, train)
     config["demo"] = {"stop": stop, "probed": probed}
-    if resume and run.config_path.exists() and (was := read_yaml(run.config_path)) != config:
-        odd = [key for key, value in config.items() if was.get(key) != value]
-        raise ValueError(
-            f"resume: {', '.join(odd)} differ from {run.config_path}. Use the same settings, or "
-            "another --out."
-        )
+    if resume:
+        check_same_run(run.config_path, config)
     run.write_config(config)
 
     if model is not None:

@@ -1,0 +1,95 @@
+"""A run's config.yaml: its sections as settings, and whether a run goes on with the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nsru_train.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    Objective,
+    SubspaceConfig,
+    TrainConfig,
+)
+from nsru_train.parsing import read_yaml
+
+SECTIONS: dict[str, Any] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "subspace": SubspaceConfig,
+    "lora": LoraConfig,
+    "objective": Objective,
+    "train": TrainConfig,
+}
+
+
+def run_sections(
+    run: str, model: ModelConfig | None, data: DataConfig | None, *, need_data: bool = True
+) -> tuple[Any, Any]:
+    """Model and data of a run: as given, else from its config.yaml."""
+    path = Path(run) / "config.yaml"
+    if (model is None or (data is None and need_data)) and not Path(run).is_dir():
+        raise ValueError(f"run: no folder {run}; give the --out of nsru train.")
+    saved = _read(path)
+    if model is None:
+        if "model" not in saved:
+            raise ValueError(f"run: {path} does not say the model; give --model.path.")
+        model = _section("model", saved["model"], path)
+    if data is None and need_data:
+        if "data" not in saved:
+            raise ValueError(
+                f"run: {path} does not say the data; give --data.forget and --data.retain."
+            )
+        data = _section("data", saved["data"], path)
+    return model, data
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A run's config.yaml, empty where there is none."""
+    saved = read_yaml(path) if path.is_file() else {}
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} must hold sections such as model and data, got {saved!r:.60}.")
+    return saved
+
+
+def _section(name: str, values: Any, path: Path) -> Any:
+    """The settings of one section of a run's config.yaml, each of its type."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SECTIONS[name], name)
+    try:
+        typed = parser.parse_object({name: values})[name].as_dict()
+        return SECTIONS[name](**{**values, **typed})  # the parser overlooks unknown empty sections
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: {' '.join(str(error).split())}; was it written by another version, or "
+            "changed by hand?"
+        ) from error
+
+
+def check_same_run(path: Path, config: Mapping[str, Any]) -> None:
+    """A resumed run must go on as it began. Raises ValueError naming what differs."""
+    saved = _read(path) or config
+    odd = []
+    for section, values in config.items():
+        if not isinstance(values, dict):
+            continue
+        before = saved.get(section)
+        if section in SECTIONS:
+            before = asdict(_section(section, before, path))
+        before = before if isinstance(before, dict) else {}
+        odd += [
+            f"{section}.{name} was {before.get(name)!r} and is {value!r}"
+            for name, value in values.items()
+            if before.get(name) != value
+        ]
+    if odd:
+        raise ValueError(
+            f"resume: what is asked for differs from the run's {path}: {'; '.join(odd)}. Use the "
+            "same settings, or another --out."
+        )
