@@ -12,7 +12,7 @@ import shutil
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,36 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A UTF-8 file, with or without a byte order mark. Raises ValueError where it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError where text is not JSON, nests too deep, or an object has a key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    check_unique(key for key, _ in pairs)
+    return dict(pairs)
+
+
+def check_unique(keys: Iterable[Any]) -> None:
+    """Raise ValueError where a key of an object stands twice."""
+    seen = set()
+    for key in keys:
+        if key in seen:
+            raise ValueError(f"key {key!r} stands twice in one object; keep one of the two")
+        seen.add(key)
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -93,8 +123,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        found = json.loads(Path(path).read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(read_text(path))
+    except ValueError as error:
         raise ValueError(
             f"{path} is truncated or damaged ({error}). Copy it again, or write it anew."
         ) from error

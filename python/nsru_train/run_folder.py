@@ -22,8 +22,13 @@ from typing import Any
 import psutil
 import yaml
 
-from nsru_kernels.files import atomic_write, check_fields, remove_leftovers
-from nsru_train.parsing import parse_json, read_text
+from nsru_kernels.files import (
+    atomic_write,
+    check_fields,
+    parse_json,
+    read_text,
+    remove_leftovers,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,9 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qsl
 
-from nsru_kernels.files import atomic_write
+from nsru_kernels.files import atomic_write, parse_json, read_text
 from nsru_train.data.records import QA
 from nsru_train.demo.authors import author_splits
-from nsru_train.parsing import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 

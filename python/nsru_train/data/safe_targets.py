@@ -8,8 +8,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from nsru_kernels.files import parse_json, read_text
 from nsru_train.data.records import QA, SAFE_PARTS, check_parts, check_text
-from nsru_train.parsing import parse_json, parse_yaml, read_text
+from nsru_train.parsing import parse_yaml
 
 _BUILT_IN = {
     "acknowledge": (

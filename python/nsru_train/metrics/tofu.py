@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsru_train.parsing import parse_json, read_text
+from nsru_kernels.files import parse_json, read_text
 
 Mean = Literal["geometric", "arithmetic"]
 Log = Mapping[str, Mapping[str, Any]]

@@ -8,8 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from nsru_kernels.files import atomic_write
-from nsru_train.parsing import parse_json, read_text
+from nsru_kernels.files import atomic_write, parse_json, read_text
 from nsru_train.run_folder import RunFolder
 
 from . import figures, summary, tables
