@@ -393,7 +393,8 @@ class NSRUTrainer(Trainer):
         if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        # accelerate wraps it
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         groups = [
             {name: value for name, value in group.items() if name != "params"}
             for group in optimizer.param_groups
