@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import nsru_kernels as nk
 from nsru_bench.cases import normal_numbers
 from nsru_train.data.encode import Encoded
+from nsru_train.losses.batch import FORGET, RETAIN, SAFE
 from nsru_train.losses.nll import answer_nll
-from nsru_train.losses.objective import FORGET, RETAIN, SAFE, Objective
+from nsru_train.methods import Objective
 from nsru_train.trainer import unlearning_loss
 from nsru_train.unlearn_dataset import Row, RowCollator
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from nsru_train.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("safe", "suppress", "retain", "kl", "total")
 # Nats a token. Retain answers known by heart start near 0, where a ratio is only noise.
 RETAIN_FLOOR = 0.1
 
@@ -34,8 +33,8 @@ class MetricsCallback(TrainerCallback):
     dropped first.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
+    def __init__(self, run: RunFolder, parts: Sequence[str]) -> None:
+        self.run, self.parts = run, parts
         self._seconds: list[float] = []
         self._started = 0.0
 
@@ -52,7 +51,7 @@ class MetricsCallback(TrainerCallback):
     def on_log(self, args, state, control, logs: Mapping[str, Any], **kwargs):
         row: dict[str, Any] = {"step": state.global_step}
         if "total" in logs:
-            row |= {name: logs[name] for name in PARTS}
+            row |= {name: logs[name] for name in self.parts}
             row |= {"grad_norm": logs.get("grad_norm"), "lr": logs["learning_rate"]}
             if self._seconds:
                 row["seconds"] = sum(self._seconds) / len(self._seconds)
@@ -65,11 +64,13 @@ class MetricsCallback(TrainerCallback):
 class LossProgressCallback(ProgressCallback):
     """Trainer's progress bar with the loss parts beside it, instead of one printed line a log."""
 
+    def __init__(self, parts: Sequence[str]) -> None:
+        super().__init__()
+        self.parts = parts
+
     def on_log(self, args, state, control, logs: Mapping[str, Any] | None = None, **kwargs):
         if self.training_bar is not None and logs and "total" in logs:
-            self.training_bar.set_postfix(
-                {k: f"{logs[k]:.3g}" for k in ("safe", "suppress", "retain")}
-            )
+            self.training_bar.set_postfix({k: f"{logs[k]:.3g}" for k in self.parts if logs[k]})
 
 
 class GradientCheckCallback(TrainerCallback):

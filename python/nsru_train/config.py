@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nsru_kernels.checks import check_settings
-from nsru_train.losses.objective import Objective
+from nsru_train.methods import Objective
 
 __all__ = ["DataConfig", "LoraConfig", "ModelConfig", "Objective", "SubspaceConfig", "TrainConfig"]
 

@@ -33,8 +33,9 @@ from nsru_train.data.encode import (
 from nsru_train.data.records import QA, check_disjoint
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluate import SPLITS
-from nsru_train.losses.objective import Objective
+from nsru_train.losses.batch import SAFE
 from nsru_train.measure import PeakMemory
+from nsru_train.methods import Method
 from nsru_train.own_texts import own_texts
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import check_positions, end_tokens, position_limit
@@ -325,7 +326,7 @@ def unlearn(
     exclude: str | Sequence[str] = (),
     subspaces: Mapping[str, Any] | None,
     lora: LoraConfig,
-    objective: Objective,
+    objective: Method,
     train: TrainConfig,
     max_length: int = 512,
     resume: bool = False,
@@ -365,12 +366,18 @@ def unlearn(
         for name, module in _adapted(model):
             module.alpha *= factors[name]
     reference = reference_nll(model, tokenizer, data.forget, max_length=max_length)
+    ref_safe = None
+    if SAFE in objective.ref_nll:
+        safe = [QA(qa.question, data.safe.target(qa)) for qa in data.forget]
+        ref_safe = reference_nll(model, tokenizer, safe, max_length=max_length)
     dataset = make_train_dataset(
         tokenizer,
         data.forget,
         data.retain,
         data.safe,
         reference,
+        ref_safe=ref_safe,
+        kinds=objective.rows,
         retain_per_forget=train.retain_per_forget,
         seed=train.seed,
         max_length=max_length,

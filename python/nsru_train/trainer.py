@@ -34,7 +34,6 @@ import nsru_kernels as nk
 from nsru_kernels.files import check_fields
 from nsru_kernels.nn.inputs import ActivationStream, evaluating
 from nsru_train.callbacks import (
-    PARTS,
     EarlyStopCallback,
     EvalHookCallback,
     GradientCheckCallback,
@@ -53,8 +52,8 @@ from nsru_train.checkpoints import (
 from nsru_train.config import TrainConfig
 from nsru_train.data.encode import encode_qa, pad_token_id
 from nsru_train.data.records import QA
-from nsru_train.losses.nll import answer_states
-from nsru_train.losses.objective import RETAIN, Objective, nsru_loss
+from nsru_train.losses.batch import ScoredBatch
+from nsru_train.methods import Method
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import check_positions, score_sequences
 from nsru_train.unlearn_dataset import (
@@ -115,45 +114,38 @@ def reference_nll(
 
 
 def unlearning_loss(
-    model: nn.Module, batch: Mapping[str, Tensor], objective: Objective
+    model: nn.Module, batch: Mapping[str, Tensor], method: Method
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective and its parts, from one forward of safe, forget and retain rows together.
+    """The method's loss and its parts, detached, from one forward of all rows together.
 
-    Only where w_kl > 0 there is a second one, without gradient: retain rows with adapters off.
+    Further forwards, without gradient, are those that the method asks for.
 
     Args:
         batch: input_ids, attention_mask and labels [B, S], padded on the right; kind and
             ref_nll [B].
     """
-    kind, ref_nll = batch["kind"], batch["ref_nll"]
-    inputs = {name: value for name, value in batch.items() if name not in ("kind", "ref_nll")}
-    states = answer_states(model, inputs)
-    kl = None
-    if objective.w_kl > 0:
-        retained = kind == RETAIN
-        with evaluating(model), nk.adapters_disabled(model):
-            width = int(inputs["attention_mask"][retained].sum(1).max())
-            base: Any = answer_states(model, {k: v[retained, :width] for k, v in inputs.items()})
-        kl = states.select(retained[states.rows]).kl(base)
-    return nsru_loss(states.nll(), states.rows, kind, ref_nll, objective, kl=kl)
+    parts = method.loss(ScoredBatch(model, batch, method.by_logits))
+    return parts["total"], {name: value.detach() for name, value in parts.items()}
 
 
 class NSRUTrainer(Trainer):
     """Train the adapters of a model whose linears `nk.swap_linears` has replaced.
 
-    One batch of `per_device_train_batch_size` forget questions holds their safe targets, their
-    undesired answers and retain questions: one forward and one backward a step. Checkpoints hold
-    the trainable tensors, optimizer, scheduler and random states only, and appear under their name
-    when they are complete. Metrics go to metrics.jsonl of `output_dir`, a row each
+    One batch of `per_device_train_batch_size` forget questions holds, as far as the method needs
+    them, their safe targets, their undesired answers and retain questions: one forward and one
+    backward a step. Checkpoints hold the trainable tensors, optimizer, scheduler and random states
+    only, and appear under their name when they are complete. Metrics go to metrics.jsonl of
+    `output_dir`, a row each
     `logging_steps`.
 
     Args:
         model: a causal language model; every trainable parameter is trained and saved.
         args: `TrainingArguments`; evaluation during training is `on_eval`, not `eval_strategy`.
         train_dataset: from `make_train_dataset`.
-        objective: weights and suppression.
+        objective: the method and its settings.
         tokenizer: gives the padding token.
-        retain_stop_ratio: stop when the retain loss exceeds this many times its start; None: never.
+        retain_stop_ratio: stop when the retain loss, where the method has one, exceeds this many
+            times its start; None: never.
         on_eval: hook(step, model) -> dict of floats, called before the first step, every eval_steps
             and after the last; the model is in eval mode, without gradient. Results: `evaluations`.
         eval_steps: of on_eval.
@@ -178,7 +170,7 @@ class NSRUTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         train_dataset: UnlearnDataset,
-        objective: Objective,
+        objective: Method,
         tokenizer,
         *,
         retain_stop_ratio: float | None = TrainConfig.retain_stop_ratio,
@@ -214,19 +206,22 @@ class NSRUTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False  # no token count to gather across ranks every step
         self.objective = objective
+        self._parts = (*objective.parts, "total")
         self._sums: dict[str, Tensor] = {}
         self._steps = 0.0
         self._staging: Path | None = None
         self._belongs_to: dict[str, str] = {}
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
-            self.add_callback(LossProgressCallback)
+            self.add_callback(LossProgressCallback(objective.parts))
         self._early_stop = (
-            EarlyStopCallback(retain_stop_ratio) if retain_stop_ratio is not None else None
+            EarlyStopCallback(retain_stop_ratio)
+            if retain_stop_ratio is not None and "retain" in objective.parts
+            else None
         )
         self.add_callback(GradientCheckCallback(self.is_deepspeed_enabled, args.fp16))
         # Before the evaluation hook, whose time is not a step's.
-        self.add_callback(MetricsCallback(RunFolder(args.output_dir)))
+        self.add_callback(MetricsCallback(RunFolder(args.output_dir), self._parts))
         if self._early_stop is not None:
             self.add_callback(self._early_stop)
         if on_eval is not None:
@@ -303,7 +298,7 @@ class NSRUTrainer(Trainer):
             )
         # Each question of a step weighs the same: all have equally many rows.
         share = 1.0 if num_items_in_batch is None else len(inputs["kind"]) / num_items_in_batch
-        for name in PARTS:
+        for name in self._parts:
             self._sums[name] = self._sums.get(name, 0) + share * parts[name]
         self._steps += share
         loss = share * loss
@@ -316,9 +311,9 @@ class NSRUTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._steps:
-            sums = torch.stack([self._sums[name] for name in PARTS]) / self._steps
+            sums = torch.stack([self._sums[name] for name in self._parts]) / self._steps
             means = self.accelerator.gather(sums.unsqueeze(0)).mean(0)
-            logs |= dict(zip(PARTS, means.tolist(), strict=True))
+            logs |= dict(zip(self._parts, means.tolist(), strict=True))
             self._sums, self._steps = {}, 0.0
         super().log(logs, start_time)
 

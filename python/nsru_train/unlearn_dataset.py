@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,7 +17,7 @@ from nsru_train.config import TrainConfig
 from nsru_train.data.encode import Encoded, collate, encode_qa
 from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
-from nsru_train.losses.objective import FORGET, RETAIN, SAFE
+from nsru_train.losses.batch import FORGET, RETAIN, SAFE
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class UnlearnDataset(Dataset):
         safe, forget: one sequence each for every forget question, in the same order.
         retain: sequences to keep.
         ref_nll: NLL of each forget sequence with adapters off, summed over the answer and EOS.
+        ref_safe: the same of the safe sequences, for methods that read it.
+        kinds: of the rows in an item; the method's ``rows``.
         retain_per_forget: retain rows in an item.
         seed: of the orders.
 
@@ -54,6 +56,8 @@ class UnlearnDataset(Dataset):
         retain: Sequence[Encoded],
         ref_nll: Sequence[float],
         *,
+        ref_safe: Sequence[float] | None = None,
+        kinds: Collection[int] = (SAFE, FORGET, RETAIN),
         retain_per_forget: int = TrainConfig.retain_per_forget,
         seed: int = 0,
     ) -> None:
@@ -73,6 +77,8 @@ class UnlearnDataset(Dataset):
             )
         self.safe, self.forget, self.retain = safe, forget, retain
         self.ref_nll = list(ref_nll)
+        self.ref_safe = [0.0] * len(safe) if ref_safe is None else list(ref_safe)
+        self.kinds = kinds
         self.retain_per_forget = retain_per_forget
         self.seed = seed
         self.epoch = 0
@@ -100,11 +106,12 @@ class UnlearnDataset(Dataset):
             raise IndexError(index)
         chosen = _permutation(len(self), self.seed, 0, epoch)[index]
         first = (epoch * len(self) + index) * self.retain_per_forget
-        return [
-            Row(self.safe[chosen], SAFE),
+        rows = [
+            Row(self.safe[chosen], SAFE, self.ref_safe[chosen]),
             Row(self.forget[chosen], FORGET, self.ref_nll[chosen]),
             *(Row(self.retain[i], RETAIN) for i in self._retain(first)),
         ]
+        return [row for row in rows if row.kind in self.kinds]
 
     def _retain(self, first: int) -> Iterator[int]:
         for position in range(first, first + self.retain_per_forget):
@@ -171,6 +178,8 @@ def make_train_dataset(
     safe: SafeTargets,
     ref_nll: Sequence[float],
     *,
+    ref_safe: Sequence[float] | None = None,
+    kinds: Collection[int] = (SAFE, FORGET, RETAIN),
     retain_per_forget: int = TrainConfig.retain_per_forget,
     seed: int = 0,
     max_length: int = 512,
@@ -179,6 +188,8 @@ def make_train_dataset(
 
     Args:
         ref_nll: from `reference_nll`, one for each forget question.
+        ref_safe: the same for their safe targets, where the method reads it.
+        kinds: of the rows in an item; the method's ``rows``.
         seed: of the orders. The safe target of a question is the same for every seed.
 
     Raises:
@@ -193,6 +204,8 @@ def make_train_dataset(
         forget=[encode(qa, qa.answer) for qa in forget],
         retain=[encode(qa, qa.answer) for qa in retain],
         ref_nll=ref_nll,
+        ref_safe=ref_safe,
+        kinds=kinds,
         retain_per_forget=retain_per_forget,
         seed=seed,
     )

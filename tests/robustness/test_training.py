@@ -20,8 +20,8 @@ from nsru_kernels import files
 from nsru_train import cli, pipeline
 from nsru_train.checkpoints import rotate
 from nsru_train.data.encode import collate, encode_qa
+from nsru_train.losses import SAFE
 from nsru_train.losses.nll import answer_logits, answer_states
-from nsru_train.losses.objective import SAFE
 from nsru_train.run_folder import RunFolder
 from nsru_train.sources import save_records
 from nsru_train.trainer import CheckpointError, _all_take_part

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 import nsru_kernels as nk
 from nsru_train.data import QA, SafeTargets
 from nsru_train.demo.tiny_model import make_llama, train_tokenizer
-from nsru_train.losses import Objective
+from nsru_train.methods import Objective
 from nsru_train.trainer import NSRUTrainer, make_train_dataset, reference_nll
 
 TOWNS = "Aar Bree Cork Deal Esch Faro Goes Hof Ix Jena Kerns Lugo".split()  # noqa: SIM905

@@ -1,15 +1,33 @@
-"""Suppressions: formulas in fp64, limits, and the direction in which they push."""
+"""Methods: values and gradients of public code in fp64, limits, and how they push."""
 
+import dataclasses
 import math
+import sys
 
 import pytest
 import torch
 
-from nsru_train.methods import SUPPRESSIONS, suppress, unlikelihood
+from nsru_train.losses import FORGET, RETAIN, SAFE, Answers
+from nsru_train.losses.nll import AnswerHidden, AnswerLogits
+from nsru_train.methods import METHODS, Objective, find_method
+from nsru_train.methods.nsru import SUPPRESSIONS
+from nsru_train.methods.unlikelihood import unlikelihood
 
 NLL = torch.tensor([0.0, 1e-4, 0.3, 12.0, 400.0], dtype=torch.float64)
 LENGTHS = torch.tensor([1, 4, 7, 20, 40])
 REFERENCE = torch.tensor([0.0, 0.5, 0.1, 3.0, 5.0], dtype=torch.float64)
+
+
+class Sums(Answers):
+    """Answers of which no more than the NLL is known."""
+
+    def __init__(self, sums, lengths, ref_nll):
+        self.sums, self.lengths, self.ref_nll = sums, lengths, ref_nll
+
+
+def suppress(name, nll, **options):
+    objective = Objective(suppression=name, **options)
+    return objective.suppress(Sums(nll, LENGTHS[: len(nll)], REFERENCE.to(nll)[: len(nll)]))
 
 
 def log_sigmoid(x: float) -> float:
@@ -22,12 +40,14 @@ FORMULAS = {
     "unlikelihood": lambda nll, n, ref, beta, delta: -math.log(1 - math.exp(-(nll / n + 1e-3))),
     "gradient_ascent": lambda nll, n, ref, beta, delta: -nll,
 }
+READ = {"npo": ("beta",), "simnpo": ("beta", "delta")}
 
 
 @pytest.mark.parametrize("name", SUPPRESSIONS)
 @pytest.mark.parametrize(("beta", "delta"), [(0.1, 0.0), (4.5, 0.7)])
 def test_formula(name, beta, delta):
-    loss = suppress(name, NLL, LENGTHS, REFERENCE, beta=beta, delta=delta)
+    options = {"beta": beta, "delta": delta}
+    loss = suppress(name, NLL, **{key: options[key] for key in READ.get(name, ())})
     expected = [
         FORMULAS[name](*row, beta, delta)
         for row in zip(NLL.tolist(), LENGTHS.tolist(), REFERENCE.tolist(), strict=True)
@@ -39,7 +59,7 @@ def test_formula(name, beta, delta):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pushes_nll_up_with_finite_gradients(name, dtype):
     nll = NLL.to(dtype).requires_grad_()
-    suppress(name, nll, LENGTHS, REFERENCE.to(dtype)).sum().backward()
+    suppress(name, nll).sum().backward()
     assert torch.isfinite(nll.grad).all()
     assert (nll.grad <= 0).all()
     assert (nll.grad[:3] < 0).all(), "a known answer must always be pushed"
@@ -47,15 +67,12 @@ def test_pushes_nll_up_with_finite_gradients(name, dtype):
 
 def test_default_betas():
     for name, beta in (("npo", 0.1), ("simnpo", 4.5)):
-        torch.testing.assert_close(
-            suppress(name, NLL, LENGTHS, REFERENCE),
-            suppress(name, NLL, LENGTHS, REFERENCE, beta=beta),
-        )
+        torch.testing.assert_close(suppress(name, NLL), suppress(name, NLL, beta=beta))
 
 
 def test_npo_starts_as_gradient_ascent_and_fades():
-    nll = torch.tensor([3.0, 103.0], requires_grad=True)
-    suppress("npo", nll, torch.ones(2), torch.tensor([3.0, 3.0])).sum().backward()
+    nll = (REFERENCE[:2] + torch.tensor([0.0, 100.0])).requires_grad_()
+    suppress("npo", nll).sum().backward()
     assert nll.grad[0] == pytest.approx(-1.0)
     assert -1e-4 < nll.grad[1] < 0
 
@@ -66,8 +83,204 @@ def test_unlikelihood_is_bounded():
     assert loss[1] == 0
 
 
+# A deterministic toy: 2 answers of 5 and 4 tokens, 7 positions, a vocabulary of 11.
+B, T, V = 2, 7, 11
+IDS = (3 * torch.arange(B).unsqueeze(1) + 5 * torch.arange(T) + 1) % V
+LABELS, OTHERS = IDS.clone(), IDS.flip(1).clone()
+LABELS[:, :2] = OTHERS[:, :2] = -100
+LABELS[1, 6] = -100
+
+
+def toy_logits(a, b, c, d, e):
+    row, place, word = (torch.arange(n, dtype=torch.float64) for n in (B, T, V))
+    phase = a + b * row[:, None, None] + c * place[:, None] + d * word + e * word**2
+    return 2 * torch.sin(phase)
+
+
+BASE = toy_logits(2, 5, 2, 3, 0.25)
+
+
+def states(logits_BTV, labels, whole):
+    rows, places = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    logits, targets = logits_BTV[rows, places], labels[rows, places + 1]
+    if whole:
+        return AnswerLogits(logits, targets, rows)
+    # As if the toy's logits were hidden states of a model whose head changes nothing.
+    head = {"head_weight": torch.eye(V, dtype=torch.float64), "head_bias": None, "chunk": 2}
+    return AnswerHidden(logits, targets, rows, head)
+
+
+def toy_answers(logits, labels=LABELS, whole=False):
+    found, base = states(logits, labels, whole), states(BASE, labels, True)
+    reference = torch.zeros(B, dtype=torch.float64).index_add_(0, base.rows, base.nll())
+    return Answers(found, found.rows, B, reference, base=lambda: states(BASE, labels, whole))
+
+
+# Loss, norm of its gradient in the logits, and the gradient of the first three logits of the first
+# answer's first token: public code (OpenUnlearning d3d7cf9, LoKU), run in fp64.
+GOLDEN = [
+    (
+        "ga",
+        {},
+        -4.283967834179543,
+        0.3504693615363656,
+        [0.1103643769437796, -0.0052163553153601406, -0.0011428404024100111],
+    ),
+    (
+        "npo",
+        {},
+        7.680885840845556,
+        0.9769146337239337,
+        [0.23705329038449746, -0.01120428733947997, -0.002454723936090738],
+    ),
+    (
+        "simnpo",
+        {"beta": 2.5},
+        8.432133814492468e-05,
+        0.00010420006206084069,
+        [7.463518828309749e-07, -3.527620704203902e-08, -7.72859059901662e-09],
+    ),
+    (
+        "wga",
+        {},
+        -0.09059098489976278,
+        0.02551758314451425,
+        [0.0007417156600815619, -3.50570766862865e-05, -7.68058178657797e-06],
+    ),
+    (
+        "satimp",
+        {},
+        -0.0001100669341973406,
+        6.541284779188797e-05,
+        [1.5029447110112786e-12, -7.103645079217719e-14, -1.5563227790495285e-14],
+    ),
+    (
+        "ceu",
+        {"skip": 0},
+        1.8079361529499838,
+        0.03296196297276942,
+        [0.0007467341673315043, -3.529427566020755e-05, -7.732549214872521e-06],
+    ),
+    (
+        "undial",
+        {},
+        3.41192010196289,
+        0.16514870641442878,
+        [0.0007466914303321006, -0.016966533825929227, 0.0005640535147500404],
+    ),
+    (
+        "ihl",
+        {},
+        0.7880604525660522,
+        0.07824504381090899,
+        [0.0009057363706181589, 0.001110719215155596, 0.00024334515539521206],
+    ),
+    ("dpo", {}, 12.571135836533669, 1.8108032706323411, [0.5166073771624267, 0.0, 0.0]),
+]
+VALUES = [
+    ("npo", {"beta": 0.5}, 0.21182484509758667),
+    ("simnpo", {"beta": 4.5}, 5.201260417209776e-08),
+    ("simnpo", {"beta": 4.5, "delta": 1.0}, 4.681976716087034e-06),
+    ("wga", {"beta": 0.5}, -0.4803856372743096),
+    ("wga", {"beta": 2.0}, -0.012039720637829342),
+    ("undial", {"beta": 3.0}, 3.4149675805083164),
+    ("ceu", {}, 1.7966359846434494),
+]
+
+
+def forget_term(name, options, logits, whole):
+    method = METHODS[name](**options)
+    batch = {
+        SAFE: toy_answers(logits, OTHERS, whole),
+        FORGET: toy_answers(logits, LABELS, whole),
+        RETAIN: toy_answers(BASE, LABELS, whole),
+    }
+    return method.loss({kind: batch[kind] for kind in method.rows})["forget"]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["logits", "chunks of logits"])
+@pytest.mark.parametrize(("name", "options", "loss", "norm", "first"), GOLDEN)
+def test_values_and_gradients_of_public_code(name, options, loss, norm, first, whole):
+    logits = toy_logits(1, 7, 3, 2, 0.5).requires_grad_()
+    term = forget_term(name, options, logits, whole)
+    term.backward()
+    assert term.item() == pytest.approx(loss, rel=1e-9)
+    assert logits.grad.norm().item() == pytest.approx(norm, rel=1e-9)
+    assert logits.grad[0, 1, :3].tolist() == pytest.approx(first, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize(("name", "options", "loss"), VALUES)
+def test_settings_give_the_values_of_public_code(name, options, loss):
+    term = forget_term(name, options, toy_logits(1, 7, 3, 2, 0.5), whole=False)
+    assert term.item() == pytest.approx(loss, rel=1e-9)
+
+
+def test_kl_from_the_base_is_that_of_public_code():
+    everywhere = torch.cat([torch.zeros(B, 1, dtype=torch.int64), IDS], 1)  # a label at each place
+    logits = toy_logits(1, 7, 3, 2, 0.5).requires_grad_()
+    found, base = (states(z, everywhere, whole=False) for z in (logits, BASE))
+    answers = Answers(found, found.rows, B, base=lambda: base)
+    retain = METHODS["kl"]().loss({FORGET: answers, RETAIN: answers})["retain"]
+    retain.backward()
+    assert retain.item() == pytest.approx(1.4003717640530116, rel=1e-9)
+    assert logits.grad.norm().item() == pytest.approx(0.1220874456925605, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_total_is_the_weighted_sum_of_the_parts(name):
+    def loss(**weights):
+        logits = toy_logits(1, 7, 3, 2, 0.5)
+        batch = {kind: toy_answers(logits, LABELS) for kind in (SAFE, FORGET, RETAIN)}
+        return METHODS[name](**weights).loss(batch)
+
+    parts = loss()
+    weights = [f.name for f in dataclasses.fields(METHODS[name]) if f.name[:2] == "w_"]
+    assert set(parts) == {*METHODS[name].parts, "total"}
+    for weight in weights:
+        if (part := weight[2:]) in parts and part != "kl":
+            changed = loss(**{weight: 3.0})
+            assert changed[part] == parts[part]
+            less = loss(**{weight: 0.0})
+            assert (changed["total"] - less["total"]).item() == pytest.approx(
+                3 * parts[part].item(), abs=1e-9
+            )
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.by_logits])
+def test_masked_vocabulary_rows_keep_losses_finite(name):
+    logits = toy_logits(1, 7, 3, 2, 0.5)
+    logits[..., 6] = -torch.inf
+    rows, places = (LABELS[:, 1:] != -100).nonzero(as_tuple=True)
+    assert (LABELS[rows, places + 1] != 6).all()
+    base = BASE.clone()
+    base[..., 6] = -torch.inf
+    hidden = logits.clone().requires_grad_()
+    found, before = (states(z, LABELS, whole=True) for z in (hidden, base))
+    answers = Answers(found, found.rows, B, base=lambda: before)
+    loss = METHODS[name]().forget(answers)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_a_method_of_ones_own_is_found_by_its_import_path(tmp_path, monkeypatch):
+    (tmp_path / "my_method.py").write_text("from nsru_train.methods.ihl import IHL\nx = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_method("my_method:IHL") is METHODS["ihl"]
+    with pytest.raises(ValueError, match="cannot import 'my_method:Other'"):
+        find_method("my_method:Other")
+    with pytest.raises(ValueError, match=r"must be a subclass of nsru_train\.methods\.Method"):
+        find_method("my_method:x")
+    sys.modules.pop("my_method")
+
+
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"npo, simnpo, unlikelihood.*got 'dpo'"):
-        suppress("dpo", NLL, LENGTHS, REFERENCE)
-    with pytest.raises(ValueError, match="beta must be positive, got 0"):
-        suppress("npo", NLL, LENGTHS, REFERENCE, beta=0)
+    with pytest.raises(ValueError, match=r"expected one of nsru, .*got 'NPO'\. Did you mean npo\?"):
+        find_method("NPO")
+    for name in ("npo", "simnpo", "dpo"):
+        with pytest.raises(ValueError, match="beta must be positive, got 0"):
+            METHODS[name](beta=0)
+    with pytest.raises(ValueError, match=r"IDK: w_safe must not be negative, got -1"):
+        METHODS["idk"](w_safe=-1)
+    with pytest.raises(ValueError, match="skip must not be negative, got -1"):
+        METHODS["ceu"](skip=-1)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from nsru_train.losses import head
-from nsru_train.losses.nll import answer_nll, answer_states, token_kl, token_nll
+from nsru_train.losses.nll import answer_nll, answer_states, token_kl, token_nll, token_score
 
 SIZES = {
     "vocab_size": 97,
@@ -117,6 +117,26 @@ def test_kl_value_and_gradient(softcap):
     torch.testing.assert_close(ours, (log_q.exp() * (log_q - log_p)).sum(-1))
     assert torch.autograd.gradcheck(lambda h: token_kl(base, h, weight, **options), hidden)
     assert token_kl(base, base, weight, **options).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_score_is_the_function_of_whole_logits(softcap):
+    hidden, weight, bias, targets = inputs(6, 4, 9)
+    base = hidden.flip(0).contiguous()
+    hidden.requires_grad_()
+    options = {"head_bias": bias, "chunk": 4, "logit_softcap": softcap, "logit_scale": 0.5}
+
+    def score(z, y, z_base):
+        return (z.sin() * z_base).sum(-1) + z.gather(-1, y.unsqueeze(-1)).squeeze(-1) ** 2
+
+    def ours(h):
+        return token_score(score, h, weight, targets, hidden_base=base, **options)
+
+    logits, base_logits = (full_logits(h, weight, bias, softcap, 0.5) for h in (hidden, base))
+    torch.testing.assert_close(ours(hidden), score(logits, targets, base_logits))
+    assert torch.autograd.gradcheck(ours, hidden)
+    with torch.no_grad():
+        assert not ours(hidden).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

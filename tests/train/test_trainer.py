@@ -16,8 +16,9 @@ import torch
 
 import nsru_kernels as nk
 from nsru_train.data import SafeTargets, encode_qa
+from nsru_train.losses import FORGET, RETAIN, SAFE
 from nsru_train.losses.nll import answer_nll
-from nsru_train.losses.objective import FORGET, RETAIN, SAFE, Objective
+from nsru_train.methods import Objective
 from nsru_train.run_folder import RunFolder
 from nsru_train.trainer import CheckpointError, make_train_dataset, reference_nll
 from nsru_train.unlearn_dataset import RowCollator

@@ -19,7 +19,7 @@ from nsru_train.config import LoraConfig, TrainConfig
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.demo.sets import Sets
 from nsru_train.evaluate import evaluate, probability_sets
-from nsru_train.losses.objective import Objective
+from nsru_train.methods import Method
 from nsru_train.pipeline import Data, unlearn
 from nsru_train.report.summary import FORGET_TARGET
 from nsru_train.run_folder import RunFolder
@@ -54,7 +54,7 @@ class Comparison:
     exclude: str | Sequence[str]
     subspaces: SubspaceSet
     lora: LoraConfig
-    objective: Objective
+    objective: Method
     train: TrainConfig
     eval_steps: int
     stop: float | None

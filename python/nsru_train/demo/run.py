@@ -21,7 +21,7 @@ from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.demo.compare import Comparison, best_lr
 from nsru_train.demo.sets import Sets, fictitious_sets, target_sets, tofu_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
-from nsru_train.losses.objective import Objective
+from nsru_train.methods import Method
 from nsru_train.pipeline import MORE_SPLITS, find_subspaces, load_model
 from nsru_train.report import write_report
 from nsru_train.report.summary import (
@@ -70,7 +70,7 @@ def run_demo(
     resume: bool,
     subspace: SubspaceConfig,
     lora: LoraConfig,
-    objective: Objective,
+    objective: Method,
     train: TrainConfig,
     examples: int,
     max_seconds: float,
@@ -285,7 +285,7 @@ def _run_config(
     sets: Sets,
     subspace: SubspaceConfig,
     lora: LoraConfig,
-    objective: Objective,
+    objective: Method,
     train: TrainConfig,
 ) -> dict[str, Any]:
     """Write the data files; the config.yaml with which every other command works on the folder."""

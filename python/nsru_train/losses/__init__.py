@@ -1,16 +1,17 @@
-"""Losses of unlearning: per-token NLL without full logits, and the NSRU objective built on it."""
+"""Losses per token without full logits, and the rows of a batch that they are taken of."""
 
-from nsru_train.losses.nll import answer_nll, answer_states, token_kl, token_nll
-from nsru_train.losses.objective import FORGET, RETAIN, SAFE, Objective, nsru_loss
+from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers, ScoredBatch
+from nsru_train.losses.nll import answer_nll, answer_states, token_kl, token_nll, token_score
 
 __all__ = [
     "FORGET",
     "RETAIN",
     "SAFE",
-    "Objective",
+    "Answers",
+    "ScoredBatch",
     "answer_nll",
     "answer_states",
-    "nsru_loss",
     "token_kl",
     "token_nll",
+    "token_score",
 ]

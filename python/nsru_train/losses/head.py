@@ -10,7 +10,7 @@ Shape suffixes here: T tokens with a label, C tokens of one chunk, D hidden size
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +103,43 @@ def token_kl(
     head = Head(logit_softcap, logit_scale, _chunk_rows(chunk, head_weight.shape[0]))
     return _TokenKL.apply(
         hidden_base, hidden, head_weight, head_bias, head, torch.is_grad_enabled()
+    )
+
+
+def token_score(
+    score: Callable[..., Tensor],
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    hidden_base: Tensor | None = None,
+    head_bias: Tensor | None = None,
+    chunk: int | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """score(logits, targets) of each token, for losses that NLL and KL do not make up.
+
+    Some more [C, V] exist than in `token_nll`: what autograd keeps of ``score``.
+
+    Args:
+        score: (logits [C, V] fp32 or fp64, targets [C] long) -> [C], differentiable, each token by
+            itself. With hidden_base it gets the base's logits [C, V] as a third argument. Masked
+            entries of a vocabulary have the logit -inf.
+        hidden_base: [T, D] from the backbone with adapters off; gets no gradient.
+        hidden, head_weight, targets, head_bias, chunk, logit_softcap, logit_scale: as in
+            `token_nll`; the head is frozen.
+
+    Returns:
+        [T], fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    _check("token_score", hidden, head_weight, head_bias, chunk, logit_softcap)
+    head = Head(logit_softcap, logit_scale, _chunk_rows(chunk, head_weight.shape[0]))
+    return _TokenScore.apply(
+        hidden, hidden_base, head_weight, head_bias, targets, score, head, torch.is_grad_enabled()
     )
 
 
@@ -221,6 +258,35 @@ class _TokenKL(torch.autograd.Function):
     def backward(ctx, grad_T):
         (unit_TD,) = ctx.saved_tensors
         return None, (unit_TD * grad_T.unsqueeze(1)).to(unit_TD.dtype), None, None, None, None
+
+
+class _TokenScore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, hidden_base, weight, bias, targets, score, head, grad_enabled):
+        need = grad_enabled and ctx.needs_input_grad[0]
+        score_T = hidden.new_empty(hidden.shape[0], dtype=_accumulator(hidden.dtype))
+        unit_TD = torch.empty_like(hidden if need else hidden[:0])
+        for part in _chunks(hidden.shape[0], head.rows):
+            z_CV = head.bound(head.logits(hidden[part], weight, bias))
+            slope_CV = head.slope(z_CV) if need else None
+            base = () if hidden_base is None else (hidden_base[part],)
+            base = tuple(head.bound(head.logits(h_CD, weight, bias)) for h_CD in base)
+            with torch.set_grad_enabled(need):
+                values_C = score(z_CV.requires_grad_(need), targets[part], *base)
+                score_T[part] = values_C.detach()
+                total = values_C.sum()
+            if need:
+                (delta_CV,) = torch.autograd.grad(total, z_CV)
+                unit_TD[part] = _chain_(delta_CV, slope_CV, head.scale).to(weight.dtype) @ weight
+        ctx.save_for_backward(unit_TD)
+        return score_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_T):
+        (unit_TD,) = ctx.saved_tensors
+        d_hidden = (unit_TD * grad_T.unsqueeze(1)).to(unit_TD.dtype)
+        return d_hidden, None, None, None, None, None, None, None
 
 
 def gap(base: Tensor, other: Tensor) -> Tensor:

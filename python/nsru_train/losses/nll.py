@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nsru_kernels.nn.inputs import evaluating
 from nsru_train.data.encode import IGNORE_INDEX
-from nsru_train.losses.head import CHUNK_ELEMENTS, Head, gap, token_kl, token_nll
+from nsru_train.losses.head import CHUNK_ELEMENTS, Head, gap, token_kl, token_nll, token_score
 
 __all__ = [
     "AnswerHidden",
@@ -23,6 +23,7 @@ __all__ = [
     "answer_states",
     "token_kl",
     "token_nll",
+    "token_score",
 ]
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,13 @@ class AnswerHidden:
     def kl(self, base: AnswerHidden) -> Tensor:
         """KL(base ‖ self) at each token, [T] fp32."""
         return token_kl(base.hidden, self.hidden, **self.head)
+
+    def score(self, function: Callable[..., Tensor], base: AnswerHidden | None = None) -> Tensor:
+        """function(logits, targets[, the base's logits]) at each token, [T]; see `token_score`."""
+        hidden_base = None if base is None else base.hidden
+        return token_score(
+            function, self.hidden, targets=self.targets, hidden_base=hidden_base, **self.head
+        )
 
     def predictions(self) -> Tensor:
         """The most likely token at each position, [T]."""
@@ -75,6 +83,9 @@ class AnswerLogits:
     def kl(self, base: AnswerLogits) -> Tensor:
         log_q, log_p = base.logits.log_softmax(-1), self.logits.log_softmax(-1)
         return (log_q.exp() * gap(log_q, log_p)).sum(-1)
+
+    def score(self, function: Callable[..., Tensor], base: AnswerLogits | None = None) -> Tensor:
+        return function(self.logits, self.targets, *(() if base is None else (base.logits,)))
 
     def predictions(self) -> Tensor:
         return self.logits.argmax(-1)

@@ -1,65 +1,60 @@
-"""Suppressions: what makes the undesired answer less likely, one file each."""
+"""Methods of unlearning, one file each: what an item holds, what the loss needs, the loss."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import difflib
+import importlib
 
-from nsru_train.methods.gradient_ascent import gradient_ascent
-from nsru_train.methods.npo import BETA as NPO_BETA
-from nsru_train.methods.npo import npo
-from nsru_train.methods.simnpo import BETA as SIMNPO_BETA
-from nsru_train.methods.simnpo import simnpo
-from nsru_train.methods.unlikelihood import unlikelihood
+from nsru_train.methods.ceu import CEU
+from nsru_train.methods.dpo import DPO, IDK
+from nsru_train.methods.graddiff import GA, KL, GradDiff
+from nsru_train.methods.ihl import IHL
+from nsru_train.methods.method import ForgetRetain, Method
+from nsru_train.methods.npo import NPO
+from nsru_train.methods.nsru import Objective
+from nsru_train.methods.simnpo import SimNPO
+from nsru_train.methods.undial import UNDIAL
+from nsru_train.methods.wga import WGA, SatImp
 
-__all__ = [
-    "SUPPRESSIONS",
-    "WEIGHTS",
-    "gradient_ascent",
-    "npo",
-    "simnpo",
-    "suppress",
-    "unlikelihood",
-]
+__all__ = ["METHODS", "ForgetRetain", "Method", "Objective", "find_method"]
 
-SUPPRESSIONS = ("npo", "simnpo", "unlikelihood", "gradient_ascent")
-# λ_sup of each, beside cross-entropies that are means over tokens. SimNPO's is its authors'.
-WEIGHTS = {"npo": 0.05, "simnpo": 0.125, "unlikelihood": 1.0, "gradient_ascent": 0.05}
+METHODS: dict[str, type[Method]] = {
+    "nsru": Objective,
+    "ga": GA,
+    "graddiff": GradDiff,
+    "kl": KL,
+    "npo": NPO,
+    "simnpo": SimNPO,
+    "dpo": DPO,
+    "idk": IDK,
+    "undial": UNDIAL,
+    "wga": WGA,
+    "satimp": SatImp,
+    "ceu": CEU,
+    "ihl": IHL,
+}
 
 
-def suppress(
-    name: str,
-    nll_sum: Tensor,
-    lengths: Tensor,
-    ref_nll_sum: Tensor,
-    *,
-    beta: float | None = None,
-    delta: float = 0.0,
-) -> Tensor:
-    """Suppress(y⁻ | q) for each sequence, by one of `SUPPRESSIONS`.
-
-    Args:
-        name: "npo", "simnpo", "unlikelihood" or "gradient_ascent".
-        nll_sum: [B], NLL of the undesired answer, summed over its tokens and EOS.
-        lengths: [B], tokens of that answer, EOS included.
-        ref_nll_sum: [B], nll_sum with adapters off; only npo reads it.
-        beta: β of npo (default 0.1) and simnpo (default 4.5).
-        delta: δ of simnpo.
-
-    Returns:
-        [B].
+def find_method(name: str) -> type[Method]:
+    """The method of that name, or the class that "package.module:Class" names.
 
     Raises:
-        ValueError: an unknown name, or β not positive.
+        ValueError: there is none.
     """
-    if beta is not None and beta <= 0:
-        raise ValueError(f"suppress: beta must be positive, got {beta}.")
-    match name:
-        case "npo":
-            return npo(nll_sum, ref_nll_sum, NPO_BETA if beta is None else beta)
-        case "simnpo":
-            return simnpo(nll_sum, lengths, SIMNPO_BETA if beta is None else beta, delta)
-        case "unlikelihood":
-            return unlikelihood(nll_sum, lengths)
-        case "gradient_ascent":
-            return gradient_ascent(nll_sum)
-    raise ValueError(f"suppression must be one of {', '.join(SUPPRESSIONS)}, got {name!r}.")
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        if name in METHODS:
+            return METHODS[name]
+        close = difflib.get_close_matches(name.lower(), METHODS, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(
+            f"method: expected one of {', '.join(METHODS)}, or package.module:Class of your own, "
+            f"got {name!r}.{hint}"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method: cannot import {name!r}: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(f"method: {name!r} must be a subclass of nsru_train.methods.Method.")
+    return found

@@ -1,12 +1,17 @@
 """Negative preference optimisation."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from torch import Tensor
 from torch.nn.functional import softplus
 
-BETA = 0.1
+from nsru_train.losses.batch import FORGET, Answers
+from nsru_train.methods.method import ForgetRetain, mean
 
 
-def npo(nll_sum: Tensor, ref_nll_sum: Tensor, beta: float = BETA) -> Tensor:
+def npo(nll_sum: Tensor, ref_nll_sum: Tensor, beta: float) -> Tensor:
     """-(2/β) log σ(β (NLL_θ - NLL_ref)) for each sequence.
 
     Its gradient in NLL_θ is -2 σ(-β (NLL_θ - NLL_ref)): that of gradient ascent at first, fading
@@ -21,4 +26,27 @@ def npo(nll_sum: Tensor, ref_nll_sum: Tensor, beta: float = BETA) -> Tensor:
 
     Source: Zhang et al. 2024, arXiv 2404.05868.
     """
-    return softplus(-beta * (nll_sum - ref_nll_sum)) * (2 / beta)
+    return softplus(-beta * (nll_sum - ref_nll_sum.to(nll_sum.dtype))) * (2 / beta)
+
+
+@dataclass(frozen=True)
+class NPO(ForgetRetain):
+    """`npo` of the answers to forget, beside a retain term.
+
+    Args:
+        beta: how soon it fades, 1/nats; 0.1 as in the paper.
+
+    Source: Zhang et al. 2024, arXiv 2404.05868, with both weights 1 as for TOFU.
+    """
+
+    beta: float = 0.1
+
+    ref_nll = (FORGET,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta > 0:
+            self.refuse("beta", "must be positive")
+
+    def forget(self, answers: Answers) -> Tensor:
+        return mean(npo(answers.sums, answers.ref_nll, self.beta))

@@ -1,12 +1,17 @@
 """NPO without a reference, normalised by length."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from torch import Tensor
 from torch.nn.functional import softplus
 
-BETA = 4.5
+from nsru_train.losses.batch import Answers
+from nsru_train.methods.method import ForgetRetain, mean
 
 
-def simnpo(nll_sum: Tensor, lengths: Tensor, beta: float = BETA, delta: float = 0.0) -> Tensor:
+def simnpo(nll_sum: Tensor, lengths: Tensor, beta: float, delta: float = 0.0) -> Tensor:
     """-(2/β) log σ(β (NLL_θ / |y⁻| - δ)) for each sequence.
 
     Args:
@@ -20,3 +25,28 @@ def simnpo(nll_sum: Tensor, lengths: Tensor, beta: float = BETA, delta: float = 
     Source: Fan et al. 2024, arXiv 2410.07163, its margin γ being β δ; usual weight: 0.125.
     """
     return softplus(-beta * (nll_sum / lengths - delta)) * (2 / beta)
+
+
+@dataclass(frozen=True)
+class SimNPO(ForgetRetain):
+    """`simnpo` of the answers to forget, beside a retain term.
+
+    Args:
+        beta: sharpness; 4.5 as its authors have it for TOFU's forget10.
+        delta: margin in nats a token.
+
+    Source: Fan et al. 2024, arXiv 2410.07163; w_forget 0.125 for forget10 (0.1375 and β 2.5 for
+    forget05).
+    """
+
+    w_forget: float = 0.125
+    beta: float = 4.5
+    delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta > 0:
+            self.refuse("beta", "must be positive")
+
+    def forget(self, answers: Answers) -> Tensor:
+        return mean(simnpo(answers.sums, answers.lengths, self.beta, self.delta))

@@ -1,0 +1,133 @@
+"""A batch after its forward pass, kind by kind: what the loss of a method is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+import nsru_kernels as nk
+from nsru_kernels.nn.inputs import evaluating
+from nsru_train.losses.nll import AnswerHidden, AnswerLogits, answer_states
+
+SAFE, FORGET, RETAIN = 0, 1, 2
+
+
+class Answers:
+    """The answers of one kind in a batch.
+
+    Args:
+        states: their tokens, T of them, in reading order.
+        rows: [T] long, each token's answer, from 0.
+        count: B, the number of answers.
+        ref_nll: [B], summed NLL with adapters off, where the method asked for it.
+        nll: computes the tokens' NLL [T]; default: ``states`` do.
+        base: computes the same tokens with adapters off.
+    """
+
+    def __init__(
+        self,
+        states: AnswerHidden | AnswerLogits,
+        rows: Tensor,
+        count: int,
+        ref_nll: Tensor | None = None,
+        *,
+        nll: Callable[[], Tensor] | None = None,
+        base: Callable[[], AnswerHidden | AnswerLogits] | None = None,
+    ) -> None:
+        self.states, self.rows, self.count, self.ref_nll = states, rows, count, ref_nll
+        self._nll, self._base = nll or states.nll, base
+
+    @cached_property
+    def nll(self) -> Tensor:
+        """-log p of each token, [T], differentiable."""
+        return self._nll()
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens of each answer, EOS included, [B]."""
+        return self.sum(torch.ones_like(self.rows))
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """NLL of each answer, [B]."""
+        return self.sum(self.nll)
+
+    @property
+    def means(self) -> Tensor:
+        """NLL a token of each answer, [B]."""
+        return self.sums / self.lengths.clamp(min=1)
+
+    @property
+    def places(self) -> Tensor:
+        """Number of each token in its answer, from 0, [T]."""
+        first = self.lengths.cumsum(0) - self.lengths
+        return torch.arange(len(self.rows), device=self.rows.device) - first[self.rows]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums [B] of values [T]. Not by index_add_, whose order of addition varies on a GPU."""
+        member_BT = self.rows == torch.arange(self.count, device=self.rows.device).unsqueeze(1)
+        return torch.where(member_BT, values, 0).sum(1)
+
+    def score(self, function: Callable[..., Tensor], *, with_base: bool = False) -> Tensor:
+        """function(logits, targets[, logits with adapters off]) of each token, [T].
+
+        Only a chunk of the logits exists at a time; see `token_score`.
+        """
+        return self.states.score(function, self._base_states() if with_base else None)
+
+    def kl(self) -> Tensor:
+        """KL(base ‖ model) of each token, [T]; costs a forward pass with adapters off."""
+        return self.states.kl(self._base_states())
+
+    def _base_states(self):
+        assert self._base is not None, "these answers know no base model"
+        return self._base()
+
+
+class ScoredBatch:
+    """Rows of several kinds, from one forward pass of the model; ``batch[kind]`` are its `Answers`.
+
+    Args:
+        batch: input_ids, attention_mask and labels [B, S], padded on the right; kind and
+            ref_nll [B].
+        by_logits: kinds of which no NLL is needed; that of all others is computed at once.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch: Mapping[str, Tensor], by_logits: Collection[int] = ()
+    ) -> None:
+        self._model, self._by_logits = model, by_logits
+        self._kind, self._ref_nll = batch["kind"], batch["ref_nll"]
+        self._inputs = {k: v for k, v in batch.items() if k not in ("kind", "ref_nll")}
+        self._states = answer_states(model, self._inputs)
+
+    def __getitem__(self, kind: int) -> Answers:
+        chosen = self._kind == kind
+        keep = chosen[self._states.rows]
+        rows = (chosen.cumsum(0) - 1)[self._states.rows[keep]]
+        return Answers(
+            self._states.select(keep),
+            rows,
+            int(chosen.sum()),
+            self._ref_nll[chosen],
+            nll=None if kind in self._by_logits else lambda: self._nll[keep[self._with_nll]],
+            base=lambda: self._base_states(chosen),
+        )
+
+    @cached_property
+    def _with_nll(self) -> Tensor:
+        by_logits = torch.tensor(list(self._by_logits), device=self._kind.device)
+        return ~torch.isin(self._kind, by_logits)[self._states.rows]
+
+    @cached_property
+    def _nll(self) -> Tensor:
+        return self._states.select(self._with_nll).nll()
+
+    def _base_states(self, chosen: Tensor) -> AnswerHidden | AnswerLogits:
+        with evaluating(self._model), nk.adapters_disabled(self._model):
+            width = int(self._inputs["attention_mask"][chosen].sum(1).max())
+            inputs = {name: value[chosen, :width] for name, value in self._inputs.items()}
+            return answer_states(self._model, inputs)

@@ -1,0 +1,78 @@
+"""Preference for another answer: DPO with refusals or alternatives, and refusals alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers
+from nsru_train.methods.method import Method, mean
+
+
+@dataclass(frozen=True)
+class DPO(Method):
+    """-(2/β) log σ(β [log-ratio of the safe target - log-ratio of the answer to forget]).
+
+    Log-ratios are against the model with adapters off. With refusals as safe targets this is
+    IdkDPO, with plausible alternatives AltPO.
+
+    Args:
+        w_forget: of the preference.
+        w_retain: of the mean NLL of the retain answers' tokens.
+        beta: 0.1 as in public code.
+
+    Source: Rafailov et al. 2023, arXiv 2305.18290; Maini et al. 2024, arXiv 2401.06121; Mekala et
+    al. 2024, arXiv 2409.13474 (AltPO).
+    """
+
+    w_forget: float = 1.0
+    w_retain: float = 1.0
+    beta: float = 0.1
+
+    ref_nll = (SAFE, FORGET)
+    parts = ("forget", "retain")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta > 0:
+            self.refuse("beta", "must be positive")
+
+    def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
+        wins, loses = (
+            kind.ref_nll.to(kind.sums) - kind.sums for kind in map(batch.get, (SAFE, FORGET))
+        )
+        forget = mean(softplus(-self.beta * (wins - loses)) * (2 / self.beta))
+        retain = mean(batch[RETAIN].nll)
+        total = self.w_forget * forget + self.w_retain * retain
+        return {"forget": forget, "retain": retain, "total": total}
+
+
+def log_ratios(answers: Answers) -> Tensor:
+    """log p - log p with adapters off, of each answer, [B]."""
+    return answers.ref_nll.to(answers.sums.dtype) - answers.sums
+
+
+@dataclass(frozen=True)
+class IDK(Method):
+    """Cross-entropy of the safe targets, such as refusals, and of retain answers.
+
+    Args:
+        w_safe: of the mean NLL of the safe targets' tokens.
+        w_retain: of the mean NLL of the retain answers' tokens.
+
+    Source: Maini et al. 2024, arXiv 2401.06121 ("I don't know"), which takes one mean over both.
+    """
+
+    w_safe: float = 1.0
+    w_retain: float = 1.0
+
+    rows = (SAFE, RETAIN)
+    parts = ("safe", "retain")
+
+    def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
+        safe, retain = mean(batch[SAFE].nll), mean(batch[RETAIN].nll)
+        total = self.w_safe * safe + self.w_retain * retain
+        return {"safe": safe, "retain": retain, "total": total}

@@ -1,0 +1,88 @@
+"""What a method of unlearning says of itself, and the shape that most of them share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One way to unlearn. A subclass is a frozen dataclass: its fields are its settings.
+
+    Class attributes:
+        rows: kinds of rows that an item of a batch holds, out of SAFE (the question with its safe
+            target), FORGET (with the answer to forget) and RETAIN (questions to keep).
+        ref_nll: kinds whose NLL with adapters off the loss reads.
+        by_logits: kinds whose NLL it does not read.
+        parts: names of the loss's parts, as metrics.jsonl has them, without the total.
+    """
+
+    rows: ClassVar[tuple[int, ...]] = (SAFE, FORGET, RETAIN)
+    ref_nll: ClassVar[Collection[int]] = ()
+    by_logits: ClassVar[Collection[int]] = ()
+    parts: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        """Check the settings: weights, those that begin with w_, are not negative."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("w_") and value is not None and not value >= 0:
+                self.refuse(field.name, "must not be negative")
+
+    @abstractmethod
+    def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
+        """The parts, unweighted, and "total", which is differentiated; scalars.
+
+        Args:
+            batch: the `Answers` of each kind in ``rows``.
+        """
+
+    def refuse(self, name: str, expected: str) -> None:
+        """Raise ValueError for the setting ``name``."""
+        raise ValueError(f"{type(self).__name__}: {name} {expected}, got {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True)
+class ForgetRetain(Method):
+    """w_forget · forget + w_retain · retain: the shape of most methods.
+
+    Retain is the mean NLL of the retain answers' tokens, or their mean KL from the model with
+    adapters off. Means are over all tokens of a batch, as in the methods' public code.
+
+    Args:
+        w_forget: of what a subclass computes from the answers to forget.
+        w_retain: of the retain term.
+        retain: "nll", or "kl", which costs one more forward of the retain rows.
+    """
+
+    w_forget: float = 1.0
+    w_retain: float = 1.0
+    retain: Literal["nll", "kl"] = "nll"
+
+    rows = (FORGET, RETAIN)
+    parts = ("forget", "retain")
+
+    @abstractmethod
+    def forget(self, answers: Answers) -> Tensor:
+        """The forget term, a scalar."""
+
+    def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
+        parts = {"forget": self.forget(batch[FORGET])}
+        total = self.w_forget * parts["forget"]
+        if RETAIN in self.rows:
+            kept = batch[RETAIN]
+            parts["retain"] = mean(kept.nll if self.retain == "nll" else kept.kl())
+            total = total + self.w_retain * parts["retain"]
+        return {**parts, "total": total}
+
+
+def mean(values: Tensor) -> Tensor:
+    """Mean; 0 of nothing."""
+    return values.sum() / max(1, values.numel())
