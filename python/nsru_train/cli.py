@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nsru_train.config import (
     SubspaceConfig,
     TrainConfig,
 )
+from nsru_train.methods import Method, find_method, run_name
 from nsru_train.parsing import read_yaml
 from nsru_train.run_config import SECTIONS, check_same_run, run_sections
 
@@ -165,6 +167,7 @@ def train(
     data: DataConfig,
     subspace: SubspaceConfig = SubspaceConfig(),  # noqa: B008
     lora: LoraConfig = LoraConfig(),  # noqa: B008
+    method: str = "nsru",
     objective: Objective = Objective(),  # noqa: B008
     train: TrainConfig = TrainConfig(),  # noqa: B008
     out: str = "runs/nsru",
@@ -174,15 +177,17 @@ def train(
 
     The report opens with the mean probabilities of forgotten, safe and retained answers before and
     after, of at most 200 questions a set. In results.json they are forget_prob, safe_prob,
-    retain_prob and one for each set of data.more, in the rows "before" and "nsru" (or "lora") of
-    "methods"; "setup" says of how many questions.
+    retain_prob and one for each set of data.more, in the rows "before" and "nsru" ("lora" without
+    projection; other methods by name) of "methods"; "setup" says of how many questions.
 
     Args:
         model: the base model.
         data: what to forget and what to retain.
         subspace: the retain subspaces.
-        lora: the adapters.
-        objective: what is optimised.
+        lora: the adapters; project says whether in the null space, whatever the method.
+        method: nsru, ga, graddiff, kl, npo, simnpo, dpo, idk, undial, wga, satimp, ceu, ihl, or
+            package.module:Class of your own.
+        objective: settings of the method; `nsru train --method NAME --help` lists them.
         train: how.
         out: run folder.
         resume: go on from the last checkpoint in ``out``.
@@ -224,6 +229,7 @@ def train(
         "data": asdict(data),
         "subspace": asdict(subspace),
         "lora": asdict(lora),
+        "method": method,
         "objective": asdict(objective),
         "train": asdict(train),
         "out": out,
@@ -289,7 +295,7 @@ def train(
             "methods": [
                 {"method": "before", "seed": train.seed, **before},
                 {
-                    "method": "nsru" if lora.project else "lora",
+                    "method": run_name(method, lora.project),
                     "seed": train.seed,
                     **after,
                     **outcome.results(),
@@ -504,7 +510,7 @@ def main(args: list[str] | None = None) -> None:
                 given = _underscored(given)
                 _check_configs(given)
                 auto_cli(
-                    COMMANDS,
+                    {**COMMANDS, "train": _for_method(train, _method(given))},
                     given,
                     prog="nsru",
                     description=__doc__,
@@ -521,6 +527,36 @@ def main(args: list[str] | None = None) -> None:
 
 def _command(given: list[str]) -> str | None:
     return next((word for word in given if word in COMMANDS), None)
+
+
+def _method(given: list[str]) -> str:
+    """The method that is asked for: by its flag, else by a --config file."""
+    text = "\n".join(given)
+    if flags := re.findall(r"^--method(?:=|\n)(.*)", text, re.MULTILINE):
+        return flags[-1]
+    for path in filter(os.path.isfile, re.findall(r"--config(?:=|\n)(.*)", text)):
+        if isinstance(saved := read_yaml(path), dict) and isinstance(saved.get("method"), str):
+            return saved["method"]
+    return "nsru"
+
+
+def _for_method(command: Any, method: str) -> Any:
+    """``command`` with the settings of ``method`` as its objective."""
+    settings = find_method(method)
+
+    @wraps(command)
+    def wrapped(**options: Any) -> None:
+        command(**options)
+
+    signature = inspect.signature(command)
+    objective = signature.parameters["objective"].replace(annotation=settings, default=settings())
+    wrapped.__signature__ = signature.replace(
+        parameters=[
+            {**signature.parameters, "objective": objective}[n] for n in signature.parameters
+        ]
+    )
+    wrapped.__annotations__ = {**command.__annotations__, "objective": settings}
+    return wrapped
 
 
 def _check_configs(given: list[str]) -> None:
@@ -540,7 +576,7 @@ def _explain(error: Exception, given: list[str]) -> str:
         return f"{names}. `nsru {command or ''}{' ' * bool(command)}--help` lists all options."
     name = unknown[1] or unknown[2]
     section, _, last = name.rpartition(".")
-    options = _options(command)
+    options = _options(command, find_method(_method(given)))
     asked = f"{section}.{KNOWN_AS[last]}".strip(".") if last in KNOWN_AS else name
     # By its last part too: --learning_rate is --train.lr.
     ends = {option.rpartition(".")[2]: option for option in reversed(options)}
@@ -551,13 +587,14 @@ def _explain(error: Exception, given: list[str]) -> str:
     return f"{command} has no option {name!r}.{hint} `nsru {command} --help` lists all options."
 
 
-def _options(command: str) -> list[str]:
+def _options(command: str, method: type[Method]) -> list[str]:
     """Names of all options of a command, those of sections with the section's name before."""
+    sections = {**SECTIONS, "objective": method}
     return [
         option
         for name, parameter in inspect.signature(COMMANDS[command]).parameters.items()
         for option in (
-            [f"{name}.{field.name}" for field in fields(SECTIONS[name])]
+            [f"{name}.{field.name}" for field in fields(sections[name])]
             if name in SECTIONS and SECTIONS[name].__name__ in parameter.annotation
             else [name]
         )

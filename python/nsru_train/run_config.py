@@ -15,6 +15,7 @@ from nsru_train.config import (
     SubspaceConfig,
     TrainConfig,
 )
+from nsru_train.methods import find_method
 from nsru_train.parsing import read_yaml
 
 SECTIONS: dict[str, Any] = {
@@ -56,15 +57,16 @@ def _read(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _section(name: str, values: Any, path: Path) -> Any:
+def _section(name: str, values: Any, path: Path, method: str = "nsru") -> Any:
     """The settings of one section of a run's config.yaml, each of its type."""
     from jsonargparse import ArgumentError, ArgumentParser
 
+    settings = find_method(method) if name == "objective" else SECTIONS[name]
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(SECTIONS[name], name)
+    parser.add_class_arguments(settings, name)
     try:
         typed = parser.parse_object({name: values})[name].as_dict()
-        return SECTIONS[name](**{**values, **typed})  # the parser overlooks unknown empty sections
+        return settings(**{**values, **typed})  # the parser overlooks unknown empty sections
     except (ArgumentError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: {' '.join(str(error).split())}; was it written by another version, or "
@@ -75,13 +77,14 @@ def _section(name: str, values: Any, path: Path) -> Any:
 def check_same_run(path: Path, config: Mapping[str, Any]) -> None:
     """A resumed run must go on as it began. Raises ValueError naming what differs."""
     saved = _read(path) or config
-    odd = []
-    for section, values in config.items():
+    methods = [one.get("method", "nsru") for one in (saved, config)]  # there was no other once
+    odd = [] if methods[0] == methods[1] else [f"method was {methods[0]} and is {methods[1]}"]
+    for section, values in config.items() if not odd else ():
         if not isinstance(values, dict):
             continue
         before = saved.get(section)
         if section in SECTIONS:
-            before = asdict(_section(section, before, path))
+            before = asdict(_section(section, before, path, methods[0]))
         before = before if isinstance(before, dict) else {}
         odd += [
             f"{section}.{name} was {before.get(name)!r} and is {value!r}"

@@ -65,10 +65,12 @@ def make_trainer(
     """An `NSRUTrainer` on small sets; `trainer` holds its own keyword arguments."""
     tokenizer = make_tokenizer()
     model = make_model(tokenizer) if model is None else model
+    objective = Objective() if objective is None else objective
     reference = reference_nll(model, tokenizer, forget)
     data = make_train_dataset(
-        tokenizer, forget, retain, SafeTargets.from_file(), reference, retain_per_forget=2
-    )
+        tokenizer, forget, retain, SafeTargets.from_file(), reference,
+        ref_safe=[50.0] * len(forget), kinds=objective.rows, retain_per_forget=2,
+    )  # fmt: skip
     defaults = {
         "max_steps": 8,
         "per_device_train_batch_size": 2,
@@ -82,7 +84,6 @@ def make_trainer(
         "dataloader_pin_memory": False,
     }
     args = TrainingArguments(output_dir=str(output_dir), **{**defaults, **arguments})
-    objective = Objective() if objective is None else objective
     return NSRUTrainer(model, args, data, objective, tokenizer, **(trainer or {}))
 
 

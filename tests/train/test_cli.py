@@ -187,6 +187,53 @@ def test_resume_with_other_settings_is_refused(setting, run, capsys):
     assert "differs" in error
 
 
+OWN_METHOD = '''
+from dataclasses import dataclass
+
+import torch
+
+from nsru_train.losses import FORGET, SAFE
+from nsru_train.methods import Method
+
+
+@dataclass(frozen=True)
+class FLAT(Method):
+    """tanh of the mean token probability: that of the safe target up, of the other down."""
+
+    sharpness: float = 1.0
+    rows = (SAFE, FORGET)
+    parts = ("safe", "forget")
+
+    def loss(self, batch):
+        safe, forget = (
+            torch.tanh(self.sharpness * torch.exp(-batch[kind].nll).mean()) / 2
+            for kind in (SAFE, FORGET)
+        )
+        return {"safe": safe, "forget": forget, "total": forget - safe}
+'''
+
+
+def test_a_method_from_outside_the_package(setting, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_method.py").write_text(OWN_METHOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "flat"
+    chosen = ["train", *flags(setting), "--method=own_method:FLAT", f"--out={out}"]
+    quick = ["--train.steps=4", "--train.batch_size=3", "--train.lr=0.02", "--train.save_steps=4"]
+    main([*chosen, *quick, "--objective.sharpness=2"])
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["method"] == "own_method:FLAT"
+    assert config["objective"] == {"sharpness": 2.0}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(x["total"] == pytest.approx(x["forget"] - x["safe"], abs=1e-6) for x in lines[:4])
+    results = json.loads((out / "results.json").read_text())
+    assert [row["method"] for row in results["methods"]] == ["before", "FLAT projected"]
+    assert "FLAT projected" in (out / "report.html").read_text()
+    other = ["train", *flags(setting), "--method=npo", *quick, f"--out={out}", "--resume=true"]
+    assert "method was own_method:FLAT and is npo" in fails(capsys, other)
+    error = fails(capsys, [*chosen, *quick, "--objective.sharpnesss=2"])
+    assert "Did you mean --objective.sharpness?" in error
+
+
 def test_print_config_shows_every_field(setting, capsys):
     with pytest.raises(SystemExit):
         main(["train", *flags(setting), "--print_config"])

@@ -1,5 +1,6 @@
 """The trainer: what a batch holds, what a step computes, what a checkpoint keeps, when it stops."""
 
+import copy
 import errno
 import math
 import os
@@ -16,10 +17,12 @@ import torch
 
 import nsru_kernels as nk
 from nsru_train.data import SafeTargets, encode_qa
+from nsru_train.demo.tiny_model import make_llama, memorise
 from nsru_train.losses import FORGET, RETAIN, SAFE
 from nsru_train.losses.nll import answer_nll
-from nsru_train.methods import Objective
+from nsru_train.methods import METHODS, Objective
 from nsru_train.run_folder import RunFolder
+from nsru_train.scoring import score_sequences
 from nsru_train.trainer import CheckpointError, make_train_dataset, reference_nll
 from nsru_train.unlearn_dataset import RowCollator
 
@@ -166,6 +169,32 @@ def test_every_step_writes_every_part(tmp_path):
         assert line["lr"] == 1e-2
         assert line["grad_norm"] > 0
         assert line["seconds"] > 0
+
+
+@pytest.fixture(scope="module")
+def knowing(tokenizer):
+    """A model that knows every answer by heart."""
+    model = make_llama(tokenizer, **samples.SIZES)
+    memorise(model, tokenizer, samples.RECORDS, epochs=150, lr=1e-2, progress=False)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_forgets_on_the_rows_that_it_asks_for(tmp_path, tokenizer, knowing, name):
+    stronger = {"simnpo": 5.0, "satimp": 50.0}  # slow at their weights where all is known
+    options = {"w_forget": stronger[name]} if name in stronger else {}
+    model, method = copy.deepcopy(knowing), METHODS[name](**options)
+    nk.swap_linears(model, "all-linear", rank=4, alpha=8)
+    trainer = samples.make_trainer(tmp_path, objective=method, model=model, max_steps=12)
+    assert {row.kind for row in trainer.train_dataset[0]} == set(method.rows)
+    trainer.train()
+    lines = metrics(tmp_path)
+    assert {*method.parts, "total"} <= lines[0].keys()
+    before = trainer.train_dataset.ref_nll
+    encoded = trainer.train_dataset.forget
+    after = [float(s.nll.sum()) for s in score_sequences(model.eval(), tokenizer, encoded)]
+    assert all(x < 3 for x in before)
+    assert all(now > was + 0.5 for now, was in zip(after, before, strict=True))
 
 
 @pytest.mark.parametrize("part", ["safe", "suppress", "retain"])

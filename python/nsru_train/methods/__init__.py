@@ -16,7 +16,7 @@ from nsru_train.methods.simnpo import SimNPO
 from nsru_train.methods.undial import UNDIAL
 from nsru_train.methods.wga import WGA, SatImp
 
-__all__ = ["METHODS", "ForgetRetain", "Method", "Objective", "find_method"]
+__all__ = ["METHODS", "ForgetRetain", "Method", "Objective", "find_method", "run_name"]
 
 METHODS: dict[str, type[Method]] = {
     "nsru": Objective,
@@ -58,3 +58,10 @@ def find_method(name: str) -> type[Method]:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"method: {name!r} must be a subclass of nsru_train.methods.Method.")
     return found
+
+
+def run_name(method: str, project: bool) -> str:
+    """What results and reports call a run: NSRU without its projection is "lora"."""
+    if method == "nsru":
+        return "nsru" if project else "lora"
+    return method.rpartition(":")[2] + (" projected" if project else "")

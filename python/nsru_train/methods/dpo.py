@@ -41,10 +41,8 @@ class DPO(Method):
             self.refuse("beta", "must be positive")
 
     def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
-        wins, loses = (
-            kind.ref_nll.to(kind.sums) - kind.sums for kind in map(batch.get, (SAFE, FORGET))
-        )
-        forget = mean(softplus(-self.beta * (wins - loses)) * (2 / self.beta))
+        margin = log_ratios(batch[SAFE]) - log_ratios(batch[FORGET])
+        forget = mean(softplus(-self.beta * margin) * (2 / self.beta))
         retain = mean(batch[RETAIN].nll)
         total = self.w_forget * forget + self.w_retain * retain
         return {"forget": forget, "retain": retain, "total": total}

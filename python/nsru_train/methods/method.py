@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
@@ -13,7 +12,7 @@ from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method:
     """One way to unlearn. A subclass is a frozen dataclass: its fields are its settings.
 
     Class attributes:
@@ -36,13 +35,13 @@ class Method(ABC):
             if field.name.startswith("w_") and value is not None and not value >= 0:
                 self.refuse(field.name, "must not be negative")
 
-    @abstractmethod
     def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
         """The parts, unweighted, and "total", which is differentiated; scalars.
 
         Args:
             batch: the `Answers` of each kind in ``rows``.
         """
+        raise NotImplementedError
 
     def refuse(self, name: str, expected: str) -> None:
         """Raise ValueError for the setting ``name``."""
@@ -57,8 +56,8 @@ class ForgetRetain(Method):
     adapters off. Means are over all tokens of a batch, as in the methods' public code.
 
     Args:
-        w_forget: of what a subclass computes from the answers to forget.
-        w_retain: of the retain term.
+        w_forget: weight of the forget term.
+        w_retain: weight of the retain term.
         retain: "nll", or "kl", which costs one more forward of the retain rows.
     """
 
@@ -69,9 +68,9 @@ class ForgetRetain(Method):
     rows = (FORGET, RETAIN)
     parts = ("forget", "retain")
 
-    @abstractmethod
     def forget(self, answers: Answers) -> Tensor:
         """The forget term, a scalar."""
+        raise NotImplementedError
 
     def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
         parts = {"forget": self.forget(batch[FORGET])}
