@@ -28,7 +28,7 @@ LAYERS = (
     ("own_texts",),
     ("pipeline",),
     ("report", "verify"),
-    ("demo.compare",),
+    ("compare",),
     ("demo.run",),
     ("cli",),
 )

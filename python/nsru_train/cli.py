@@ -1,4 +1,4 @@
-"""The command line ``nsru``: env, demo, subspace, train, eval, merge, verify, report, bench."""
+"""The command line ``nsru``: one function for each command, and how its words are read."""
 
 from __future__ import annotations
 
@@ -309,6 +309,68 @@ def train(
     _finish([f"{out}/adapter", f"{out}/results.json", f"{out}/report.html"], "eval", out)
 
 
+def compare(
+    model: ModelConfig,
+    data: DataConfig,
+    subspace: SubspaceConfig = SubspaceConfig(),  # noqa: B008
+    lora: LoraConfig = LoraConfig(),  # noqa: B008
+    methods: list[str] = ["nsru", "lora"],  # noqa: B006
+    settings: dict[str, dict[str, Any]] = {},  # noqa: B006
+    lrs: list[float] = [],  # noqa: B006
+    seeds: int = 3,
+    train: TrainConfig = TrainConfig(),  # noqa: B008
+    stop: float | None = None,
+    probed: int | None = 50,
+    examples: int = 6,
+    out: str = "runs/compare",
+    resume: bool = False,
+) -> None:
+    """Compare methods on one model and its data: one table, one frontier, one report.
+
+    Every method is tuned alike, with seed 0 at each of ``lrs``: the rate that costs unseen retain
+    answers least where the answers are forgotten is used for all seeds.
+
+    Args:
+        model: the base model.
+        data: what to forget and to retain. data.more's retain_unseen are questions that the
+            subspaces see and the retain loss does not; without it, every other retain question.
+        subspace: the retain subspaces.
+        lora: the adapters; each method says whether they are projected.
+        methods: names as --method of nsru train, unprojected, or "NAME projected"; nsru is
+            projected, and lora is nsru unprojected.
+        settings: of a method: '{npo: {beta: 0.5}}'.
+        lrs: learning rates to try, the same for all; train.lr where there is none.
+        seeds: how often each method is run.
+        train: how; save_steps and seed are not used.
+        stop: stop a run once forget_prob is at most this and safe_prob at least one minus this;
+            none trains all steps.
+        probed: most questions of a set at each evaluation while training; none takes all.
+        examples: forget questions whose answers before and after are kept in the report.
+        out: run folder.
+        resume: keep the runs that an earlier, interrupted call has finished in ``out``.
+    """
+    from nsru_train.compare import run_compare
+
+    run_compare(
+        out,
+        model=model,
+        data=data,
+        subspace=subspace,
+        lora=lora,
+        methods=methods,
+        settings=settings,
+        lrs=lrs,
+        seeds=seeds,
+        train=train,
+        stop=stop,
+        probed=probed,
+        examples=examples,
+        resume=resume,
+        command=shlex.join(["nsru", *sys.argv[1:]]),
+    )
+    _finish([f"{out}/report.html", f"{out}/results.json"], "report", out)
+
+
 def eval(
     run: str,
     model: ModelConfig | None = None,
@@ -480,6 +542,7 @@ COMMANDS: dict[str, Any] = {
     "demo": demo,
     "subspace": subspace,
     "train": train,
+    "compare": compare,
     "eval": eval,
     "merge": merge,
     "verify": verify,

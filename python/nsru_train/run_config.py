@@ -74,8 +74,12 @@ def _section(name: str, values: Any, path: Path, method: str = "nsru") -> Any:
         ) from error
 
 
-def check_same_run(path: Path, config: Mapping[str, Any]) -> None:
-    """A resumed run must go on as it began. Raises ValueError naming what differs."""
+def check_same_run(path: Path, config: Mapping[str, Any], growing: str = "") -> None:
+    """A resumed run must go on as it began. Raises ValueError naming what differs.
+
+    Args:
+        growing: section that may have got more entries.
+    """
     saved = _read(path) or config
     methods = [one.get("method", "nsru") for one in (saved, config)]  # there was no other once
     odd = [] if methods[0] == methods[1] else [f"method was {methods[0]} and is {methods[1]}"]
@@ -86,6 +90,8 @@ def check_same_run(path: Path, config: Mapping[str, Any]) -> None:
         if section in SECTIONS:
             before = asdict(_section(section, before, path, methods[0]))
         before = before if isinstance(before, dict) else {}
+        if section == growing:
+            values = {name: value for name, value in values.items() if name in before}
         odd += [
             f"{section}.{name} was {before.get(name)!r} and is {value!r}"
             for name, value in values.items()

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from nsru_train.demo import compare
+from nsru_train import compare
 from nsru_train.evaluate import evaluate
 
 

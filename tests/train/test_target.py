@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from nsru_bench import scale
+from nsru_train import compare
 from nsru_train.cli import main
-from nsru_train.demo import compare, run, smollm2
+from nsru_train.compare import best_lr
+from nsru_train.demo import run, smollm2
 from nsru_train.demo.authors import author_splits
-from nsru_train.demo.compare import best_lr
 from nsru_train.demo.sets import target_sets
 from nsru_train.demo.tiny_model import make_llama, train_tokenizer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,26 +14,22 @@ from torch import nn
 from nsru_kernels.checks import check_range
 from nsru_kernels.files import read_json
 from nsru_kernels.subspaces.collection import SubspaceSet
+from nsru_train.compare import Comparison, Contender, check_plan, compare, run_subspaces
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
-from nsru_train.demo.compare import Comparison, best_lr
 from nsru_train.demo.sets import Sets, fictitious_sets, target_sets, tofu_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
 from nsru_train.methods import Method
-from nsru_train.pipeline import MORE_SPLITS, find_subspaces, load_model
+from nsru_train.pipeline import MORE_SPLITS, Data, load_model
 from nsru_train.report import write_report
-from nsru_train.report.summary import (
-    FORGET_TARGET,
-    RETAIN_TARGET,
-    SAFE_TARGET,
-    matched_damage,
-)
+from nsru_train.report.summary import FORGET_TARGET, RETAIN_TARGET, SAFE_TARGET
 from nsru_train.run_config import check_same_run
 from nsru_train.run_folder import RunFolder
 from nsru_train.sources import save_records
 
 METHODS = ("nsru", "lora")
+SEEN = ("forget", "retain")  # by the loss
 
 
 @dataclass(frozen=True)
@@ -80,18 +75,8 @@ def run_demo(
     """Run the comparison, write results.json and report.html into ``out``; see ``nsru demo -h``."""
     if unknown := sorted(lrs.keys() - set(METHODS)):
         raise ValueError(f"lrs: methods must be out of {', '.join(METHODS)}, got {unknown[0]!r}.")
-    for method, rates in lrs.items():
-        if not rates:
-            raise ValueError(f"lrs: {method} must list learning rates, got none; leave it out.")
-        for rate in rates:
-            check_range(f"lrs: {method}", rate, "must not be negative")
-    check_range("seeds", seeds, "must be ≥ 1", whole=True)
-    check_range("examples", examples, "must not be negative", whole=True)
+    check_plan(lrs, seeds, examples, probed, stop)
     check_range("max_seconds", max_seconds, "must be positive")
-    if probed is not None:
-        check_range("probed", probed, "must be ≥ 1", whole=True)
-    if stop is not None:
-        check_range("stop", stop, "must be a share from 0 to 1")
     started = time.perf_counter()
     run = RunFolder(out).lock()
     run.write_environment()
@@ -118,38 +103,19 @@ def run_demo(
         base, tokenizer = base_model(Path(base_dir), sets.memorised, scale, max_seconds, progress)
 
     say("2/5  evaluate before, and estimate the retain subspaces")
-    subspaces = _subspaces(run, base, tokenizer, sets, subspace, resume, progress)
+    more = {name: records for name, records in sets.authors.items() if name not in SEEN}
+    data = Data(sets.forget, sets.retain, {**more, **sets.general}, safe)
+    subspaces = run_subspaces(run, base, tokenizer, data, subspace, resume, progress=progress)
     print(subspaces.table())
     comparison = Comparison(
-        run, base, tokenizer, sets, safe, subspace.targets, subspace.exclude, subspaces, lora,
-        objective, train, scale.eval_steps, stop, probed, examples, resume, progress,
+        run, base, tokenizer, data, subspaces, subspace, lora, train, scale.eval_steps, stop,
+        probed, examples, resume, progress,
     )  # fmt: skip
-    rows = [comparison.before()]
 
     say(f"3/5  unlearn with {' and '.join(METHODS)}, {seeds} seeds each, {train.steps} steps")
-    tuning = [
-        comparison.unlearn(method, lr, seed=0)
-        for method in METHODS
-        for lr in lrs.get(method, [train.lr])
-    ]  # fmt: skip
-    points = [point for one in tuning for point in one["frontier"]]
-    best = {method: best_lr(points, method, comparison.is_enough) for method in METHODS}
-    trained = [
-        comparison.unlearn(method, best[method], seed=seed)
-        for seed in range(seeds)
-        for method in METHODS
-    ]  # fmt: skip
-    for one in trained:
-        rows.append(comparison.judge(one))
-        print(f"  {one['method']} seed {one['seed']}, lr {one['lr']:g}: {_brief(rows[-1])}")
-    run.metrics_path.unlink(missing_ok=True)
-    for one in trained:
-        for line in RunFolder(one["folder"]).read_metrics():
-            run.log_metrics({"method": one["method"], "seed": one["seed"], **line})
-    kept = Path(trained[0]["folder"], "adapter")
-    shutil.copytree(kept, run.adapter_dir, dirs_exist_ok=True)
-
-    say("4/5  compare at equal forgetting")
+    contenders = [Contender(name, objective, name == "nsru") for name in METHODS]
+    found = compare(comparison, contenders, lrs, seeds)
+    say("4/5  compare with the goals")
     results: dict[str, Any] = {
         "schema": 1,
         "kind": "demo",
@@ -167,22 +133,11 @@ def run_demo(
             "subspace": asdict(subspace),
             "stop": stop,
             "probed": probed,
-            "lr": best,
+            "lr": found.pop("lr"),
         },
-        "methods": rows,
-        "frontier": [point for one in trained for point in one["frontier"]],
-        "tuning": points if lrs else [],
-        "subspaces": [asdict(diagnostics) for diagnostics in subspaces.inputs],
-        "leakage": trained[0]["leakage"],
-        "examples": comparison.answers(trained[: len(METHODS)]),
+        **found,
     }
-    results["matched"] = matched_damage(results)
-    for row in results["matched"]:
-        print(
-            f"  seed {row['seed']}: at forget_prob ≤ {row['forget_prob']:.3f} unseen retain answers"
-            f" lost {row['nsru_damage']:.4f} (nsru) and {row['lora_damage']:.4f} (lora)"
-        )
-    for name, bound, reached in goals(rows):
+    for name, bound, reached in goals(results["methods"]):
         print(f"  nsru {name} {bound}: {'reached' if reached else 'MISSED'}")
     run.write_results(results)
     say("5/5  report")
@@ -239,44 +194,9 @@ def base_model(
     return AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer
 
 
-def _subspaces(
-    run: RunFolder,
-    base: nn.Module,
-    tokenizer,
-    sets: Sets,
-    config: SubspaceConfig,
-    resume: bool,
-    progress: bool,
-) -> SubspaceSet:
-    """Estimated, or those of the run that goes on."""
-    own = run.path / "subspaces"
-    if resume and (own / "index.json").exists():
-        config = replace(config, path=str(own))
-    found = find_subspaces(
-        base, tokenizer, sets.forget, [*sets.retain, *sets.retain_unseen], config,
-        progress=progress,
-    )  # fmt: skip
-    if config.path is None:
-        found.save(own)
-    return found
-
-
 def say(line: str) -> None:
     """A line that a reader of the log finds again."""
     print(f"\n{line}", flush=True)
-
-
-def _brief(row: Mapping[str, Any]) -> str:
-    names = (
-        "forget_prob",
-        "safe_prob",
-        "retain_prob",
-        "retain_unseen_prob",
-        "retain_untouched_prob",
-    )
-    return ", ".join(
-        f"{name.removesuffix('_prob')} {row[name]:.3f}" for name in names if name in row
-    )
 
 
 def _run_config(

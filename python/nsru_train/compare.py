@@ -1,0 +1,435 @@
+"""Methods from one base model: at several rates and seeds, resumed, and judged alike."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import nsru_kernels as nk
+from nsru_kernels.checks import check_range
+from nsru_kernels.files import check_fields
+from nsru_kernels.hf.peft_format import load_lora_adapter
+from nsru_kernels.subspaces.collection import SubspaceSet
+from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
+from nsru_train.evaluate import evaluate, probability_sets
+from nsru_train.methods import Method, find_method, run_name
+from nsru_train.pipeline import (
+    Data,
+    check_layers,
+    find_subspaces,
+    load_data,
+    load_model,
+    unlearn,
+    without_long,
+)
+from nsru_train.report import write_report
+from nsru_train.report.summary import FORGET_TARGET, matched_damage
+from nsru_train.run_config import check_same_run
+from nsru_train.run_folder import RunFolder
+from nsru_train.scoring import greedy_answers, quick_probabilities
+
+QUALITY = (
+    "rougeL_recall",
+    "truth_ratio",
+    "extraction_strength",
+    "exact_memorisation",
+    "safe_rougeL_recall",
+)
+KNOWLEDGE = ("option_probability", "exact_memorisation")
+GENERAL = ("real_authors", "world_facts")
+# What the comparison reads of each point of a frontier.
+_POINT = {
+    **dict.fromkeys(("lr", "forget_prob", "safe_prob", "retain_unseen_prob"), float),
+    "method": str,
+    "step": int,
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with its settings, and whether its update is projected."""
+
+    name: str
+    method: Method
+    project: bool
+
+    @classmethod
+    def named(cls, name: str, settings: Mapping[str, Any]) -> Contender:
+        """By what results call it: "npo", "npo projected", "nsru", or "lora", NSRU unprojected.
+
+        Raises:
+            ValueError: an unknown method, or settings that it does not have.
+        """
+        method, _, how = name.partition(" ")
+        project = how == "projected" or method == "nsru"
+        method = "nsru" if method == "lora" else method
+        found = find_method(method)
+        if how not in ("", "projected") or (method == "nsru" and how):
+            raise ValueError(f'methods: expected a name, or "NAME projected", got {name!r}.')
+        try:
+            return cls(run_name(method, project), found(**settings), project)
+        except TypeError as error:
+            known = ", ".join(field.name for field in fields(found))
+            raise ValueError(f"settings: {name} has {known}; {error}.") from error
+
+
+@dataclass
+class Comparison:
+    """Runs of several methods from one base model, each kept in a folder of its own."""
+
+    run: RunFolder
+    base: nn.Module
+    tokenizer: Any
+    data: Data
+    subspaces: SubspaceSet
+    layers: SubspaceConfig
+    lora: LoraConfig
+    train: TrainConfig
+    eval_steps: int
+    stop: float | None
+    probed: int | None
+    examples: int
+    resume: bool
+    progress: bool
+    max_length: int = 512
+
+    def __post_init__(self) -> None:
+        self._started = time.time()
+        splits = {k: v for k, v in self.data.splits().items() if v and k not in GENERAL}
+        self._probed = probability_sets(
+            self.tokenizer, splits, self.data.safe, max_length=self.max_length, limit=self.probed
+        )
+        self._shown = [
+            *self.data.forget[: self.examples],
+            *self.data.more["retain_unseen"][: self.examples // 2],
+        ]
+        self._start: dict[str, float] = {}
+
+    def probe(self, model: nn.Module) -> dict[str, float]:
+        """Mean answer probabilities on the sets: a point of the frontier."""
+        longest = max(4096, self.max_length)
+        return quick_probabilities(model, self.tokenizer, self._probed, max_tokens=longest)
+
+    def before(self) -> dict[str, Any]:
+        """The base model's row."""
+        folder = RunFolder(self.run.path / "runs" / "before")
+        if not self._done(folder):
+            self._start = self.probe(self.base)
+            row = {"method": "before", "seed": 0, **self._start, **self._quality(self.base)}
+            folder.write_results(
+                {"row": row, "start": self._start, "answers": self._say(self.base)}
+            )
+        kept = folder.read_results(row=dict, start=dict[str, float])
+        self._start = kept["start"]
+        return kept["row"]
+
+    def is_enough(self, point: Mapping[str, float]) -> bool:
+        """Whether a point of the frontier has forgotten, and says the safe answer instead."""
+        if self.stop is None:
+            return point["forget_prob"] <= FORGET_TARGET
+        return point["forget_prob"] <= self.stop and point["safe_prob"] >= 1 - self.stop
+
+    def unlearn(self, contender: Contender, lr: float, seed: int) -> dict[str, Any]:
+        """Train one adapter, or take the one trained before: its frontier, leakage and times."""
+        name = contender.name.replace(" ", "-")
+        folder = RunFolder(self.run.path / "runs" / f"{name}-{lr:g}-{seed}")
+        if not self._done(folder):
+            adapted = copy.deepcopy(self.base)
+            outcome = unlearn(
+                adapted,
+                self.tokenizer,
+                self.data,
+                folder.path,
+                targets=self.layers.targets,
+                exclude=self.layers.exclude,
+                subspaces=self.subspaces,
+                lora=replace(self.lora, project=contender.project),
+                objective=contender.method,
+                train=replace(self.train, lr=lr, seed=seed, save_steps=0),
+                # Before the first step an adapter is zero.
+                on_eval=lambda step, model: self.probe(model) if step else self._start,
+                max_length=self.max_length,
+                eval_steps=self.eval_steps,
+                stop_at=self.is_enough if self.stop is not None else None,
+                progress=self.progress,
+            )
+            label = {"method": contender.name, "lr": lr, "seed": seed}
+            metadata = {"fingerprint": self.subspaces.fingerprint}
+            nk.save_lora_adapter(adapted, folder.adapter_dir, metadata=metadata)
+            folder.write_results(
+                {
+                    **label,
+                    "frontier": [{**label, **point} for point in outcome.evaluations],
+                    "leakage": outcome.leakage,
+                    "outcome": outcome.results(),
+                }
+            )
+        kept = folder.read_results(frontier=list[dict], leakage=list[dict], outcome=dict)
+        for point in kept["frontier"]:
+            check_fields(folder.results_path, point, _POINT)
+        return {**kept, "folder": str(folder.path)}
+
+    def judge(self, trained: Mapping[str, Any]) -> dict[str, Any]:
+        """A row of the results: the last point of the frontier, and how the adapter answers."""
+        folder = RunFolder(Path(trained["folder"], "judged"))
+        if not self._done(folder):
+            adapted = copy.deepcopy(self.base)
+            load_lora_adapter(adapted, Path(trained["folder"], "adapter"))
+            row = {**trained["frontier"][-1], **self._quality(adapted), **trained["outcome"]}
+            folder.write_results({"row": row, "answers": self._say(adapted)})
+        return folder.read_results(row=dict)["row"]
+
+    def answers(self, shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Questions with the answers of the base model and of the runs shown."""
+        folders = {"before": self.run.path / "runs" / "before"}
+        folders |= {one["method"]: Path(one["folder"], "judged") for one in shown}
+        answers = {
+            name: RunFolder(path).read_results(answers=list[str])["answers"]
+            for name, path in folders.items()
+        }
+        return [
+            {
+                "split": "forget" if qa in self.data.forget else "retain_unseen",
+                "question": qa.question,
+                "original": qa.answer,
+                "safe_target": self.data.safe.target(qa) if qa in self.data.forget else None,
+                **{name: texts[i] for name, texts in answers.items()},
+            }
+            for i, qa in enumerate(self._shown)
+        ]
+
+    def _done(self, folder: RunFolder) -> bool:
+        """Whether this command made the folder's results, or an earlier one that goes on."""
+        path = folder.results_path
+        return path.exists() and (self.resume or path.stat().st_mtime >= self._started)
+
+    def _say(self, model: nn.Module) -> list[str]:
+        questions = [qa.question for qa in self._shown]
+        return greedy_answers(model, self.tokenizer, questions, max_new_tokens=80)
+
+    def _quality(self, model: nn.Module) -> dict[str, Any]:
+        # Model utility needs wrong answers to compare with; TOFU has them for its first 400 rows.
+        splits = {
+            "forget": self.data.forget,
+            "retain": [qa for qa in self.data.retain if qa.perturbed_answers],
+            "holdout": self.data.more.get("holdout", []),
+        }
+        splits = {name: records for name, records in splits.items() if records}
+        options: dict[str, Any] = {"max_length": self.max_length, "progress": self.progress}
+        found = evaluate(model, self.tokenizer, splits, safe=self.data.safe, **options)
+        row = {**found.overall, "model_utility_splits": list(found.utility_splits)}
+        for split in ("forget", "retain"):
+            metrics = found.metrics.get(split, {})
+            row |= {f"{split}_{name}": metrics[name] for name in QUALITY if name in metrics}
+        if general := {name: self.data.more[name] for name in GENERAL if name in self.data.more}:
+            known = evaluate(model, self.tokenizer, general, generate=False, progress=self.progress)
+            for split, metrics in known.metrics.items():
+                row |= {f"{split}_{name}": metrics[name] for name in KNOWLEDGE if name in metrics}
+        return row
+
+
+def check_plan(
+    lrs: Mapping[str, Sequence[float]],
+    seeds: int,
+    examples: int,
+    probed: int | None,
+    stop: float | None,
+) -> None:
+    """Raise ValueError, before anything takes time, for what no comparison can do."""
+    for name, rates in lrs.items():
+        if not rates:
+            raise ValueError(f"lrs: {name} must list learning rates, got none; leave it out.")
+        for rate in rates:
+            check_range(f"lrs: {name}", rate, "must not be negative")
+    check_range("seeds", seeds, "must be ≥ 1", whole=True)
+    check_range("examples", examples, "must not be negative", whole=True)
+    if probed is not None:
+        check_range("probed", probed, "must be ≥ 1", whole=True)
+    if stop is not None:
+        check_range("stop", stop, "must be a share from 0 to 1")
+
+
+def compare(
+    comparison: Comparison,
+    contenders: Sequence[Contender],
+    lrs: Mapping[str, Sequence[float]],
+    seeds: int,
+) -> dict[str, Any]:
+    """Tune each contender with seed 0, train it with every seed, judge all: parts of results.json.
+
+    Args:
+        lrs: learning rates of a contender, by name; one without any has ``comparison.train.lr``.
+    """
+    rows = [comparison.before()]
+    tuning = [
+        comparison.unlearn(contender, lr, seed=0)
+        for contender in contenders
+        for lr in lrs.get(contender.name, [comparison.train.lr])
+    ]
+    points = [point for one in tuning for point in one["frontier"]]
+    best = {c.name: best_lr(points, c.name, comparison.is_enough) for c in contenders}
+    trained = [
+        comparison.unlearn(contender, best[contender.name], seed=seed)
+        for seed in range(seeds)
+        for contender in contenders
+    ]
+    run = comparison.run
+    for one in trained:
+        rows.append(comparison.judge(one))
+        print(f"  {one['method']} seed {one['seed']}, lr {one['lr']:g}: {_brief(rows[-1])}")
+    run.metrics_path.unlink(missing_ok=True)
+    for one in trained:
+        for line in RunFolder(one["folder"]).read_metrics():
+            run.log_metrics({"method": one["method"], "seed": one["seed"], **line})
+    shutil.copytree(Path(trained[0]["folder"], "adapter"), run.adapter_dir, dirs_exist_ok=True)
+    results = {
+        "methods": rows,
+        "frontier": [point for one in trained for point in one["frontier"]],
+        "tuning": points if lrs else [],
+        "lr": best,
+        "subspaces": [asdict(diagnostics) for diagnostics in comparison.subspaces.inputs],
+        "leakage": trained[0]["leakage"],
+        "examples": comparison.answers(trained[: len(contenders)]),
+    }
+    results["matched"] = matched_damage(results)
+    for row in results["matched"]:
+        lost = ", ".join(f"{row[f'{c.name}_damage']:.4f} ({c.name})" for c in contenders)
+        print(
+            f"  seed {row['seed']}: at forget_prob ≤ {row['forget_prob']:.3f} unseen retain answers"
+            f" lost {lost}"
+        )
+    return results
+
+
+def _brief(row: Mapping[str, Any]) -> str:
+    names = ("forget", "safe", "retain", "retain_unseen", "retain_untouched")
+    return ", ".join(f"{n} {row[f'{n}_prob']:.3f}" for n in names if f"{n}_prob" in row)
+
+
+def best_lr(
+    points: Sequence[Mapping[str, Any]],
+    method: str,
+    is_enough: Callable[[Mapping[str, float]], bool],
+) -> float:
+    """The learning rate with the least damage to unseen answers where a point is enough.
+
+    points are the ``frontier`` rows of runs at several rates; where none got so far, the rate that
+    forgot most.
+    """
+    own = [point for point in points if point["method"] == method]
+    if reached := [point for point in own if is_enough(point)]:
+        return max(reached, key=lambda point: point["retain_unseen_prob"])["lr"]
+    return min(own, key=lambda point: point["forget_prob"])["lr"]
+
+
+def run_subspaces(
+    run: RunFolder,
+    base: nn.Module,
+    tokenizer: Any,
+    data: Data,
+    config: SubspaceConfig,
+    resume: bool,
+    *,
+    max_length: int = 512,
+    progress: bool = True,
+) -> SubspaceSet:
+    """Of all retain answers, unseen ones included: estimated, or those of the run that goes on."""
+    own = run.path / "subspaces"
+    if resume and (own / "index.json").exists():
+        config = replace(config, path=str(own))
+    found = find_subspaces(
+        base, tokenizer, data.forget, [*data.retain, *data.more["retain_unseen"]], config,
+        max_length=max_length, progress=progress,
+    )  # fmt: skip
+    if config.path is None:
+        found.save(own)
+    return found
+
+
+def run_compare(
+    out: str,
+    *,
+    model: ModelConfig,
+    data: DataConfig,
+    subspace: SubspaceConfig,
+    lora: LoraConfig,
+    methods: Sequence[str],
+    settings: Mapping[str, Mapping[str, Any]],
+    lrs: Sequence[float],
+    seeds: int,
+    train: TrainConfig,
+    stop: float | None,
+    probed: int | None,
+    examples: int,
+    resume: bool,
+    command: str,
+) -> None:
+    """Compare, and write results.json and report.html into ``out``; see ``nsru compare --help``."""
+    started = time.perf_counter()
+    contenders = [Contender.named(name, settings.get(name, {})) for name in methods]
+    names = [contender.name for contender in contenders]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"methods: expected distinct methods, got {names}.")
+    rates = dict.fromkeys(names, lrs) if lrs else {}
+    check_plan(rates, seeds, examples, probed, stop)
+    if unknown := sorted(settings.keys() - set(names)):
+        raise ValueError(f"settings: {unknown[0]!r} is none of the methods, {', '.join(names)}.")
+    loaded = load_data(data)
+    if "retain_unseen" not in loaded.more:
+        if len(loaded.retain) < 2:
+            raise ValueError("data.retain: expected two questions or more, one of them unseen.")
+        loaded.more["retain_unseen"], loaded.retain = loaded.retain[1::2], loaded.retain[::2]
+        print("data.more has no retain_unseen: the retain loss sees every other retain question.")
+    run = RunFolder(out).lock()
+    if run.results_path.exists() and not resume:
+        raise ValueError(f"out: {out} holds a comparison; give another folder, or --resume true.")
+    config = {
+        "model": asdict(model),
+        "data": asdict(data),
+        "subspace": asdict(subspace),
+        "lora": asdict(lora),
+        "train": asdict(train),
+        "methods": {c.name: {**asdict(c.method), "project": c.project} for c in contenders},
+    }
+    if resume:
+        check_same_run(run.config_path, config, growing="methods")
+    base, tokenizer = load_model(model, data)
+    loaded = without_long(loaded, tokenizer, data)
+    check_layers(base, subspace, lora)
+    run.write_config(config)
+    run.write_environment()
+    subspaces = run_subspaces(
+        run, base, tokenizer, loaded, subspace, resume, max_length=data.max_length
+    )
+    print(subspaces.table())
+    comparison = Comparison(
+        run, base, tokenizer, loaded, subspaces, subspace, lora, train, train.eval_steps or 10,
+        stop, probed, examples, resume, progress=True, max_length=data.max_length,
+    )  # fmt: skip
+    found = compare(comparison, contenders, rates, seeds)
+    setup = {
+        "questions": {name: len(records) for name, records in loaded.splits().items()},
+        "model_parameters": sum(p.numel() for p in base.parameters()),
+        **config,
+        "stop": stop,
+        "probed": probed,
+        "lr": found.pop("lr"),
+    }
+    run.write_results(
+        {
+            "schema": 1,
+            "kind": "compare",
+            "seconds": time.perf_counter() - started,
+            "command": command,
+            "setup": setup,
+            **found,
+        }
+    )
+    write_report(run.path)
