@@ -1,0 +1,91 @@
+"""nsru compare: methods on one model, tuned alike, resumed, in one table and one report."""
+
+import json
+
+import pytest
+import samples
+
+from nsru_train import compare
+from nsru_train.cli import main
+from nsru_train.compare import Contender
+from nsru_train.methods import METHODS
+from nsru_train.sources import save_records
+
+pytestmark = pytest.mark.usefixtures("without_figures")
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("setting")
+    samples.save_tiny(folder / "model", samples.RECORDS, heads=2, kv_heads=1)
+    save_records(folder / "forget.jsonl", samples.FORGET[:3])
+    save_records(folder / "retain.jsonl", samples.RETAIN)
+    sets = [f"--data.{name}={folder / name}.jsonl" for name in ("forget", "retain")]
+    quick = ["--train.steps=2", "--train.batch_size=3", "--seeds=1", "--examples=0"]
+    return ["compare", f"--model.path={folder / 'model'}", *sets, *quick, "--lrs=[0.01, 0.02]"]
+
+
+@pytest.fixture(scope="module")
+def out(flags, tmp_path_factory, short_answers):
+    folder = tmp_path_factory.mktemp("compare") / "run"
+    main([*flags, "--methods=[nsru, npo, npo projected]", f"--out={folder}"])
+    return folder
+
+
+def read_results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_every_method_has_the_same_rates_and_its_row(out):
+    results = read_results(out)
+    names = ["nsru", "npo", "npo projected"]
+    assert [row["method"] for row in results["methods"]] == ["before", *names]
+    for name in names:
+        assert {row["lr"] for row in results["tuning"] if row["method"] == name} == {0.01, 0.02}
+    ranks = {row["method"]: row["mean_retain_rank"] for row in results["methods"][1:]}
+    assert ranks["npo"] == 0 < ranks["npo projected"] == ranks["nsru"]
+    assert results["setup"]["methods"]["npo"]["beta"] == 0.1
+    assert results["setup"]["questions"] == {"forget": 3, "retain": 4, "retain_unseen": 3}
+    assert all(row[f"{name}_damage"] is not None for row in results["matched"] for name in names)
+    assert "npo projected" in (out / "report.html").read_text()
+
+
+def test_an_interrupted_comparison_keeps_what_it_has(out, flags, monkeypatch, capsys):
+    (out / "results.json").unlink()
+    trained = []
+    whole = compare.unlearn
+    monkeypatch.setattr(
+        compare, "unlearn", lambda *args, **kw: trained.append(args[3].name) or whole(*args, **kw)
+    )
+    more = ["--methods=[nsru, npo, npo projected, idk]", f"--out={out}", "--resume=true"]
+    main([*flags, *more])
+    assert trained == ["idk-0.01-0", "idk-0.02-0"]
+    assert [row["method"] for row in read_results(out)["methods"]][-1] == "idk"
+    with pytest.raises(SystemExit):
+        main([*flags, *more, "--settings={npo: {beta: 0.5}}"])
+    assert "resume: npo differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nsru", "lora", *list(METHODS)[1:], "ihl projected"])
+def test_a_contender_is_called_as_results_call_it(name):
+    contender = Contender.named(name, {})
+    assert contender.name == name
+    assert contender.project == (name in ("nsru", "ihl projected"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods=[nsru, npoo]"], "got 'npoo'. Did you mean npo?"),
+        (["--methods=[npo twice]"], "expected a name, or \"NAME projected\", got 'npo twice'"),
+        (["--methods=[npo, npo]"], "expected distinct methods"),
+        (["--methods=[npo]", "--settings={simnpo: {}}"], "settings: 'simnpo' is none of the"),
+        (["--methods=[npo]", "--settings={npo: {bet: 1}}"], "settings: npo has w_forget, w_retain"),
+        (["--methods=[npo]", "--settings={npo: {beta: 0}}"], "NPO: beta must be positive, got 0"),
+    ],
+)
+def test_mistakes_are_refused_before_any_work(flags, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit):
+        main([*flags, *options, f"--out={tmp_path / 'never'}"])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
