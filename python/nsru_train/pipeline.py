@@ -100,7 +100,9 @@ def without_long(data: Data, tokenizer: PreTrainedTokenizerBase, config: DataCon
         return True
 
     kept = {name: [qa for qa in records if fits(qa)] for name, records in data.splits().items()}
-    kept["forget"] = [qa for qa in kept["forget"] if fits(qa, data.safe.target(qa))]
+    kept["forget"] = [
+        qa for qa in kept["forget"] if fits(qa, data.safe.target(qa), *qa.alternatives)
+    ]
     for name, records in data.splits().items():
         if left_out := len(records) - len(kept[name]):
             logger.warning("data.skip: %d of %d %s records are too long and left out.",
@@ -343,6 +345,7 @@ def unlearn(
     from transformers import TrainingArguments, set_seed
 
     from nsru_train.trainer import NSRUTrainer, make_train_dataset, reference_nll
+    from nsru_train.unlearn_dataset import taught
 
     started = time.perf_counter()
     set_seed(train.seed)
@@ -366,10 +369,20 @@ def unlearn(
         for name, module in _adapted(model):
             module.alpha *= factors[name]
     reference = reference_nll(model, tokenizer, data.forget, max_length=max_length)
+    bare = sum(not qa.alternatives for qa in data.forget) if objective.alternatives else 0
+    if bare:
+        logger.warning(
+            "%d of %d forget records have no alternatives; their safe targets stand in.",
+            bare, len(data.forget),
+        )  # fmt: skip
     ref_safe = None
     if SAFE in objective.ref_nll:
-        safe = [QA(qa.question, data.safe.target(qa)) for qa in data.forget]
-        ref_safe = reference_nll(model, tokenizer, safe, max_length=max_length)
+        texts = [taught(qa, data.safe, objective.alternatives) for qa in data.forget]
+        pairs = [
+            QA(qa.question, t) for qa, some in zip(data.forget, texts, strict=True) for t in some
+        ]
+        found = iter(reference_nll(model, tokenizer, pairs, max_length=max_length))
+        ref_safe = [[next(found) for _ in some] for some in texts]
     dataset = make_train_dataset(
         tokenizer,
         data.forget,
@@ -378,6 +391,7 @@ def unlearn(
         reference,
         ref_safe=ref_safe,
         kinds=objective.rows,
+        alternatives=objective.alternatives,
         retain_per_forget=train.retain_per_forget,
         seed=train.seed,
         max_length=max_length,

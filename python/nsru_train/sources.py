@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 TOFU_REPO = "locuslab/TOFU"
 FIELDS = tuple(f.name for f in fields(QA))
 _ALIASES = {"perturbed_answer": "perturbed_answers"}
-_JSON_CELLS = {"perturbed_answers": "[", "safe_target": "{"}
+_JSON_CELLS = {"perturbed_answers": "[", "alternatives": "[", "safe_target": "{"}
 _OPTION = re.compile(r"option\d+$")
 
 

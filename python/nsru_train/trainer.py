@@ -183,7 +183,7 @@ class NSRUTrainer(Trainer):
             raise ValueError(
                 "NSRUTrainer: model has no trainable parameter; call nk.swap_linears first."
             )
-        check_positions(model, [*train_dataset.safe, *train_dataset.forget, *train_dataset.retain])
+        check_positions(model, train_dataset.sequences())
         if args.torch_compile:
             raise ValueError(
                 "NSRUTrainer: torch_compile=True would compile the loss, whose shapes depend on "
@@ -507,7 +507,7 @@ def _all_take_part(model: nn.Module, dataset: UnlearnDataset) -> bool:
         return False
     reached: set[str] = set()
     consumers = {name: lambda *_, name=name: reached.add(name) for name in adapted}
-    token = torch.tensor([dataset.safe[0].input_ids[:1]])
+    token = torch.tensor([dataset.forget[0].input_ids[:1]])
     with evaluating(model):
         ActivationStream(model, adapted).feed([{"input_ids": token}], consumers, None)
     return reached == adapted.keys()

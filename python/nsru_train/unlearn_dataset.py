@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,10 +38,11 @@ class UnlearnDataset(Dataset):
     asks for an item of any epoch, which a worker process with a copy of its own needs.
 
     Args:
-        safe, forget: one sequence each for every forget question, in the same order.
+        safe: for each forget question one sequence or more, which are taken in turn by epoch.
+        forget: one sequence for each forget question, in the same order.
         retain: sequences to keep.
         ref_nll: NLL of each forget sequence with adapters off, summed over the answer and EOS.
-        ref_safe: the same of the safe sequences, for methods that read it.
+        ref_safe: the same of each safe sequence, for methods that read it.
         kinds: of the rows in an item; the method's ``rows``.
         retain_per_forget: retain rows in an item.
         seed: of the orders.
@@ -51,12 +53,12 @@ class UnlearnDataset(Dataset):
 
     def __init__(
         self,
-        safe: Sequence[Encoded],
+        safe: Sequence[Sequence[Encoded]],
         forget: Sequence[Encoded],
         retain: Sequence[Encoded],
         ref_nll: Sequence[float],
         *,
-        ref_safe: Sequence[float] | None = None,
+        ref_safe: Sequence[Sequence[float]] | None = None,
         kinds: Collection[int] = (SAFE, FORGET, RETAIN),
         retain_per_forget: int = TrainConfig.retain_per_forget,
         seed: int = 0,
@@ -77,7 +79,7 @@ class UnlearnDataset(Dataset):
             )
         self.safe, self.forget, self.retain = safe, forget, retain
         self.ref_nll = list(ref_nll)
-        self.ref_safe = [0.0] * len(safe) if ref_safe is None else list(ref_safe)
+        self.ref_safe = [[0.0] * len(some) for some in safe] if ref_safe is None else ref_safe
         self.kinds = kinds
         self.retain_per_forget = retain_per_forget
         self.seed = seed
@@ -90,12 +92,16 @@ class UnlearnDataset(Dataset):
     def digests(self) -> dict[str, str]:
         """SHA-256 of each set as it is trained on, and of what orders them."""
         parts = {
-            "safe targets": self.safe,
+            "safe targets": [some[0] if len(some) == 1 else some for some in self.safe],
             "forget set": self.forget,
             "retain set": self.retain,
             "order": [self.retain_per_forget, self.seed],
         }
         return {name: hashlib.sha256(repr(p).encode()).hexdigest() for name, p in parts.items()}
+
+    def sequences(self) -> list[Encoded]:
+        """All that the items are made of."""
+        return [*itertools.chain(*self.safe), *self.forget, *self.retain]
 
     def __len__(self) -> int:
         return len(self.forget)
@@ -106,8 +112,9 @@ class UnlearnDataset(Dataset):
             raise IndexError(index)
         chosen = _permutation(len(self), self.seed, 0, epoch)[index]
         first = (epoch * len(self) + index) * self.retain_per_forget
+        turn = epoch % len(self.safe[chosen])
         rows = [
-            Row(self.safe[chosen], SAFE, self.ref_safe[chosen]),
+            Row(self.safe[chosen][turn], SAFE, self.ref_safe[chosen][turn]),
             Row(self.forget[chosen], FORGET, self.ref_nll[chosen]),
             *(Row(self.retain[i], RETAIN) for i in self._retain(first)),
         ]
@@ -178,8 +185,9 @@ def make_train_dataset(
     safe: SafeTargets,
     ref_nll: Sequence[float],
     *,
-    ref_safe: Sequence[float] | None = None,
+    ref_safe: Sequence[Sequence[float]] | None = None,
     kinds: Collection[int] = (SAFE, FORGET, RETAIN),
+    alternatives: bool = False,
     retain_per_forget: int = TrainConfig.retain_per_forget,
     seed: int = 0,
     max_length: int = 512,
@@ -190,6 +198,7 @@ def make_train_dataset(
         ref_nll: from `reference_nll`, one for each forget question.
         ref_safe: the same for their safe targets, where the method reads it.
         kinds: of the rows in an item; the method's ``rows``.
+        alternatives: take those of a record, where it has some, instead of its safe target.
         seed: of the orders. The safe target of a question is the same for every seed.
 
     Raises:
@@ -200,7 +209,7 @@ def make_train_dataset(
         return encode_qa(tokenizer, qa.question, answer, max_length=max_length)
 
     return UnlearnDataset(
-        safe=[encode(qa, safe.target(qa)) for qa in forget],
+        safe=[[encode(qa, text) for text in taught(qa, safe, alternatives)] for qa in forget],
         forget=[encode(qa, qa.answer) for qa in forget],
         retain=[encode(qa, qa.answer) for qa in retain],
         ref_nll=ref_nll,
@@ -209,6 +218,11 @@ def make_train_dataset(
         retain_per_forget=retain_per_forget,
         seed=seed,
     )
+
+
+def taught(qa: QA, safe: SafeTargets, alternatives: bool) -> tuple[str, ...]:
+    """What is taught instead of an answer: its alternatives, or its safe target."""
+    return (alternatives and qa.alternatives) or (safe.target(qa),)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def test_every_field_is_read(tmp_path):
         "perturbed_answer": ["Ann is a cook.", "Ann is a judge."],
         "safe_target": {"decline": "I would rather not say."},
         "topic": None,
+        "alternatives": ["A sailor."],
     }
     (qa,) = load_records(write(tmp_path / "a.jsonl", row))
     assert qa.paraphrased_question == "Ann is who?"
@@ -38,6 +39,7 @@ def test_every_field_is_read(tmp_path):
     assert qa.perturbed_answers == ("Ann is a cook.", "Ann is a judge.")
     assert qa.safe_target == {"decline": "I would rather not say."}
     assert qa.topic is None
+    assert qa.alternatives == ("A sailor.",)
 
 
 def test_options_become_wrong_answers(tmp_path):
@@ -108,6 +110,7 @@ def test_line_separators_inside_an_answer_do_not_split_the_row(tmp_path):
         ([{**ANN, "answer": 3}], r"a\.jsonl:1: answer must be non-empty text, got 3"),
         ([ANN, "", '{"question": "Wh'], r"a\.jsonl:3: not a JSON object on one line"),
         ([ANN, "7"], r"a\.jsonl:2: expected an object .* got int"),
+        ([{**ANN, "alternatives": [ANN["answer"]]}], "alternatives hold the answer itself"),
         ([{**ANN, "perturbed_answers": [1]}], r"a\.jsonl:1: perturbed_answers must be"),
         (
             [{**ANN, "perturbed_answer": ["x"], "perturbed_answers": ["y"]}],

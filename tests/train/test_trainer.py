@@ -1,7 +1,9 @@
 """The trainer: what a batch holds, what a step computes, what a checkpoint keeps, when it stops."""
 
 import copy
+import dataclasses
 import errno
+import itertools
 import math
 import os
 import signal
@@ -110,6 +112,24 @@ def test_dataset_refuses_empty_and_unequal_sets(tokenizer):
     ]:
         with pytest.raises(ValueError, match=message):
             make_train_dataset(tokenizer, forget, retain, safe, [0.0] * 5)
+
+
+def test_alternatives_are_taken_in_turn_and_the_safe_target_stands_in(tokenizer):
+    others = ("In Rome.", "In Bern.", "In Oslo.")
+    forget = [dataclasses.replace(samples.FORGET[0], alternatives=others), samples.FORGET[1]]
+    safe = SafeTargets.from_file()
+    data = make_train_dataset(
+        tokenizer, forget, samples.RETAIN, safe, [0.0, 0.0],
+        ref_safe=[[1.0, 2.0, 3.0], [4.0]], kinds=(SAFE,), alternatives=True,
+    )  # fmt: skip
+    seen = {}
+    for epoch, index in itertools.product(range(4), range(2)):
+        (row,) = data[epoch, index]
+        ids, start = row.encoded.input_ids, row.encoded.answer_start
+        text = tokenizer.decode(ids[start:-1]).strip()
+        seen.setdefault(tuple(ids[:start]), []).append((text, row.ref_nll))
+    turns = [*zip(others, [1.0, 2.0, 3.0], strict=True), (others[0], 1.0)]
+    assert sorted(seen.values()) == sorted([turns, [(safe.target(forget[1]), 4.0)] * 4])
 
 
 def test_reference_is_the_base_models_sum_with_eos(tokenizer):
@@ -451,4 +471,4 @@ def test_safe_targets_are_the_ones_that_evaluation_scores(tokenizer):
         data = make_train_dataset(
             tokenizer, samples.FORGET, samples.RETAIN, safe, [0.0] * 5, seed=seed
         )
-        assert data.safe == wanted
+        assert [one for (one,) in data.safe] == wanted

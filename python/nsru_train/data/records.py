@@ -20,6 +20,7 @@ class QA:
         perturbed_answers: wrong answers in the form of the (paraphrased) answer.
         safe_target: the response wanted instead, as text or as parts (see `SafeTargets`).
         topic: what the question is about, such as an author's name.
+        alternatives: plausible other answers, which some methods teach instead.
 
     Raises:
         ValueError: empty or non-text content, or unknown parts in safe_target.
@@ -32,6 +33,7 @@ class QA:
     perturbed_answers: tuple[str, ...] = ()
     safe_target: str | Mapping[str, str] | None = None
     topic: str | None = None
+    alternatives: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("question", "answer"):
@@ -39,16 +41,17 @@ class QA:
         for name in ("paraphrased_question", "paraphrased_answer", "topic"):
             if getattr(self, name) is not None:
                 check_text(name, getattr(self, name))
-        wrong = self.perturbed_answers
-        if isinstance(wrong, str):
-            wrong = (wrong,)
-        if not isinstance(wrong, Sequence):
-            raise ValueError(f"perturbed_answers must be a list of texts, got {wrong!r}")
-        for text in wrong:
-            check_text("perturbed_answers", text)
-            if text == self.answer:
-                raise ValueError(f"perturbed_answers hold the answer itself, {text!r:.60}")
-        object.__setattr__(self, "perturbed_answers", tuple(wrong))
+        for name in ("perturbed_answers", "alternatives"):
+            others = getattr(self, name)
+            if isinstance(others, str):
+                others = (others,)
+            if not isinstance(others, Sequence):
+                raise ValueError(f"{name} must be a list of texts, got {others!r}")
+            for text in others:
+                check_text(name, text)
+                if text == self.answer:
+                    raise ValueError(f"{name} hold the answer itself, {text!r:.60}")
+            object.__setattr__(self, name, tuple(others))
         if isinstance(self.safe_target, Mapping):
             check_parts("safe_target", self.safe_target)
             for part, text in self.safe_target.items():

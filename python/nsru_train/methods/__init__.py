@@ -6,7 +6,7 @@ import difflib
 import importlib
 
 from nsru_train.methods.ceu import CEU
-from nsru_train.methods.dpo import DPO, IDK
+from nsru_train.methods.dpo import DPO, IDK, AltPO
 from nsru_train.methods.graddiff import GA, KL, GradDiff
 from nsru_train.methods.ihl import IHL
 from nsru_train.methods.method import ForgetRetain, Method
@@ -26,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "npo": NPO,
     "simnpo": SimNPO,
     "dpo": DPO,
+    "altpo": AltPO,
     "idk": IDK,
     "undial": UNDIAL,
     "wga": WGA,

@@ -1,4 +1,4 @@
-"""Preference for another answer: DPO with refusals or alternatives, and refusals alone."""
+"""Preference for another answer: DPO towards refusals or alternatives, and refusals alone."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from nsru_train.methods.method import Method, mean
 class DPO(Method):
     """-(2/β) log σ(β [log-ratio of the safe target - log-ratio of the answer to forget]).
 
-    Log-ratios are against the model with adapters off. With refusals as safe targets this is
-    IdkDPO, with plausible alternatives AltPO.
+    Log-ratios are against the model with adapters off. With refusals as safe targets it is IdkDPO.
 
     Args:
         w_forget: of the preference.
         w_retain: of the mean NLL of the retain answers' tokens.
         beta: 0.1 as in public code.
 
-    Source: Rafailov et al. 2023, arXiv 2305.18290; Maini et al. 2024, arXiv 2401.06121; Mekala et
-    al. 2024, arXiv 2409.13474 (AltPO).
+    Source: Rafailov et al. 2023, arXiv 2305.18290; Maini et al. 2024, arXiv 2401.06121.
     """
 
     w_forget: float = 1.0
@@ -46,6 +44,16 @@ class DPO(Method):
         retain = mean(batch[RETAIN].nll)
         total = self.w_forget * forget + self.w_retain * retain
         return {"forget": forget, "retain": retain, "total": total}
+
+
+@dataclass(frozen=True)
+class AltPO(DPO):
+    """DPO towards the plausible other answers that records bring as ``alternatives``.
+
+    Source: Mekala et al. 2024, arXiv 2409.13474, where the model itself writes five of them.
+    """
+
+    alternatives = True
 
 
 def log_ratios(answers: Answers) -> Tensor:

@@ -20,12 +20,15 @@ class Method:
             target), FORGET (with the answer to forget) and RETAIN (questions to keep).
         ref_nll: kinds whose NLL with adapters off the loss reads.
         by_logits: kinds whose NLL it does not read.
+        alternatives: whether SAFE rows hold a record's alternatives instead, one after the other by
+            epoch; the safe target where it has none.
         parts: names of the loss's parts, as metrics.jsonl has them, without the total.
     """
 
     rows: ClassVar[tuple[int, ...]] = (SAFE, FORGET, RETAIN)
     ref_nll: ClassVar[Collection[int]] = ()
     by_logits: ClassVar[Collection[int]] = ()
+    alternatives: ClassVar[bool] = False
     parts: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
