@@ -354,7 +354,7 @@ def unlearn(
     )
     swap = nk.swap_linears(
         model,
-        targets,
+        objective.targets(model) or targets,
         rank=lora.rank,
         alpha=lora.alpha,
         rank_pattern=lora.rank_pattern,

@@ -205,7 +205,7 @@ class NSRUTrainer(Trainer):
             train_dataset=train_dataset,
         )
         self.model_accepts_loss_kwargs = False  # no token count to gather across ranks every step
-        self.objective = objective
+        self.objective = objective.prepare(model)
         self._parts = (*objective.parts, "total")
         self._sums: dict[str, Tensor] = {}
         self._steps = 0.0

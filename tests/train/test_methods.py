@@ -2,15 +2,19 @@
 
 import dataclasses
 import math
+import re
 import sys
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from nsru_train.losses import FORGET, RETAIN, SAFE, Answers
+import nsru_kernels as nk
+from nsru_train.losses import FORGET, RETAIN, SAFE, Answers, ScoredBatch
 from nsru_train.losses.nll import AnswerHidden, AnswerLogits
 from nsru_train.methods import METHODS, Objective, find_method
 from nsru_train.methods.nsru import SUPPRESSIONS
+from nsru_train.methods.rmu import distance
 from nsru_train.methods.unlikelihood import unlikelihood
 
 NLL = torch.tensor([0.0, 1e-4, 0.3, 12.0, 400.0], dtype=torch.float64)
@@ -113,7 +117,9 @@ def states(logits_BTV, labels, whole):
 def toy_answers(logits, labels=LABELS, whole=False):
     found, base = states(logits, labels, whole), states(BASE, labels, True)
     reference = torch.zeros(B, dtype=torch.float64).index_add_(0, base.rows, base.nll())
-    return Answers(found, found.rows, B, reference, base=lambda: states(BASE, labels, whole))
+    return Answers(
+        lambda: found, found.rows, B, reference, base=lambda: states(BASE, labels, whole)
+    )
 
 
 # Loss, norm of its gradient in the logits, and the gradient of the first three logits of the first
@@ -219,14 +225,64 @@ def test_kl_from_the_base_is_that_of_public_code():
     everywhere = torch.cat([torch.zeros(B, 1, dtype=torch.int64), IDS], 1)  # a label at each place
     logits = toy_logits(1, 7, 3, 2, 0.5).requires_grad_()
     found, base = (states(z, everywhere, whole=False) for z in (logits, BASE))
-    answers = Answers(found, found.rows, B, base=lambda: base)
+    answers = Answers(lambda: found, found.rows, B, base=lambda: base)
     retain = METHODS["kl"]().loss({FORGET: answers, RETAIN: answers})["retain"]
     retain.backward()
     assert retain.item() == pytest.approx(1.4003717640530116, rel=1e-9)
     assert logits.grad.norm().item() == pytest.approx(0.1220874456925605, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", METHODS)
+def test_hidden_states_are_compared_as_in_public_code_per_answer():
+    logits = toy_logits(1, 7, 3, 2, 0.5)
+    rows, places = (LABELS != -100).nonzero(as_tuple=True)
+    answers = Answers(lambda: None, rows, B)
+    states, base = (z[rows, places, :6] for z in (logits, BASE))
+    goal = torch.full((6,), 2 / math.sqrt(6), dtype=torch.float64)
+    assert distance(answers, states, goal).item() == pytest.approx(2.964200663694197, rel=1e-9)
+    assert distance(answers, states, base).item() == pytest.approx(4.931705033386611, rel=1e-9)
+
+
+def test_rmu_adapts_the_mlps_below_its_layer_and_runs_no_other():
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=6,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    assert METHODS["rmu"]().prepare(model).layer == 1
+    method = METHODS["rmu"](layer=4)
+    targets = method.targets(model)
+    assert [re.sub(r"\\", "", name) for name in targets] == [
+        f"model.layers.{i}.mlp.down_proj" for i in (2, 3, 4)
+    ]
+    nk.swap_linears(model, targets, rank=2, alpha=4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    labels = torch.tensor([[-100, -100, 7, 8, 2, -100], [-100, 5, 2, -100, -100, -100]])
+    batch = {
+        "input_ids": labels.clamp(min=0),
+        "attention_mask": torch.tensor([[1] * 5 + [0], [1] * 3 + [0] * 3]),
+        "labels": labels,
+        "kind": torch.tensor([FORGET, RETAIN]),
+        "ref_nll": torch.zeros(2),
+    }
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        adapted = model.model(**inputs, output_hidden_states=True).hidden_states[5]
+        with nk.adapters_disabled(model):
+            plain = model.model(**inputs, output_hidden_states=True).hidden_states[5]
+    model.model.layers[5].register_forward_hook(lambda *_: pytest.fail("not needed"))
+    parts = method.loss(ScoredBatch(model, batch))
+    goal = 2 * method.direction(adapted[0])
+    forget = (adapted[0, 2:5] - goal).square().mean()
+    retain = (adapted[1, 1:3] - plain[1, 1:3]).square().mean()
+    torch.testing.assert_close(parts["forget"], forget)
+    torch.testing.assert_close(parts["retain"], retain)
+    parts["total"].backward()
+    assert all(p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "rmu"])
 def test_total_is_the_weighted_sum_of_the_parts(name):
     def loss(**weights):
         logits = toy_logits(1, 7, 3, 2, 0.5)
@@ -256,7 +312,7 @@ def test_masked_vocabulary_rows_keep_losses_finite(name):
     base[..., 6] = -torch.inf
     hidden = logits.clone().requires_grad_()
     found, before = (states(z, LABELS, whole=True) for z in (hidden, base))
-    answers = Answers(found, found.rows, B, base=lambda: before)
+    answers = Answers(lambda: found, found.rows, B, base=lambda: before)
     loss = METHODS[name]().forget(answers)
     loss.backward()
     assert torch.isfinite(loss)

@@ -39,7 +39,9 @@ def batch(nll, kind=KIND, kl=None):
         keep = chosen[ROWS]
         rows = (chosen.cumsum(0) - 1)[ROWS[keep]]
         tokens = Tokens(nll[keep], kl)
-        return Answers(tokens, rows, int(chosen.sum()), REFERENCE[chosen], base=lambda: None)
+        return Answers(
+            lambda: tokens, rows, int(chosen.sum()), REFERENCE[chosen], base=lambda: None
+        )
 
     return {wanted: answers(wanted) for wanted in (SAFE, FORGET, RETAIN)}
 

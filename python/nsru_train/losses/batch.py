@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import nsru_kernels as nk
 from nsru_kernels.nn.inputs import evaluating
+from nsru_train.data.encode import IGNORE_INDEX
+from nsru_train.losses.hidden import layer_states
 from nsru_train.losses.nll import AnswerHidden, AnswerLogits, answer_states
 
 SAFE, FORGET, RETAIN = 0, 1, 2
@@ -19,26 +22,29 @@ class Answers:
     """The answers of one kind in a batch.
 
     Args:
-        states: their tokens, T of them, in reading order.
+        states: computes their tokens, T of them, in reading order.
         rows: [T] long, each token's answer, from 0.
         count: B, the number of answers.
         ref_nll: [B], summed NLL with adapters off, where the method asked for it.
         nll: computes the tokens' NLL [T]; default: ``states`` do.
-        base: computes the same tokens with adapters off.
+        base: computes ``states`` with adapters off.
+        hidden: computes the tokens' states [T, D] after a decoder layer, adapters on or off.
     """
 
     def __init__(
         self,
-        states: AnswerHidden | AnswerLogits,
+        states: Callable[[], AnswerHidden | AnswerLogits],
         rows: Tensor,
         count: int,
         ref_nll: Tensor | None = None,
         *,
         nll: Callable[[], Tensor] | None = None,
         base: Callable[[], AnswerHidden | AnswerLogits] | None = None,
+        hidden: Callable[[int, bool], Tensor] | None = None,
     ) -> None:
-        self.states, self.rows, self.count, self.ref_nll = states, rows, count, ref_nll
-        self._nll, self._base = nll or states.nll, base
+        self.rows, self.count, self.ref_nll = rows, count, ref_nll
+        self._states, self._base, self._hidden = states, base, hidden
+        self._nll = nll or (lambda: states().nll())
 
     @cached_property
     def nll(self) -> Tensor:
@@ -76,15 +82,17 @@ class Answers:
 
         Only a chunk of the logits exists at a time; see `token_score`.
         """
-        return self.states.score(function, self._base_states() if with_base else None)
+        return self._states().score(function, self._base() if with_base and self._base else None)
 
     def kl(self) -> Tensor:
         """KL(base ‖ model) of each token, [T]; costs a forward pass with adapters off."""
-        return self.states.kl(self._base_states())
-
-    def _base_states(self):
         assert self._base is not None, "these answers know no base model"
-        return self._base()
+        return self._states().kl(self._base())
+
+    def hidden(self, layer: int, *, with_adapters: bool = True) -> Tensor:
+        """The tokens' own states after decoder layer ``layer``, [T, D]; nothing above it runs."""
+        assert self._hidden is not None, "these answers know no model"
+        return self._hidden(layer, with_adapters)
 
 
 class ScoredBatch:
@@ -102,32 +110,54 @@ class ScoredBatch:
         self._model, self._by_logits = model, by_logits
         self._kind, self._ref_nll = batch["kind"], batch["ref_nll"]
         self._inputs = {k: v for k, v in batch.items() if k not in ("kind", "ref_nll")}
-        self._states = answer_states(model, self._inputs)
+        # Of each labelled token, as answer_states has them.
+        rows, places = (batch["labels"][:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        self._rows, self._places = rows, places + 1
+        self._layers: dict[int, Tensor] = {}
 
     def __getitem__(self, kind: int) -> Answers:
         chosen = self._kind == kind
-        keep = chosen[self._states.rows]
-        rows = (chosen.cumsum(0) - 1)[self._states.rows[keep]]
+        keep = chosen[self._rows]
         return Answers(
-            self._states.select(keep),
-            rows,
+            lambda: self._states.select(keep),
+            (chosen.cumsum(0) - 1)[self._rows[keep]],
             int(chosen.sum()),
             self._ref_nll[chosen],
             nll=None if kind in self._by_logits else lambda: self._nll[keep[self._with_nll]],
-            base=lambda: self._base_states(chosen),
+            base=lambda: self._without_adapters(answer_states, chosen),
+            hidden=lambda layer, adapted: self._hidden(layer, adapted, chosen),
         )
+
+    @cached_property
+    def _states(self) -> AnswerHidden | AnswerLogits:
+        return answer_states(self._model, self._inputs)
 
     @cached_property
     def _with_nll(self) -> Tensor:
         by_logits = torch.tensor(list(self._by_logits), device=self._kind.device)
-        return ~torch.isin(self._kind, by_logits)[self._states.rows]
+        return ~torch.isin(self._kind, by_logits)[self._rows]
 
     @cached_property
     def _nll(self) -> Tensor:
         return self._states.select(self._with_nll).nll()
 
-    def _base_states(self, chosen: Tensor) -> AnswerHidden | AnswerLogits:
+    def _hidden(self, layer: int, adapted: bool, chosen: Tensor) -> Tensor:
+        def states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+            unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+            return layer_states(model, unlabelled, layer)
+
+        keep = chosen[self._rows]
+        rows, places = self._rows[keep], self._places[keep]
+        if not adapted:
+            own_rows = (chosen.cumsum(0) - 1)[rows]
+            return self._without_adapters(states, chosen)[own_rows, places]
+        if layer not in self._layers:
+            self._layers[layer] = states(self._model, self._inputs)
+        return self._layers[layer][rows, places]
+
+    def _without_adapters(self, function: Callable[..., Any], chosen: Tensor) -> Any:
+        """function(model, inputs of the chosen rows) with adapters off and without gradient."""
         with evaluating(self._model), nk.adapters_disabled(self._model):
             width = int(self._inputs["attention_mask"][chosen].sum(1).max())
             inputs = {name: value[chosen, :width] for name, value in self._inputs.items()}
-            return answer_states(self._model, inputs)
+            return function(self._model, inputs)

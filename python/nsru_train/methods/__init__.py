@@ -12,6 +12,7 @@ from nsru_train.methods.ihl import IHL
 from nsru_train.methods.method import ForgetRetain, Method
 from nsru_train.methods.npo import NPO
 from nsru_train.methods.nsru import Objective
+from nsru_train.methods.rmu import RMU
 from nsru_train.methods.simnpo import SimNPO
 from nsru_train.methods.undial import UNDIAL
 from nsru_train.methods.wga import WGA, SatImp
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "dpo": DPO,
     "altpo": AltPO,
     "idk": IDK,
+    "rmu": RMU,
     "undial": UNDIAL,
     "wga": WGA,
     "satimp": SatImp,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers
 
@@ -37,6 +37,14 @@ class Method:
             value = getattr(self, field.name)
             if field.name.startswith("w_") and value is not None and not value >= 0:
                 self.refuse(field.name, "must not be negative")
+
+    def prepare(self, model: nn.Module) -> Method:
+        """This method with the settings that depend on the model, before anything is swapped."""
+        return self
+
+    def targets(self, model: nn.Module) -> Sequence[str] | None:
+        """The linears that are adapted, as ``targets`` of `swap_linears`; None: the user's."""
+        return None
 
     def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
         """The parts, unweighted, and "total", which is differentiated; scalars.

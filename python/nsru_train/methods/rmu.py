@@ -1,0 +1,92 @@
+"""Representation misdirection: hidden states of what is forgotten go to a random place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from nsru_train.losses.batch import FORGET, RETAIN, Answers
+from nsru_train.losses.hidden import decoder_layers
+from nsru_train.methods.method import Method, mean
+
+# The last linear of an MLP, as families of transformers call it.
+MLP_OUTPUTS = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj", "w2")
+
+
+@dataclass(frozen=True)
+class RMU(Method):
+    """‖h - c·u‖² of the answers to forget, ‖h - h_base‖² of retain answers, h a layer's states.
+
+    Means over the hidden size, an answer's tokens and answers. u is one random direction. Trained
+    are the MLPs' last linears of the layer and the two below it; what lies above does not run.
+
+    Args:
+        w_forget: of the first.
+        w_retain: of the second.
+        steering: c.
+        layer: whose output is steered, from 0; None is 7 in 32.
+        seed: of u.
+
+    Source: Li et al. 2024, arXiv 2403.03218; c and the weights as in OpenUnlearning's
+    configuration. Adapters instead of whole matrices are ours.
+    """
+
+    w_forget: float = 1.0
+    w_retain: float = 1.0
+    steering: float = 2.0
+    layer: int | None = None
+    seed: int = 0
+
+    rows = (FORGET, RETAIN)
+    parts = ("forget", "retain")
+
+    def prepare(self, model: nn.Module) -> RMU:
+        count = len(decoder_layers(model)[1])
+        if self.layer is not None and not 0 <= self.layer < count:
+            self.refuse("layer", f"must be one of the model's {count} decoder layers, from 0")
+        return replace(self, layer=7 * count // 32 if self.layer is None else self.layer)
+
+    def targets(self, model: nn.Module) -> list[str]:
+        name, layers = decoder_layers(model)
+        top = self.prepare(model).layer or 0
+        found = [
+            f"{name}.{i}.{part}"
+            for i in range(max(0, top - 2), top + 1)
+            for part, module in layers[i].named_modules()
+            if isinstance(module, nn.Linear) and part.endswith(MLP_OUTPUTS)
+        ]
+        if not found:
+            raise ValueError(
+                f"RMU: no layer of {name} has a linear called {', '.join(MLP_OUTPUTS)}; this model "
+                "family is not known to it."
+            )
+        return [re.escape(name) for name in found]
+
+    def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
+        assert self.layer is not None, "prepare(model) says which layer"
+        forget, retain = batch[FORGET], batch[RETAIN]
+        states_TD = forget.hidden(self.layer)
+        parts = {
+            "forget": distance(forget, states_TD, self.steering * self.direction(states_TD)),
+            "retain": distance(
+                retain, retain.hidden(self.layer), retain.hidden(self.layer, with_adapters=False)
+            ),
+        }
+        total = self.w_forget * parts["forget"] + self.w_retain * parts["retain"]
+        return {**parts, "total": total}
+
+    def direction(self, like_TD: Tensor) -> Tensor:
+        """u [D]: uniform in [0, 1), then of norm 1."""
+        generator = torch.Generator().manual_seed(self.seed)
+        u_D = torch.rand(like_TD.shape[1], generator=generator)
+        return (u_D / u_D.norm()).to(like_TD)
+
+
+def distance(answers: Answers, states_TD: Tensor, goal_TD: Tensor) -> Tensor:
+    """Mean over answers of the mean squared difference over their tokens and the hidden size."""
+    squares_T = (states_TD - goal_TD).square().mean(1)
+    return mean(answers.sum(squares_T) / answers.lengths.clamp(min=1))
