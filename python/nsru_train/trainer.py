@@ -225,7 +225,13 @@ class NSRUTrainer(Trainer):
         if self._early_stop is not None:
             self.add_callback(self._early_stop)
         if on_eval is not None:
-            self.add_callback(EvalHookCallback(on_eval, eval_steps, self.log, stop_at))
+            factor = objective.applied
+
+            def as_applied(step: int, model: nn.Module) -> Mapping[str, float]:
+                with scaled_updates(model, factor):
+                    return on_eval(step, model)
+
+            self.add_callback(EvalHookCallback(as_applied, eval_steps, self.log, stop_at))
         for callback in callbacks:
             self.add_callback(callback)
 
@@ -250,7 +256,9 @@ class NSRUTrainer(Trainer):
                 self._belongs_to = {**self._base_digests(), **self.train_dataset.digests()}
             if isinstance(resume_from_checkpoint, (str, Path)):
                 self._check_checkpoint(Path(resume_from_checkpoint))
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            scale_updates(self.accelerator.unwrap_model(self.model), self.objective.applied)
+            return result
         finally:
             run.unlock()
 
@@ -477,6 +485,32 @@ class NSRUTrainer(Trainer):
             "base model's weights": digest((k, v) for k, v in frozen.items() if k not in bases),
             "retain bases": digest((k, v) for k, v in frozen.items() if k in bases),
         }
+
+
+def scale_updates(model: nn.Module, factor: float) -> None:
+    """Multiply the update of every adapter."""
+    if factor != 1.0:
+        with torch.no_grad():
+            for parameter in _lora_b(model):
+                parameter.mul_(factor)
+
+
+@contextmanager
+def scaled_updates(model: nn.Module, factor: float) -> Iterator[None]:
+    """In the block the update of every adapter is multiplied."""
+    saved = [parameter.detach().clone() for parameter in _lora_b(model)]
+    scale_updates(model, factor)
+    try:
+        yield
+    finally:
+        if factor != 1.0:
+            with torch.no_grad():
+                for parameter, value in zip(_lora_b(model), saved, strict=True):
+                    parameter.copy_(value)
+
+
+def _lora_b(model: nn.Module) -> list[nn.Parameter]:
+    return [m.lora_B for m in model.modules() if isinstance(m, nk.NSRULinear)]
 
 
 @contextmanager

@@ -217,6 +217,33 @@ def test_every_method_forgets_on_the_rows_that_it_asks_for(tmp_path, tokenizer, 
     assert all(now > was + 0.5 for now, was in zip(after, before, strict=True))
 
 
+def test_a_task_vector_is_evaluated_and_left_at_its_negative_scale(tmp_path, knowing):
+    def train(method, folder):
+        model = copy.deepcopy(knowing)
+        torch.manual_seed(0)
+        nk.swap_linears(model, "all-linear", rank=4, alpha=8)
+        seen = []
+        options = {
+            "on_eval": lambda step, model: seen.append(samples.adapters(model)) or {},
+            "eval_steps": 2,
+        }
+        trainer = samples.make_trainer(
+            tmp_path / folder, objective=method, model=model, max_steps=4, trainer=options
+        )
+        trainer.train()
+        return samples.adapters(model), seen
+
+    away, seen = train(METHODS["task_vector"](scale=3.0), "away")
+    # Applied at 1 it is learning the answers.
+    learning = type("Learn", (METHODS["task_vector"],), {"applied": 1.0})
+    towards, plain = train(learning(), "towards")
+    for one, other in zip([away, *seen], [towards, *plain], strict=True):
+        for name in one:
+            factor = -3.0 if "lora_B" in name else 1.0
+            torch.testing.assert_close(one[name], factor * other[name])
+    assert any(value.any() for name, value in away.items() if "lora_B" in name)
+
+
 @pytest.mark.parametrize("part", ["safe", "suppress", "retain"])
 def test_each_term_lowers_its_part(tmp_path, part):
     weights = {f"w_{name}": float(name == part) for name in ("safe", "suppress", "retain")}

@@ -14,6 +14,7 @@ from nsru_train.methods.npo import NPO
 from nsru_train.methods.nsru import Objective
 from nsru_train.methods.rmu import RMU
 from nsru_train.methods.simnpo import SimNPO
+from nsru_train.methods.task_vector import TaskVector
 from nsru_train.methods.undial import UNDIAL
 from nsru_train.methods.wga import WGA, SatImp
 
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Method]] = {
     "satimp": SatImp,
     "ceu": CEU,
     "ihl": IHL,
+    "task_vector": TaskVector,
 }
 
 

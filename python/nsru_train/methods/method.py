@@ -23,6 +23,8 @@ class Method:
         alternatives: whether SAFE rows hold a record's alternatives instead, one after the other by
             epoch; the safe target where it has none.
         parts: names of the loss's parts, as metrics.jsonl has them, without the total.
+
+    A method may also say `prepare`, `targets` and `applied`.
     """
 
     rows: ClassVar[tuple[int, ...]] = (SAFE, FORGET, RETAIN)
@@ -37,6 +39,11 @@ class Method:
             value = getattr(self, field.name)
             if field.name.startswith("w_") and value is not None and not value >= 0:
                 self.refuse(field.name, "must not be negative")
+
+    @property
+    def applied(self) -> float:
+        """Factor on the trained update where it is evaluated, saved and used."""
+        return 1.0
 
     def prepare(self, model: nn.Module) -> Method:
         """This method with the settings that depend on the model, before anything is swapped."""
