@@ -63,7 +63,7 @@ def test_an_interrupted_comparison_keeps_what_it_has(out, flags, monkeypatch, ca
     assert [row["method"] for row in read_results(out)["methods"]][-1] == "idk"
     with pytest.raises(SystemExit):
         main([*flags, *more, "--settings={npo: {beta: 0.5}}"])
-    assert "resume: npo differ" in capsys.readouterr().err
+    assert "methods.npo was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["nsru", "lora", *list(METHODS)[1:], "ihl projected"])
@@ -81,7 +81,10 @@ def test_a_contender_is_called_as_results_call_it(name):
         (["--methods=[npo, npo]"], "expected distinct methods"),
         (["--methods=[npo]", "--settings={simnpo: {}}"], "settings: 'simnpo' is none of the"),
         (["--methods=[npo]", "--settings={npo: {bet: 1}}"], "settings: npo has w_forget, w_retain"),
-        (["--methods=[npo]", "--settings={npo: {beta: 0}}"], "NPO: beta must be positive, got 0"),
+        (
+            ["--methods=[npo]", "--settings={npo: {beta: 0}}"],
+            "objective.beta must be positive, got 0",
+        ),
     ],
 )
 def test_mistakes_are_refused_before_any_work(flags, tmp_path, capsys, options, message):

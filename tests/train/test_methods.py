@@ -336,7 +336,7 @@ def test_bad_arguments():
     for name in ("npo", "simnpo", "dpo"):
         with pytest.raises(ValueError, match="beta must be positive, got 0"):
             METHODS[name](beta=0)
-    with pytest.raises(ValueError, match=r"IDK: w_safe must not be negative, got -1"):
+    with pytest.raises(ValueError, match=r"objective\.w_safe must not be negative, got -1"):
         METHODS["idk"](w_safe=-1)
     with pytest.raises(ValueError, match="skip must not be negative, got -1"):
         METHODS["ceu"](skip=-1)

@@ -13,7 +13,6 @@ from torch import nn
 
 from nsru_kernels.checks import check_range
 from nsru_kernels.files import read_json
-from nsru_kernels.subspaces.collection import SubspaceSet
 from nsru_train.compare import Comparison, Contender, check_plan, compare, run_subspaces
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.records import QA

@@ -28,11 +28,7 @@ class CEU(ForgetRetain):
     rows = (FORGET,)
     by_logits = (FORGET,)
     parts = ("forget",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.skip < 0:
-            self.refuse("skip", "must not be negative")
+    ranges = {"skip": "must not be negative"}
 
     def forget(self, answers: Answers) -> Tensor:
         return mean(answers.score(others_cross_entropy)[answers.places >= self.skip])

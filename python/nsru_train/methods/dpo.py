@@ -32,11 +32,7 @@ class DPO(Method):
 
     ref_nll = (SAFE, FORGET)
     parts = ("forget", "retain")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.beta > 0:
-            self.refuse("beta", "must be positive")
+    ranges = {"beta": "must be positive"}
 
     def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
         margin = log_ratios(batch[SAFE]) - log_ratios(batch[FORGET])

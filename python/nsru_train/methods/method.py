@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from nsru_kernels.checks import check_settings
 from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers
 
 
@@ -23,6 +24,7 @@ class Method:
         alternatives: whether SAFE rows hold a record's alternatives instead, one after the other by
             epoch; the safe target where it has none.
         parts: names of the loss's parts, as metrics.jsonl has them, without the total.
+        ranges: of settings; a weight, one that begins with w_, is never negative.
 
     A method may also say `prepare`, `targets` and `applied`.
     """
@@ -32,13 +34,12 @@ class Method:
     by_logits: ClassVar[Collection[int]] = ()
     alternatives: ClassVar[bool] = False
     parts: ClassVar[tuple[str, ...]]
+    ranges: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
-        """Check the settings: weights, those that begin with w_, are not negative."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.startswith("w_") and value is not None and not value >= 0:
-                self.refuse(field.name, "must not be negative")
+        weights = {field.name for field in fields(self) if field.name.startswith("w_")}
+        ranges = {**dict.fromkeys(weights, "must not be negative"), **self.ranges}
+        check_settings("objective", self, **ranges)
 
     @property
     def applied(self) -> float:
@@ -63,7 +64,7 @@ class Method:
 
     def refuse(self, name: str, expected: str) -> None:
         """Raise ValueError for the setting ``name``."""
-        raise ValueError(f"{type(self).__name__}: {name} {expected}, got {getattr(self, name)!r}.")
+        raise ValueError(f"objective.{name} {expected}, got {getattr(self, name)!r}.")
 
 
 @dataclass(frozen=True)

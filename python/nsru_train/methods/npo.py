@@ -42,11 +42,7 @@ class NPO(ForgetRetain):
     beta: float = 0.1
 
     ref_nll = (FORGET,)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.beta > 0:
-            self.refuse("beta", "must be positive")
+    ranges = {"beta": "must be positive"}
 
     def forget(self, answers: Answers) -> Tensor:
         return mean(npo(answers.sums, answers.ref_nll, self.beta))

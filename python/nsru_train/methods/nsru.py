@@ -52,13 +52,12 @@ class Objective(Method):
 
     ref_nll = (FORGET,)
     parts = ("safe", "suppress", "retain", "kl")
+    ranges = {"beta": "must be positive", "delta": "must be a finite number"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.suppression not in SUPPRESSIONS:
             self.refuse("suppression", f"must be one of {', '.join(SUPPRESSIONS)}")
-        if self.beta is not None and not self.beta > 0:
-            self.refuse("beta", "must be positive or None")
         for name, default, readers in (
             ("beta", None, ("npo", "simnpo")),
             ("delta", 0, ("simnpo",)),

@@ -43,6 +43,7 @@ class RMU(Method):
 
     rows = (FORGET, RETAIN)
     parts = ("forget", "retain")
+    ranges = {"steering": "must be a finite number", "seed": "must not be negative"}
 
     def prepare(self, model: nn.Module) -> RMU:
         count = len(decoder_layers(model)[1])

@@ -43,10 +43,7 @@ class SimNPO(ForgetRetain):
     beta: float = 4.5
     delta: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.beta > 0:
-            self.refuse("beta", "must be positive")
+    ranges = {"beta": "must be positive", "delta": "must be a finite number"}
 
     def forget(self, answers: Answers) -> Tensor:
         return mean(simnpo(answers.sums, answers.lengths, self.beta, self.delta))

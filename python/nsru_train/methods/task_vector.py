@@ -26,11 +26,7 @@ class TaskVector(Method):
 
     rows = (FORGET,)
     parts = ("learn",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.scale > 0:
-            self.refuse("scale", "must be positive")
+    ranges = {"scale": "must be positive"}
 
     @property
     def applied(self) -> float:

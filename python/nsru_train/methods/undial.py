@@ -29,6 +29,7 @@ class UNDIAL(ForgetRetain):
     beta: float = 10.0
 
     by_logits = (FORGET,)
+    ranges = {"beta": "must not be negative"}
 
     def forget(self, answers: Answers) -> Tensor:
         def cross_entropy(z_CV: Tensor, targets_C: Tensor, base_CV: Tensor) -> Tensor:

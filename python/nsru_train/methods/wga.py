@@ -25,6 +25,8 @@ class WGA(ForgetRetain):
 
     beta: float = 1.0
 
+    ranges = {"beta": "must not be negative"}
+
     def forget(self, answers: Answers) -> Tensor:
         weights_T = torch.exp(-self.beta * answers.nll.detach())
         return -mean(weights_T * answers.nll)
@@ -45,6 +47,8 @@ class SatImp(ForgetRetain):
     w_forget: float = 0.1
     beta1: float = 5.0
     beta2: float = 1.0
+
+    ranges = dict.fromkeys(("beta1", "beta2"), "must not be negative")
 
     def forget(self, answers: Answers) -> Tensor:
         p_T = torch.exp(-answers.nll.detach())
