@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -89,12 +90,14 @@ def check_range(name: str, value: Any, wanted: str, whole: bool = False, default
 
 
 def check_settings(section: str, settings: Any, **ranges: str) -> None:
-    """`check_range` of fields of a dataclass, of a dict's values each; None is no number."""
+    """`check_range` of fields of a dataclass, of a dict's values each, and no None by mistake."""
     for field in dataclasses.fields(settings):
         value, kind = getattr(settings, field.name), str(field.type)
-        if field.name not in ranges or (value is None and "None" in kind):
-            continue
         name = f"{section}.{field.name}"
+        if value is None and not re.search("None|Optional|Any$", kind):
+            raise ValueError(f"{name} must have a value, got null; leave it out for the default.")
+        if value is None or field.name not in ranges:
+            continue
         parts: dict[str, Any] = {name: value}
         if isinstance(value, dict):
             parts = {f"{name}: {key}": part for key, part in value.items()}

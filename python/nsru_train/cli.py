@@ -203,12 +203,15 @@ def train(
         load_data,
         load_model,
         unlearn,
+        warn_of_unused,
         without_long,
     )
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder
 
+    objective.check_weights()
     _check_reporting(train.report_to)
+    warn_of_unused(subspace)
     loaded = load_data(data)
     run = RunFolder(out).lock()
     last = get_last_checkpoint(run.path)

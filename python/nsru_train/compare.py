@@ -27,6 +27,7 @@ from nsru_train.pipeline import (
     load_data,
     load_model,
     unlearn,
+    warn_of_unused,
     without_long,
 )
 from nsru_train.report import write_report
@@ -381,6 +382,9 @@ def run_compare(
     check_plan(rates, seeds, examples, probed, stop)
     if unknown := sorted(settings.keys() - set(names)):
         raise ValueError(f"settings: {unknown[0]!r} is none of the methods, {', '.join(names)}.")
+    for contender in contenders:
+        contender.method.check_weights()
+    warn_of_unused(subspace)
     loaded = load_data(data)
     if "retain_unseen" not in loaded.more:
         if len(loaded.retain) < 2:

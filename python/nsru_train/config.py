@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ class ModelConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        check_settings("model", self)
         self.path = _absolute(self.path)
 
 
@@ -131,6 +132,13 @@ class SubspaceConfig:
         )
         self.rule()
 
+    def unused(self) -> list[str]:
+        """Names of the settings that a path leaves without effect."""
+        names = ("width", "rank", "energy", "min_editability", "own_texts")
+        defaults = {f.name: f.default for f in fields(self)}
+        changed = [name for name in names if getattr(self, name) != defaults[name]]
+        return changed if self.path else []
+
     def rule(self) -> dict[str, Any]:
         """The one rule that chooses the rank, as a keyword argument."""
         given = {
@@ -195,6 +203,8 @@ class TrainConfig:
         lr: peak learning rate of AdamW. Chosen on models of a few million parameters; for billions,
             1e-4 to 2e-4 are usual with LoRA.
         lr_scheduler_type: what the learning rate does after the warm-up, as transformers names it.
+        lr_scheduler_kwargs: of that scheduler: cosine_with_restarts has one cycle, and so no
+            restart, without {num_cycles: 3}.
         warmup: share of the steps.
         batch_size: forget questions in a batch; each brings its safe target and retain questions.
         retain_per_forget: retain questions for each forget question.
@@ -226,6 +236,7 @@ class TrainConfig:
         "constant_with_warmup",
         "inverse_sqrt",
     ] = "linear"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     save_steps: int = 50
     retain_stop_ratio: float | None = 5.0
     gradient_checkpointing: bool = False

@@ -227,6 +227,16 @@ def check_layers(model: nn.Module, subspace: SubspaceConfig, lora: LoraConfig) -
     take_all("lora.alpha_pattern", lora.alpha_pattern, names, lora.alpha)
 
 
+def warn_of_unused(config: SubspaceConfig) -> None:
+    """Say which settings a folder of estimated subspaces leaves without effect."""
+    if unused := config.unused():
+        logger.warning(
+            "subspace.path: the subspaces in %s are used as they are; subspace.%s has no effect.",
+            config.path,
+            ", subspace.".join(unused),
+        )
+
+
 def find_subspaces(
     model: nn.Module,
     tokenizer,
@@ -409,6 +419,7 @@ def unlearn(
         gradient_accumulation_steps=train.accumulate,
         weight_decay=train.weight_decay,
         lr_scheduler_type=train.lr_scheduler_type,
+        lr_scheduler_kwargs=train.lr_scheduler_kwargs,
         logging_steps=1,
         save_strategy="steps" if train.save_steps else "no",
         save_steps=train.save_steps or train.steps,
@@ -435,6 +446,12 @@ def unlearn(
         trainer.train(resume_from_checkpoint=resume or None)
     seconds = [row["seconds"] for row in RunFolder(folder).read_metrics() if "seconds" in row]
     model.eval()
+    if not any(module.lora_B.any() for _, module in _adapted(model)):
+        logger.warning(
+            "The adapters are zero as before: the learning rate was 0 in all %d steps. Raise "
+            "train.lr, or lower train.warmup.",
+            trainer.state.global_step,
+        )
     return Outcome(
         swap=swap,
         evaluations=trainer.evaluations,

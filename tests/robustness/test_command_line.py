@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, CLIPConfig, T5Config
 
 import nsru_kernels as nk
-from nsru_train import cli
+from nsru_train import cli, pipeline
 from nsru_train.demo.tiny_model import make_llama, train_tokenizer
 from nsru_train.run_config import run_sections
 from nsru_train.trainer import CheckpointError, NSRUTrainer
@@ -161,6 +161,42 @@ def test_a_number_out_of_range_is_no_setting(name):
     for value in OUT_OF_RANGE[name] + [{"q": value} if pattern else value for value in odd]:
         with pytest.raises(ValueError, match=rf"^{name}\b.* must (not )?be .*; give a"):
             cli.SECTIONS[section](**given, **{field: value})
+
+
+@pytest.mark.parametrize("section", cli.SECTIONS)
+def test_an_empty_value_is_refused_where_there_is_no_none(section):
+    kind, given = cli.SECTIONS[section], {"model": {"path": "m"}}.get(section, {})
+    given = {"forget": "f", "retain": "r"} if section == "data" else given
+    for field in fields(kind):
+        options = {**given, field.name: None}
+        if re.search("None|Any$", field.type):
+            kind(**options)
+        else:
+            with pytest.raises(ValueError, match=rf"{section}\.{field.name} must have a value"):
+                kind(**options)
+
+
+def test_an_empty_line_in_yaml_does_not_turn_the_projection_off(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("lora:\n  project:\n")
+    error = fails(capsys, *TRAIN, "--config", tmp_path / "c.yaml", f"--out={tmp_path / 'x'}")
+    assert "lora.project must have a value, got null" in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_weights_that_train_nothing_are_refused_first(capsys, tmp_path):
+    weights = [f"--objective.w_{name}=0" for name in ("safe", "suppress", "retain")]
+    error = fails(capsys, *TRAIN, *weights, f"--out={tmp_path / 'x'}")
+    assert "all weights are 0" in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_settings_beside_a_path_are_said_to_have_no_effect(caplog, tmp_path):
+    pipeline.warn_of_unused(cli.SubspaceConfig(path=str(tmp_path), rank=5, width=64))
+    assert "subspace.width, subspace.rank has no effect" in caplog.text
+    caplog.clear()
+    pipeline.warn_of_unused(cli.SubspaceConfig(path=str(tmp_path)))
+    pipeline.warn_of_unused(cli.SubspaceConfig(rank=5))
+    assert not caplog.text
 
 
 def test_more_directions_than_the_sketch_has_are_refused():
@@ -412,6 +448,7 @@ def test_options_of_transformers_reach_the_trainer(model, monkeypatch, tmp_path)
             *("train", f"--model.path={model}", *sets, "--data.max_length=900"),
             *("--train.steps=4", "--train.warmup=0", "--train.save_steps=0", "--train.lr=0.001"),
             *("--train.lr_scheduler_type=cosine", "--train.bf16=true", "--train.eval_steps=2"),
+            "--train.lr_scheduler_kwargs={num_cycles: 1}",
             *("--train.report_to", "none", "--train.batch_size=2", f"--out={tmp_path}"),
             "--lora.project=false",
         ]
@@ -421,7 +458,7 @@ def test_options_of_transformers_reach_the_trainer(model, monkeypatch, tmp_path)
     assert not arguments.report_to
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = [row["lr"] for row in rows if "lr" in row]
-    cosine = [0.0005 * (1 + math.cos(math.pi * step / 4)) for step in range(5)]
+    cosine = [0.0005 * (1 + math.cos(math.pi * step / 2)) for step in range(5)]
     assert rates in (pytest.approx(cosine[:4]), pytest.approx(cosine[1:], abs=1e-12))
     evaluated = {row["step"]: row for row in rows if "eval_forget_prob" in row}
     assert set(evaluated) == {0, 2, 4}

@@ -10,6 +10,7 @@ import nsru_kernels as nk
 from nsru_train.config import LoraConfig, Objective, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import encode_qa
 from nsru_train.data.safe_targets import SafeTargets
+from nsru_train.methods import METHODS
 from nsru_train.pipeline import Data, find_subspaces, token_batches, unlearn
 
 
@@ -88,3 +89,26 @@ def test_subspaces_may_be_of_more_layers_than_are_trained(model, tokenizer, tmp_
         train=TrainConfig(steps=1, batch_size=2, save_steps=0), progress=False,
     )  # fmt: skip
     assert {name.rpartition(".")[2] for name in outcome.swap.swapped} == {"q_proj"}
+
+
+@pytest.mark.parametrize("warmup", [0.0, 1.0])
+def test_a_run_that_changed_nothing_says_so(model, tokenizer, tmp_path, caplog, warmup):
+    unlearn(
+        model, tokenizer, Data(FORGET, RETAIN, {}, SafeTargets.from_file()), tmp_path,
+        targets=["q_proj"], subspaces=None, lora=LoraConfig(project=False), objective=Objective(),
+        train=TrainConfig(steps=1, batch_size=2, save_steps=0, warmup=warmup), progress=False,
+    )  # fmt: skip
+    assert ("adapters are zero as before" in caplog.text) == bool(warmup)
+
+
+def test_rmu_trains_the_mlps_of_its_layers_in_their_null_spaces(model, tokenizer, tmp_path):
+    subspaces = find_subspaces(
+        model, tokenizer, FORGET, RETAIN, SubspaceConfig(rank=3), progress=False
+    )
+    outcome = unlearn(
+        model, tokenizer, Data(FORGET, RETAIN, {}, SafeTargets.from_file()), tmp_path,
+        targets="all-linear", subspaces=subspaces, lora=LoraConfig(), objective=METHODS["rmu"](),
+        train=TrainConfig(steps=2, batch_size=2, save_steps=0), progress=False,
+    )  # fmt: skip
+    assert list(outcome.swap.swapped) == ["model.layers.0.mlp.down_proj"]
+    assert all(row["leakage"] < 1e-6 for row in outcome.leakage)

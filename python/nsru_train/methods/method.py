@@ -46,6 +46,14 @@ class Method:
         """Factor on the trained update where it is evaluated, saved and used."""
         return 1.0
 
+    def check_weights(self) -> None:
+        """Raise ValueError where all weights are 0: nothing would be trained."""
+        weights = [getattr(self, f.name) for f in fields(self) if f.name.startswith("w_")]
+        if weights and not any(weight is None or weight > 0 for weight in weights):
+            raise ValueError(
+                "objective: all weights are 0, which trains nothing; give one above 0."
+            )
+
     def prepare(self, model: nn.Module) -> Method:
         """This method with the settings that depend on the model, before anything is swapped."""
         return self
