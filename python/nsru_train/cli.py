@@ -610,19 +610,19 @@ def _for_method(command: Any, method: str) -> Any:
     """``command`` with the settings of ``method`` as its objective."""
     settings = find_method(method)
 
-    @wraps(command)
     def wrapped(**options: Any) -> None:
         command(**options)
 
     signature = inspect.signature(command)
-    objective = signature.parameters["objective"].replace(annotation=settings, default=settings())
-    wrapped.__signature__ = signature.replace(
+    found: Any = wraps(command)(wrapped)
+    found.__signature__ = signature.replace(
         parameters=[
-            {**signature.parameters, "objective": objective}[n] for n in signature.parameters
+            p.replace(annotation=settings, default=settings()) if p.name == "objective" else p
+            for p in signature.parameters.values()
         ]
     )
-    wrapped.__annotations__ = {**command.__annotations__, "objective": settings}
-    return wrapped
+    found.__annotations__ = {**command.__annotations__, "objective": settings}
+    return found
 
 
 def _check_configs(given: list[str]) -> None:

@@ -13,7 +13,7 @@ from nsru_kernels.ops.project.triton_kernels import project_kernel, write_table_
 # 4 KiB loads in several stages keep memory busy. At most 168 registers for aligned
 # operands on all three architectures; not measured.
 _TILES = {"BLOCK_R": 32, "BLOCK_IN": 16, "BLOCK_OUT": 64}
-_CONFIGS = dict.fromkeys(
+_CONFIGS: dict[int, tuple[launch.Config, ...]] = dict.fromkeys(
     (80, 90, 100),
     (
         launch.Config(_TILES, num_warps=4, num_stages=6),

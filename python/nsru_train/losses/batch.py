@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,11 @@ class Answers:
         base: Callable[[], AnswerHidden | AnswerLogits] | None = None,
         hidden: Callable[[int, bool], Tensor] | None = None,
     ) -> None:
-        self.rows, self.count, self.ref_nll = rows, count, ref_nll
-        self._states, self._base, self._hidden = states, base, hidden
+        self.rows, self.count = rows, count
+        self.ref_nll = torch.zeros(count) if ref_nll is None else ref_nll
+        self._states: Callable[[], Any] = states
+        self._base: Callable[[], Any] | None = base
+        self._hidden = hidden
         self._nll = nll or (lambda: states().nll())
 
     @cached_property
@@ -93,6 +96,12 @@ class Answers:
         """The tokens' own states after decoder layer ``layer``, [T, D]; nothing above it runs."""
         assert self._hidden is not None, "these answers know no model"
         return self._hidden(layer, with_adapters)
+
+
+class Batch(Protocol):
+    """The `Answers` of each kind in a batch."""
+
+    def __getitem__(self, kind: int, /) -> Answers: ...
 
 
 class ScoredBatch:

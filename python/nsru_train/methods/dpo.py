@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers
+from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers, Batch
 from nsru_train.methods.method import Method, mean
 
 
@@ -34,7 +33,7 @@ class DPO(Method):
     parts = ("forget", "retain")
     ranges = {"beta": "must be positive"}
 
-    def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
         margin = log_ratios(batch[SAFE]) - log_ratios(batch[FORGET])
         forget = mean(softplus(-self.beta * margin) * (2 / self.beta))
         retain = mean(batch[RETAIN].nll)
@@ -74,7 +73,7 @@ class IDK(Method):
     rows = (SAFE, RETAIN)
     parts = ("safe", "retain")
 
-    def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
         safe, retain = mean(batch[SAFE].nll), mean(batch[RETAIN].nll)
         total = self.w_safe * safe + self.w_retain * retain
         return {"safe": safe, "retain": retain, "total": total}

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from nsru_kernels.checks import check_settings
-from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers
+from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers, Batch
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Method:
         """The linears that are adapted, as ``targets`` of `swap_linears`; None: the user's."""
         return None
 
-    def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
         """The parts, unweighted, and "total", which is differentiated; scalars.
 
         Args:
@@ -92,14 +92,14 @@ class ForgetRetain(Method):
     w_retain: float = 1.0
     retain: Literal["nll", "kl"] = "nll"
 
-    rows = (FORGET, RETAIN)
-    parts = ("forget", "retain")
+    rows: ClassVar[tuple[int, ...]] = (FORGET, RETAIN)
+    parts: ClassVar[tuple[str, ...]] = ("forget", "retain")
 
     def forget(self, answers: Answers) -> Tensor:
         """The forget term, a scalar."""
         raise NotImplementedError
 
-    def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
         parts = {"forget": self.forget(batch[FORGET])}
         total = self.w_forget * parts["forget"]
         if RETAIN in self.rows:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers
+from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers, Batch
 from nsru_train.methods.method import Method, mean
 from nsru_train.methods.npo import NPO, npo
 from nsru_train.methods.simnpo import SimNPO, simnpo
@@ -74,7 +73,7 @@ class Objective(Method):
         """λ_sup in use."""
         return WEIGHTS[self.suppression] if self.w_suppress is None else self.w_suppress
 
-    def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
         retained = batch[RETAIN]
         parts = {
             "safe": mean(batch[SAFE].means),

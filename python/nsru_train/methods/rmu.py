@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from nsru_train.losses.batch import FORGET, RETAIN, Answers
+from nsru_train.losses.batch import FORGET, RETAIN, Answers, Batch
 from nsru_train.losses.hidden import decoder_layers
 from nsru_train.methods.method import Method, mean
 
@@ -67,7 +66,7 @@ class RMU(Method):
             )
         return [re.escape(name) for name in found]
 
-    def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
         assert self.layer is not None, "prepare(model) says which layer"
         forget, retain = batch[FORGET], batch[RETAIN]
         states_TD = forget.hidden(self.layer)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from nsru_train.losses.batch import FORGET, Answers
+from nsru_train.losses.batch import FORGET, Batch
 from nsru_train.methods.method import Method, mean
 
 
@@ -32,6 +31,6 @@ class TaskVector(Method):
     def applied(self) -> float:
         return -self.scale
 
-    def loss(self, batch: Mapping[int, Answers]) -> dict[str, Tensor]:
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
         learn = mean(batch[FORGET].nll)
         return {"learn": learn, "total": learn}
