@@ -185,8 +185,8 @@ def train(
         data: what to forget and what to retain.
         subspace: the retain subspaces.
         lora: the adapters; project says whether in the null space, whatever the method.
-        method: nsru, ga, graddiff, kl, npo, simnpo, dpo, idk, undial, wga, satimp, ceu, ihl, or
-            package.module:Class of your own.
+        method: nsru, altpo, ceu, dpo, ga, graddiff, idk, ihl, kl, lune, npo, rmu, satimp, simnpo,
+            task_vector, undial or wga, or package.module:Class of your own.
         objective: settings of the method; `nsru train --method NAME --help` lists them.
         train: how.
         out: run folder.
@@ -280,10 +280,10 @@ def train(
         resume=last is not None,
         on_eval=(
             (lambda _, model: quick_probabilities(model, tokenizer, asked, max_tokens=longest))
-            if train.eval_steps
+            if train.eval_steps or objective.keeps_best
             else None
         ),
-        eval_steps=train.eval_steps or 1,
+        eval_steps=train.eval_steps or 10,
     )
     print(outcome.swap)
     if not run.writes:

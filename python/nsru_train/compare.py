@@ -178,12 +178,14 @@ class Comparison:
         return {**kept, "folder": str(folder.path)}
 
     def judge(self, trained: Mapping[str, Any]) -> dict[str, Any]:
-        """A row of the results: the last point of the frontier, and how the adapter answers."""
+        """A row of the results: the kept or last point of the frontier, how the adapter answers."""
         folder = RunFolder(Path(trained["folder"], "judged"))
         if not self._done(folder):
             adapted = copy.deepcopy(self.base)
             load_lora_adapter(adapted, Path(trained["folder"], "adapter"))
-            row = {**trained["frontier"][-1], **self._quality(adapted), **trained["outcome"]}
+            outcome, points = trained["outcome"], trained["frontier"]
+            kept = next((p for p in points if p["step"] == outcome.get("kept_step")), points[-1])
+            row = {**kept, **self._quality(adapted), **outcome}
             folder.write_results({"row": row, "answers": self._say(adapted)})
         return folder.read_results(row=dict)["row"]
 

@@ -314,6 +314,7 @@ class Outcome:
     peak_bytes: int
     seconds: float
     early_stop: str | None
+    kept_step: int | None
     leakage: list[dict[str, Any]]
 
     def results(self) -> dict[str, Any]:
@@ -325,6 +326,7 @@ class Outcome:
             "peak_bytes": self.peak_bytes,
             "seconds": self.seconds,
             "stopped_early": self.early_stop,
+            **({} if self.kept_step is None else {"kept_step": self.kept_step}),
         }
 
 
@@ -459,6 +461,7 @@ def unlearn(
         peak_bytes=peak.bytes,
         seconds=time.perf_counter() - started,
         early_stop=trainer.early_stop_reason,
+        kept_step=trainer.kept_step,
         leakage=[
             {"module": name, "leakage": module.leakage(), "rounding": rounding(module.weight)}
             for name, module in _adapted(model)

@@ -62,6 +62,7 @@ from nsru_train.unlearn_dataset import (
     UnlearnDataset,
     make_train_dataset,
 )
+from nsru_train.updates import BestAdapters, scale_updates, scaled_updates, trainable
 
 __all__ = [
     "CheckpointError",
@@ -74,6 +75,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 REFERENCE_FILE = "reference_nll.json"
+BEST_FILE = "best.safetensors"
 # What training reads of a checkpoint's trainer_state.json.
 _STATE = {
     "global_step": int,
@@ -211,6 +213,9 @@ class NSRUTrainer(Trainer):
         self._steps = 0.0
         self._staging: Path | None = None
         self._belongs_to: dict[str, str] = {}
+        self._on_eval = on_eval
+        self._best = BestAdapters(Path(args.output_dir, BEST_FILE))
+        self.kept_step: int | None = None
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(LossProgressCallback(objective.parts))
@@ -225,13 +230,9 @@ class NSRUTrainer(Trainer):
         if self._early_stop is not None:
             self.add_callback(self._early_stop)
         if on_eval is not None:
-            factor = objective.applied
-
-            def as_applied(step: int, model: nn.Module) -> Mapping[str, float]:
-                with scaled_updates(model, factor):
-                    return on_eval(step, model)
-
-            self.add_callback(EvalHookCallback(as_applied, eval_steps, self.log, stop_at))
+            self.add_callback(EvalHookCallback(self._evaluated, eval_steps, self.log, stop_at))
+        elif objective.keeps_best:
+            raise ValueError("NSRUTrainer: on_eval must be given: this method keeps the best step.")
         for callback in callbacks:
             self.add_callback(callback)
 
@@ -243,6 +244,16 @@ class NSRUTrainer(Trainer):
     @property
     def early_stop_reason(self) -> str | None:
         return self._early_stop.reason if self._early_stop is not None else None
+
+    def _evaluated(self, step: int, model: nn.Module) -> Mapping[str, float]:
+        """The hook's results with the update as it is applied; the best adapters are kept."""
+        assert self._on_eval is not None
+        with scaled_updates(model, self.objective.applied):
+            results = self._on_eval(step, model)
+        if self.objective.keeps_best and self.args.should_save:
+            start = self.evaluations[0] if self.evaluations else results
+            self._best.consider(model, step, self.objective.score(start, results))
+        return results
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         run = RunFolder(self.args.output_dir)
@@ -256,8 +267,14 @@ class NSRUTrainer(Trainer):
                 self._belongs_to = {**self._base_digests(), **self.train_dataset.digests()}
             if isinstance(resume_from_checkpoint, (str, Path)):
                 self._check_checkpoint(Path(resume_from_checkpoint))
+            if not resume_from_checkpoint:
+                self._best.clear()
             result = super().train(resume_from_checkpoint, *args, **kwargs)
-            scale_updates(self.accelerator.unwrap_model(self.model), self.objective.applied)
+            model = self.accelerator.unwrap_model(self.model)
+            if self.objective.keeps_best:
+                self.accelerator.wait_for_everyone()
+                self.kept_step = self._best.restore(model)
+            scale_updates(model, self.objective.applied)
             return result
         finally:
             run.unlock()
@@ -365,9 +382,9 @@ class NSRUTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        trainable = dict(_trainable(self.accelerator.unwrap_model(self.model)))
-        source = trainable if state_dict is None else state_dict
-        tensors = {k: v.detach().contiguous().cpu() for k, v in source.items() if k in trainable}
+        trained = dict(trainable(self.accelerator.unwrap_model(self.model)))
+        source = trained if state_dict is None else state_dict
+        tensors = {k: v.detach().contiguous().cpu() for k, v in source.items() if k in trained}
         data = safetensors.torch.save(tensors, metadata={"format": "pt", **self._belongs_to})
         (folder / SAFE_WEIGHTS_NAME).write_bytes(data)
         (folder / REFERENCE_FILE).write_text(json.dumps(self.train_dataset.ref_nll))
@@ -378,7 +395,7 @@ class NSRUTrainer(Trainer):
             return
         folder = Path(resume_from_checkpoint)
         saved = safetensors.torch.load_file(folder / SAFE_WEIGHTS_NAME)
-        parameters = dict(_trainable(self.accelerator.unwrap_model(model or self.model)))
+        parameters = dict(trainable(self.accelerator.unwrap_model(model or self.model)))
         shapes = {k: p.shape for k, p in parameters.items()}
         odd = {k: v.shape for k, v in saved.items()}.items() ^ shapes.items()
         if odd:
@@ -478,39 +495,13 @@ class NSRUTrainer(Trainer):
         self.train_dataset.ref_nll[:] = saved
 
     def _base_digests(self) -> dict[str, str]:
-        trainable = dict(_trainable(self.model))
-        frozen = {k: v for k, v in self.model.state_dict().items() if k not in trainable}
+        trained = dict(trainable(self.model))
+        frozen = {k: v for k, v in self.model.state_dict().items() if k not in trained}
         bases = {name for name in frozen if name.endswith("subspace.basis")}
         return {
             "base model's weights": digest((k, v) for k, v in frozen.items() if k not in bases),
             "retain bases": digest((k, v) for k, v in frozen.items() if k in bases),
         }
-
-
-def scale_updates(model: nn.Module, factor: float) -> None:
-    """Multiply the update of every adapter."""
-    if factor != 1.0:
-        with torch.no_grad():
-            for parameter in _lora_b(model):
-                parameter.mul_(factor)
-
-
-@contextmanager
-def scaled_updates(model: nn.Module, factor: float) -> Iterator[None]:
-    """In the block the update of every adapter is multiplied."""
-    saved = [parameter.detach().clone() for parameter in _lora_b(model)]
-    scale_updates(model, factor)
-    try:
-        yield
-    finally:
-        if factor != 1.0:
-            with torch.no_grad():
-                for parameter, value in zip(_lora_b(model), saved, strict=True):
-                    parameter.copy_(value)
-
-
-def _lora_b(model: nn.Module) -> list[nn.Parameter]:
-    return [m.lora_B for m in model.modules() if isinstance(m, nk.NSRULinear)]
 
 
 @contextmanager
@@ -537,7 +528,7 @@ def _all_take_part(model: nn.Module, dataset: UnlearnDataset) -> bool:
     A router of experts sends one token to fewer of them than there are.
     """
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, nk.NSRULinear)}
-    if any(name.rpartition(".")[0] not in adapted for name, _ in _trainable(model)):
+    if any(name.rpartition(".")[0] not in adapted for name, _ in trainable(model)):
         return False
     reached: set[str] = set()
     consumers = {name: lambda *_, name=name: reached.add(name) for name in adapted}
@@ -545,10 +536,6 @@ def _all_take_part(model: nn.Module, dataset: UnlearnDataset) -> bool:
     with evaluating(model):
         ActivationStream(model, adapted).feed([{"input_ids": token}], consumers, None)
     return reached == adapted.keys()
-
-
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def _publish(source: Path, destination: Path) -> None:

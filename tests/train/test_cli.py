@@ -1,5 +1,6 @@
 """The commands in the order a user runs them, on a tiny model, and the mistakes a user makes."""
 
+import inspect
 import json
 import re
 import shutil
@@ -9,9 +10,10 @@ import pytest
 import yaml
 from samples import save_tiny
 
-from nsru_train.cli import main
+from nsru_train.cli import main, train
 from nsru_train.config import DataConfig, ModelConfig, SubspaceConfig
 from nsru_train.demo.authors import author_splits
+from nsru_train.methods import METHODS
 from nsru_train.sources import save_records
 
 # The run that all tests look at is drawn; the others need no drawings.
@@ -232,6 +234,11 @@ def test_a_method_from_outside_the_package(setting, tmp_path, monkeypatch, capsy
     assert "method was own_method:FLAT and is npo" in fails(capsys, other)
     error = fails(capsys, [*chosen, *quick, "--objective.sharpnesss=2"])
     assert "Did you mean --objective.sharpness?" in error
+
+
+def test_the_help_names_every_method():
+    named = inspect.getdoc(train).partition("method:")[2].partition("objective:")[0]
+    assert set(re.findall(r"[a-z_]+(?=,| or\b)", named)) >= METHODS.keys()
 
 
 def test_print_config_shows_every_field(setting, capsys):

@@ -205,10 +205,17 @@ def test_every_method_forgets_on_the_rows_that_it_asks_for(tmp_path, tokenizer, 
     options = {"w_forget": stronger[name]} if name in stronger else {}
     model, method = copy.deepcopy(knowing), METHODS[name](**options)
     nk.swap_linears(model, "all-linear", rank=4, alpha=8)
-    trainer = samples.make_trainer(tmp_path, objective=method, model=model, max_steps=12)
+    options = {
+        "on_eval": lambda step, _: {"forget_prob": -step, "retain_prob": 0},
+        "eval_steps": 12,
+    }
+    trainer = samples.make_trainer(
+        tmp_path, objective=method, model=model, max_steps=12,
+        trainer=options if method.keeps_best else None,
+    )  # fmt: skip
     assert {row.kind for row in trainer.train_dataset[0]} == set(method.rows)
     trainer.train()
-    lines = metrics(tmp_path)
+    lines = [line for line in metrics(tmp_path) if "total" in line]
     assert {*method.parts, "total"} <= lines[0].keys()
     before = trainer.train_dataset.ref_nll
     encoded = trainer.train_dataset.forget
@@ -242,6 +249,38 @@ def test_a_task_vector_is_evaluated_and_left_at_its_negative_scale(tmp_path, kno
             factor = -3.0 if "lora_B" in name else 1.0
             torch.testing.assert_close(one[name], factor * other[name])
     assert any(value.any() for name, value in away.items() if "lora_B" in name)
+
+
+def test_the_step_that_forgets_most_within_the_guard_is_kept(tmp_path):
+    forget = {0: 0.9, 2: 0.6, 4: 0.3, 6: 0.1, 8: 0.2}
+    retain = {0: 0.9, 2: 0.9, 4: 0.896, 6: 0.89, 8: 0.899}
+    seen = {}
+
+    def make():
+        def hook(step, model):
+            seen[step] = samples.adapters(model)
+            return {"forget_prob": forget[step], "retain_prob": retain[step]}
+
+        return samples.make_trainer(
+            tmp_path, objective=METHODS["lune"](), max_steps=8, save_strategy="steps",
+            save_steps=4, trainer={"on_eval": hook, "eval_steps": 2},
+        )  # fmt: skip
+
+    first = make()
+    first.add_callback(StopAt(6))
+    first.train()
+    assert first.kept_step == 4
+    assert_identical(samples.adapters(first.model), seen[4])
+    retain[8] = 0.5
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.kept_step == 4
+    assert_identical(samples.adapters(resumed.model), seen[4])
+
+
+def test_a_method_that_keeps_the_best_needs_an_evaluation(tmp_path):
+    with pytest.raises(ValueError, match="on_eval must be given"):
+        samples.make_trainer(tmp_path, objective=METHODS["lune"]())
 
 
 @pytest.mark.parametrize("part", ["safe", "suppress", "retain"])

@@ -9,6 +9,7 @@ from nsru_train.methods.ceu import CEU
 from nsru_train.methods.dpo import DPO, IDK, AltPO
 from nsru_train.methods.graddiff import GA, KL, GradDiff
 from nsru_train.methods.ihl import IHL
+from nsru_train.methods.lune import LUNE
 from nsru_train.methods.method import ForgetRetain, Method
 from nsru_train.methods.npo import NPO
 from nsru_train.methods.nsru import Objective
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "satimp": SatImp,
     "ceu": CEU,
     "ihl": IHL,
+    "lune": LUNE,
     "task_vector": TaskVector,
 }
 

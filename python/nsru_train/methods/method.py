@@ -23,16 +23,18 @@ class Method:
         by_logits: kinds whose NLL it does not read.
         alternatives: whether SAFE rows hold a record's alternatives instead, one after the other by
             epoch; the safe target where it has none.
+        keeps_best: whether the adapters of the evaluation with the highest `score` are kept.
         parts: names of the loss's parts, as metrics.jsonl has them, without the total.
         ranges: of settings; a weight, one that begins with w_, is never negative.
 
-    A method may also say `prepare`, `targets` and `applied`.
+    A method may also say `prepare`, `targets`, `applied` and `score`.
     """
 
     rows: ClassVar[tuple[int, ...]] = (SAFE, FORGET, RETAIN)
     ref_nll: ClassVar[Collection[int]] = ()
     by_logits: ClassVar[Collection[int]] = ()
     alternatives: ClassVar[bool] = False
+    keeps_best: ClassVar[bool] = False
     parts: ClassVar[tuple[str, ...]]
     ranges: ClassVar[Mapping[str, str]] = {}
 
@@ -67,6 +69,15 @@ class Method:
 
         Args:
             batch: the `Answers` of each kind in ``rows``.
+        """
+        raise NotImplementedError
+
+    def score(self, start: Mapping[str, float], now: Mapping[str, float]) -> float | None:
+        """How good the adapters of an evaluation are; None where they may not be kept.
+
+        Args:
+            start: results before the first step, forget_prob and retain_prob among them.
+            now: results of this evaluation.
         """
         raise NotImplementedError
 
