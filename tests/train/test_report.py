@@ -222,6 +222,33 @@ def test_three_methods_and_two_seeds(tmp_path):
         assert "var(--series-2)" in svg or "simnpo" not in svg
 
 
+def test_many_methods_have_a_row_each_and_those_that_do_not_forget_none(tmp_path):
+    results = demo_results(seeds=(0, 1))
+    made = {"npo": (1, 4), "npo projected": (1, 1), "dpo": (1, 9), "dpo projected": (1, 2)}
+    made |= {"idk": (9, 1), "idk projected": (9, 1)}
+    for rows in (results["methods"], results["frontier"]):
+        for row in [row for row in rows if row["method"] == "nsru"]:
+            for name, (slow, harm) in made.items():
+                unseen = 0.998 - harm * (0.998 - row["retain_unseen_prob"])
+                forget = min(1.0, slow * row["forget_prob"] + 0.1 * (slow > 1))
+                rows.append(
+                    row | {"method": name, "forget_prob": forget, "retain_unseen_prob": unseen}
+                )
+    matched = matched_damage(results)
+    assert not {"idk_damage", "idk projected_damage"} & matched[0].keys()
+    rivals = [matched[0][f"{name}_damage"] for name in ("lora", "npo", "dpo")]
+    assert matched[0]["ratio"] == pytest.approx(matched[0]["nsru_damage"] / min(rivals))
+    parts = {key: results[key] for key in ("methods", "frontier")}
+    page = page_of(tmp_path, parts, [])
+    damage = table_below(page, "Forgetting against retention")
+    assert damage[0] == ["", "seed 0", "seed 1", "mean"]
+    assert len(damage) == 1 + 2 + 4
+    means = [float(row[-1]) for row in damage[1:]]
+    assert means == sorted(means)
+    assert "does not forget" in page
+    assert "NSRU against all others without projection" in text_of(page)
+
+
 def test_more_methods_than_colours_differ_in_their_dashes():
     names = [f"method {i}" for i in range(13)]
     styles = [tuple(series_style(name, names).values()) for name in names]

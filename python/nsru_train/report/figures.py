@@ -18,6 +18,7 @@ from .theme import LIGHT, series_style
 
 WIDTH = 10.0
 MIN_PROBABILITY = 1e-6
+LEAST_DAMAGE = 1e-4  # of a mean over some fifty questions; less is noise
 LEVEL: dict[str, Any] = {"color": LIGHT["muted"], "lw": 1.1, "ls": (0, (4, 3)), "zorder": 1}
 
 
@@ -78,6 +79,49 @@ def frontier(results: Row, key: str, methods: Sequence[str]) -> Figure:
         ylabel="probability lost (each seed; lower is better)",
     )
     _method_legend(figure, methods)
+    return figure
+
+
+def damage(results: Row, key: str, methods: Sequence[str]) -> Figure:
+    """Damage at equal forgetting of many methods, a row each: without and with projection."""
+    matched = summary.matched_damage(results, key)
+    pairs = summary.projection_pairs(methods)
+    found = {
+        m: summary.values(matched, f"{m}_damage") for pair in pairs.values() for m in pair if m
+    }
+
+    def place(name: str) -> float:
+        means = [sum(found[m]) / len(found[m]) for m in pairs[name] if m and found[m]]
+        return max(means, default=float("inf"))
+
+    names = sorted(pairs, key=place, reverse=True)
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.36 * len(names)))
+    axes = figure.subplots()
+    styles = [series_style(method, ("nsru", "lora")) for method in ("lora", "nsru")]
+    for row, name in enumerate(names):
+        means = []
+        for method, style in zip(pairs[name], styles, strict=True):
+            if values := [max(value, LEAST_DAMAGE) for value in found.get(method or "", [])]:
+                means.append(sum(values) / len(values))
+                axes.plot(values, [row] * len(values), "o", ms=4, alpha=0.5, color=style["color"])
+                axes.plot(means[-1], row, "o", ms=8, color=style["color"], mec=LIGHT["surface"])
+        if len(means) == 2:
+            axes.plot(means, [row, row], lw=1.4, color=LIGHT["axis"], zorder=0)
+        if not means:
+            _note(axes, "does not forget", (LEAST_DAMAGE, row), (6, -3.5), LIGHT["muted"], "left")
+    axes.set(
+        xscale="log",
+        xlim=(0.8 * LEAST_DAMAGE, 1.4),
+        ylim=(-0.7, len(names) - 0.3),
+        xlabel=f"probability of {PROBABILITIES[key].lower()} lost (log; ← better)",
+    )
+    axes.set_yticks(range(len(names)), [summary.label(name) for name in names])
+    axes.xaxis.set_major_formatter("{x:g}")
+    handles = [
+        Line2D([], [], ls="", marker="o", ms=8, color=style["color"], label=text)
+        for style, text in zip(styles, ("plain LoRA", "in the null space"), strict=True)
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2)
     return figure
 
 

@@ -39,16 +39,18 @@ def write_report(run: str | Path | RunFolder) -> Path:
     probabilities = summary.curves(frontier, summary.PROBABILITIES)
     losses = summary.loss_series(metrics)
     spectra = [row for row in subspaces if row.get("spectrum")]
+    few = len(methods) <= summary.FEW_METHODS
+    compared = figures.frontier if few else figures.damage
     # Name of the figure -> whether the run has data for it, how it is drawn, and of what.
     plots: dict[str, tuple[Any, ...]] = {
-        name: (summary.runs(frontier, "forget_prob", key), figures.frontier, results, key, methods)
+        name: (summary.runs(frontier, "forget_prob", key), compared, results, key, methods)
         for key, name in summary.DAMAGE_FIGURES.items()
     }
     editable = summary.values(subspaces, "editability")
     leaking = summary.values(leakage, "leakage")
     plots |= {
-        "steps": (probabilities, figures.steps, results, methods),
-        "losses": (losses, figures.losses, losses, methods),
+        "steps": (few and probabilities, figures.steps, results, methods),
+        "losses": (few and losses, figures.losses, losses, methods),
         "spectrum": (spectra, figures.spectrum, spectra),
         "editability": (editable, figures.editability, subspaces),
         "leakage": (leaking, figures.leakage, leakage, methods),
@@ -72,6 +74,7 @@ def write_report(run: str | Path | RunFolder) -> Path:
         facts=_facts(results, folder),
         warnings=summary.warnings(results),
         methods=methods,
+        few=few,
         label=summary.label,
         names=summary.PROBABILITIES,
         probabilities=probabilities,

@@ -28,6 +28,8 @@ RETAIN_TARGET = 0.9
 LEAKAGE_TOLERANCE = 1e-6
 # Below one percent a forgotten answer is gone for any use; comparing there would compare noise.
 MATCH_FLOOR = 0.01
+# More methods than this are a row each instead of a line.
+FEW_METHODS = 5
 PROBABILITIES = {
     "forget_prob": "Forgotten answers",
     "safe_prob": "Safe answers",
@@ -123,7 +125,8 @@ def matched_damage(results: Row, key: str = "retain_unseen_prob") -> list[dict[s
     """Compare the methods' damage to retain answers at equal forgetting, seed by seed.
 
     All seeds are read at one level of forgetting: the lowest forget_prob that every run reached,
-    or 0.01 where all went below. A run's damage there is the least among its evaluated steps with
+    or 0.01 where all went below. Of many methods those that do not forget (forget_prob 0.1 with
+    every seed) are left out. A run's damage there is the least among its evaluated steps with
     forget_prob at or below the level: every method is read at the checkpoint a user would keep.
 
     Args:
@@ -134,10 +137,12 @@ def matched_damage(results: Row, key: str = "retain_unseen_prob") -> list[dict[s
     Returns:
         One row for each seed that all methods share: ``seed``, ``forget_prob`` (the level),
         ``METHOD_damage`` and ``METHOD_step`` for each method, and ``ratio`` = damage of the first
-        method / least damage of the others, None when that did none. Empty when there is nothing to
-        compare.
+        method / least damage of its `rivals`, None when that did none. Empty when there is nothing
+        to compare.
     """
     found = runs(results.get("frontier") or [], "forget_prob", key)
+    able = {method: seeds for method, seeds in found.items() if all(map(_forgets, seeds.values()))}
+    found = able if len(found) > FEW_METHODS and len(able) > 1 else found
     first, *others = list(found) or [""]
     seeds = [s for s in found.get(first, ()) if all(s in found[method] for method in others)]
     if not others or not seeds or before_value(results, key) is None:
@@ -153,10 +158,29 @@ def matched_damage(results: Row, key: str = "retain_unseen_prob") -> list[dict[s
             best = max(reached, key=lambda r: r[key])
             row[f"{method}_damage"] = before - best[key]
             row[f"{method}_step"] = best["step"]
-        least = min(row[f"{method}_damage"] for method in others)
+        least = min(row[f"{method}_damage"] for method in rivals(others))
         row["ratio"] = row[f"{first}_damage"] / least if least > 0 else None
         table.append(row)
     return table
+
+
+def rivals(others: Sequence[str]) -> list[str]:
+    """Those that a method in the null space is compared with: the unprojected ones, if any."""
+    return [method for method in others if not method.endswith(" projected")] or list(others)
+
+
+def _forgets(rows: Sequence[Row]) -> bool:
+    return any(row["forget_prob"] <= FORGET_TARGET for row in rows)
+
+
+def projection_pairs(methods: Sequence[str]) -> dict[str, tuple[str | None, str | None]]:
+    """Name of a method -> its runs without and with projection, as far as there are both."""
+    pairs: dict[str, list[str | None]] = {}
+    for method in methods:
+        projected = method == "nsru" or method.endswith(" projected")
+        name = "nsru" if method == "lora" else method.removesuffix(" projected")
+        pairs.setdefault(name, [None, None])[projected] = method
+    return {name: (plain, projected) for name, (plain, projected) in pairs.items()}
 
 
 def warnings(results: Row) -> list[str]:

@@ -10,7 +10,16 @@ from typing import Any
 from nsru_train.eval_results import METRICS
 
 from . import summary
-from .summary import FORGET_TARGET, PROBABILITIES, RETAIN_TARGET, SAFE_TARGET, Row, label, number
+from .summary import (
+    FEW_METHODS,
+    FORGET_TARGET,
+    PROBABILITIES,
+    RETAIN_TARGET,
+    SAFE_TARGET,
+    Row,
+    label,
+    number,
+)
 
 NAMES = {
     **PROBABILITIES,
@@ -84,6 +93,7 @@ def damage(results: Row, key: str) -> dict[str, Any] | None:
     methods = [name.removesuffix("_damage") for name in matched[0] if name.endswith("_damage")]
     mean = {m: fmean(row[f"{m}_damage"] for row in matched) for m in methods}
     first, *others = methods
+    others = summary.rivals(others)
     best = min(others, key=mean.__getitem__)
     ratio, words = "–", f"no ratio: {label(best, short=True)} did no measurable damage"
     if mean[best] > 0 >= mean[first]:
@@ -94,6 +104,8 @@ def damage(results: Row, key: str) -> dict[str, Any] | None:
     wins = sum(all(row[f"{first}_damage"] < row[f"{m}_damage"] for m in others) for row in matched)
     than = " than every other method" if len(others) > 1 else ""
     heading = "ratio to the best other" if len(others) > 1 else "ratio"
+    few = len(methods) <= FEW_METHODS
+    versus = ", ".join(map(label, others)) if few else "all others without projection"
     rows = [
         [
             f"seed {row['seed']}",
@@ -105,12 +117,27 @@ def damage(results: Row, key: str) -> dict[str, Any] | None:
     return {
         "ratio": ratio,
         "words": words,
-        "versus": f"{label(first)} against {', '.join(map(label, others))}, at matched forgetting",
+        "versus": f"{label(first)} against {versus}, at matched forgetting",
         "level": _probability(matched[0]["forget_prob"]),
         "met": wins == len(matched),
         "verdict": f"{label(first)} does less damage{than} in {wins} of {len(matched)} seeds",
-        "table": Table(["", *(label(m, short=True) for m in methods), heading], rows),
+        "table": (
+            Table(["", *(label(m, short=True) for m in methods), heading], rows)
+            if few
+            else _damage_by_method(matched, mean)
+        ),
     }
+
+
+def _damage_by_method(matched: Sequence[Row], mean: Mapping[str, float]) -> Table:
+    """A row for each method, the one that does least damage first."""
+    return Table(
+        ["", *(f"seed {row['seed']}" for row in matched), "mean"],
+        [
+            [label(m), *(f"{row[f'{m}_damage']:.4f}" for row in matched), f"{mean[m]:.4f}"]
+            for m in sorted(mean, key=mean.__getitem__)
+        ],
+    )
 
 
 def numbers(results: Row) -> list[Table]:
