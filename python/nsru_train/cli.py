@@ -576,7 +576,7 @@ def main(args: list[str] | None = None) -> None:
                 given = _underscored(given)
                 _check_configs(given)
                 auto_cli(
-                    {**COMMANDS, "train": _for_method(train, _method(given))},
+                    {**COMMANDS, "train": _for_method(COMMANDS["train"], _method(given))},
                     given,
                     prog="nsru",
                     description=__doc__,

@@ -1,37 +1,22 @@
-"""`transformers.Trainer` with the unlearning objective and small, atomic checkpoints."""
+"""The trainer of adapters: a method's loss, its rows, its evaluations."""
 
 from __future__ import annotations
 
 import copy
-import errno
 import functools
-import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer import (
-    OPTIMIZER_NAME,
-    SCALER_NAME,
-    SCHEDULER_NAME,
-    TRAINER_STATE_NAME,
-    TrainerState,
-)
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 import nsru_kernels as nk
-from nsru_kernels.files import check_fields
 from nsru_kernels.nn.inputs import ActivationStream, evaluating
 from nsru_train.callbacks import (
     EarlyStopCallback,
@@ -41,19 +26,12 @@ from nsru_train.callbacks import (
     MetricsCallback,
     evaluations,
 )
-from nsru_train.checkpoints import (
-    blaming,
-    check_alike,
-    check_files,
-    check_optimizer,
-    digest,
-    rotate,
-)
 from nsru_train.config import TrainConfig
 from nsru_train.data.encode import encode_qa, pad_token_id
 from nsru_train.data.records import QA
 from nsru_train.losses.batch import ScoredBatch
 from nsru_train.methods import Method
+from nsru_train.resumable import CheckpointError, ResumableTrainer
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import check_positions, score_sequences
 from nsru_train.unlearn_dataset import (
@@ -74,21 +52,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-REFERENCE_FILE = "reference_nll.json"
 BEST_FILE = "best.safetensors"
-# What training reads of a checkpoint's trainer_state.json.
-_STATE = {
-    "global_step": int,
-    "log_history": list[dict],
-    "total_flos": float,
-    "num_input_tokens_seen": int,
-    "train_batch_size": int | None,
-    "best_model_checkpoint": str | None,
-}
-
-
-class CheckpointError(OSError):
-    """A checkpoint could not be written; the one before is untouched."""
 
 
 def reference_nll(
@@ -130,7 +94,7 @@ def unlearning_loss(
     return parts["total"], {name: value.detach() for name, value in parts.items()}
 
 
-class NSRUTrainer(Trainer):
+class NSRUTrainer(ResumableTrainer):
     """Train the adapters of a model whose linears `nk.swap_linears` has replaced.
 
     One batch of `per_device_train_batch_size` forget questions holds, as far as the method needs
@@ -211,8 +175,6 @@ class NSRUTrainer(Trainer):
         self._parts = (*objective.parts, "total")
         self._sums: dict[str, Tensor] = {}
         self._steps = 0.0
-        self._staging: Path | None = None
-        self._belongs_to: dict[str, str] = {}
         self._on_eval = on_eval
         self._best = BestAdapters(Path(args.output_dir, BEST_FILE))
         self.kept_step: int | None = None
@@ -256,17 +218,8 @@ class NSRUTrainer(Trainer):
         return results
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        run = RunFolder(self.args.output_dir)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(run.path) or True
-        run.lock()
+        run = RunFolder(self.args.output_dir).lock()
         try:
-            saves = self.args.save_strategy != "no"
-            if self.args.should_save and (saves or resume_from_checkpoint):
-                # Before sharding; once, for it reads all weights.
-                self._belongs_to = {**self._base_digests(), **self.train_dataset.digests()}
-            if isinstance(resume_from_checkpoint, (str, Path)):
-                self._check_checkpoint(Path(resume_from_checkpoint))
             if not resume_from_checkpoint:
                 self._best.clear()
             result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -342,167 +295,6 @@ class NSRUTrainer(Trainer):
             self._sums, self._steps = {}, 0.0
         super().log(logs, start_time)
 
-    def _get_output_dir(self, trial):
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model, trial):
-        """Write into output_dir/.partial, then rename: a folder checkpoint-N is always complete."""
-        run_dir = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        partial = run_dir / ".partial"
-        previous = get_last_checkpoint(str(run_dir)) if run_dir.is_dir() else None
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = partial
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                _publish(partial / name, run_dir / name)
-        except Exception as error:  # torch reports a full disk as a RuntimeError
-            shutil.rmtree(partial, ignore_errors=True)
-            kept = f"{previous} is complete" if previous else "there is no earlier one"
-            raise CheckpointError(
-                getattr(error, "errno", None) or errno.EIO,
-                f"{name} could not be written ({error}); {kept}. Free space and resume: "
-                "nsru train --resume true, or resume_from_checkpoint=True in Python",
-                str(run_dir / name),
-            ) from error
-        finally:
-            self._staging = None
-        if self.args.should_save:
-            shutil.rmtree(partial)
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate(run_dir, limit, run_dir / name, best)
-
-    def _save(self, output_dir=None, state_dict=None):
-        """Trainable tensors and the reference NLL, nothing frozen."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        trained = dict(trainable(self.accelerator.unwrap_model(self.model)))
-        source = trained if state_dict is None else state_dict
-        tensors = {k: v.detach().contiguous().cpu() for k, v in source.items() if k in trained}
-        data = safetensors.torch.save(tensors, metadata={"format": "pt", **self._belongs_to})
-        (folder / SAFE_WEIGHTS_NAME).write_bytes(data)
-        (folder / REFERENCE_FILE).write_text(json.dumps(self.train_dataset.ref_nll))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled:  # shards, which accelerate saved beside the trainable tensors
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        folder = Path(resume_from_checkpoint)
-        saved = safetensors.torch.load_file(folder / SAFE_WEIGHTS_NAME)
-        parameters = dict(trainable(self.accelerator.unwrap_model(model or self.model)))
-        shapes = {k: p.shape for k, p in parameters.items()}
-        odd = {k: v.shape for k, v in saved.items()}.items() ^ shapes.items()
-        if odd:
-            raise ValueError(
-                f"resume_from_checkpoint: {folder} was written with other adapters, such as "
-                f"{min(odd)}; use the same targets and rank, or start a new run."
-            )
-        with self._blaming(folder, SAFE_WEIGHTS_NAME):
-            check_alike(saved, parameters, "model")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        # accelerate wraps it
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        groups = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in optimizer.param_groups
-        ]
-        schedule = self.lr_scheduler.state_dict()
-        with self._blaming(checkpoint, f"{OPTIMIZER_NAME} or {SCHEDULER_NAME}"):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            check_optimizer(optimizer, groups)
-            check_alike(self.lr_scheduler.state_dict(), schedule, "schedule")
-
-    def _load_scaler(self, checkpoint):
-        with self._blaming(checkpoint, SCALER_NAME):
-            super()._load_scaler(checkpoint)
-
-    def _load_rng_state(self, checkpoint):
-        with self._blaming(checkpoint, self._rng_file()):
-            super()._load_rng_state(checkpoint)
-
-    def _rng_file(self) -> str:
-        alone = self.args.world_size <= 1
-        return "rng_state.pth" if alone else f"rng_state_{self.args.process_index}.pth"
-
-    def _checkpoint_files(self) -> list[str]:
-        """What a checkpoint must hold; shards are the engine's, which looks for them itself."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return [TRAINER_STATE_NAME]
-        scaler = [SCALER_NAME] if getattr(self.accelerator, "scaler", None) is not None else []
-        return [
-            *(SAFE_WEIGHTS_NAME, REFERENCE_FILE, OPTIMIZER_NAME, SCHEDULER_NAME),
-            *(TRAINER_STATE_NAME, self._rng_file(), *scaler),
-        ]
-
-    def _blaming(self, checkpoint, name: str):
-        return blaming(Path(checkpoint), name, self._checkpoint_files())
-
-    def _check_checkpoint(self, folder: Path) -> None:
-        """Refuse to resume, before anything changes, from what is damaged or of another run."""
-        files = self._checkpoint_files()
-        check_files(folder, files)
-        with self._blaming(folder, TRAINER_STATE_NAME):
-            path = folder / TRAINER_STATE_NAME
-            state = vars(TrainerState.load_from_json(str(path)))
-            check_fields(path, state, _STATE)
-            for entry in state["log_history"]:
-                check_fields(path, entry, {"step": int})
-                if not isinstance(entry.get("retain", 0.0), (int, float)):
-                    raise TypeError(f"retain must be a number, got {entry['retain']!r:.60}")
-            step = folder.name.removeprefix("checkpoint-")
-            if state["global_step"] < 0 or step.isdecimal() != (step == str(state["global_step"])):
-                raise ValueError(
-                    f"global_step must be that of its folder, got {state['global_step']}"
-                )
-        if SAFE_WEIGHTS_NAME not in files:
-            return
-        self._load_rng_state(folder)  # loaded again when training starts
-        self._check_reference(folder)
-        with safetensors.safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
-            saved = file.metadata() or {}  # before there were digests: none
-        for name, wanted in self._belongs_to.items():
-            if saved.get(name, wanted) != wanted:
-                raise ValueError(
-                    f"resume_from_checkpoint: {folder} belongs to another run: the {name} changed. "
-                    "Resume with what it was, or start a new run."
-                )
-
-    def _check_reference(self, folder: Path) -> None:
-        """The reference NLL tells whether base model and forget set are still the same."""
-        with self._blaming(folder, REFERENCE_FILE):
-            saved = [float(value) for value in json.loads((folder / REFERENCE_FILE).read_text())]
-        current = self.train_dataset.ref_nll
-        if len(saved) != len(current) or not all(
-            abs(a - b) <= 1e-2 * max(1.0, abs(a)) for a, b in zip(saved, current, strict=True)
-        ):
-            raise ValueError(
-                f"resume_from_checkpoint: {folder} belongs to another base model or forget set: "
-                "its reference NLL differs. Resume with the same ones, or start a new run."
-            )
-        self.train_dataset.ref_nll[:] = saved
-
-    def _base_digests(self) -> dict[str, str]:
-        trained = dict(trainable(self.model))
-        frozen = {k: v for k, v in self.model.state_dict().items() if k not in trained}
-        bases = {name for name in frozen if name.endswith("subspace.basis")}
-        return {
-            "base model's weights": digest((k, v) for k, v in frozen.items() if k not in bases),
-            "retain bases": digest((k, v) for k, v in frozen.items() if k in bases),
-        }
-
 
 @contextmanager
 def _as_forward(model: nn.Module, function: Callable) -> Iterator[None]:
@@ -536,14 +328,3 @@ def _all_take_part(model: nn.Module, dataset: UnlearnDataset) -> bool:
     with evaluating(model):
         ActivationStream(model, adapted).feed([{"input_ids": token}], consumers, None)
     return reached == adapted.keys()
-
-
-def _publish(source: Path, destination: Path) -> None:
-    """Flush every file of a folder to the disk, then give the folder its final name."""
-    for path in source.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    if destination.exists():  # left by an earlier run of the same folder
-        os.replace(destination, source.parent / "replaced")
-    os.replace(source, destination)
