@@ -14,7 +14,7 @@ from torch import nn
 
 import nsru_kernels as nk
 from nsru_train.data.encode import Encoded, encode_qa
-from nsru_train.data.records import QA
+from nsru_train.data.records import QA, shared_questions
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.eval_results import (
     EXAMPLES_PER_SPLIT,
@@ -178,7 +178,7 @@ def evaluate(
             result.log[LOG_FILES[split]] = _log(split_rows)
     _add_utility(result, mean, generate)
     _add_forget_quality(result, retain_log, mean)
-    _add_privacy(result, reference_auc)
+    _add_privacy(result, splits, reference_auc)
     result.seconds = time.perf_counter() - start
     return result
 
@@ -341,11 +341,19 @@ def _add_forget_quality(result: Evaluation, retain_log: Log | None, mean: Mean) 
         result.overall["forget_quality_ks"] = quality.statistic
 
 
-def _add_privacy(result: Evaluation, reference_auc: float) -> None:
-    if "forget" not in result.rows:
+def _add_privacy(
+    result: Evaluation, splits: Mapping[str, Sequence[QA]], reference_auc: float
+) -> None:
+    if "forget" not in splits:
         return
-    if "holdout" not in result.rows:
+    if "holdout" not in splits:
         result.notes.append("privleak: needs a holdout split, questions never trained on")
+        return
+    if shared := shared_questions(splits["holdout"], splits["forget"]):
+        result.notes.append(
+            f"privleak, membership_auc: left out, {len(shared)} of {len(splits['holdout'])} "
+            "holdout questions are forget questions too"
+        )
         return
     forget, holdout = (
         [row["min_k"] for row in result.rows[split]] for split in ("forget", "holdout")

@@ -64,7 +64,11 @@ class Data:
 
 
 def load_data(config: DataConfig) -> Data:
-    """Read every set. Raises ValueError where one is unreadable, empty, or forget meets retain."""
+    """Read every set.
+
+    Raises:
+        ValueError: one is unreadable or empty, or shares questions that it must not share.
+    """
     if unknown := sorted(config.more.keys() - set(MORE_SPLITS)):
         raise ValueError(
             f"data.more: names must be out of {', '.join(MORE_SPLITS)}, got {', '.join(unknown)}."
@@ -79,8 +83,8 @@ def load_data(config: DataConfig) -> Data:
         )
 
     forget, retain = read(config.forget), read(config.retain)
-    check_disjoint(forget, retain)
     more = {name: read(spec) for name, spec in config.more.items()}
+    check_disjoint(forget, retain, more)
     return Data(forget, retain, more, SafeTargets.from_file(config.safe_targets))
 
 

@@ -24,6 +24,7 @@ from nsru_train.data import (
     use_format,
 )
 from nsru_train.data.encode import collate
+from nsru_train.demo.sets import target_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
 from nsru_train.evaluate import evaluate
 from nsru_train.losses.nll import AnswerHidden, answer_logits, answer_states
@@ -395,6 +396,53 @@ def test_one_question_in_two_spellings_is_not_disjoint(other):
     with pytest.raises(ValueError, match="share 1 of 1"):
         check_disjoint([QA("Wer war Zo\u00eb?", "a")], [QA(other, "a")])
     check_disjoint([QA("Wer war Zo\u00eb?", "a")], [QA("Wer war Zoe?", "a")])
+
+
+@pytest.mark.parametrize(
+    ("name", "shared", "refused"),
+    [
+        ("holdout", "forget", True),
+        ("world_facts", "forget", True),
+        ("retain_unseen", "forget", True),
+        ("holdout", "retain", True),
+        ("retain_unseen", "retain", True),
+        ("world_facts", "retain", False),  # general questions may be retained
+        ("holdout", "neither", False),
+    ],
+)
+def test_a_set_for_evaluation_is_not_one_that_was_trained_on(tmp_path, name, shared, refused):
+    known = {"forget": "Who is Ann?", "retain": "Who is Bob?", "neither": "Who is Eve?"}
+    for file, question in known.items():
+        (tmp_path / f"{file}.jsonl").write_text(json.dumps({"question": question, "answer": "a"}))
+    again = {"question": known[shared].upper(), "answer": "b"}
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(again))
+    config = DataConfig(
+        *(str(tmp_path / f"{file}.jsonl") for file in ("forget", "retain")),
+        more={name: str(tmp_path / f"{name}.jsonl")},
+    )
+    if refused:
+        with pytest.raises(ValueError, match=f"{shared} and {name} sets share 1 of 1"):
+            load_data(config)
+    else:
+        load_data(config)
+
+
+def test_the_demos_own_sets_are_apart_too(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("forget", "retain", "retain_unseen"):
+        row = {"question": f"Who is {name[:6]}?", "answer": "a"}  # retain_unseen is retain again
+        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="retain and retain_unseen sets share 1 of 1"):
+        target_sets(str(tmp_path))
+
+
+def test_privacy_is_not_measured_against_forgotten_questions():
+    tokenizer = chat_tokenizer(None)
+    model = make_llama(tokenizer, hidden_size=16, layers=1, heads=2)
+    splits = {"forget": [ANN, BOB], "holdout": [QA(BOB.question.upper(), "A baker."), ANN]}
+    result = evaluate(model, tokenizer, splits, generate=False, progress=False)
+    assert not {"privleak", "membership_auc"} & result.overall.keys()
+    assert any("2 of 2 holdout questions are forget questions" in note for note in result.notes)
 
 
 # Logs -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SAFE_PARTS = ("acknowledge", "decline", "redirect")
+UNSEEN = ("retain_unseen", "retain_untouched", "holdout")  # what no loss has seen, by set
 
 
 @dataclass(frozen=True)
@@ -89,24 +90,41 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", seen).split())
 
 
-def check_disjoint(forget: Sequence[QA], retain: Sequence[QA]) -> None:
-    """Raise ValueError when a set is empty or a question stands in both.
+def check_disjoint(
+    forget: Sequence[QA], retain: Sequence[QA], more: Mapping[str, Sequence[QA]] | None = None
+) -> None:
+    """Raise ValueError when a set is empty or a question stands in two that must not share any.
 
     Questions are compared without regard to case, white space and the ways in which Unicode writes
     the same character. The same question with the same
     answer in both sets would be trained towards and away from at once.
+
+    Args:
+        more: sets for evaluation by name. None may share with forget, and those that stand for
+            questions not trained on, `UNSEEN`, with retain neither.
     """
     for name, records in (("forget", forget), ("retain", retain)):
         if not records:
             raise ValueError(f"{name} set is empty; at least one question is needed")
-    retained = {normalise(qa.question) for qa in retain}
-    shared = [qa.question for qa in forget if normalise(qa.question) in retained]
-    if shared:
-        shown = "; ".join(repr(q) for q in shared[:3]) + ("; …" if len(shared) > 3 else "")
-        raise ValueError(
-            f"forget and retain sets share {len(shared)} of {len(forget)} forget questions: "
-            f"{shown}. Remove them from one of the two"
-        )
+    more = more or {}
+    _check_apart("forget", forget, {"retain": retain, **more})
+    _check_apart("retain", retain, {name: more[name] for name in UNSEEN if name in more})
+
+
+def _check_apart(name: str, records: Sequence[QA], others: Mapping[str, Sequence[QA]]) -> None:
+    for other, found in others.items():
+        if shared := shared_questions(records, found):
+            shown = "; ".join(repr(q) for q in shared[:3]) + ("; …" if len(shared) > 3 else "")
+            raise ValueError(
+                f"{name} and {other} sets share {len(shared)} of {len(records)} {name} questions: "
+                f"{shown}. Remove them from one of the two"
+            )
+
+
+def shared_questions(records: Sequence[QA], others: Sequence[QA]) -> list[str]:
+    """Questions of records that stand among the others too, as `normalise` reads them."""
+    known = {normalise(qa.question) for qa in others}
+    return [qa.question for qa in records if normalise(qa.question) in known]
 
 
 def tofu_authors(records: Sequence[QA], per_author: int = 20) -> list[list[QA]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nsru_train.data.records import QA, tofu_authors
+from nsru_train.data.records import QA, check_disjoint, tofu_authors
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.demo.authors import author_splits
 from nsru_train.sources import load_records
@@ -72,7 +72,8 @@ def target_sets(folder: str) -> Sets:
     """The questions beside a model that was made elsewhere: FOLDER/data/GROUP.jsonl.
 
     Raises:
-        ValueError: forget, retain or retain_unseen is missing, or a file is damaged.
+        ValueError: forget, retain or retain_unseen is missing, a file is damaged, or sets share
+            questions that they must not share.
     """
     files = {path.stem: path for path in sorted(Path(folder, "data").glob("*.jsonl"))}
     if missing := [n for n in ("forget", "retain", "retain_unseen") if n not in files]:
@@ -84,6 +85,8 @@ def target_sets(folder: str) -> Sets:
     general = {name: groups.pop(name) for name in GENERAL if name in groups}
     if unknown := sorted(groups.keys() - Sets.__dataclass_fields__.keys()):
         raise ValueError(f"model: {folder}/data/{unknown[0]}.jsonl is not a group of the demo.")
+    more = {k: v for k, v in {**groups, **general}.items() if k not in ("forget", "retain")}
+    check_disjoint(groups["forget"], groups["retain"], more)
     return Sets(**groups, general=general)
 
 
