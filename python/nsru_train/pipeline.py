@@ -23,9 +23,9 @@ from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfi
 from nsru_train.data.encode import (
     IGNORE_INDEX,
     TextFormat,
-    TooLongError,
     collate,
     encode_qa,
+    is_too_long,
     length_batches,
     pad_token_id,
     use_format,
@@ -89,33 +89,33 @@ def load_data(config: DataConfig) -> Data:
 
 
 def without_long(data: Data, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Data:
-    """The sets without the records of which a text is too long, where config.skip says so."""
-    if not config.skip:
+    """The sets without the records of which a text is too long, where config.skip says so.
+
+    Where config.truncate says that answers are cut, the sets as they are. Either is said in a line.
+    """
+    if not (config.skip or config.truncate):
         return data
 
     def fits(qa: QA, *more: str) -> bool:
         answers = [qa.answer, qa.paraphrased_answer or qa.answer, *qa.perturbed_answers, *more]
         pairs = [(qa.question, answer) for answer in answers]
-        try:
-            for question, answer in [*pairs, (qa.paraphrased_question or qa.question, qa.answer)]:
-                encode_qa(tokenizer, question, answer, max_length=config.max_length)
-        except TooLongError:
-            return False
-        return True
+        pairs.append((qa.paraphrased_question or qa.question, qa.answer))
+        return not any(is_too_long(tokenizer, *p, max_length=config.max_length) for p in pairs)
 
     kept = {name: [qa for qa in records if fits(qa)] for name, records in data.splits().items()}
     kept["forget"] = [
         qa for qa in kept["forget"] if fits(qa, data.safe.target(qa), *qa.alternatives)
     ]
+    option, effect = ("skip", "left out") if config.skip else ("truncate", "their answers cut")
     for name, records in data.splits().items():
-        if left_out := len(records) - len(kept[name]):
-            logger.warning("data.skip: %d of %d %s records are too long and left out.",
-                           left_out, len(records), name)  # fmt: skip
-        if not kept[name]:
+        if too_long := len(records) - len(kept[name]):
+            logger.warning("data.%s: %d of %d %s records are too long and %s.",
+                           option, too_long, len(records), name, effect)  # fmt: skip
+        if not kept[name] and config.skip:
             raise ValueError(
                 f"data.skip: no {name} record fits in max_length {config.max_length}; raise it."
             )
-    return Data(kept.pop("forget"), kept.pop("retain"), kept, data.safe)
+    return Data(kept.pop("forget"), kept.pop("retain"), kept, data.safe) if config.skip else data
 
 
 def load_model(

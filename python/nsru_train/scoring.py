@@ -65,13 +65,34 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def check_positions(model: nn.Module, encoded: Sequence[Encoded]) -> None:
-    """Raise ValueError where a sequence is longer than the model's position table."""
+    """Raise ValueError where a sequence is longer than the model's position table.
+
+    Without a table, one beyond the positions that its config states is said once.
+    """
     longest, limit = max(map(len, encoded), default=0), position_limit(model)
+    stated, kind = _stated_positions(model), type(model).__name__
+    if limit is None and stated is not None and longest > stated and (kind, stated) not in _warned:
+        _warned.add((kind, stated))
+        logger.warning(
+            "a text has %d tokens, %s is made for %d positions (max_position_embeddings): it may "
+            "not understand what lies beyond them. Shorten such texts, or set max_length to %d.",
+            *(longest, kind, stated, stated),
+        )
     if limit is not None and longest > limit:
         raise ValueError(
             f"a text has {longest} tokens, {type(model).__name__} has {limit} positions; shorten "
             "it, or set max_length to leave it out"
         )
+
+
+_warned: set[tuple[str, int]] = set()  # copies of a model, as `nsru compare` makes, are one
+
+
+def _stated_positions(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    stated = getattr(config, "max_position_embeddings", None)
+    return stated if isinstance(stated, int) and stated > 0 else None
 
 
 def score_sequences(

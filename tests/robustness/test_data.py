@@ -31,7 +31,7 @@ from nsru_train.losses.nll import AnswerHidden, answer_logits, answer_states
 from nsru_train.metrics import forget_quality, load_log, model_utility
 from nsru_train.pipeline import load_data, load_model, token_batches, without_long
 from nsru_train.scoring import greedy_answers, score_sequences
-from nsru_train.sources import load_records
+from nsru_train.sources import load_records, save_records
 from nsru_train.verify import Comparison
 
 ANN, BOB = QA("Who is Ann?", "A poet."), QA("Who is Bob, then?", "A baker of bread.")
@@ -257,6 +257,23 @@ def test_long_answers_are_cut_or_left_out(tmp_path, caplog):
     assert without_long(data, tokenizer, safe).retain == data.retain
     with pytest.raises(ValueError, match=r"no (retain|forget) record fits"):
         without_long(data, tokenizer, DataConfig(**{**given, "max_length": 5}, skip=True))
+
+
+@pytest.mark.parametrize("name", ["retain", "holdout"])
+def test_answers_that_are_cut_are_said(tmp_path, caplog, name):
+    save_chat_model(tmp_path / "model")
+    rows = {"forget": [ANN], "retain": [QA("Eve?", "A clerk.")], "holdout": [BOB]}
+    rows[name] = [*rows[name], QA("Who is Cid?", "A poet. " * 100)]
+    for file, records in rows.items():
+        save_records(tmp_path / f"{file}.jsonl", records)
+    forget, retain, holdout = (str(tmp_path / f"{file}.jsonl") for file in rows)
+    config = DataConfig(forget, retain, more={"holdout": holdout}, max_length=300, truncate=True)
+    _, tokenizer = load_model(ModelConfig(str(tmp_path / "model")), config)
+    loaded = load_data(config)
+    with caplog.at_level(logging.WARNING):
+        assert without_long(loaded, tokenizer, config) == loaded
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"data.truncate: 1 of 2 {name} records are too long and their answers cut."]
 
 
 # Records ----------------------------------------------------------------------------------------
@@ -653,3 +670,21 @@ def test_a_text_longer_than_the_position_table_is_named():
     with pytest.raises(ValueError, match="has 40 positions"):
         greedy_answers(model, tokenizer, ["Who is Ann? " * 20])
     assert len(greedy_answers(model, tokenizer, ["Who is Ann?", "Who?"], max_new_tokens=90)) == 2
+
+
+def test_a_text_beyond_the_stated_positions_of_a_rotary_model_is_said_once(caplog):
+    tokenizer = chat_tokenizer(None)
+    sizes = {"hidden_size": 16, "layers": 1, "heads": 2}
+    model = make_llama(tokenizer, **sizes, max_length=40)
+    short, long = (encode_qa(tokenizer, "Who?", "A poet. " * count) for count in (1, 12))
+    assert len(short) < 40 < len(long)
+    score_sequences(model, tokenizer, [short])
+    assert "max_position_embeddings" not in caplog.text
+    for _ in range(2):
+        score_sequences(model, tokenizer, [short, long])
+        token_batches(
+            model, tokenizer, [QA("Who?", "A poet. " * 12)], max_tokens=200, max_length=200
+        )
+    said = [r.getMessage() for r in caplog.records if "max_position_embeddings" in r.getMessage()]
+    assert len(said) == 1
+    assert f"a text has {len(long)} tokens, LlamaForCausalLM is made for 40 positions" in said[0]

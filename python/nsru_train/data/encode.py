@@ -139,10 +139,34 @@ def encode_qa(
         ValueError: no EOS token; an end token inside the answer; the answer changes the prompt's
             tokens.
     """
+    encoded, limit = _encode_whole(tokenizer, question, answer), _limit(tokenizer, max_length)
+    excess, start = len(encoded) - limit, encoded.answer_start
+    if excess > 0 and _format_of(tokenizer).truncate and start < limit:
+        return Encoded(encoded.input_ids[:limit], start, max(0, encoded.closing - excess))
+    if excess > 0:
+        raise TooLongError(
+            f"question {question[:60]!r} takes {len(encoded)} tokens with its answer, max_length "
+            f"is {limit}; raise max_length or shorten the text"
+            + (" (the model has no more positions)" if limit < max_length else "")
+        )
+    return encoded
+
+
+def is_too_long(
+    tokenizer: PreTrainedTokenizerBase, question: str, answer: str, *, max_length: int
+) -> bool:
+    """Whether `encode_qa` refuses this, or cuts it where the format truncates."""
+    return len(_encode_whole(tokenizer, question, answer)) > _limit(tokenizer, max_length)
+
+
+def _limit(tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    return min(max_length, _format_of(tokenizer).max_length or max_length)
+
+
+def _encode_whole(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> Encoded:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("tokenizer has no eos_token; set one, an answer must end with it")
-    text_format = _format_of(tokenizer)
     before, after = _around_answer(tokenizer, question)
     text = _render(tokenizer, question, answer)
     answered = text.removesuffix(after)
@@ -157,7 +181,7 @@ def encode_qa(
     if end <= start:
         raise ValueError(_not_a_prefix(question))
     closing = full[end:]
-    ends = {eos, *text_format.end_tokens}
+    ends = {eos, *_format_of(tokenizer).end_tokens}
     added = _added_tokens(tokenizer) if closing else set()
     stop = next((i for i, token in enumerate(closing) if token in ends | added), None)
     # Chat templates often go on with a line break that no generation would reach.
@@ -167,18 +191,7 @@ def encode_qa(
             f"answer {answer[:60]!r} holds {tokenizer.decode(sorted(inside)[:1])!r}, which would "
             "end it there; remove it from the text"
         )
-    encoded = Encoded(full[:end] + closing, start, len(closing))
-    limit = min(max_length, text_format.max_length or max_length)
-    excess = len(encoded) - limit
-    if excess > 0 and text_format.truncate and start < limit:
-        return Encoded(encoded.input_ids[:limit], start, max(0, len(closing) - excess))
-    if excess > 0:
-        raise TooLongError(
-            f"question {question[:60]!r} takes {len(encoded)} tokens with its answer, max_length "
-            f"is {limit}; raise max_length or shorten the text"
-            + (" (the model has no more positions)" if limit < max_length else "")
-        )
-    return encoded
+    return Encoded(full[:end] + closing, start, len(closing))
 
 
 def _around_answer(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[str, str]:
