@@ -27,7 +27,7 @@ from nsru_train.config import (
 )
 from nsru_train.methods import Method, find_method, run_name
 from nsru_train.parsing import read_yaml
-from nsru_train.run_config import SECTIONS, check_same_run, run_sections
+from nsru_train.run_config import SECTIONS, check_same_run, run_sections, say_changed_sets
 
 # What transformers and peft call a setting that has a shorter name here.
 KNOWN_AS = {
@@ -213,6 +213,7 @@ def train(
     _check_reporting(train.report_to)
     warn_of_unused(subspace)
     loaded = load_data(data)
+    digests = loaded.digests()
     run = RunFolder(out).lock()
     last = get_last_checkpoint(run.path)
     if last is not None and not resume:
@@ -294,7 +295,10 @@ def train(
         {
             "kind": "train",
             "seconds": time.perf_counter() - started,
-            "setup": {"questions": {n.removesuffix("_prob"): len(asked[n]) for n in asked}},
+            "setup": {
+                "questions": {n.removesuffix("_prob"): len(asked[n]) for n in asked},
+                "sets": digests,
+            },
             "methods": [
                 {"method": "before", "seed": train.seed, **before},
                 {
@@ -408,8 +412,11 @@ def eval(
     from nsru_train.run_folder import RunFolder
 
     check_range("max_new_tokens", max_new_tokens, "must be ≥ 1", whole=True)
+    of_run = data is None
     model, data = run_sections(run, model, data)
     loaded = load_data(data)
+    if of_run:
+        say_changed_sets(run, loaded.digests())
     log = load_log(retain_log) if retain_log else None
     if out and Path(out, "metrics.jsonl").exists():
         raise ValueError(f"out: {out} holds a training run; give another folder.")
@@ -495,8 +502,11 @@ def verify(
     from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.verify import verify as compare
 
+    of_run = data is None
     model, data = run_sections(run, model, data)
     loaded = load_data(data)
+    if of_run:
+        say_changed_sets(run, loaded.digests())
     base, tokenizer = load_model(model, data)
     loaded = without_long(loaded, tokenizer, data)
     if merged is None and Path(run, "merged").is_dir():

@@ -388,6 +388,7 @@ def run_compare(
         contender.method.check_weights()
     warn_of_unused(subspace)
     loaded = load_data(data)
+    digests = loaded.digests()
     if "retain_unseen" not in loaded.more:
         if len(loaded.retain) < 2:
             raise ValueError("data.retain: expected two questions or more, one of them unseen.")
@@ -422,6 +423,7 @@ def run_compare(
     found = compare(comparison, contenders, rates, seeds)
     setup = {
         "questions": {name: len(records) for name, records in loaded.splits().items()},
+        "sets": digests,
         "model_parameters": sum(p.numel() for p in base.parameters()),
         **config,
         "stop": stop,

@@ -39,7 +39,7 @@ from nsru_train.methods import Method
 from nsru_train.own_texts import own_texts
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import check_positions, end_tokens, position_limit
-from nsru_train.sources import load_records
+from nsru_train.sources import digest, load_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,6 +61,10 @@ class Data:
     def splits(self) -> dict[str, list[QA]]:
         """Every set by its name in evaluations."""
         return {"forget": self.forget, "retain": self.retain, **self.more}
+
+    def digests(self) -> dict[str, str]:
+        """Of every set, as a run's results keep it."""
+        return {name: digest(records) for name, records in self.splits().items()}
 
 
 def load_data(config: DataConfig) -> Data:

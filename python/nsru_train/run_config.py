@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nsru_kernels.files import read_json
 from nsru_train.config import (
     DataConfig,
     LoraConfig,
@@ -17,6 +19,8 @@ from nsru_train.config import (
 )
 from nsru_train.methods import find_method
 from nsru_train.parsing import read_yaml
+
+logger = logging.getLogger(__name__)
 
 SECTIONS: dict[str, Any] = {
     "model": ModelConfig,
@@ -47,6 +51,20 @@ def run_sections(
             )
         data = _section("data", saved["data"], path)
     return model, data
+
+
+def say_changed_sets(run: str, digests: Mapping[str, str]) -> None:
+    """Warn of sets that hold other records than when the run was made, where its results tell."""
+    try:
+        before = read_json(Path(run) / "results.json")["setup"]["sets"]
+        changed = [name for name, now in digests.items() if before.get(name, now) != now]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # an unfinished run, or one of a version that did not keep them
+    if changed:
+        logger.warning(
+            "run: %s changed since %s was made: what is scored now is not what it was trained on.",
+            *(" and ".join(changed), run),
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

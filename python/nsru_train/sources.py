@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import hashlib
 import io
 import json
 import logging
@@ -76,9 +77,18 @@ def load_records(
 
 def save_records(path: str | Path, records: Sequence[QA]) -> None:
     """Write records as JSON lines that `load_records` reads back; the file appears whole or not."""
-    rows = ({k: v for k, v in asdict(qa).items() if v not in (None, ())} for qa in records)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    atomic_write(path, _to_lines(records))
+
+
+def digest(records: Sequence[QA]) -> str:
+    """Tells whether two sets hold the same records in the same order, wherever they come from."""
+    return hashlib.sha256(_to_lines(records).encode()).hexdigest()[:16]
+
+
+def _to_lines(records: Sequence[QA]) -> str:
+    rows = ({k: v for k, v in asdict(qa).items() if v not in (None, ())} for qa in records)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _read_rows(path: Path) -> Iterator[tuple[int, Any]]:

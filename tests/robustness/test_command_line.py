@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 
 import docstring_parser
@@ -583,3 +583,41 @@ def test_slips_in_layers_are_told_before_anything_is_estimated(
     error = fails(capsys, "train", f"--model.path={model}", *sets, flag, f"--out={out}")
     assert wanted in error
     assert not (out / "config.yaml").exists()
+
+
+def test_sets_that_changed_since_training_are_said(caplog, model, tmp_path):
+    def write(name, *answers):
+        rows = ({"question": f"{name} {i}?", "answer": a} for i, a in enumerate(answers))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for name in ("forget", "retain", "holdout"):
+        write(name, "a", "b")
+    sets = [f"--data.{name}={tmp_path / name}.jsonl" for name in ("forget", "retain")]
+    more = json.dumps({"holdout": str(tmp_path / "holdout.jsonl")})
+    out = tmp_path / "run"
+    short = ("--subspace.rank=2", "--train.steps=1")
+    cli.main(
+        ["train", f"--model.path={model}", *sets, f"--data.more={more}", *short, f"--out={out}"]
+    )
+
+    def said(*command):
+        caplog.clear()
+        with suppress(SystemExit):  # verify finds that one step has unlearnt nothing
+            cli.main([command[0], str(out), *command[1:]])
+        return [line for r in caplog.records if "changed since" in (line := r.getMessage())]
+
+    commands = (["eval", "--generate=false"], ["verify"])
+    for command in commands:
+        assert said(*command) == []
+    write("forget", "a", "c")
+    write("holdout", "a")
+    for command in commands:
+        (line,) = said(*command)
+        assert line.startswith(f"run: forget and holdout changed since {out} was made")
+        assert said(*command, *sets) == []  # asked for as they are
+    results = json.loads((out / "results.json").read_text())
+    for setup in ({**results["setup"], "sets": None}, {"questions": {}}, None):
+        (out / "results.json").write_text(json.dumps({**results, "setup": setup}))
+        assert said("verify") == []
+    (out / "results.json").unlink()
+    assert said("verify") == []

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from nsru_train.losses.nll import AnswerHidden, answer_logits, answer_states
 from nsru_train.metrics import forget_quality, load_log, model_utility
 from nsru_train.pipeline import load_data, load_model, token_batches, without_long
 from nsru_train.scoring import greedy_answers, score_sequences
-from nsru_train.sources import load_records, save_records
+from nsru_train.sources import digest, load_records, save_records
 from nsru_train.verify import Comparison
 
 ANN, BOB = QA("Who is Ann?", "A poet."), QA("Who is Bob, then?", "A baker of bread.")
@@ -460,6 +461,14 @@ def test_privacy_is_not_measured_against_forgotten_questions():
     result = evaluate(model, tokenizer, splits, generate=False, progress=False)
     assert not {"privleak", "membership_auc"} & result.overall.keys()
     assert any("2 of 2 holdout questions are forget questions" in note for note in result.notes)
+
+
+def test_a_digest_is_that_of_the_records_not_of_the_file(tmp_path):
+    rich = QA("Who?", "Ann", "Which?", "She", ("Bob", "Eve"), {"decline": "No."}, "Ann", ("Cy",))
+    save_records(tmp_path / "a.jsonl", [rich, ANN])
+    assert digest(load_records(tmp_path / "a.jsonl")) == digest([rich, ANN])
+    others = ([ANN, rich], [rich], [rich, QA("Who is Ann?", "A poet")], [replace(rich, topic="B")])
+    assert len({digest(other) for other in ([rich, ANN], *others)}) == 5
 
 
 # Logs -------------------------------------------------------------------------------------------

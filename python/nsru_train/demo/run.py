@@ -124,6 +124,7 @@ def run_demo(
             "questions": {
                 name: len(records) for name, records in {**sets.authors, **sets.general}.items()
             },
+            "sets": data.digests(),
             "model_parameters": sum(p.numel() for p in base.parameters()),
             **({"scale": asdict(scale)} if model is None else {"model": model}),
             "lora": asdict(lora),
