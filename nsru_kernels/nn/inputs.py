@@ -8,8 +8,10 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -118,6 +120,7 @@ class ActivationStream:
         in_order: Sequence[Any] = ()
         if isinstance(batch, Tensor):
             batch = (batch,)
+        _check_no_numbers(batch)
         if isinstance(batch, (tuple, list)):
             in_order, batch = self._by_name(batch)
         if not isinstance(batch, Mapping):
@@ -125,6 +128,7 @@ class ActivationStream:
                 "batches must yield dicts, tuples or tensors, the arguments of the model, got "
                 f"{type(batch).__name__}."
             )
+        _check_tokens(batch)
         in_order = [self._moved(value) for value in in_order]
         arguments = {
             name: self._moved(value)
@@ -169,6 +173,35 @@ class ActivationStream:
                 f"out of the targets."
             )
         return self.keep_BT.reshape(x.shape[:-1]).to(x.device)
+
+
+def _check_no_numbers(batch: Any) -> None:
+    """Raise TypeError where numbers stand in lists or arrays: a model takes tensors."""
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    if leaves and all(isinstance(leaf, (Number, np.ndarray)) for leaf in leaves):
+        kind = type(leaves[0]).__name__
+        raise TypeError(
+            "batches must yield dicts, tuples or tensors, the arguments of the model, got "
+            f"{kind if leaves[0] is batch else f'{kind} in a {type(batch).__name__}'}; {_REMEDY}."
+        )
+
+
+def _check_tokens(batch: Mapping[str, Any]) -> None:
+    for name in ("input_ids", "attention_mask", "token_mask"):
+        value = batch.get(name)
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"batches: {name} must be a tensor [B, T], got {type(value).__name__}; {_REMEDY}."
+            )
+    ids = batch.get("input_ids")
+    if ids is not None and ids.ndim == 1:
+        raise ValueError(
+            f"batches: input_ids must be [B, T], got {tuple(ids.shape)}; use ids[None] for one "
+            "sequence, and batches=[ids] for one batch."
+        )
+
+
+_REMEDY = "make tensors of them by torch.as_tensor, or tokenizer(..., return_tensors='pt')"
 
 
 class _WeightReads(TorchDispatchMode):
@@ -249,6 +282,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def check_iterable(name: str, batches: Any) -> None:
+    """Raise TypeError where there can be no batches in it."""
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise TypeError(
+            f"{name} must be a list, a DataLoader or another iterable of batches, got {batches!r}."
+        )
 
 
 def with_first(batches: Batches) -> tuple[Batch | None, Batches]:

@@ -14,6 +14,7 @@ from nsru_kernels.nn.inputs import (
     ActivationStream,
     Batches,
     Consumer,
+    check_iterable,
     evaluating,
     is_distributed,
     with_first,
@@ -75,7 +76,11 @@ def estimate_retain_subspaces(
         ValueError: not exactly one of rank, energy, min_editability; a rank that an input cannot
             hold; an empty retain or forget set; NaN or infinite activations; a target without a
             match, or one that no batch reached.
+        TypeError: batches that hold no tensors.
     """
+    check_iterable("batches", batches)
+    if forget_batches is not None:
+        check_iterable("forget_batches", forget_batches)
     model = unwrap(model)
     targets, exclude = names_in("targets", targets), names_in("exclude", exclude)
     linears = dict(match_linears(model, targets, exclude))

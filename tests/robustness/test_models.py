@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
+from transformers import BatchEncoding
 
 import nsru_kernels as nk
 from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, WEIGHTS
@@ -384,6 +385,44 @@ def test_batches_may_be_tensors_and_tuples(model, kind, hidden):
 def test_other_batches_are_refused(model, batch, match):
     with pytest.raises(TypeError, match=match):
         nk.estimate_retain_subspaces(model, [batch], "q", width=12, rank=4, progress=False)
+
+
+class Causal(Model):
+    """As transformers names its arguments."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids, attention_mask)
+
+
+LISTS, ARRAY = ids.tolist(), ids.numpy()
+BATCHES = [
+    ([ARRAY], "tuples or tensors.*got ndarray; .*torch.as_tensor"),
+    (ARRAY, "got ndarray; "),
+    ([{"input_ids": ARRAY}], r"got ndarray in a dict; .*return_tensors='pt'"),
+    ([BatchEncoding({"input_ids": LISTS, "attention_mask": LISTS})], "got int in a BatchEncoding"),
+    ([{"input_ids": LISTS, "attention_mask": ids}], r"input_ids must be a tensor \[B, T\], got li"),
+    ([{"input_ids": ids, "attention_mask": ARRAY}], "attention_mask must be .*, got ndarray"),
+    ([(ids, ARRAY)], "attention_mask must be a tensor .*, got ndarray"),
+    ([LISTS], "got int in a list"),
+    (LISTS, "got int in a list"),
+    (LISTS[0], "got int; "),
+    (3, "iterable of batches, got 3"),
+    ([ids[0]], r"input_ids must be \[B, T\], got \(5,\); use ids\[None\]"),
+    (ids, r"input_ids must be \[B, T\].*batches=\[ids\]"),
+    ([{"input_ids": ids[0]}], r"input_ids must be \[B, T\]"),
+]
+
+
+@pytest.mark.parametrize(("batches", "match"), BATCHES)
+def test_numbers_that_are_no_batch_of_tensors_are_refused(batches, match):
+    good = [ids]
+    options = {"width": 12, "progress": False}
+    with pytest.raises((TypeError, ValueError), match=f"^batches.*{match}"):
+        nk.estimate_retain_subspaces(Causal(), batches, "q", rank=4, **options)
+    with pytest.raises((TypeError, ValueError), match=f"^(forget_)?batches.*{match}"):
+        nk.estimate_retain_subspaces(
+            Causal(), good, "q", forget_batches=batches, min_editability=0.1, **options
+        )
 
 
 # Targets
