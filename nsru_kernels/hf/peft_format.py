@@ -267,13 +267,13 @@ def _check_fit(
 
 def check_fingerprint(model: nn.Module, sidecar: Path) -> None:
     """Raise ValueError when ``nsru.json`` says that the adapter was trained on other weights."""
-    from nsru_kernels.subspaces.collection import fingerprint_weights
+    from nsru_kernels.subspaces.collection import dtype_hint, fingerprint_weights
 
     if not sidecar.is_file():
         return
     wanted = read_json(sidecar).get("fingerprint")
     if wanted is not None and (found := fingerprint_weights(model)) != wanted:
         raise ValueError(
-            f"adapter: {sidecar.parent} was trained on weights with fingerprint {wanted}, "
-            f"the model has {found}; load the base model that it was trained on."
+            f"it was trained on weights with fingerprint {wanted}, the model has {found}; load the "
+            f"base model that it was trained on.{dtype_hint(model, str(wanted))}"
         )

@@ -124,7 +124,7 @@ class SubspaceSet(dict[str, RetainSubspace]):
             raise ValueError(
                 f"the model's weights (fingerprint {found}) differ from those that the retain "
                 f"subspaces were estimated on ({self.fingerprint}); load that model, or estimate "
-                f"the subspaces again."
+                f"the subspaces again.{dtype_hint(model, self.fingerprint)}"
             )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -242,12 +242,24 @@ def _read_entry(path: Path, found: dict[str, typing.Any]) -> tuple[InputDiagnost
     return entry, file
 
 
-def fingerprint_weights(model: nn.Module) -> str:
+def dtype_hint(model: nn.Module, wanted: str) -> str:
+    """A sentence where float16 may be all by which the model's weights are not the wanted ones."""
+    if fingerprint_weights(model, torch.float16) == wanted:
+        return " Only the dtype differs: load this model in float16."
+    if any(weight.dtype == torch.float16 for weight in model.parameters()):
+        return (
+            " float16 rounds weights in a way of its own: if this is the same model, load it in "
+            "the dtype it had then, float32 or bfloat16."
+        )
+    return ""
+
+
+def fingerprint_weights(model: nn.Module, rounded_to: torch.dtype | None = None) -> str:
     """A hash over names, shapes and evenly spaced entries of the weights, adapters left out.
 
     Entries are compared in bf16, so that a model loaded in fp32 or bf16 has the same fingerprint;
     at most 1024 of a tensor are read, so that it takes milliseconds, and a fine-tuned copy of the
-    model differs in thousands of them.
+    model differs in thousands of them. rounded_to tells what it would be in another dtype.
     """
     digest = hashlib.sha256()
     weights = {plain_name(name): weight for name, weight in unwrap(model).named_parameters()}
@@ -256,7 +268,7 @@ def fingerprint_weights(model: nn.Module) -> str:
             continue
         flat = weight.detach().resolve_neg().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
-        sample = flat[::step].to("cpu", torch.bfloat16).view(torch.int16)
+        sample = flat[::step].to("cpu", rounded_to).to(torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -240,6 +240,7 @@ def train(
     }
     if last is not None:
         check_same_run(run.config_path, config)
+        print(f"resume: going on from {last}.")
     started = time.perf_counter()
     base, tokenizer = load_model(model, data)
     loaded = without_long(loaded, tokenizer, data)
@@ -472,14 +473,17 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     from nsru_kernels.files import whole_folder
     from nsru_kernels.hf.peft_format import load_lora_adapter
     from nsru_train.pipeline import load_model
+    from nsru_train.run_folder import RunFolder
 
     model, _ = run_sections(run, model, None, need_data=False)
+    locked = RunFolder(run).lock()  # which removes what a killed merge left
     network, tokenizer = load_model(model)
     load_lora_adapter(network, adapter or f"{run}/adapter")
     nk.merge_adapters(network)
     with whole_folder(f"{run}/merged") as folder:
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    locked.unlock()
     _finish([f"{run}/merged"], "verify", run)
 
 

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import shutil
+import socket
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 
@@ -621,3 +624,32 @@ def test_sets_that_changed_since_training_are_said(caplog, model, tmp_path):
         assert said("verify") == []
     (out / "results.json").unlink()
     assert said("verify") == []
+
+
+def test_a_resumed_run_says_from_where(capsys, model, tmp_path):
+    command = ["train", f"--model.path={model}", *SETS, "--subspace.rank=2", f"--out={tmp_path}"]
+    command += ["--train.steps=2", "--train.save_steps=1", "--train.batch_size=2"]
+    cli.main(command)
+    assert "resume:" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    cli.main([*command, "--resume=true"])
+    assert f"resume: going on from {tmp_path / 'checkpoint-1'}.\n" in capsys.readouterr().out
+
+
+def test_the_next_merge_removes_what_a_killed_one_left(capsys, model, tmp_path):
+    saved_run(tmp_path, model)
+    network = AutoModelForCausalLM.from_pretrained(model)
+    nk.swap_linears(network, "q_proj", rank=2, alpha=4)
+    nk.save_lora_adapter(network, tmp_path / "adapter")
+    left = tmp_path / ".merged.0123abcd" / "model.safetensors"
+    left.parent.mkdir()
+    left.touch()
+    cli.main(["merge", str(tmp_path)])
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"config.yaml", "adapter", "merged", "checkpoint-3"}
+    # Not while another process may be writing there.
+    owner = {"pid": os.getppid(), "host": socket.gethostname()}
+    (tmp_path / ".lock").write_text(json.dumps(owner))
+    left.parent.mkdir()
+    assert "is in use by process" in fails(capsys, "merge", tmp_path)
+    assert left.parent.exists()

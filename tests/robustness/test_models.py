@@ -387,6 +387,45 @@ def test_other_batches_are_refused(model, batch, match):
         nk.estimate_retain_subspaces(model, [batch], "q", width=12, rank=4, progress=False)
 
 
+# Weights in another dtype
+
+
+def fingerprinted(folder, model):
+    """Subspaces and an adapter of this model, from their folders."""
+    subspaces = nk.estimate_retain_subspaces(model, [ids], "q", width=12, rank=4, progress=False)
+    metadata = {"fingerprint": subspaces.fingerprint}
+    nk.save_lora_adapter(adapt(copy.deepcopy(model)), folder / "adapter", metadata=metadata)
+    return subspaces, folder / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "hint"),
+    [
+        (torch.float16, torch.float32, "Only the dtype differs: load this model in float16."),
+        (torch.float32, torch.float16, "load it in the dtype it had then, float32 or bfloat16."),
+        (torch.float32, torch.bfloat16, None),
+        (torch.bfloat16, torch.float32, "wrong"),  # other weights: bfloat16 has rounded them
+    ],
+)
+def test_a_model_in_another_dtype_is_told_from_another_model(model, tmp_path, then, now, hint):
+    here = copy.deepcopy(model)
+    if hint == "wrong":
+        with torch.no_grad():
+            here.layers[0].q.weight += 1
+    subspaces, adapter = fingerprinted(tmp_path, model.to(then))
+    here = here.to(now)
+    if hint is None:
+        subspaces.check_model(here)
+        nk.load_lora_adapter(here, adapter)
+        return
+    for read in (subspaces.check_model, lambda model: nk.load_lora_adapter(model, adapter)):
+        with pytest.raises(ValueError, match="fingerprint") as error:
+            read(here)
+        start, _, reason = str(error.value).partition("fingerprint")
+        assert "dtype" not in reason if hint == "wrong" else reason.endswith(hint)
+        assert start.count(str(adapter)) == (read != subspaces.check_model)
+
+
 class Causal(Model):
     """As transformers names its arguments."""
 
