@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from nsru_kernels.checks import check_range
 from nsru_train.config import (
@@ -26,7 +26,7 @@ from nsru_train.config import (
     TrainConfig,
 )
 from nsru_train.methods import Method, find_method, run_name
-from nsru_train.parsing import read_yaml
+from nsru_train.parsing import explain_value, in_words, read_yaml
 from nsru_train.run_config import SECTIONS, check_same_run, run_sections, say_changed_sets
 
 # What transformers and peft call a setting that has a shorter name here.
@@ -640,19 +640,35 @@ def _for_method(command: Any, method: str) -> Any:
 
 
 def _check_configs(given: list[str]) -> None:
-    """Raise ValueError where a --config file is not YAML, or has a key twice."""
+    """Raise ValueError where a --config file is not YAML, has a key twice, or an odd section."""
     values = re.findall(r"--config(?:=|\n)(.*)", "\n".join(given))
     for path in filter(os.path.isfile, values):
-        read_yaml(path)
+        saved = read_yaml(path)
+        for name in SECTIONS if isinstance(saved, dict) else ():
+            if not isinstance(saved.get(name), dict | str | None):
+                raise ValueError(
+                    f"{path}: {name}: expected {in_words(SECTIONS[name])}, got {saved[name]!r:.80}."
+                )
 
 
 def _explain(error: Exception, given: list[str]) -> str:
     """One line on what is wrong in the command line, with the closest option that there is."""
     text = " ".join(str(error).split())
     command = _command(given)
-    unknown = re.search(r"unrecognized arguments: -*([\w.]+)|not accept option '([\w.]+)'", text)
+    # A section that may be left out, as those of eval: what is wrong stands inside.
+    inside = re.search(r'key "(\w+)": .*class_path \S+: (.*) - Expected a <class \'NoneT', text)
+    if inside is not None:
+        text = re.sub(r'(key "|option \')', rf"\1{inside[1]}.", inside[2], flags=re.I)
+        said, required, missing = text.partition("required: ")
+        text = said + required + re.sub(r"(\w+)", rf"--{inside[1]}.\1", missing)
+    unknown = re.search(
+        r"unrecognized arguments: -*([\w.]+)|option '([\w.]+)'(?: is not accepted|$)", text, re.I
+    )
     if command is None or unknown is None:
+        options = {} if command is None else _options(command, find_method(_method(given)))
         names = re.sub(rf"\b{command}\.([a-z_]+\.)", r"--\1", text)
+        if (odd := explain_value(text, options)) is not None:
+            names = f"--{odd}"
         return f"{names}. `nsru {command or ''}{' ' * bool(command)}--help` lists all options."
     name = unknown[1] or unknown[2]
     section, _, last = name.rpartition(".")
@@ -667,18 +683,17 @@ def _explain(error: Exception, given: list[str]) -> str:
     return f"{command} has no option {name!r}.{hint} `nsru {command} --help` lists all options."
 
 
-def _options(command: str, method: type[Method]) -> list[str]:
-    """Names of all options of a command, those of sections with the section's name before."""
+def _options(command: str, method: type[Method]) -> dict[str, Any]:
+    """Type hints of all options of a command by name, those of sections after the section's own."""
     sections = {**SECTIONS, "objective": method}
-    return [
-        option
-        for name, parameter in inspect.signature(COMMANDS[command]).parameters.items()
-        for option in (
-            [f"{name}.{field.name}" for field in fields(sections[name])]
-            if name in SECTIONS and SECTIONS[name].__name__ in parameter.annotation
-            else [name]
-        )
-    ]
+    options: dict[str, Any] = {}
+    for name, hint in get_type_hints(COMMANDS[command]).items():
+        options[name] = hint
+        if name in SECTIONS and SECTIONS[name] in (hint, *get_args(hint)):
+            own = get_type_hints(sections[name])
+            options |= {f"{name}.{field.name}": own[field.name] for field in fields(sections[name])}
+    options.pop("return", None)
+    return options
 
 
 def _underscored(args: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from nsru_kernels.files import read_json
 from nsru_train.config import (
@@ -18,7 +18,7 @@ from nsru_train.config import (
     TrainConfig,
 )
 from nsru_train.methods import find_method
-from nsru_train.parsing import read_yaml
+from nsru_train.parsing import explain_value, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,10 @@ def _section(name: str, values: Any, path: Path, method: str = "nsru") -> Any:
         typed = parser.parse_object({name: values})[name].as_dict()
         return settings(**{**values, **typed})  # the parser overlooks unknown empty sections
     except (ArgumentError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        hints = {f"{name}.{key}": hint for key, hint in get_type_hints(settings).items()}
         raise ValueError(
-            f"{path}: {' '.join(str(error).split())}; was it written by another version, or "
+            f"{path}: {explain_value(text, hints) or text}; was it written by another version, or "
             "changed by hand?"
         ) from error
 
