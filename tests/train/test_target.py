@@ -135,7 +135,7 @@ def test_an_interrupted_demo_with_other_settings_is_refused(out, results, capsys
     before = (folder / "config.yaml").read_bytes()
     with pytest.raises(SystemExit):
         demo(out, folder, "--resume=true", "--train.steps=5")
-    assert "train differ" in capsys.readouterr().err
+    assert "train.steps was 4 and is 5" in capsys.readouterr().err
     assert (folder / "config.yaml").read_bytes() == before
 
 
