@@ -167,3 +167,33 @@ def test_unlearning_document_quotes_the_seeds_on_smollm2(smollm2):
             f"{row['world_facts_exact_memorisation']:.3f}",
         ]  # fmt: skip
         assert table[row["method"], row["seed"]].split(" | ") == cells
+
+
+def test_unlearning_document_quotes_what_the_null_space_does_for_other_methods():
+    results = json.loads((RESULTS / "frontier-fictitious" / "results.json").read_text())
+    matched = matched_damage(results)
+    assert matched == results["matched"]
+    rates = {}
+    for point in results["tuning"]:
+        rates.setdefault(point["method"], set()).add(point["lr"])
+    assert len(rates) == 26
+    assert set(map(frozenset, rates.values())) == {frozenset((3e-4, 1e-3, 3e-3))}
+    text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    section = text.split("## Other methods, with and without the null space\n")[1].split("\n## ")[0]
+    shown = [row.split("|")[1:-1] for row in section.splitlines() if row.startswith("| ")][1:]
+    assert len(shown) == 10
+    means = {}
+    for name, *cells in ([cell.strip() for cell in row] for row in shown):
+        pair = ("lora", "nsru") if name == "NSRU" else (name, f"{name} projected")
+        lost = [fmean(row[f"{method}_damage"] for row in matched) for method in pair]
+        safe = [
+            fmean(row["safe_prob"] for row in results["methods"] if row["method"] == method)
+            for method in pair
+        ]
+        wanted = (f"{lost[0]:.4f}", f"{lost[1]:.4f}", f"{lost[1] / lost[0]:.2f}")
+        assert tuple(cells) == (*wanted, *(f"{value:.2f}" for value in safe)), name
+        means[name] = lost
+    best = min(plain for plain, _ in means.values())
+    assert f"{means['NSRU'][1] / best:.2f} of the best method" in section
+    ratios = ", ".join(f"{row['ratio']:.2f}" for row in matched[:-1])
+    assert f"{ratios} and {matched[-1]['ratio']:.2f}" in section
