@@ -110,7 +110,7 @@ class GradientCheckCallback(TrainerCallback):
             raise GradientError(
                 f"{len(bad)} of {len(norms)} adapter gradients are not finite in the first steps, "
                 f"such as that of {bad[0]}. Look for NaN or inf in the weights and the retain "
-                "bases, or train in bfloat16."
+                "bases, lower the learning rate, or train in bfloat16."
             )
         silent = [name for name, norm in norms.items() if norm == 0]
         if len(silent) == len(norms):

@@ -17,6 +17,7 @@ from nsru_kernels.checks import check_range
 from nsru_kernels.files import check_fields
 from nsru_kernels.hf.peft_format import load_lora_adapter
 from nsru_kernels.subspaces.collection import SubspaceSet
+from nsru_train.callbacks import GradientError
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.evaluate import evaluate, probability_sets
 from nsru_train.methods import Method, find_method, run_name
@@ -68,6 +69,8 @@ class Contender:
         Raises:
             ValueError: an unknown method, or settings that it does not have.
         """
+        if name == "before":
+            raise ValueError("methods: 'before' is the base model; call your class otherwise.")
         method, _, how = name.partition(" ")
         project = how == "projected" or method == "nsru"
         method = "nsru" if method == "lora" else method
@@ -77,8 +80,11 @@ class Contender:
         try:
             return cls(run_name(method, project), found(**settings), project)
         except TypeError as error:
-            known = ", ".join(field.name for field in fields(found))
-            raise ValueError(f"settings: {name} has {known}; {error}.") from error
+            known = [field.name for field in fields(found)]
+            odd = ", ".join(sorted(settings.keys() - known))
+            raise ValueError(f"settings: {name} has {', '.join(known)}, got {odd}.") from error
+        except ValueError as error:
+            raise ValueError(f"settings: {name}: {error}") from error
 
 
 @dataclass
@@ -272,17 +278,22 @@ def compare(
     """
     rows = [comparison.before()]
     tuning = [
-        comparison.unlearn(contender, lr, seed=0)
+        one
         for contender in contenders
         for lr in lrs.get(contender.name, [comparison.train.lr])
+        if (one := _attempt(comparison, contender, lr, 0))
     ]
     points = [point for one in tuning for point in one["frontier"]]
+    contenders = [c for c in contenders if any(one["method"] == c.name for one in tuning)]
     best = {c.name: best_lr(points, c.name, comparison.is_enough) for c in contenders}
     trained = [
-        comparison.unlearn(contender, best[contender.name], seed=seed)
+        one
         for seed in range(seeds)
         for contender in contenders
+        if (one := _attempt(comparison, contender, best[contender.name], seed))
     ]
+    if not trained:
+        raise ValueError("lrs: no method could be trained at any rate; lower them.")
     run = comparison.run
     for one in trained:
         rows.append(comparison.judge(one))
@@ -299,16 +310,31 @@ def compare(
         "lr": best,
         "subspaces": [asdict(diagnostics) for diagnostics in comparison.subspaces.inputs],
         "leakage": trained[0]["leakage"],
-        "examples": comparison.answers(trained[: len(contenders)]),
+        "examples": comparison.answers([one for one in trained if one["seed"] == 0]),
     }
     results["matched"] = matched_damage(results)
     for row in results["matched"]:
-        lost = ", ".join(f"{row[f'{c.name}_damage']:.4f} ({c.name})" for c in contenders)
+        lost = ", ".join(
+            f"{damage:.4f} ({name.removesuffix('_damage')})"
+            for name, damage in row.items()
+            if name.endswith("_damage")
+        )
         print(
             f"  seed {row['seed']}: at forget_prob ≤ {row['forget_prob']:.3f} unseen retain answers"
             f" lost {lost}"
         )
     return results
+
+
+def _attempt(
+    comparison: Comparison, contender: Contender, lr: float, seed: int
+) -> dict[str, Any] | None:
+    """The run, or None where it diverged at once: no reason to lose the others."""
+    try:
+        return comparison.unlearn(contender, lr, seed)
+    except GradientError as error:
+        print(f"  {contender.name} seed {seed}, lr {lr:g}: left out, {error}")
+        return None
 
 
 def _brief(row: Mapping[str, Any]) -> str:
@@ -377,9 +403,10 @@ def run_compare(
     """Compare, and write results.json and report.html into ``out``; see ``nsru compare --help``."""
     started = time.perf_counter()
     contenders = [Contender.named(name, settings.get(name, {})) for name in methods]
+    lrs = list(dict.fromkeys(lrs))
     names = [contender.name for contender in contenders]
     if len(set(names)) < len(names) or not names:
-        raise ValueError(f"methods: expected distinct methods, got {names}.")
+        raise ValueError(f"methods: expected methods of distinct names, got {', '.join(names)}.")
     rates = dict.fromkeys(names, lrs) if lrs else {}
     check_plan(rates, seeds, examples, probed, stop)
     if unknown := sorted(settings.keys() - set(names)):

@@ -236,6 +236,19 @@ def test_a_method_from_outside_the_package(setting, tmp_path, monkeypatch, capsy
     assert "Did you mean --objective.sharpness?" in error
 
 
+@pytest.mark.parametrize("order", ["flag last", "file last"])
+def test_the_last_method_counts_for_its_loss_and_its_record(setting, tmp_path, capsys, order):
+    (tmp_path / "c.yaml").write_text("method: npo\n")
+    given = ["--method=undial", f"--config={tmp_path / 'c.yaml'}"]
+    given = given[::-1] if order == "flag last" else given
+    with pytest.raises(SystemExit):
+        main(["train", *given, *flags(setting), "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    wanted = "undial" if order == "flag last" else "npo"
+    assert config["method"] == wanted
+    assert config["objective"]["beta"] == METHODS[wanted]().beta
+
+
 def test_the_help_names_every_method():
     named = inspect.getdoc(train).partition("method:")[2].partition("objective:")[0]
     assert set(re.findall(r"[a-z_]+(?=,| or\b)", named)) >= METHODS.keys()

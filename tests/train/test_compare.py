@@ -78,12 +78,16 @@ def test_a_contender_is_called_as_results_call_it(name):
     [
         (["--methods=[nsru, npoo]"], "got 'npoo'. Did you mean npo?"),
         (["--methods=[npo twice]"], "expected a name, or \"NAME projected\", got 'npo twice'"),
-        (["--methods=[npo, npo]"], "expected distinct methods"),
+        (["--methods=[before]"], "'before' is the base model"),
+        (["--methods=[npo, npo]"], "expected methods of distinct names"),
         (["--methods=[npo]", "--settings={simnpo: {}}"], "settings: 'simnpo' is none of the"),
-        (["--methods=[npo]", "--settings={npo: {bet: 1}}"], "settings: npo has w_forget, w_retain"),
+        (
+            ["--methods=[npo]", "--settings={npo: {bet: 1}}"],
+            "settings: npo has w_forget, w_retain, retain, beta, got bet",
+        ),
         (
             ["--methods=[npo]", "--settings={npo: {beta: 0}}"],
-            "objective.beta must be positive, got 0",
+            "settings: npo: objective.beta must be positive, got 0",
         ),
     ],
 )
@@ -92,3 +96,13 @@ def test_mistakes_are_refused_before_any_work(flags, tmp_path, capsys, options, 
         main([*flags, *options, f"--out={tmp_path / 'never'}"])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
+
+
+def test_a_rate_at_which_a_method_diverges_costs_nothing_else(flags, tmp_path, capsys):
+    rates = ["--lrs=[0.01, 1.0e+38, 0.010]", "--methods=[nsru, ga]", f"--out={tmp_path / 'run'}"]
+    main([flag for flag in flags if not flag.startswith("--lrs")] + rates)
+    assert "ga seed 0, lr 1e+38: left out" in capsys.readouterr().out
+    results = read_results(tmp_path / "run")
+    assert [row["method"] for row in results["methods"]] == ["before", "nsru", "ga"]
+    assert {row["lr"] for row in results["tuning"]} == {0.01}
+    assert len(results["tuning"]) == len({(r["method"], r["step"]) for r in results["tuning"]})

@@ -330,6 +330,11 @@ def test_a_method_of_ones_own_is_found_by_its_import_path(tmp_path, monkeypatch)
     sys.modules.pop("my_method")
 
 
+def test_methods_without_a_retain_term_have_no_weight_for_it():
+    for name in ("ga", "ceu"):
+        assert {f.name for f in dataclasses.fields(METHODS[name])} <= {"w_forget", "skip"}
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"expected one of nsru, .*got 'NPO'\. Did you mean npo\?"):
         find_method("NPO")

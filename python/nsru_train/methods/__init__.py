@@ -10,7 +10,7 @@ from nsru_train.methods.dpo import DPO, IDK, AltPO
 from nsru_train.methods.graddiff import GA, KL, GradDiff
 from nsru_train.methods.ihl import IHL
 from nsru_train.methods.lune import LUNE
-from nsru_train.methods.method import ForgetRetain, Method
+from nsru_train.methods.method import Forget, ForgetRetain, Method
 from nsru_train.methods.npo import NPO
 from nsru_train.methods.nsru import Objective
 from nsru_train.methods.rmu import RMU
@@ -19,7 +19,7 @@ from nsru_train.methods.task_vector import TaskVector
 from nsru_train.methods.undial import UNDIAL
 from nsru_train.methods.wga import WGA, SatImp
 
-__all__ = ["METHODS", "ForgetRetain", "Method", "Objective", "find_method", "run_name"]
+__all__ = ["METHODS", "Forget", "ForgetRetain", "Method", "Objective", "find_method", "run_name"]
 
 METHODS: dict[str, type[Method]] = {
     "nsru": Objective,
@@ -52,7 +52,7 @@ def find_method(name: str) -> type[Method]:
     if not attribute:
         if name in METHODS:
             return METHODS[name]
-        close = difflib.get_close_matches(name.lower(), METHODS, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name.lower(), METHODS, n=1, cutoff=0.6)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ValueError(
             f"method: expected one of {', '.join(METHODS)}, or package.module:Class of your own, "

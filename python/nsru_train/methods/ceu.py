@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from nsru_train.losses.batch import FORGET, Answers
-from nsru_train.methods.method import ForgetRetain, mean
+from nsru_train.methods.method import Forget, mean
 
 
 @dataclass(frozen=True)
-class CEU(ForgetRetain):
+class CEU(Forget):
     """Cross-entropy to softmax(z without y), held fixed, of the tokens y of the answers to forget.
 
     No retain term by design.
@@ -25,9 +25,7 @@ class CEU(ForgetRetain):
 
     skip: int = 1
 
-    rows = (FORGET,)
     by_logits = (FORGET,)
-    parts = ("forget",)
     ranges = {"skip": "must not be negative"}
 
     def forget(self, answers: Answers) -> Tensor:

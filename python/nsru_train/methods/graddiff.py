@@ -7,8 +7,21 @@ from typing import Literal
 
 from torch import Tensor
 
-from nsru_train.losses.batch import FORGET, Answers
-from nsru_train.methods.method import ForgetRetain, mean
+from nsru_train.losses.batch import Answers
+from nsru_train.methods.method import Forget, ForgetRetain, mean
+
+
+@dataclass(frozen=True)
+class GA(Forget):
+    """The mean NLL of the answers to forget goes up.
+
+    Unbounded below: it collapses the model unless it is stopped early.
+
+    Source: Jang et al. 2022, arXiv 2210.01504 ("gradient ascent").
+    """
+
+    def forget(self, answers: Answers) -> Tensor:
+        return -mean(answers.nll)
 
 
 @dataclass(frozen=True)
@@ -22,17 +35,6 @@ class GradDiff(ForgetRetain):
 
     def forget(self, answers: Answers) -> Tensor:
         return -mean(answers.nll)
-
-
-@dataclass(frozen=True)
-class GA(GradDiff):
-    """Gradient ascent alone: no retain term. It collapses the model unless it is stopped early.
-
-    Source: Jang et al. 2022, arXiv 2210.01504.
-    """
-
-    rows = (FORGET,)
-    parts = ("forget",)
 
 
 @dataclass(frozen=True)

@@ -87,37 +87,51 @@ class Method:
 
 
 @dataclass(frozen=True)
-class ForgetRetain(Method):
-    """w_forget · forget + w_retain · retain: the shape of most methods.
-
-    Retain is the mean NLL of the retain answers' tokens, or their mean KL from the model with
-    adapters off. Means are over all tokens of a batch, as in the methods' public code.
+class Forget(Method):
+    """w_forget · forget, and no other term.
 
     Args:
         w_forget: weight of the forget term.
-        w_retain: weight of the retain term.
-        retain: "nll", or "kl", which costs one more forward of the retain rows.
     """
 
     w_forget: float = 1.0
-    w_retain: float = 1.0
-    retain: Literal["nll", "kl"] = "nll"
 
-    rows: ClassVar[tuple[int, ...]] = (FORGET, RETAIN)
-    parts: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    rows: ClassVar[tuple[int, ...]] = (FORGET,)
+    parts: ClassVar[tuple[str, ...]] = ("forget",)
 
     def forget(self, answers: Answers) -> Tensor:
         """The forget term, a scalar."""
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        parts = {"forget": self.forget(batch[FORGET])}
-        total = self.w_forget * parts["forget"]
-        if RETAIN in self.rows:
-            kept = batch[RETAIN]
-            parts["retain"] = mean(kept.nll if self.retain == "nll" else kept.kl())
-            total = total + self.w_retain * parts["retain"]
-        return {**parts, "total": total}
+        forget = self.forget(batch[FORGET])
+        return {"forget": forget, "total": self.w_forget * forget}
+
+
+@dataclass(frozen=True)
+class ForgetRetain(Forget):
+    """w_forget · forget + w_retain · retain: the shape of most methods.
+
+    Retain is the mean NLL of the retain answers' tokens, or their mean KL from the model with
+    adapters off. Means are over all tokens of a batch, as in the methods' public code.
+
+    Args:
+        w_retain: weight of the retain term.
+        retain: "nll", or "kl", which costs one more forward of the retain rows.
+    """
+
+    w_retain: float = 1.0
+    retain: Literal["nll", "kl"] = "nll"
+
+    rows = (FORGET, RETAIN)
+    parts = ("forget", "retain")
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        parts = super().loss(batch)
+        kept = batch[RETAIN]
+        parts["retain"] = mean(kept.nll if self.retain == "nll" else kept.kl())
+        parts["total"] = parts["total"] + self.w_retain * parts["retain"]
+        return parts
 
 
 def mean(values: Tensor) -> Tensor:

@@ -93,7 +93,9 @@ def damage(results: Row, key: str) -> dict[str, Any] | None:
     methods = [name.removesuffix("_damage") for name in matched[0] if name.endswith("_damage")]
     mean = {m: fmean(row[f"{m}_damage"] for row in matched) for m in methods}
     first, *others = methods
-    others = summary.rivals(others)
+    rivals = summary.rivals(others)
+    those = "" if rivals == others else " without projection"
+    others = rivals
     best = min(others, key=mean.__getitem__)
     ratio, words = "–", f"no ratio: {label(best, short=True)} did no measurable damage"
     if mean[best] > 0 >= mean[first]:
@@ -102,8 +104,8 @@ def damage(results: Row, key: str) -> dict[str, Any] | None:
         ratio = f"{mean[first] / mean[best]:.2f}×"
         words = f"the damage of {label(best, short=True)}, mean over seeds"
     wins = sum(all(row[f"{first}_damage"] < row[f"{m}_damage"] for m in others) for row in matched)
-    than = " than every other method" if len(others) > 1 else ""
-    heading = "ratio to the best other" if len(others) > 1 else "ratio"
+    than = f" than every other method{those}" if len(others) > 1 else ""
+    heading = f"ratio to the best other{those}" if len(others) > 1 or those else "ratio"
     few = len(methods) <= FEW_METHODS
     versus = ", ".join(map(label, others)) if few else "all others without projection"
     rows = [
