@@ -1,5 +1,6 @@
 """Every Triton kernel and shipped config compiles for every architecture, within its limits."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,7 +11,6 @@ import pytest
 from aot import OPS, SHARED_LIMIT, TOKEN_OPS
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-from nsru_kernels.dispatch import launch
 
 
 def rows_of(cache, *arguments):
@@ -36,13 +36,15 @@ def test_a_new_batch_size_compiles_nothing(arch, tmp_path):
         assert set.union(*variants) in variants, op
 
 
-@pytest.mark.parametrize("op", OPS)
-# Consumer cards share one table. sm_89 compiles as sm_86 does, and their fp16 as their bf16: both
-# were seen, `aot.py 89`, and take too long to be seen each time.
-@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+# Compiling takes half the time of all tests. So fp16, which compiles as bf16 does, is seen for 9.0
+# alone; of the consumer cards, which share one table, 8.6 where it needs most registers, and 8.9
+# nowhere. `aot.py ARCH` compiles everything for one.
+@pytest.mark.parametrize(
+    ("arch", "op"),
+    [*itertools.product((80, 90, 100, 120), OPS), (86, "linear")],
+)
 def test_kernels_compile_without_spills_for_tensor_cores(arch, op, tmp_path):
-    consumer = launch.ROWS[divmod(arch, 10)] == 86
-    rows = rows_of(tmp_path, arch, op, *(("--skip", "fp16") if consumer else ()))
+    rows = rows_of(tmp_path, arch, op, *(() if arch == 90 else ("--skip", "fp16")))
     for row in rows:
         assert row["spilled"] == 0, f"spills: {row}"
         assert row["shared"] <= SHARED_LIMIT[arch], f"shared memory: {row}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -149,14 +149,14 @@ def goals(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, bool]]:
     """(quantity, bound, whether every NSRU run is within it) for what the demo sets out to show."""
     before, *after = (row for row in rows if row["method"] in ("before", "nsru"))
     kept = RETAIN_TARGET * before["retain_prob"]
+
+    def every(name: str, holds: Callable[[float], bool]) -> bool:
+        return bool(after) and all(holds(row[name]) for row in after)
+
     return [
-        (
-            "forget_prob",
-            f"≤ {FORGET_TARGET}",
-            all(r["forget_prob"] <= FORGET_TARGET for r in after),
-        ),
-        ("safe_prob", f"≥ {SAFE_TARGET}", all(r["safe_prob"] >= SAFE_TARGET for r in after)),
-        ("retain_prob", f"≥ {kept:.3f}", all(r["retain_prob"] >= kept for r in after)),
+        ("forget_prob", f"≤ {FORGET_TARGET}", every("forget_prob", lambda p: p <= FORGET_TARGET)),
+        ("safe_prob", f"≥ {SAFE_TARGET}", every("safe_prob", lambda p: p >= SAFE_TARGET)),
+        ("retain_prob", f"≥ {kept:.3f}", every("retain_prob", lambda p: p >= kept)),
     ]
 
 
