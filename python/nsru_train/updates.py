@@ -25,15 +25,17 @@ def scale_updates(model: nn.Module, factor: float) -> None:
 @contextmanager
 def scaled_updates(model: nn.Module, factor: float) -> Iterator[None]:
     """In the block the update of every adapter is multiplied."""
+    if factor == 1.0:  # as almost everywhere: nothing to copy at each evaluation
+        yield
+        return
     saved = [parameter.detach().clone() for parameter in _lora_b(model)]
     scale_updates(model, factor)
     try:
         yield
     finally:
-        if factor != 1.0:
-            with torch.no_grad():
-                for parameter, value in zip(_lora_b(model), saved, strict=True):
-                    parameter.copy_(value)
+        with torch.no_grad():
+            for parameter, value in zip(_lora_b(model), saved, strict=True):
+                parameter.copy_(value)
 
 
 class BestAdapters:
