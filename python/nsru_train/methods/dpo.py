@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers, Batch
 from nsru_train.methods.method import Method, mean
+from nsru_train.methods.npo import preference
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class DPO(Method):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         margin = log_ratios(batch[SAFE]) - log_ratios(batch[FORGET])
-        forget = mean(softplus(-self.beta * margin) * (2 / self.beta))
+        forget = mean(preference(margin, self.beta))
         retain = mean(batch[RETAIN].nll)
         total = self.w_forget * forget + self.w_retain * retain
         return {"forget": forget, "retain": retain, "total": total}

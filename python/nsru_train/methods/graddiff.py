@@ -25,16 +25,13 @@ class GA(Forget):
 
 
 @dataclass(frozen=True)
-class GradDiff(ForgetRetain):
+class GradDiff(ForgetRetain, GA):
     """The mean NLL of the answers to forget goes up, that of retain answers down.
 
     Unbounded below: it collapses the model unless it is stopped early.
 
     Source: Maini et al. 2024, arXiv 2401.06121 ("gradient difference").
     """
-
-    def forget(self, answers: Answers) -> Tensor:
-        return -mean(answers.nll)
 
 
 @dataclass(frozen=True)

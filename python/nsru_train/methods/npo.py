@@ -11,6 +11,11 @@ from nsru_train.losses.batch import FORGET, Answers
 from nsru_train.methods.method import ForgetRetain, mean
 
 
+def preference(margin: Tensor, beta: float) -> Tensor:
+    """-(2/β) log σ(β · margin), which NPO, SimNPO and DPO take of margins of their own."""
+    return softplus(-beta * margin) * (2 / beta)
+
+
 def npo(nll_sum: Tensor, ref_nll_sum: Tensor, beta: float) -> Tensor:
     """-(2/β) log σ(β (NLL_θ - NLL_ref)) for each sequence.
 
@@ -26,7 +31,7 @@ def npo(nll_sum: Tensor, ref_nll_sum: Tensor, beta: float) -> Tensor:
 
     Source: Zhang et al. 2024, arXiv 2404.05868.
     """
-    return softplus(-beta * (nll_sum - ref_nll_sum.to(nll_sum.dtype))) * (2 / beta)
+    return preference(nll_sum - ref_nll_sum.to(nll_sum.dtype), beta)
 
 
 @dataclass(frozen=True)

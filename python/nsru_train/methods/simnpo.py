@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from nsru_train.losses.batch import Answers
 from nsru_train.methods.method import ForgetRetain, mean
+from nsru_train.methods.npo import preference
 
 
 def simnpo(nll_sum: Tensor, lengths: Tensor, beta: float, delta: float = 0.0) -> Tensor:
@@ -24,7 +24,7 @@ def simnpo(nll_sum: Tensor, lengths: Tensor, beta: float, delta: float = 0.0) ->
 
     Source: Fan et al. 2024, arXiv 2410.07163, its margin γ being β δ; usual weight: 0.125.
     """
-    return softplus(-beta * (nll_sum / lengths - delta)) * (2 / beta)
+    return preference(nll_sum / lengths - delta, beta)
 
 
 @dataclass(frozen=True)
