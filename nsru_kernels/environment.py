@@ -116,14 +116,24 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _describe_cpu() -> dict[str, Any]:
+def has_bf16_products() -> bool:
+    """True where this CPU multiplies bf16 matrices by instructions instead of emulating it."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpu_info().get("flags", "").split())
+
+
+def _cpu_info() -> dict[str, str]:
+    """What Linux says of the first core; "flags" are the instruction sets, on Arm as well."""
     cpuinfo = Path("/proc/cpuinfo")
-    fields: dict[str, str] = {}
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
-            key, _, value = line.partition(":")
-            fields[key.strip()] = value.strip()
-    present = set(fields.get("flags", fields.get("Features", "")).split())
+    if not cpuinfo.exists():
+        return {}
+    lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
+    fields = {key.strip(): value.strip() for key, _, value in (s.partition(":") for s in lines)}
+    return {"flags": fields.get("Features", ""), **fields}
+
+
+def _describe_cpu() -> dict[str, Any]:
+    fields = _cpu_info()
+    present = set(fields.get("flags", "").split())
     return {
         "model": fields.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

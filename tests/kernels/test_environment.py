@@ -71,3 +71,13 @@ def test_extension_holds_code_for_this_gpu():
     cuda = pytest.importorskip("nsru_kernels._cuda", reason="the CUDA extension is not built")
     major, minor = cuda.device_report()["devices"][0]["capability"]
     assert 80 <= cuda.kernel_image() <= 10 * major + minor
+
+
+@pytest.mark.parametrize(
+    "flags", ["flags\t\t: fpu avx512_bf16", "flags\t\t: fpu avx2", "Features\t: fp bf16"]
+)
+def test_bf16_products_are_read_from_the_instruction_sets(tmp_path, monkeypatch, flags):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\n{flags}\n\nprocessor\t: 1\n")
+    monkeypatch.setattr(environment, "Path", lambda name: cpuinfo)
+    assert environment.has_bf16_products() == ("bf16" in flags)

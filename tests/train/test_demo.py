@@ -100,6 +100,22 @@ def test_a_second_run_takes_the_same_base_model(out, capsys):
     assert len(tokenizer) <= 300
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_model_is_memorised_in_bf16_only_where_that_is_fast(tmp_path, monkeypatch, has_bf16):
+    used = []
+
+    def memorise(*args, bf16, **kwargs):
+        used.append(bf16)
+        return {"seconds": 0.0, "probability": 0.0}
+
+    monkeypatch.setattr(demo, "has_bf16_products", lambda: has_bf16)
+    monkeypatch.setattr(demo, "memorise", memorise)
+    records = fictitious_sets(6, SafeTargets.from_file()).memorised
+    demo.base_model(tmp_path, records, replace(TINY, bf16=True), 1.0, False)
+    assert used == [has_bf16]
+    assert json.loads((tmp_path / "recipe.json").read_text())["scale"]["bf16"] == has_bf16
+
+
 def check_sets(sets):
     groups = sets.authors
     assert groups.keys() == vars(sets).keys() - {"general"}
