@@ -34,6 +34,7 @@ from nsru_train.checkpoints import (
 from nsru_train.updates import trainable
 
 REFERENCE_FILE = "reference_nll.json"
+STATE_KEY = "state of the method"
 # What training reads of a checkpoint's trainer_state.json.
 _STATE = {
     "global_step": int,
@@ -60,6 +61,7 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._staging: Path | None = None
         self._belongs_to: dict[str, str] = {}
+        self._state: dict[str, float] = {}  # of the method
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:
@@ -115,12 +117,20 @@ class ResumableTrainer(Trainer):
         trained = dict(trainable(self.accelerator.unwrap_model(self.model)))
         source = trained if state_dict is None else state_dict
         tensors = {k: v.detach().contiguous().cpu() for k, v in source.items() if k in trained}
-        data = safetensors.torch.save(tensors, metadata={"format": "pt", **self._belongs_to})
+        metadata = {"format": "pt", **self._belongs_to}
+        if self._state:
+            metadata[STATE_KEY] = json.dumps(self._state)
+        data = safetensors.torch.save(tensors, metadata=metadata)
         (folder / SAFE_WEIGHTS_NAME).write_bytes(data)
         (folder / REFERENCE_FILE).write_text(json.dumps(self.train_dataset.ref_nll))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:  # shards, which accelerate saved beside the trainable tensors
+            if self._state:
+                raise ValueError(
+                    f"resume_from_checkpoint: shards do not hold {', '.join(self._state)}, which "
+                    "this method needs; start a new run."
+                )
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         folder = Path(resume_from_checkpoint)
@@ -135,6 +145,12 @@ class ResumableTrainer(Trainer):
             )
         with self._blaming(folder, SAFE_WEIGHTS_NAME):
             check_alike(saved, parameters, "model")
+        if self._state:
+            with self._blaming(folder, SAFE_WEIGHTS_NAME):
+                with safetensors.safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
+                    state = json.loads((file.metadata() or {}).get(STATE_KEY, "null"))
+                check_alike(state, self._state, "method")
+            self._state = state
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])

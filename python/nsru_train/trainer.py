@@ -80,7 +80,7 @@ def reference_nll(
 
 
 def unlearning_loss(
-    model: nn.Module, batch: Mapping[str, Tensor], method: Method
+    model: nn.Module, batch: Mapping[str, Tensor], method: Method, state: Mapping[str, float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The method's loss and its parts, detached, from one forward of all rows together.
 
@@ -89,8 +89,9 @@ def unlearning_loss(
     Args:
         batch: input_ids, attention_mask and labels [B, S], padded on the right; kind and
             ref_nll [B].
+        state: of the method, as its `start` and `after_step` give it.
     """
-    parts = method.loss(ScoredBatch(model, batch, method.by_logits))
+    parts = method.loss(ScoredBatch(model, batch, method.by_logits, state))
     return parts["total"], {name: value.detach() for name, value in parts.items()}
 
 
@@ -172,9 +173,12 @@ class NSRUTrainer(ResumableTrainer):
         )
         self.model_accepts_loss_kwargs = False  # no token count to gather across ranks every step
         self.objective = objective.prepare(model)
+        self._state = self.objective.start()
         self._parts = (*objective.parts, "total")
-        self._sums: dict[str, Tensor] = {}
+        # Of all parts: since the last log, and in this step.
+        self._sums: Tensor | float = 0.0
         self._steps = 0.0
+        self._in_step: Tensor | float = 0.0
         self._on_eval = on_eval
         self._best = BestAdapters(Path(args.output_dir, BEST_FILE))
         self.kept_step: int | None = None
@@ -276,23 +280,33 @@ class NSRUTrainer(ResumableTrainer):
             )
         # Each question of a step weighs the same: all have equally many rows.
         share = 1.0 if num_items_in_batch is None else len(inputs["kind"]) / num_items_in_batch
-        for name in self._parts:
-            self._sums[name] = self._sums.get(name, 0) + share * parts[name]
+        values = share * torch.stack([parts[name] for name in self._parts])
+        self._sums = self._sums + values
         self._steps += share
+        if self._state:
+            self._in_step = self._in_step + values
+            if self.accelerator.sync_gradients:  # the step's last batch
+                epoch = self.state.epoch * self._batches.passes
+                parts_of_step = self._over_processes(self._in_step)
+                self._state = self.objective.after_step(self._state, epoch, parts_of_step)
+                self._in_step = 0.0
         loss = share * loss
         return (loss, parts) if return_outputs else loss
 
     def _objective_forward(self, model, batch):
         # accelerate puts autocast into the forward that this one stands in for.
         with self.accelerator.autocast():
-            return unlearning_loss(model, batch, self.objective)
+            return unlearning_loss(model, batch, self.objective, self._state)
+
+    def _over_processes(self, sums: Any) -> dict[str, float]:
+        """Means over processes of each one's sums of the parts."""
+        means = self.accelerator.gather(sums.unsqueeze(0)).mean(0)
+        return dict(zip(self._parts, means.tolist(), strict=True))
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._steps:
-            sums = torch.stack([self._sums[name] for name in self._parts]) / self._steps
-            means = self.accelerator.gather(sums.unsqueeze(0)).mean(0)
-            logs |= dict(zip(self._parts, means.tolist(), strict=True))
-            self._sums, self._steps = {}, 0.0
+            logs |= self._over_processes(self._sums / self._steps)
+            self._sums, self._steps = 0.0, 0.0
         super().log(logs, start_time)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import sys
 
 import pytest
@@ -11,10 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import nsru_kernels as nk
 from nsru_train.losses import FORGET, RETAIN, SAFE, Answers, ScoredBatch
+from nsru_train.losses import nll as nll_module
+from nsru_train.losses.batch import Everywhere
 from nsru_train.losses.nll import AnswerHidden, AnswerLogits
 from nsru_train.methods import METHODS, Objective, find_method
 from nsru_train.methods.nsru import SUPPRESSIONS
-from nsru_train.methods.rmu import distance
 from nsru_train.methods.unlikelihood import unlikelihood
 
 NLL = torch.tensor([0.0, 1e-4, 0.3, 12.0, 400.0], dtype=torch.float64)
@@ -117,9 +117,29 @@ def states(logits_BTV, labels, whole):
 def toy_answers(logits, labels=LABELS, whole=False):
     found, base = states(logits, labels, whole), states(BASE, labels, True)
     reference = torch.zeros(B, dtype=torch.float64).index_add_(0, base.rows, base.nll())
+    # A label at each place, of all T positions, as the model's own batch has them.
+    every = torch.cat([torch.zeros(B, 1, dtype=torch.int64), IDS], 1)
+    following = torch.cat([labels[:, 1:], torch.full((B, 1), -100)], 1).flatten()
     return Answers(
-        lambda: found, found.rows, B, reference, base=lambda: states(BASE, labels, whole)
+        lambda: found,
+        found.rows,
+        B,
+        reference,
+        base=lambda: states(BASE, labels, whole),
+        everywhere=lambda: Everywhere(
+            dataclasses.replace(states(logits, every, whole), targets=following),
+            states(BASE, every, whole),
+            labels,
+        ),
     )
+
+
+class Toy(dict):
+    """A batch of toy answers, as at the first step."""
+
+    def __init__(self, method, answers):
+        super().__init__({kind: answers[kind] for kind in method.rows})
+        self.state = method.start()
 
 
 # Loss, norm of its gradient in the logits, and the gradient of the first three logits of the first
@@ -182,6 +202,7 @@ GOLDEN = [
         [0.0009057363706181589, 0.001110719215155596, 0.00024334515539521206],
     ),
     ("dpo", {}, 12.571135836533669, 1.8108032706323411, [0.5166073771624267, 0.0, 0.0]),
+    ("pdu", {}, 3.79403402217166, 1.238120769255276, [-0.03637365370813769] * 3),
 ]
 VALUES = [
     ("npo", {"beta": 0.5}, 0.21182484509758667),
@@ -191,6 +212,7 @@ VALUES = [
     ("wga", {"beta": 2.0}, -0.012039720637829342),
     ("undial", {"beta": 3.0}, 3.4149675805083164),
     ("ceu", {}, 1.7966359846434494),
+    ("pdu", {"compat": "open-unlearning"}, 3.8349544412152863),
 ]
 
 
@@ -201,7 +223,7 @@ def forget_term(name, options, logits, whole):
         FORGET: toy_answers(logits, LABELS, whole),
         RETAIN: toy_answers(BASE, LABELS, whole),
     }
-    return method.loss({kind: batch[kind] for kind in method.rows})["forget"]
+    return method.loss(Toy(method, batch))["forget"]
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["logits", "chunks of logits"])
@@ -222,14 +244,69 @@ def test_settings_give_the_values_of_public_code(name, options, loss):
 
 
 def test_kl_from_the_base_is_that_of_public_code():
-    everywhere = torch.cat([torch.zeros(B, 1, dtype=torch.int64), IDS], 1)  # a label at each place
     logits = toy_logits(1, 7, 3, 2, 0.5).requires_grad_()
-    found, base = (states(z, everywhere, whole=False) for z in (logits, BASE))
-    answers = Answers(lambda: found, found.rows, B, base=lambda: base)
-    retain = METHODS["kl"]().loss({FORGET: answers, RETAIN: answers})["retain"]
+    answers = toy_answers(logits)
+    method = METHODS["kl"](compat="open-unlearning")
+    retain = method.loss({FORGET: answers, RETAIN: answers})["retain"]
     retain.backward()
     assert retain.item() == pytest.approx(1.4003717640530116, rel=1e-9)
     assert logits.grad.norm().item() == pytest.approx(0.1220874456925605, rel=1e-9)
+
+
+@pytest.mark.parametrize(("beta", "loss"), [(3.0, 3.167498381758912), (10.0, 3.1649502834000622)])
+def test_self_distillation_at_all_positions_is_that_of_public_code(beta, loss):
+    method = METHODS["undial"](beta=beta, compat="open-unlearning")
+    for whole in (False, True):
+        term = method.forget(toy_answers(toy_logits(1, 7, 3, 2, 0.5), IDS, whole))
+        assert term.item() == pytest.approx(loss, rel=1e-9)
+
+
+def test_self_distillation_lowers_a_logit_of_the_vocabulary_where_there_is_no_answer():
+    """Public code indexes logits by the label -100."""
+    z = torch.randn(3, 130, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[7, 3, -100, 9]])
+    rows = torch.zeros(4, dtype=torch.int64)
+    found = AnswerLogits(torch.cat([z, z[:1]]), torch.tensor([3, -100, 9, -100]), rows)
+    method = METHODS["undial"](compat="open-unlearning")
+    answers = Answers(lambda: found, rows, 1, everywhere=lambda: Everywhere(found, found, labels))
+    wanted = z.clone()
+    for place, token in enumerate((3, 30, 9)):
+        wanted[place, token] -= 10
+    expected = -(wanted.softmax(1) * z.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(method.forget(answers), expected)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_all_positions_of_a_batch_are_those_of_the_model(whole, monkeypatch):
+    if whole:
+        monkeypatch.setattr(nll_module, "_head_of", lambda *_: None)
+    model, batch = small_model_and_batch()
+    every = ScoredBatch(model, batch)[FORGET].everywhere()
+    inputs = {name: batch[name][:1, :5] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        adapted = model(**inputs).logits[0]
+        with nk.adapters_disabled(model):
+            plain = model(**inputs).logits[0]
+    assert every.labels.tolist() == [[-100, -100, 7, 8, 2]]
+    assert every.labelled.tolist() == [False, False, True, True, True]
+
+    def both(z, targets, base):
+        assert targets.tolist() == [-100, 7, 8, 2]
+        torch.testing.assert_close(z, adapted[:4])
+        torch.testing.assert_close(base, plain[:4])
+        return z.sum(1)
+
+    every.score(both).sum().backward()
+    kl = (plain.softmax(1) * (plain.log_softmax(1) - adapted.log_softmax(1))).sum(1)
+    torch.testing.assert_close(every.kl(), kl, rtol=1e-4, atol=1e-6)
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_a_multiplier_follows_how_far_retain_answers_are_from_their_bound():
+    method = METHODS["pdu"](bound=0.3, dual_lr=5.0, dual_warmup=2)
+    assert method.after_step({"multiplier": 100.0}, 1.9, {"retain": 9.0}) == {"multiplier": 100.0}
+    assert method.after_step({"multiplier": 100.0}, 2.0, {"retain": 0.5}) == {"multiplier": 101.0}
+    assert method.after_step({"multiplier": 1.0}, 7.0, {"retain": 0.0}) == {"multiplier": 0.0}
 
 
 def test_hidden_states_are_compared_as_in_public_code_per_answer():
@@ -238,23 +315,20 @@ def test_hidden_states_are_compared_as_in_public_code_per_answer():
     answers = Answers(lambda: None, rows, B)
     states, base = (z[rows, places, :6] for z in (logits, BASE))
     goal = torch.full((6,), 2 / math.sqrt(6), dtype=torch.float64)
-    assert distance(answers, states, goal).item() == pytest.approx(2.964200663694197, rel=1e-9)
-    assert distance(answers, states, base).item() == pytest.approx(4.931705033386611, rel=1e-9)
+    for compat, value in ((None, 2.964200663694197), ("open-unlearning", 2.9411701054094856)):
+        found = METHODS["rmu"](compat=compat).distance(answers, states, goal)
+        assert found.item() == pytest.approx(value, rel=1e-9)
+    found = METHODS["rmu"]().distance(answers, states, base)
+    assert found.item() == pytest.approx(4.931705033386611, rel=1e-9)
 
 
-def test_rmu_adapts_the_mlps_below_its_layer_and_runs_no_other():
+def small_model_and_batch():
     config = LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=6,
         num_attention_heads=2, num_key_value_heads=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    assert METHODS["rmu"]().prepare(model).layer == 1
-    method = METHODS["rmu"](layer=4)
-    targets = method.targets(model)
-    assert [re.sub(r"\\", "", name) for name in targets] == [
-        f"model.layers.{i}.mlp.down_proj" for i in (2, 3, 4)
-    ]
-    nk.swap_linears(model, targets, rank=2, alpha=4)
+    nk.swap_linears(model, METHODS["rmu"](layer=4).targets(model), rank=2, alpha=4)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -266,6 +340,15 @@ def test_rmu_adapts_the_mlps_below_its_layer_and_runs_no_other():
         "kind": torch.tensor([FORGET, RETAIN]),
         "ref_nll": torch.zeros(2),
     }
+    return model, batch
+
+
+def test_rmu_adapts_the_mlps_below_its_layer_and_runs_no_other():
+    method = METHODS["rmu"](layer=4)
+    model, batch = small_model_and_batch()
+    assert METHODS["rmu"]().prepare(model).layer == 1
+    adapted = [name for name, m in model.named_modules() if isinstance(m, nk.NSRULinear)]
+    assert adapted == [f"model.layers.{i}.mlp.down_proj" for i in (2, 3, 4)]
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         adapted = model.model(**inputs, output_hidden_states=True).hidden_states[5]
@@ -287,7 +370,8 @@ def test_total_is_the_weighted_sum_of_the_parts(name):
     def loss(**weights):
         logits = toy_logits(1, 7, 3, 2, 0.5)
         batch = {kind: toy_answers(logits, LABELS) for kind in (SAFE, FORGET, RETAIN)}
-        return METHODS[name](**weights).loss(batch)
+        method = METHODS[name](**weights)
+        return method.loss(Toy(method, batch))
 
     parts = loss()
     weights = [f.name for f in dataclasses.fields(METHODS[name]) if f.name[:2] == "w_"]
@@ -345,3 +429,9 @@ def test_bad_arguments():
         METHODS["idk"](w_safe=-1)
     with pytest.raises(ValueError, match="skip must not be negative, got -1"):
         METHODS["ceu"](skip=-1)
+    with pytest.raises(ValueError, match=r"objective\.compat changes nothing here but with retain"):
+        METHODS["npo"](compat="open-unlearning")
+    with pytest.raises(ValueError, match=r"objective\.retain must be one of nll, kl, got 'KL'"):
+        METHODS["npo"](retain="KL")
+    with pytest.raises(ValueError, match=r"compat must be one of open-unlearning, got 'ou'"):
+        METHODS["pdu"](compat="ou")

@@ -420,6 +420,26 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, uninterr
     assert_identical(samples.adapters(resumed.model), uninterrupted[0])
 
 
+def test_what_a_method_changes_while_training_survives_a_resume(tmp_path):
+    """Two batches a step of two questions each, and three steps are two epochs of five."""
+    method = METHODS["pdu"](multiplier=2.0, dual_lr=0.5, bound=0.3, dual_warmup=1)
+    options = {"objective": method, "max_steps": 8, "gradient_accumulation_steps": 2}
+    samples.make_trainer(tmp_path / "whole", **options).train()
+    whole = metrics(tmp_path / "whole")
+    multiplier = 2.0
+    for done, line in enumerate(whole):
+        assert line["multiplier"] == pytest.approx(multiplier, abs=1e-5)
+        if done * 2 / 3 >= 1:  # epochs before the step
+            multiplier = max(0.0, multiplier + 0.5 * (line["retain"] - 0.3))
+    assert multiplier != 2.0
+    for steps, resume in ((4, None), (8, True)):
+        options |= {"max_steps": steps, "save_strategy": "steps", "save_steps": 4}
+        trainer = samples.make_trainer(tmp_path / "resumed", **options)
+        trainer.train(resume_from_checkpoint=resume)
+    for ours, theirs in zip(metrics(tmp_path / "resumed"), whole, strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
 def test_resume_refuses_what_does_not_fit(tmp_path, tokenizer):
     samples.resumable(tmp_path, max_steps=4).train()
     checkpoint = tmp_path / "checkpoint-4"

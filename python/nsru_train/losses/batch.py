@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nsru_kernels as nk
@@ -29,6 +32,7 @@ class Answers:
         nll: computes the tokens' NLL [T]; default: ``states`` do.
         base: computes ``states`` with adapters off.
         hidden: computes the tokens' states [T, D] after a decoder layer, adapters on or off.
+        everywhere: computes what the model says at all positions of these rows.
     """
 
     def __init__(
@@ -41,12 +45,14 @@ class Answers:
         nll: Callable[[], Tensor] | None = None,
         base: Callable[[], AnswerHidden | AnswerLogits] | None = None,
         hidden: Callable[[int, bool], Tensor] | None = None,
+        everywhere: Callable[[], Everywhere] | None = None,
     ) -> None:
         self.rows, self.count = rows, count
         self.ref_nll = torch.zeros(count) if ref_nll is None else ref_nll
         self._states: Callable[[], Any] = states
         self._base: Callable[[], Any] | None = base
         self._hidden = hidden
+        self._everywhere = everywhere
         self._nll = nll or (lambda: states().nll())
 
     @cached_property
@@ -97,9 +103,49 @@ class Answers:
         assert self._hidden is not None, "these answers know no model"
         return self._hidden(layer, with_adapters)
 
+    def everywhere(self) -> Everywhere:
+        """All positions of these rows, for losses that do not stop at answers; two forwards."""
+        assert self._everywhere is not None, "these answers know no model"
+        return self._everywhere()
+
+
+@dataclass(frozen=True)
+class Everywhere:
+    """All positions of rows, padding to the longest included: P = rows · columns of them.
+
+    Args:
+        states: of each position, in reading order; its targets are the next token's labels.
+        base: the same with adapters off.
+        labels: of the tokens themselves [rows, columns], -100 outside the answers.
+    """
+
+    states: Any
+    base: Any
+    labels: Tensor
+
+    @property
+    def labelled(self) -> Tensor:
+        """Where a position's own token, not the next one, is an answer's, [P]."""
+        return self.labels.flatten() != IGNORE_INDEX
+
+    def kl(self) -> Tensor:
+        """KL(base ‖ model) at each position, [P]."""
+        return self.states.kl(self.base)
+
+    def score(self, function: Callable[..., Tensor]) -> Tensor:
+        """function(logits, next labels, logits with adapters off) of all but rows' last positions.
+
+        Labels may be -100."""
+        inner = torch.ones_like(self.labels, dtype=torch.bool)
+        inner[:, -1] = False
+        keep = inner.flatten()
+        return self.states.select(keep).score(function, self.base.select(keep))
+
 
 class Batch(Protocol):
-    """The `Answers` of each kind in a batch."""
+    """The `Answers` of each kind in a batch; ``state`` as the method's `start` says it."""
+
+    state: Mapping[str, float]
 
     def __getitem__(self, kind: int, /) -> Answers: ...
 
@@ -111,11 +157,17 @@ class ScoredBatch:
         batch: input_ids, attention_mask and labels [B, S], padded on the right; kind and
             ref_nll [B].
         by_logits: kinds of which no NLL is needed; that of all others is computed at once.
+        state: numbers of the method that change while training.
     """
 
     def __init__(
-        self, model: nn.Module, batch: Mapping[str, Tensor], by_logits: Collection[int] = ()
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        by_logits: Collection[int] = (),
+        state: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
+        self.state = state
         self._model, self._by_logits = model, by_logits
         self._kind, self._ref_nll = batch["kind"], batch["ref_nll"]
         self._inputs = {k: v for k, v in batch.items() if k not in ("kind", "ref_nll")}
@@ -135,6 +187,7 @@ class ScoredBatch:
             nll=None if kind in self._by_logits else lambda: self._nll[keep[self._with_nll]],
             base=lambda: self._without_adapters(answer_states, chosen),
             hidden=lambda layer, adapted: self._hidden(layer, adapted, chosen),
+            everywhere=lambda: self._everywhere(chosen),
         )
 
     @cached_property
@@ -164,9 +217,24 @@ class ScoredBatch:
             self._layers[layer] = states(self._model, self._inputs)
         return self._layers[layer][rows, places]
 
+    def _everywhere(self, chosen: Tensor) -> Everywhere:
+        inputs = self._own_inputs(chosen)
+        labels = inputs.pop("labels")
+        # A position is scored by the token after it: one more behind the last, and all are scored.
+        longer = {name: F.pad(value, (0, 1)) for name, value in inputs.items()}
+        longer["labels"] = longer["input_ids"]
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        states = replace(answer_states(self._model, longer), targets=following)
+        with evaluating(self._model), nk.adapters_disabled(self._model):
+            base = answer_states(self._model, longer)
+        return Everywhere(states, base, labels)
+
+    def _own_inputs(self, chosen: Tensor) -> dict[str, Tensor]:
+        """Inputs of the chosen rows, as long as the longest of them."""
+        width = int(self._inputs["attention_mask"][chosen].sum(1).max())
+        return {name: value[chosen, :width] for name, value in self._inputs.items()}
+
     def _without_adapters(self, function: Callable[..., Any], chosen: Tensor) -> Any:
         """function(model, inputs of the chosen rows) with adapters off and without gradient."""
         with evaluating(self._model), nk.adapters_disabled(self._model):
-            width = int(self._inputs["attention_mask"][chosen].sum(1).max())
-            inputs = {name: value[chosen, :width] for name, value in self._inputs.items()}
-            return function(self._model, inputs)
+            return function(self._model, self._own_inputs(chosen))

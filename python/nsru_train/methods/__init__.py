@@ -13,6 +13,7 @@ from nsru_train.methods.lune import LUNE
 from nsru_train.methods.method import Forget, ForgetRetain, Method
 from nsru_train.methods.npo import NPO
 from nsru_train.methods.nsru import Objective
+from nsru_train.methods.pdu import PDU
 from nsru_train.methods.rmu import RMU
 from nsru_train.methods.simnpo import SimNPO
 from nsru_train.methods.task_vector import TaskVector
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "satimp": SatImp,
     "ceu": CEU,
     "ihl": IHL,
+    "pdu": PDU,
     "lune": LUNE,
     "task_vector": TaskVector,
 }

@@ -38,8 +38,6 @@ class GradDiff(ForgetRetain, GA):
 class KL(GradDiff):
     """Gradient ascent against the KL divergence of retain answers from the base model.
 
-    Over answer tokens. Public code divides by all positions, prompt and padding included.
-
     Source: Maini et al. 2024, arXiv 2401.06121 ("KL minimisation").
     """
 

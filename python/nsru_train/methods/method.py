@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
 from nsru_kernels.checks import check_settings
 from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers, Batch
+
+# Whose way of computing a loss is taken, where public code deviates from its paper.
+Compat = Literal["open-unlearning"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Method:
         parts: names of the loss's parts, as metrics.jsonl has them, without the total.
         ranges: of settings; a weight, one that begins with w_, is never negative.
 
-    A method may also say `prepare`, `targets`, `applied` and `score`.
+    A method may also say `prepare`, `targets`, `start`, `after_step`, `applied` and `score`.
     """
 
     rows: ClassVar[tuple[int, ...]] = (SAFE, FORGET, RETAIN)
@@ -42,6 +45,14 @@ class Method:
         weights = {field.name for field in fields(self) if field.name.startswith("w_")}
         ranges = {**dict.fromkeys(weights, "must not be negative"), **self.ranges}
         check_settings("objective", self, **ranges)
+        hints = get_type_hints(type(self))
+        for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
+            unions = (hints[name], *get_args(hints[name]))
+            words = [
+                word for hint in unions if get_origin(hint) is Literal for word in hint.__args__
+            ]
+            if words and value is not None and value not in words:
+                self.refuse(name, f"must be one of {', '.join(words)}")
 
     @property
     def applied(self) -> float:
@@ -63,6 +74,22 @@ class Method:
     def targets(self, model: nn.Module) -> Sequence[str] | None:
         """The linears that are adapted, as ``targets`` of `swap_linears`; None: the user's."""
         return None
+
+    def start(self) -> dict[str, float]:
+        """Numbers that change while training, by name: ``batch.state``, and kept in checkpoints."""
+        return {}
+
+    def after_step(
+        self, state: Mapping[str, float], epoch: float, parts: Mapping[str, float]
+    ) -> dict[str, float]:
+        """The numbers of the next step.
+
+        Args:
+            state: those of this one.
+            epoch: passes over the questions to forget before this step.
+            parts: of the loss, means over all questions of this step.
+        """
+        return dict(state)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """The parts, unweighted, and "total", which is differentiated; scalars.
@@ -118,18 +145,31 @@ class ForgetRetain(Forget):
     Args:
         w_retain: weight of the retain term.
         retain: "nll", or "kl", which costs one more forward of the retain rows.
+        compat: "open-unlearning" divides the sum of the KL over all positions, prompt and padding
+            included, by their number, and costs a third forward; for retain "kl" alone, but for
+            methods that say otherwise.
     """
 
     w_retain: float = 1.0
     retain: Literal["nll", "kl"] = "nll"
+    compat: Compat | None = None
 
     rows = (FORGET, RETAIN)
     parts = ("forget", "retain")
+    read_by_forget: ClassVar[bool] = False  # compat is
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compat is not None and self.retain != "kl" and not self.read_by_forget:
+            self.refuse("compat", 'changes nothing here but with retain "kl"; leave it out')
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         parts = super().loss(batch)
         kept = batch[RETAIN]
-        parts["retain"] = mean(kept.nll if self.retain == "nll" else kept.kl())
+        if self.retain == "nll":
+            parts["retain"] = mean(kept.nll)
+        else:
+            parts["retain"] = mean(kept.kl() if self.compat is None else kept.everywhere().kl())
         parts["total"] = parts["total"] + self.w_retain * parts["retain"]
         return parts
 

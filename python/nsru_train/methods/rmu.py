@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nsru_train.losses.batch import FORGET, RETAIN, Answers, Batch
 from nsru_train.losses.hidden import decoder_layers
-from nsru_train.methods.method import Method, mean
+from nsru_train.methods.method import Compat, Method, mean
 
 # The last linear of an MLP, as families of transformers call it.
 MLP_OUTPUTS = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj", "w2")
@@ -20,7 +20,7 @@ MLP_OUTPUTS = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj", "w2")
 class RMU(Method):
     """‖h - c·u‖² of the answers to forget, ‖h - h_base‖² of retain answers, h a layer's states.
 
-    Means over the hidden size, an answer's tokens and answers. u is one random direction. Trained
+    Means over the hidden size, an answer's tokens, and answers. u is one random direction. Trained
     are the MLPs' last linears of the layer and the two below it; what lies above does not run.
 
     Args:
@@ -29,6 +29,8 @@ class RMU(Method):
         steering: c.
         layer: whose output is steered, from 0; None is 7 in 32.
         seed: of u.
+        compat: "open-unlearning" multiplies the mean sum over an answer's tokens by the mean of
+            1 / their number.
 
     Source: Li et al. 2024, arXiv 2403.03218; c and the weights as in OpenUnlearning's
     configuration. Adapters instead of whole matrices are ours.
@@ -39,6 +41,7 @@ class RMU(Method):
     steering: float = 2.0
     layer: int | None = None
     seed: int = 0
+    compat: Compat | None = None
 
     rows = (FORGET, RETAIN)
     parts = ("forget", "retain")
@@ -71,8 +74,8 @@ class RMU(Method):
         forget, retain = batch[FORGET], batch[RETAIN]
         states_TD = forget.hidden(self.layer)
         parts = {
-            "forget": distance(forget, states_TD, self.steering * self.direction(states_TD)),
-            "retain": distance(
+            "forget": self.distance(forget, states_TD, self.steering * self.direction(states_TD)),
+            "retain": self.distance(
                 retain, retain.hidden(self.layer), retain.hidden(self.layer, with_adapters=False)
             ),
         }
@@ -85,8 +88,10 @@ class RMU(Method):
         u_D = torch.rand(like_TD.shape[1], generator=generator)
         return (u_D / u_D.norm()).to(like_TD)
 
-
-def distance(answers: Answers, states_TD: Tensor, goal_TD: Tensor) -> Tensor:
-    """Mean over answers of the mean squared difference over their tokens and the hidden size."""
-    squares_T = (states_TD - goal_TD).square().mean(1)
-    return mean(answers.sum(squares_T) / answers.lengths.clamp(min=1))
+    def distance(self, answers: Answers, states_TD: Tensor, goal_TD: Tensor) -> Tensor:
+        """Mean over answers of the mean squared difference over tokens and the hidden size."""
+        sums_B = answers.sum((states_TD - goal_TD).square().mean(1))
+        lengths_B = answers.lengths.clamp(min=1).to(sums_B)
+        if self.compat is None:
+            return mean(sums_B / lengths_B)
+        return mean(sums_B) * mean(1 / lengths_B)
