@@ -46,8 +46,9 @@ CALLS = [
     functools.partial(call, 8192, 4096, ATTENTION, 5, BF16),
     # Rows of S that start at no multiple of 16 elements.
     functools.partial(call, 4, 4096, ATTENTION, 8, BF16, bias=True),
-    # Ranks below a tile, and the largest in float32.
+    # Ranks below a tile, the largest that P and V of a tile are held for, and it in float32.
     functools.partial(call, 8192, 4096, (4096,), 8, BF16),
+    functools.partial(call, 8192, 4096, (4096,), 64, BF16),
     functools.partial(call, 8192, 4096, (4096,), 64, torch.float32),
     # Rows of a multiple of 8 elements: TMA takes them, wide loads by pointers do not.
     functools.partial(call, 8192, 4104, (4104,), 16, BF16),

@@ -155,11 +155,15 @@ def test_a_measured_plan_that_cannot_serve_is_not_followed(ns):
 
 
 @pytest.mark.parametrize(("biased", "dropout_p"), [(False, 0.0), (True, 0.0), (True, 0.5)])
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_one_gemm_of_several_sources(count, biased, dropout_p):
-    """By pointers and by TMA. W is read in its stored layout: along K in forward, along N in
-    backward."""
-    x, ws, a, bs, _, _ = operands(140, 72, (264, 136, 8)[:count], (8,) * count, torch.float16)
+@pytest.mark.parametrize("ranks", [(8,), (32,), (8, 8), (17, 17), (30, 20, 20)], ids=str)
+@pytest.mark.parametrize("row", [80, 90])
+def test_one_gemm_of_several_sources(row, ranks, biased, dropout_p, monkeypatch):
+    """By pointers and by TMA, with the tiles of two architectures. W is read in its stored layout:
+    along K in forward, along N in backward."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(launch, "architecture", lambda device: row)
+    count = len(ranks)
+    x, ws, a, bs, _, _ = operands(140, 72, (264, 136, 8)[:count], ranks, torch.float16)
     dys = upstream([x @ w.T for w in ws])
     ds = torch.cat([dy @ b for dy, b in zip(dys, bs, strict=True)], dim=1)
     products = [(dys, ws, ds, a)]

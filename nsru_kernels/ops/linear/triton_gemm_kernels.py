@@ -5,9 +5,9 @@
     decode_kernel       y and S of at most 16 tokens
 
 The frozen GEMM runs as it always does, and one product of P and s V, which were loaded before it,
-is added to its accumulator. With dropout, an R beyond 16 or several sources by pointers the
-accumulator starts from the low-rank product instead: a mask would need a second one, and more
-operands held through the loops more registers.
+is added to its accumulator. With dropout, or an R beyond 64 (by pointers beyond 16, or several
+sources), the accumulator starts from the low-rank product instead: a mask would need a second one,
+and more operands held through the loops spill.
 """
 
 import triton
@@ -189,13 +189,14 @@ def kext_tma_kernel(
     M, N, K1, K2, K3, R, stride_pm, stride_vr, stride_vn,
     scaling, seed, dropout_p,
     COUNT: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
-    W_IS_NK: tl.constexpr,
+    W_IS_NK: tl.constexpr, STORED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``kext_kernel`` for sm_90 and newer: TMA descriptors, and programs that stay for many tiles.
 
-    W_IS_NK: the summed dimension is W's last, as in the forward pass.
+    W_IS_NK: the summed dimension is W's last, as in the forward pass. STORED: columns of a tile
+    that are stored at a time, all or half of them: what waits to be stored takes shared memory.
     """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -227,7 +228,13 @@ def kext_tma_kernel(
             )
         if LAST:
             acc = add_low_rank(acc, p, v, bias_ptr, columns, N, PRECISION)
-        out_desc.store([first_row, first_column], acc.to(out_desc.dtype))
+        if BLOCK_N > STORED:
+            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            out_desc.store([first_row, first_column], left.to(out_desc.dtype))
+            out_desc.store([first_row, first_column + BLOCK_N // 2], right.to(out_desc.dtype))
+        else:
+            out_desc.store([first_row, first_column], acc.to(out_desc.dtype))
 
 
 @triton.jit(do_not_specialize=BY_TOKENS)

@@ -14,7 +14,8 @@ from nsru_kernels.dispatch.launch import Config
 from nsru_kernels.ops.linear import triton_gemm_kernels as gemm_kernels
 from nsru_kernels.ops.linear import triton_narrow_kernels as narrow_kernels
 
-MAX_BLOCK_R = 64  # a rank block of the narrow products; larger ranks take several
+MAX_BLOCK_R = 64  # ranks of one block; larger ones take several
+MAX_STORED = 128  # columns of a tile that TMA stores at a time
 SOURCES = 3  # linears whose dX one launch can sum
 
 
@@ -191,10 +192,10 @@ def kext_gemm(
     ws = [*ws_KN, *[ws_KN[0]] * (SOURCES - count)]
     sizes = (m, n, *(x.shape[1] for x in xs), r)
     small = (p_MR.stride(0), *v_RN.stride(), scaling, seed_of(seed), dropout_p)
-    block_r = _kext_block_r(x_MK, r)
-    # More of P and V has no room beside the stages that TMA fills, and held through several loops
-    # of pointer loads they spill on sm_80.
-    last = not dropout_p and r <= launch.LEAST_TILE and (tma or count == 1)
+    # By pointers, P and V held through several loops, or more of them, spill on sm_80.
+    most = MAX_BLOCK_R if tma else launch.LEAST_TILE if count == 1 else 0
+    last = not dropout_p and r <= most
+    block_r = launch.padded(r) if last else _kext_block_r(x_MK, r)
     switches = (count, dropout_p > 0, last, launch.dot_precision(x_MK.dtype))
     w_is_nk = ws[0].stride(0) == 1
 
@@ -208,9 +209,11 @@ def kext_gemm(
                     _descriptor(w.T, config, "NK") if w_is_nk else _descriptor(w, config, "KN"),
                 )
             ]
+            stored = min(config.blocks["BLOCK_N"], MAX_STORED)
+            out_desc = TensorDescriptor.from_tensor(out_MN, [config.blocks["BLOCK_M"], stored])
             gemm_kernels.kext_tma_kernel[_persistent(out_MN, config)](
-                *operands, _descriptor(out_MN, config, "MN"), p_MR, v_RN, bias_N, *sizes, *small,
-                *switches, w_is_nk, BLOCK_R=block_r, **config.options,
+                *operands, out_desc, p_MR, v_RN, bias_N, *sizes, *small,
+                *switches, w_is_nk, stored, BLOCK_R=block_r, **config.options,
             )  # fmt: skip
         else:
             operands = [t for pair in zip(xs, ws, strict=True) for t in pair]
