@@ -30,7 +30,7 @@ LAYERS = (
     ("own_texts",),
     ("pipeline",),
     ("report", "verify"),
-    ("compare",),
+    ("compare", "repair"),
     ("demo.run",),
     ("cli",),
 )

@@ -198,6 +198,40 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
     return report
 
 
+@torch.no_grad()
+def copy_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Give the ``NSRULinear``s of a model A and B of a plain LoRA adapter, to train it further.
+
+    Unlike `load_lora_adapter` it keeps their retain subspaces; A is in their null space already if
+    the adapter was trained there.
+
+    Args:
+        model: has the modules that the adapter names, and no others, of its ranks and alphas.
+        path: a folder in PEFT's format.
+    Raises:
+        ValueError: damaged files, or other modules, ranks or alphas. The model is then as it was.
+    """
+    config, tensors = read_adapter(path)
+    folder, found = Path(path), unwrap(model).named_modules()
+    modules = {plain_name(name): m for name, m in found if isinstance(m, NSRULinear)}
+    try:
+        adapters = _adapters(tensors)
+        ranks, alphas = _sizes(folder / CONFIG, config, adapters)
+        if odd := sorted(adapters.keys() ^ modules.keys()):
+            raise ValueError(f"it and the model's adapters differ in {odd[0]}; same targets?")
+        for name, module in modules.items():
+            if ranks[name] != module.rank or not math.isclose(alphas[name], module.alpha):
+                raise ValueError(
+                    f"{name} has rank {ranks[name]} and alpha {alphas[name]:g}, the model's "
+                    f"{module.rank} and {module.alpha:g}; use the settings that it was made with."
+                )
+    except ValueError as error:
+        raise ValueError(f"adapter: {folder}: {error}") from error
+    for name, (a_RK, b_NR) in adapters.items():
+        modules[name].lora_A.copy_(a_RK)
+        modules[name].lora_B.copy_(b_NR)
+
+
 def _adapters(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Module name → (A, B) of an adapter's file."""
     names = sorted({key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in tensors})

@@ -186,7 +186,7 @@ def train(
         subspace: the retain subspaces.
         lora: the adapters; project says whether in the null space, whatever the method.
         method: nsru, altpo, ceu, dpo, ga, graddiff, idk, ihl, kl, lune, npo, rmu, satimp, simnpo,
-            task_vector, undial or wga, or package.module:Class of your own.
+            pdu, task_vector, undial or wga, or package.module:Class of your own.
         objective: settings of the method; `nsru train --method NAME --help` lists them.
         train: how.
         out: run folder.
@@ -544,6 +544,63 @@ def report(run: str) -> None:
     _finish([str(write_report(Path(run)))], "eval", run)
 
 
+def refresh(
+    run: str,
+    steps: int = 20,
+    lr: float | None = None,
+    eval_steps: int = 5,
+    seed: int = 0,
+    control: bool = True,
+    out: str | None = None,
+) -> None:
+    """Bring retain answers back: a few steps on them alone, in the null space that the run had.
+
+    Args:
+        run: run folder of nsru train; it stays as it is.
+        steps: retain-only steps, 3 to 20.
+        lr: peak learning rate; the run's where none.
+        eval_steps: steps between two evaluations.
+        seed: of the order.
+        control: train the run's own method as many steps more, beside it, and compare.
+        out: folder for adapter, results.json and report; default RUN/refresh.
+    """
+    from nsru_train.repair import refresh as refresh_run
+
+    out = out or f"{run}/refresh"
+    options = {"eval_steps": eval_steps, "seed": seed, "control": control}
+    refresh_run(run, out, steps=steps, lr=lr, **options)
+    _finish([f"{out}/adapter", f"{out}/report.html"], "eval", run, "--adapter", f"{out}/adapter")
+
+
+def rollback(
+    run: str,
+    shares: list[float] = [0.001, 0.005, 0.01],  # noqa: B006
+    rho: float = 1.0,
+    items: int = 128,
+    seed: int = 0,
+    out: str | None = None,
+) -> None:
+    """Bring retain answers back without training: undo the entries of B that cost them most.
+
+    An entry costs half its Fisher information of the retain answers times its square.
+
+    Args:
+        run: run folder of nsru train; it stays as it is.
+        shares: of all entries that are undone, each beside as many entries drawn at random.
+        rho: how far, 0 to 1.
+        items: retain questions that the Fisher information is estimated on.
+        seed: of the draws.
+        out: folder for adapters, results.json and report; default RUN/rollback.
+    """
+    from nsru_train.repair import rollback as roll_back
+
+    out = out or f"{run}/rollback"
+    roll_back(run, out, shares=shares, rho=rho, items=items, seed=seed)
+    _finish(
+        [f"{out}/adapters", f"{out}/report.html"], "eval", run, "--adapter", f"{out}/adapters/…"
+    )
+
+
 def bench(options: list[str]) -> None:
     """Time kernels, sketch, loss and whole steps against every peer; `nsru bench --help`.
 
@@ -565,6 +622,8 @@ COMMANDS: dict[str, Any] = {
     "merge": merge,
     "verify": verify,
     "report": report,
+    "refresh": refresh,
+    "rollback": rollback,
     "bench": bench,
 }
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import nsru_kernels as nk
 from nsru_kernels.dispatch import default_device
+from nsru_kernels.hf.peft_format import copy_lora_adapter
 from nsru_kernels.nn.swap import match_linears, take_all
 from nsru_kernels.subspaces.estimate import SubspaceSet
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
@@ -40,6 +41,7 @@ from nsru_train.own_texts import own_texts
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import check_positions, end_tokens, position_limit
 from nsru_train.sources import digest, load_records
+from nsru_train.updates import scale_updates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -355,12 +357,14 @@ def unlearn(
     on_eval: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
     eval_steps: int = 10,
     stop_at: Callable[[Mapping[str, float]], bool] | None = None,
+    adapter: str | Path | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Swap the model's linears and train; checkpoints and metrics.jsonl go to ``folder``.
 
     on_eval is called before the first step, every eval_steps and at the end; training stops where
-    stop_at says so of its results.
+    stop_at says so of its results. Training starts from ``adapter``, a folder that the same
+    settings made, where it is given.
     """
     from transformers import TrainingArguments, set_seed
 
@@ -388,6 +392,9 @@ def unlearn(
         factors = subspaces.alphas(1.0)
         for name, module in _adapted(model):
             module.alpha *= factors[name]
+    if adapter is not None:
+        copy_lora_adapter(model, adapter)
+        scale_updates(model, 1 / objective.applied)
     reference = reference_nll(model, tokenizer, data.forget, max_length=max_length)
     bare = sum(not qa.alternatives for qa in data.forget) if objective.alternatives else 0
     if bare:

@@ -53,6 +53,22 @@ def run_sections(
     return model, data
 
 
+def saved_sections(run: str) -> dict[str, Any]:
+    """The sections that ``nsru train`` wrote into a run's config.yaml, each as its settings.
+
+    Raises:
+        ValueError: no such folder, or sections are missing, odd, or of an unknown method.
+    """
+    path = Path(run) / "config.yaml"
+    if not Path(run).is_dir():
+        raise ValueError(f"run: no folder {run}; give the --out of nsru train.")
+    saved = _read(path)
+    if missing := [name for name in SECTIONS if name not in saved]:
+        raise ValueError(f"run: {path} does not say {missing[0]}; give the --out of nsru train.")
+    method = saved.get("method", "nsru")
+    return {name: _section(name, saved[name], path, method) for name in SECTIONS}
+
+
 def say_changed_sets(run: str, digests: Mapping[str, str]) -> None:
     """Warn of sets that hold other records than when the run was made, where its results tell."""
     try:
