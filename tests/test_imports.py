@@ -27,7 +27,7 @@ LAYERS = (
         "updates",
     ),
     ("trainer",),
-    ("own_texts",),
+    ("alternatives", "own_texts"),
     ("pipeline",),
     ("report", "verify"),
     ("compare", "repair"),

@@ -196,6 +196,7 @@ def train(
 
     import nsru_kernels as nk
     from nsru_kernels.subspaces.collection import fingerprint_weights
+    from nsru_train.alternatives import add_alternatives
     from nsru_train.evaluate import before_and_after, probability_sets, quick_probabilities
     from nsru_train.pipeline import (
         check_layers,
@@ -244,6 +245,10 @@ def train(
     started = time.perf_counter()
     base, tokenizer = load_model(model, data)
     loaded = without_long(loaded, tokenizer, data)
+    loaded.forget = add_alternatives(
+        base, tokenizer, loaded.forget, data, [objective], run.path / "alternatives.jsonl",
+        progress=run.writes,
+    )  # fmt: skip
     asked = probability_sets(
         tokenizer,
         loaded.splits(),

@@ -17,6 +17,7 @@ from nsru_kernels.checks import check_range
 from nsru_kernels.files import check_fields
 from nsru_kernels.hf.peft_format import load_lora_adapter
 from nsru_kernels.subspaces.collection import SubspaceSet
+from nsru_train.alternatives import add_alternatives
 from nsru_train.callbacks import GradientError
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.evaluate import evaluate, probability_sets
@@ -437,6 +438,10 @@ def run_compare(
     base, tokenizer = load_model(model, data)
     loaded = without_long(loaded, tokenizer, data)
     check_layers(base, subspace, lora)
+    loaded.forget = add_alternatives(
+        base, tokenizer, loaded.forget, data, [c.method for c in contenders],
+        run.path / "alternatives.jsonl",
+    )  # fmt: skip
     run.write_config(config)
     run.write_environment()
     subspaces = run_subspaces(

@@ -61,6 +61,8 @@ class DataConfig:
         system_prompt: system message before every question; needs a chat template.
         chat_template_kwargs: further variables of the chat template, such as
             {"enable_thinking": false}.
+        write_alternatives: other answers that the model itself writes for each question to forget
+            that brings none, for methods that teach them (altpo, lune).
     """
 
     forget: str
@@ -75,9 +77,12 @@ class DataConfig:
     answer_column: str = "answer"
     system_prompt: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    write_alternatives: int = 0
 
     def __post_init__(self) -> None:
-        check_settings("data", self, max_length="must be ≥ 1")
+        check_settings(
+            "data", self, max_length="must be ≥ 1", write_alternatives="must not be negative"
+        )
         if self.truncate and self.skip:
             raise ValueError("data: give truncate or skip, not both.")
         self.forget, self.retain = _absolute(self.forget), _absolute(self.retain)
