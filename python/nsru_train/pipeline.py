@@ -392,6 +392,23 @@ def unlearn(
         factors = subspaces.alphas(1.0)
         for name, module in _adapted(model):
             module.alpha *= factors[name]
+    if objective.starts_elsewhere:
+        if train.weight_decay:
+            raise ValueError(
+                "train.weight_decay must be 0 for adapters that do not start at zero, got "
+                f"{train.weight_decay}: it would undo a part of their start."
+            )
+        pairs = (
+            [
+                token_batches(
+                    model, tokenizer, records[i : i + 2],
+                    max_tokens=2 * max_length, max_length=max_length,
+                )[0]
+                for i in range(0, len(records), 2)
+            ]
+            for records in (data.forget, data.retain)
+        )  # fmt: skip
+        objective.begin(model, *pairs)
     if adapter is not None:
         copy_lora_adapter(model, adapter)
         scale_updates(model, 1 / objective.applied)

@@ -47,7 +47,9 @@ QUESTIONS = 200  # of a set, at most, at each evaluation
 
 @dataclass(frozen=True)
 class RetainOnly(Method):
-    """Mean NLL of the retain answers' tokens: what a refresh trains."""
+    """Mean NLL of the retain answers' tokens: what a refresh trains, in the adapters of ``run``."""
+
+    run: Method
 
     rows = (RETAIN,)
     parts = ("retain",)
@@ -55,6 +57,16 @@ class RetainOnly(Method):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         retain = mean(batch[RETAIN].nll)
         return {"retain": retain, "total": retain}
+
+    def targets(self, model: nn.Module) -> Sequence[str] | None:
+        return self.run.targets(model)
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        return self.run.starts_elsewhere
+
+    def begin(self, *arguments: Any) -> None:
+        self.run.begin(*arguments)
 
 
 class FinishedRun:
@@ -163,7 +175,7 @@ def refresh(
             run.tokenizer,
             run.data,
             run.folder.path / "runs" / name,
-            targets=method.targets(model) or layers.targets,
+            targets=layers.targets,
             exclude=layers.exclude,
             subspaces=subspaces,
             lora=lora,
@@ -179,7 +191,7 @@ def refresh(
         nk.save_lora_adapter(model, run.folder.path / "runs" / name / "adapter", metadata=metadata)
         return model, outcome
 
-    model, refreshed = go_on("refreshed", RetainOnly())
+    model, refreshed = go_on("refreshed", RetainOnly(method))
     with nk.adapters_disabled(model):
         rows = [{"method": "before", "seed": seed, **run.probe(model)}]
     outcomes = {"refreshed": refreshed}

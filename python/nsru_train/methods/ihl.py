@@ -1,12 +1,13 @@
-"""Inverted hinge loss."""
+"""Inverted hinge loss, and the low-rank start that LoKU gives it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsru_train.losses.batch import FORGET, Answers
+from nsru_train.methods.fila import Batches, start_with_fila
 from nsru_train.methods.method import ForgetRetain, mean
 
 
@@ -16,10 +17,24 @@ class IHL(ForgetRetain):
 
     The most likely other token takes over: bounded, and without a push into noise.
 
-    Source: Cha et al. 2025, arXiv 2408.06621 (LoKU), without its FILA initialisation.
+    Args:
+        fila: start from the part of each weight that matters most for what is forgotten; two more
+            passes over all questions, a gradient of all adapted weights in memory, and adapters of
+            twice the rank.
+
+    Source: Cha et al. 2025, arXiv 2408.06621 (LoKU).
     """
 
+    fila: bool = False
+
     by_logits = (FORGET,)
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        return self.fila
+
+    def begin(self, model: nn.Module, forget: Batches, retain: Batches) -> None:
+        start_with_fila(model, forget, retain)
 
     def forget(self, answers: Answers) -> Tensor:
         return mean(answers.score(inverted_hinge))

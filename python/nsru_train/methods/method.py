@@ -30,7 +30,8 @@ class Method:
         parts: names of the loss's parts, as metrics.jsonl has them, without the total.
         ranges: of settings; a weight, one that begins with w_, is never negative.
 
-    A method may also say `prepare`, `targets`, `start`, `after_step`, `applied` and `score`.
+    A method may also say `prepare`, `targets`, `starts_elsewhere` and `begin`, `start` and
+    `after_step`, `applied` and `score`.
     """
 
     rows: ClassVar[tuple[int, ...]] = (SAFE, FORGET, RETAIN)
@@ -74,6 +75,25 @@ class Method:
     def targets(self, model: nn.Module) -> Sequence[str] | None:
         """The linears that are adapted, as ``targets`` of `swap_linears`; None: the user's."""
         return None
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        """Whether `begin` gives the adapters another start than zero."""
+        return False
+
+    def begin(
+        self,
+        model: nn.Module,
+        forget: Sequence[Mapping[str, Tensor]],
+        retain: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        """Give the adapters their start, without a change of what the model says.
+
+        Args:
+            model: just swapped.
+            forget, retain: all answers, two in each batch, as `answer_nll` takes them.
+        """
+        raise NotImplementedError
 
     def start(self) -> dict[str, float]:
         """Numbers that change while training, by name: ``batch.state``, and kept in checkpoints."""
