@@ -601,9 +601,8 @@ def rollback(
 
     out = out or f"{run}/rollback"
     roll_back(run, out, shares=shares, rho=rho, items=items, seed=seed)
-    _finish(
-        [f"{out}/adapters", f"{out}/report.html"], "eval", run, "--adapter", f"{out}/adapters/…"
-    )
+    most = f"{out}/adapters/rolled-back-{max(shares):.3g}"
+    _finish([f"{out}/adapters", f"{out}/report.html"], "eval", run, "--adapter", most)
 
 
 def bench(options: list[str]) -> None:
