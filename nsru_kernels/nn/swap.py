@@ -463,7 +463,7 @@ def _fused_experts(model: nn.Module) -> dict[str, str]:
     sizes = {
         name: sum(p.numel() for p in module._parameters.values() if p is not None and p.dim() == 3)
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] == "experts"
+        if name.rpartition(".")[2] == "experts" or "experts" in type(module).__name__.lower()
     }
     share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
     reason = f"fused experts, {share:.0%} of all parameters; only nn.Linear is supported"

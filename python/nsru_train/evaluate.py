@@ -26,7 +26,7 @@ from nsru_train.eval_results import (
 )
 from nsru_train.metrics.memorisation import exact_memorisation, extraction_strength
 from nsru_train.metrics.privacy import membership_auc, min_k, privleak
-from nsru_train.metrics.text import rouge_l_recall
+from nsru_train.metrics.text import has_words, rouge_l_recall
 from nsru_train.metrics.tofu import (
     LOG_FILES,
     OPTION_SPLITS,
@@ -250,9 +250,9 @@ def _add_answers(
     )
     for row, text in zip(flat, answers, strict=True):
         row["generated"] = text
-        row["rougeL_recall"] = rouge_l_recall(row["answer"], text)
-        if "safe_target" in row:
-            row["safe_rougeL_recall"] = rouge_l_recall(row["safe_target"], text)
+        for key, reference in (("rougeL_recall", "answer"), ("safe_rougeL_recall", "safe_target")):
+            if reference in row and has_words(row[reference]):
+                row[key] = rouge_l_recall(row[reference], text)
 
 
 def add_base_answers(
@@ -278,11 +278,19 @@ def add_base_answers(
 
 
 def _means(split: str, rows: Sequence[Row], notes: list[str]) -> dict[str, float]:
-    """Mean of each metric that every record of the split has; the others are noted."""
+    """Mean of each metric that every record of the split has; the others are noted.
+
+    ROUGE is a mean over the records whose reference it can read."""
     metrics: dict[str, float] = {"count": len(rows)}
     for key in METRICS:
         values = [row[key] for row in rows if key in row]
-        if len(values) == len(rows):
+        unread = len(rows) - len(values) if key in _OF_WORDS and "generated" in rows[0] else 0
+        if unread and (key == "rougeL_recall" or "safe_target" in rows[0]):
+            notes.append(
+                f"{split}: {key} says nothing of {unread} of {len(rows)} records, whose "
+                "reference has no word of a-z and 0-9"
+            )
+        if len(values) == len(rows) or (values and unread):
             if key == "truth_ratio":
                 metrics[key] = truth_ratio_score(np.array(values), forget=split == "forget")
             else:
@@ -295,6 +303,7 @@ def _means(split: str, rows: Sequence[Row], notes: list[str]) -> dict[str, float
     return metrics
 
 
+_OF_WORDS = ("rougeL_recall", "safe_rougeL_recall")
 _NEEDS = {
     "truth_ratio": "perturbed_answers",
     "option_probability": "perturbed_answers",
@@ -309,7 +318,12 @@ def _log(rows: Sequence[Row]) -> dict[str, list]:
         "average_perturb_loss": "perturbed_loss",
         "rougeL_recall": "rougeL_recall",
     }
-    return {name: [row[key] for row in rows] for name, key in columns.items() if key in rows[0]}
+    # TOFU scores 0 where a reference has no word that ROUGE knows.
+    return {
+        name: [row.get(key, 0.0) for row in rows]
+        for name, key in columns.items()
+        if key in rows[0] or (key == "rougeL_recall" and "generated" in rows[0])
+    }
 
 
 def _add_utility(result: Evaluation, mean: Mean, generate: bool) -> None:
@@ -319,6 +333,13 @@ def _add_utility(result: Evaluation, mean: Mean, generate: bool) -> None:
     elif not present:
         result.notes.append(
             f"model_utility: none of {', '.join(UTILITY_SPLITS)} was given with perturbed_answers"
+        )
+    elif unread := sum(
+        "rougeL_recall" not in row for split in present for row in result.rows[split]
+    ):
+        result.notes.append(
+            f"model_utility: left out, for ROUGE-L cannot read {unread} answers, which have no "
+            "word of a-z and 0-9"
         )
     else:
         utility = model_utility(result.log, mean)

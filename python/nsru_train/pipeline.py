@@ -97,8 +97,10 @@ def load_data(config: DataConfig) -> Data:
 def without_long(data: Data, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Data:
     """The sets without the records of which a text is too long, where config.skip says so.
 
-    Where config.truncate says that answers are cut, the sets as they are. Either is said in a line.
+    Where config.truncate says that answers are cut, the sets as they are. Either is said in a line,
+    and so are answers that the tokenizer cannot write.
     """
+    _warn_of_unknown(data, tokenizer)
     if not (config.skip or config.truncate):
         return data
 
@@ -122,6 +124,21 @@ def without_long(data: Data, tokenizer: PreTrainedTokenizerBase, config: DataCon
                 f"data.skip: no {name} record fits in max_length {config.max_length}; raise it."
             )
     return Data(kept.pop("forget"), kept.pop("retain"), kept, data.safe) if config.skip else data
+
+
+def _warn_of_unknown(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say where answers hold tokens unknown to the tokenizer: several can become the same."""
+    unknown = tokenizer.unk_token_id
+    for name, records in data.splits().items() if unknown is not None else ():
+        odd = sum(
+            unknown in tokenizer(qa.answer, add_special_tokens=False).input_ids for qa in records
+        )
+        if odd:
+            logger.warning(
+                "%d of %d %s answers hold characters that the tokenizer cannot write: they are "
+                "trained and scored as %s there.",
+                odd, len(records), name, tokenizer.unk_token,
+            )  # fmt: skip
 
 
 def load_model(

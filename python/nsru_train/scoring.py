@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _POSITION_TABLE = re.compile(
-    r"(?:^|\.)(?:wpe|embed_positions|positions_embed|position_embeddings)$"
+    r"(?:^|\.)(?:wpe|embed_positions|positions_embed|position_embeddings|pos_encoding)$"
 )
 _NOT_ASKED = np.empty(0, dtype=np.int64)
 
@@ -56,7 +56,10 @@ class Score:
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Rows of a learned position table; None for a model without one, such as a rotary one."""
+    """Rows of a position table; None for a model without one, such as most rotary ones."""
+    for name, buffer in model.named_buffers():
+        if buffer.dim() == 2 and _POSITION_TABLE.search(name):  # GPT-J, CodeGen, CTRL
+            return len(buffer)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and _POSITION_TABLE.search(name):
             reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa
@@ -200,8 +203,8 @@ def greedy_answers(
 
     Left padding and a KV cache. Sampling settings and penalties of the model's own generation
     config are not used; its EOS tokens are, and the token with which a turn ends. Equal questions
-    are answered once. Only questions of one length are batched for a model that reads padding in
-    spite of the attention mask, as RWKV does.
+    are answered once. Only questions of one length are batched for a model that sees padding in
+    spite of the attention mask, as RWKV does, or BART by its positions.
 
     Args:
         max_new_tokens: longest answer.
@@ -271,30 +274,41 @@ _masking: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary
 
 
 def _masks_padding(model: PreTrainedModel, prompt: Sequence[int], pad: int) -> bool:
-    """Whether it makes no difference which tokens stand under the attention mask."""
+    """Whether padding, whatever tokens it holds, makes no difference to a prompt's answer."""
     if model not in _masking:
-        inputs = _left_padded([prompt], pad, len(prompt) + 8)
-        other = inputs["input_ids"].clone()
-        other[:, :8] = next(token for token in prompt if token != pad)
         logits = []
-        for input_ids in (inputs["input_ids"], other):
+        other = next((token for token in prompt if token != pad), prompt[0])
+        for padding in ([], [pad] * 8, [other] * 8):
+            inputs = _left_padded([prompt], pad, len(padding) + len(prompt))
+            inputs["input_ids"][0, : len(padding)] = torch.tensor(padding)
             with generation_config(model, 1, None, pad):
                 output = model.generate(
-                    input_ids=input_ids.to(_device(model)),
-                    attention_mask=inputs["attention_mask"].to(_device(model)),
+                    **{name: value.to(_device(model)) for name, value in inputs.items()},
                     return_dict_in_generate=True,
                     output_logits=True,
                 )
             logits.append(output.logits[0].float())
-        finite = logits[0].isfinite()
-        first, second = (values[finite] for values in logits)
-        # Equal but for rounding, where experts get other numbers of tokens.
-        _masking[model] = bool(((first - second).abs() <= 1e-2 * first.std()).all())
+        ids = torch.tensor([list(prompt)], device=_device(model))
+        logits.append(type(model).forward(model, input_ids=ids).logits[:, -1].float())
+        alone, *padded, scored = (values[logits[0].isfinite()] for values in logits)
+
+        def alike(values: Tensor) -> bool:
+            # Equal but for rounding, where experts get other numbers of tokens.
+            return bool(((values - alone).abs() <= 1e-2 * alone.std()).all())
+
+        _masking[model] = all(map(alike, padded))
+        name = type(model).__name__
         if not _masking[model]:
             logger.warning(
-                "%s reads padding in spite of the attention mask: only questions of one length "
+                "%s sees padding in spite of the attention mask: only questions of one length "
                 "are answered together, which takes longer.",
-                type(model).__name__,
+                name,
+            )
+        if not alike(scored):
+            logger.warning(
+                "%s generates otherwise than it is scored and trained, by other positions for "
+                "example: its greedy answers, and ROUGE, are not those of the model in training.",
+                name,
             )
     return _masking[model]
 

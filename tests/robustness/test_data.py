@@ -11,7 +11,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PhiConfig, PhiForCausalLM, RwkvConfig, RwkvForCausalLM
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Replace
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 import nsru_kernels as nk
 from nsru_train.config import DataConfig, ModelConfig
@@ -30,8 +45,8 @@ from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
 from nsru_train.evaluate import evaluate
 from nsru_train.losses.nll import AnswerHidden, answer_logits, answer_states
 from nsru_train.metrics import forget_quality, load_log, model_utility
-from nsru_train.pipeline import load_data, load_model, token_batches, without_long
-from nsru_train.scoring import greedy_answers, score_sequences
+from nsru_train.pipeline import Data, load_data, load_model, token_batches, without_long
+from nsru_train.scoring import greedy_answers, position_limit, score_sequences
 from nsru_train.sources import digest, load_records, save_records
 from nsru_train.verify import Comparison
 
@@ -652,7 +667,7 @@ def test_a_model_that_reads_padding_answers_as_one_by_one(caplog):
     assert greedy_answers(model, tokenizer, questions, max_new_tokens=12) == alone
     said = [record.getMessage() for record in caplog.records if "padding" in record.getMessage()]
     assert len(said) == 1
-    assert "RwkvForCausalLM reads padding" in said[0]
+    assert "RwkvForCausalLM sees padding" in said[0]
     caplog.clear()
     llama = make_llama(tokenizer, hidden_size=16, layers=1, heads=2, intermediate_size=16)
     greedy_answers(llama, tokenizer, questions, max_new_tokens=2)
@@ -697,3 +712,94 @@ def test_a_text_beyond_the_stated_positions_of_a_rotary_model_is_said_once(caplo
     said = [r.getMessage() for r in caplog.records if "max_position_embeddings" in r.getMessage()]
     assert len(said) == 1
     assert f"a text has {len(long)} tokens, LlamaForCausalLM is made for 40 positions" in said[0]
+
+
+def test_a_model_whose_positions_count_padding_answers_as_one_by_one(caplog):
+    tokenizer = chat_tokenizer(None)
+    torch.manual_seed(1)
+    config = BartConfig(
+        vocab_size=len(tokenizer), d_model=32, decoder_layers=2, decoder_ffn_dim=32,
+        decoder_attention_heads=2, max_position_embeddings=200, is_decoder=True,
+        is_encoder_decoder=False, init_std=0.5, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=None,
+    )  # fmt: skip
+    model = BartForCausalLM(config).eval()
+    questions = ["Who?", ANN.question, "What is it that Bob and Ann want?"]
+    alone = [greedy_answers(model, tokenizer, [q], max_new_tokens=12)[0] for q in questions]
+    assert greedy_answers(model, tokenizer, questions, max_new_tokens=12) == alone
+    assert "BartForCausalLM sees padding" in caplog.text
+    assert "generates otherwise" not in caplog.text
+
+
+def test_a_model_that_generates_by_other_positions_than_it_is_scored_is_told_of(caplog):
+    tokenizer = chat_tokenizer(None)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, intermediate_size=32,
+        num_attention_heads=2, max_position_embeddings=200, is_decoder=True, initializer_range=0.5,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = RobertaForCausalLM(config).eval()
+    greedy_answers(model, tokenizer, ["Who?", ANN.question], max_new_tokens=2)
+    assert "RobertaForCausalLM generates otherwise than it is scored" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["gptj", "codegen", "ctrl"])
+def test_a_position_table_in_a_buffer_limits_texts(name):
+    tokenizer = chat_tokenizer(None)
+    config = CONFIG_MAPPING[name](
+        vocab_size=len(tokenizer), n_positions=40, n_embd=32, n_layer=1, n_head=4, rotary_dim=4,
+        dff=32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert position_limit(model) == 40
+    with pytest.raises(ValueError, match="40 positions"):
+        greedy_answers(model, tokenizer, ["What is it? " * 40])
+
+
+def test_answers_in_another_script_are_not_scored_zero_by_rouge(monkeypatch):
+    latin = QA("Who?", "Ann of Oslo", perturbed_answers=["Bob"], paraphrased_answer="It is Ann")
+    other = replace(latin, question="Кто?", answer="Анна из Осло")
+    tokenizer = chat_tokenizer(None)
+    model = make_llama(tokenizer, hidden_size=16, layers=1, heads=2, intermediate_size=16)
+
+    def say(model, tokenizer, questions, **_):
+        return ["Анна из Осло" if question == "Кто?" else "Ann" for question in questions]
+
+    monkeypatch.setattr("nsru_train.evaluate.greedy_answers", say)
+    found = evaluate(
+        model, tokenizer, {"forget": [latin, other], "retain": [other]}, progress=False
+    )
+    assert found.metrics["forget"]["rougeL_recall"] == pytest.approx(1 / 3)
+    assert "rougeL_recall" not in found.metrics["retain"]
+    assert "model_utility" not in found.overall
+    said = [note for note in found.notes if "word of a-z" in note]
+    assert [note.partition(":")[0] for note in said] == ["forget", "retain", "model_utility"]
+    assert "1 of 2 records" in said[0]
+    alone = evaluate(model, tokenizer, {"retain": [latin]}, progress=False)
+    assert alone.metrics["retain"]["rougeL_recall"] == pytest.approx(1 / 3)
+    assert not [note for note in alone.notes if "word of a-z" in note]
+
+
+def test_answers_that_the_tokenizer_cannot_write_are_told_of(caplog):
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "Ann": 2}, "<unk>")),
+        unk_token="<unk>", eos_token="</s>",
+    )  # fmt: skip
+    known = [QA("Who?", "Ann")]
+    data = Data([QA("Кто?", "Анна"), *known], known, {}, SafeTargets.from_file())
+    assert without_long(data, tokenizer, DataConfig("a", "b")) is data
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert said[0].startswith("1 of 2 forget answers hold characters")
+
+
+def test_a_template_whose_white_space_joins_the_answer_is_told_of_with_its_tokens():
+    tokenizer = chat_tokenizer(
+        "{% for m in messages %}<{{ m['role'] }}>\n\n{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>\n\n{% endif %}"
+    )
+    tokenizer.backend_tokenizer.normalizer = Replace(Regex("\n\nB"), "\nB")
+    with pytest.raises(ValueError, match=r"it ends in .*, and in .* where the answer follows"):
+        encode_qa(tokenizer, "Who?", "Bob")

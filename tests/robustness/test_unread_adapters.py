@@ -7,6 +7,8 @@ from torch import nn
 from transformers import (
     JambaConfig,
     JambaForCausalLM,
+    JetMoeConfig,
+    JetMoeForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     Qwen3MoeConfig,
@@ -199,3 +201,16 @@ def test_the_report_names_fused_experts_with_their_share():
     report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
     assert report.skipped["model.layers.1.mlp.experts"].startswith("fused experts, ")
     assert f"not swapped: experts × 1 (fused experts, {experts / total:.0%} of all" in str(report)
+
+
+def test_fused_experts_are_known_by_their_class_too():
+    config = JetMoeConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
+        num_key_value_heads=2, kv_channels=4, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    report = nk.swap_linears(JetMoeForCausalLM(config), "all-linear", rank=2, alpha=4)
+    names = {n for n, why in report.skipped.items() if why.startswith("fused experts, ")}
+    assert names == {
+        f"model.layers.0.{part}.{which}_linear"
+        for part in ("mlp", "self_attention.experts") for which in ("input", "output")
+    }  # fmt: skip

@@ -21,6 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    RemBertConfig,
+    RemBertForCausalLM,
 )
 
 from nsru_train.losses import head
@@ -329,3 +331,14 @@ def test_bad_arguments_are_named():
         token_kl(hidden, hidden, weight.requires_grad_())
     with pytest.raises(ValueError, match="labels"):
         answer_nll(make_model("llama"), {"input_ids": torch.zeros(1, 2, dtype=torch.long)})
+
+
+def test_a_head_behind_a_projection_of_another_width_gives_full_logits(caplog):
+    config = RemBertConfig(
+        vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, input_embedding_size=12, output_embedding_size=24, is_decoder=True,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model, batch = RemBertForCausalLM(config).eval(), make_batch()
+    torch.testing.assert_close(answer_nll(model, batch)[0], expected_nll(model, batch)[0])
+    assert "full logits are computed" in caplog.text

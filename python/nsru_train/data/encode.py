@@ -172,8 +172,16 @@ def _encode_whole(tokenizer: PreTrainedTokenizerBase, question: str, answer: str
     answered = text.removesuffix(after)
     prompt, full = _tokens(tokenizer, _prompt_text(before)), _tokens(tokenizer, text)
     start = len(prompt)
-    if not answered.startswith(before) or answered + after != text or full[:start] != prompt:
+    if not answered.startswith(before) or answered + after != text:
         raise ValueError(_not_a_prefix(question))
+    if full[:start] != prompt:
+        parting = max(0, _shared(prompt, full) - 1)
+        alone, followed = (
+            " ".join(tokenizer.convert_ids_to_tokens(ids[parting:stop]))
+            for ids, stop in ((prompt, start), (full, start + 1))
+        )
+        border = f": it ends in {alone}, and in {followed} where the answer follows"
+        raise ValueError(_not_a_prefix(question, border))
     # A token that joins the answer's end with what follows counts as the answer's.
     unclosed = _tokens(tokenizer, answered)
     end = _shared(unclosed, full)
@@ -216,11 +224,12 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
 
 
-def _not_a_prefix(question: str) -> str:
+def _not_a_prefix(question: str, border: str = "") -> str:
     return (
         "the prompt's tokens are not a proper prefix of prompt + answer, so the answer cannot "
-        f"be told apart (question {question[:60]!r}). Does the tokenizer add EOS to every text, or "
-        "its chat_template depend on the answer? Turn that off, or set chat_template = None"
+        f"be told apart (question {question[:60]!r}){border}. Does the tokenizer add EOS to every "
+        "text, or its chat_template depend on the answer, or end its prompt in white space that "
+        "joins the answer? Turn that off, or set chat_template = None"
     )
 
 

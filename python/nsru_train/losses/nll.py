@@ -189,13 +189,17 @@ def _probe_head(model: Any, linear: Any, inputs: Mapping[str, Tensor]) -> dict[s
         reason = f"its output layer is a {type(linear).__name__}, not an nn.Linear"
     else:
         reason = "no softcap and scale in its config turn head(hidden) into its logits"
+        forms = _forms_in_config(model.config)
         probe = _first_tokens(inputs)
         with evaluating(model):
             expected = _own_logits(model, probe).float()
             hidden = model.base_model(**probe, use_cache=False)[0].to(linear.weight.dtype)
-            plain = nn.functional.linear(hidden, linear.weight, linear.bias).float()
+            if hidden.shape[-1] == linear.in_features:
+                plain = nn.functional.linear(hidden, linear.weight, linear.bias).float()
+            else:
+                forms = []  # something stands between them
         relative = 2e-2 if linear.weight.dtype.itemsize < 4 else 1e-4
-        for form in _forms_in_config(model.config):
+        for form in forms:
             head = Head(form["logit_softcap"], form["logit_scale"], rows=1)
             seen = unmasked(expected)
             difference = (head.bound(plain * head.scale) - expected)[seen].abs().max()

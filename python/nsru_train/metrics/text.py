@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,11 @@ def rouge_l_recall(reference: str, prediction: str) -> float:
         0.6
     """
     return float(_scorer().score(reference, prediction)["rougeL"].recall)
+
+
+def has_words(reference: str) -> bool:
+    """Whether ``reference`` has a word by which `rouge_l_recall` could find it again."""
+    return re.search("[a-z0-9]", reference.lower()) is not None
 
 
 @lru_cache(maxsize=1)
