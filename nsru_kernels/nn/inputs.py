@@ -129,6 +129,9 @@ class ActivationStream:
                 f"{type(batch).__name__}."
             )
         _check_tokens(batch)
+        ids = batch.get("input_ids")
+        if ids is not None and not ids.numel():
+            return  # as a loader gives whose last batch has nothing left
         in_order = [self._moved(value) for value in in_order]
         arguments = {
             name: self._moved(value)
@@ -199,6 +202,14 @@ def _check_tokens(batch: Mapping[str, Any]) -> None:
             f"batches: input_ids must be [B, T], got {tuple(ids.shape)}; use ids[None] for one "
             "sequence, and batches=[ids] for one batch."
         )
+    mask = batch.get("token_mask")
+    if mask is not None and ids is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"batches: token_mask must be like input_ids, {tuple(ids.shape)}, got "
+            f"{tuple(mask.shape)}."
+        )
+    if mask is not None and mask.isnan().any():
+        raise ValueError("batches: token_mask must be 1 for tokens that count, else 0, got NaN.")
 
 
 _REMEDY = "make tensors of them by torch.as_tensor, or tokenizer(..., return_tensors='pt')"

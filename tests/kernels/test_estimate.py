@@ -199,6 +199,29 @@ def test_token_mask_leaves_tokens_out(model):
     assert subspaces[name].tokens == count
 
 
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 5), r"token_mask must be like input_ids, \(2, 6\), got \(2, 5\)"),
+        (torch.full((2, 6), torch.nan), "token_mask must be 1 .*got NaN"),
+    ],
+)
+def test_a_token_mask_that_fits_no_tokens_is_refused_whatever_it_holds(model, mask, message):
+    batch = {"input_ids": torch.ones(2, 6, dtype=torch.long), "token_mask": mask}
+    with pytest.raises(ValueError, match=message):
+        estimate(model, [batch], rank=2)
+
+
+def test_an_empty_batch_adds_nothing(model):
+    batch = {"input_ids": torch.arange(12).reshape(2, 6)}
+    nothing = {"input_ids": torch.ones(0, 6, dtype=torch.long)}
+    alone = estimate(model, [batch], rank=2)
+    both = estimate(model, [nothing, batch, nothing], rank=2)
+    for name, subspace in alone.items():
+        assert both[name].tokens == subspace.tokens
+        assert torch.equal(both[name].basis, subspace.basis)
+
+
 def test_model_is_left_as_it_was(model):
     model.train()
     model.model.layers[1].eval()
