@@ -419,6 +419,10 @@ def eval(
     from nsru_train.run_folder import RunFolder
 
     check_range("max_new_tokens", max_new_tokens, "must be ≥ 1", whole=True)
+    if base and adapter is not None:
+        raise ValueError(
+            f"adapter: {adapter} has no part in --base true, the model without one; leave one out."
+        )
     of_run = data is None
     model, data = run_sections(run, model, data)
     loaded = load_data(data)
@@ -727,6 +731,15 @@ def _explain(error: Exception, given: list[str]) -> str:
         text = re.sub(r'(key "|option \')', rf"\1{inside[1]}.", inside[2], flags=re.I)
         said, required, missing = text.partition("required: ")
         text = said + required + re.sub(r"(\w+)", rf"--{inside[1]}.\1", missing)
+    # A value for a whole section, where one of its settings is meant.
+    whole = re.search(r'key "(\w+)": - Expected a path but (.+?) either not accessible', text)
+    if whole is not None and whole[1] in SECTIONS:
+        name, value = whole.groups()
+        first = fields(SECTIONS[name])[0].name
+        return (
+            f"--{name}: expected {in_words(SECTIONS[name])}, got {value}. "
+            f"Did you mean --{name}.{first} {value}?"
+        )
     unknown = re.search(
         r"unrecognized arguments: -*([\w.]+)|option '([\w.]+)'(?: is not accepted|$)", text, re.I
     )

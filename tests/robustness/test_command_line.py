@@ -290,6 +290,17 @@ def test_every_field_has_a_help_text(kind):
     assert {field.name for field in fields(kind)} <= described
 
 
+@pytest.mark.parametrize("command", ["eval", "merge", "verify"])
+def test_a_path_given_for_a_whole_section_is_told_where_it_belongs(capsys, tmp_path, command):
+    said = fails(capsys, command, tmp_path, "--model", "my/model")
+    assert said.rstrip().endswith("got my/model. Did you mean --model.path my/model?")
+
+
+def test_the_base_model_has_no_adapter(capsys, tmp_path):
+    said = fails(capsys, "eval", tmp_path, "--base=true", "--adapter=x")
+    assert "adapter: x has no part in --base true" in said
+
+
 @pytest.mark.parametrize("command", ["eval", "merge", "verify", "report"])
 def test_a_run_that_is_not_there(capsys, tmp_path, command):
     assert f"run: no folder {tmp_path / 'x'}; give" in fails(capsys, command, tmp_path / "x")
