@@ -197,3 +197,29 @@ def test_unlearning_document_quotes_what_the_null_space_does_for_other_methods()
     assert f"{means['NSRU'][1] / best:.2f} of the best method" in section
     ratios = ", ".join(f"{row['ratio']:.2f}" for row in matched[:-1])
     assert f"{ratios} and {matched[-1]['ratio']:.2f}" in section
+
+
+REPAIRED = {
+    "NSRU": "nsru",
+    "LoRA without projection": "lora",
+    "graddiff in the null space": "graddiff-projected",
+    "graddiff": "graddiff",
+}
+
+
+def test_the_table_of_repairs_quotes_the_runs():
+    text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    section = text.split("## What was lost, brought back\n")[1].split("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
+    quoted = {name: cells for name, *cells in lines if name in REPAIRED}
+    for name, file in REPAIRED.items():
+        rows = {}
+        for kind in ("rollback", "refresh"):
+            saved = (RESULTS / "repair-fictitious" / f"{file}-{kind}.json").read_text()
+            rows |= {row["method"]: row for row in json.loads(saved)["methods"]}
+        shown = ("unlearned", "refreshed", "continued", "rolled back 0.005", "random 0.005")
+        assert quoted.pop(name) == [
+            f"{rows[one]['forget_prob']:.3f}, {rows[one]['retain_unseen_prob']:.3f}"
+            for one in shown
+        ]
+    assert not quoted
