@@ -146,6 +146,12 @@ class ActivationStream:
                     f"{tuple(keep_BT.shape)}; add a token_mask [B, T] to the batch."
                 )
             keep_BT = keep_BT.to(self.device, torch.bool)
+            config = getattr(self.model, "config", None)
+            if getattr(config, "is_encoder_decoder", False) and not keep_BT.all():
+                raise ValueError(
+                    "batches: one mask cannot tell the padding of encoder and decoder apart; give "
+                    "an encoder-decoder model batches without padding."
+                )
         self.keep_BT = None if keep_BT is None or keep_BT.all() else keep_BT
         self.module(*in_order, **{**arguments, **self.extra})
 

@@ -50,6 +50,7 @@ class SwapReport:
         frozen: number of all other parameters.
         groups: names of linears that read the same input and are computed together.
         observed: whether it is known which linears read the same input.
+        closed: names whose retain basis has full rank: no update is left to train there.
     """
 
     swapped: list[str] = field(default_factory=list)
@@ -59,6 +60,7 @@ class SwapReport:
     frozen: int = 0
     groups: list[list[str]] = field(default_factory=list)
     observed: bool = True
+    closed: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [
@@ -71,6 +73,11 @@ class SwapReport:
         if plain:
             lines.append(
                 f"  {plain} of them without a retain basis: plain LoRA, nothing is projected"
+            )
+        if self.closed:
+            lines.append(
+                f"  {len(self.closed)} of them with a retain basis of full rank, such as "
+                f"{self.closed[0]}: nothing is trained there; lower the rank"
             )
         ends = ["+".join(name.rpartition(".")[2] for name in group) for group in self.groups]
         lines += [f"  {group} × {n} computed together" for group, n in Counter(ends).items()]
@@ -198,6 +205,7 @@ def swap_linears(
         frozen=sum(p.numel() for p in model.parameters()) - trainable,
         groups=groups,
         observed=families is not None,
+        closed=[n for n, m in modules.items() if _is_full(m.basis)],
     )
 
 
@@ -245,6 +253,10 @@ def by_pattern(
         name: next((value for e, value in expressions.items() if e.match(name)), default)
         for name in names
     }
+
+
+def _is_full(basis_KQ: Tensor | None) -> bool:
+    return basis_KQ is not None and basis_KQ.shape[1] == basis_KQ.shape[0]
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -37,7 +37,7 @@ class InputDiagnostics:
         captured_energy: Σ_{i<=Q} λ̂_i / trace, a certified lower bound.
         editability: ‖P x_f‖²/‖x_f‖² over the forget set, of unit tokens where these were asked for;
             None without one.
-        rank_limited: the request could not be met within the sketch's width.
+        rank_limited: the request could not be met with the directions that were found.
         tokens: retain tokens seen.
         spectrum: λ̂_i / trace of every direction of the sketch, also beyond Q.
         editability_by_rank: editability at rank 0, 1, ... len(spectrum); None without a forget set.
@@ -111,7 +111,10 @@ class SubspaceSet(dict[str, RetainSubspace]):
             )
         lines = align_columns(rows)
         if any(entry.rank_limited for entry in self.inputs):
-            lines.append("* the sketch's width ran out before the request was met; raise width.")
+            lines.append(
+                "* the request was not met: the retain data has no more directions, or the sketch "
+                "none left; raise width where that is less than K."
+            )
         return "\n".join(lines)
 
     def check_model(self, model: nn.Module) -> None:

@@ -576,8 +576,7 @@ def refresh(
     from nsru_train.repair import refresh as refresh_run
 
     out = out or f"{run}/refresh"
-    options = {"eval_steps": eval_steps, "seed": seed, "control": control}
-    refresh_run(run, out, steps=steps, lr=lr, **options)
+    refresh_run(run, out, steps=steps, lr=lr, eval_steps=eval_steps, seed=seed, control=control)
     _finish([f"{out}/adapter", f"{out}/report.html"], "eval", run, "--adapter", f"{out}/adapter")
 
 

@@ -415,7 +415,7 @@ def unlearn(
                 "train.weight_decay must be 0 for adapters that do not start at zero, got "
                 f"{train.weight_decay}: it would undo a part of their start."
             )
-        pairs = (
+        twos = (
             [
                 token_batches(
                     model, tokenizer, records[i : i + 2],
@@ -425,7 +425,7 @@ def unlearn(
             ]
             for records in (data.forget, data.retain)
         )  # fmt: skip
-        objective.begin(model, *pairs)
+        objective.begin(model, *twos)
     if adapter is not None:
         copy_lora_adapter(model, adapter)
         scale_updates(model, 1 / objective.applied)

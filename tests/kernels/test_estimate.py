@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from linear_cases import tiny_llama
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from nsru_kernels import swap_linears
 from nsru_kernels.subspaces import estimate_retain_subspaces
@@ -210,6 +211,20 @@ def test_a_token_mask_that_fits_no_tokens_is_refused_whatever_it_holds(model, ma
     batch = {"input_ids": torch.ones(2, 6, dtype=torch.long), "token_mask": mask}
     with pytest.raises(ValueError, match=message):
         estimate(model, [batch], rank=2)
+
+
+def test_padding_of_encoder_and_decoder_is_not_told_apart():
+    config = T5Config(
+        vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    ids = torch.arange(12).reshape(2, 6)
+    batch = {"input_ids": ids, "decoder_input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    subspaces = estimate(T5ForConditionalGeneration(config), [batch], rank=2)
+    assert {subspace.tokens for subspace in subspaces.values()} == {12}
+    batch["attention_mask"][0, 4:] = 0
+    with pytest.raises(ValueError, match="padding of encoder and decoder"):
+        estimate(T5ForConditionalGeneration(config), [batch], rank=2)
 
 
 def test_an_empty_batch_adds_nothing(model):

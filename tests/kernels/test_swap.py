@@ -329,3 +329,12 @@ def test_alpha_pattern_gives_single_modules_their_own_alpha(model):
     swap(model, alpha_pattern={"layers.1.q_proj": 10})
     assert model.layers[1].q_proj.scaling == 5
     assert model.layers[0].q_proj.scaling == model.layers[1].k_proj.scaling == 2
+
+
+def test_the_report_names_layers_whose_basis_leaves_nothing_open(model):
+    subspaces = subspaces_for(model)
+    full = types.SimpleNamespace(basis=make_basis(K, K).float())
+    report = swap(model, subspaces=subspaces | {"layers.1.k_proj": full})
+    assert report.closed == ["layers.1.k_proj"]
+    assert "1 of them with a retain basis of full rank, such as layers.1.k_proj" in str(report)
+    assert "full rank" not in str(swap(Model(), subspaces=subspaces))

@@ -83,7 +83,7 @@ def test_a_contender_is_called_as_results_call_it(name):
         (["--methods=[npo]", "--settings={simnpo: {}}"], "settings: 'simnpo' is none of the"),
         (
             ["--methods=[npo]", "--settings={npo: {bet: 1}}"],
-            "settings: npo has w_forget, w_retain, retain, beta, got bet",
+            "settings: npo has w_forget, w_retain, retain, compat, beta, got bet",
         ),
         (
             ["--methods=[npo]", "--settings={npo: {beta: 0}}"],

@@ -43,7 +43,7 @@ def start_with_fila(model: nn.Module, forget: Batches, retain: Batches) -> None:
 
 
 def squared_gradients(
-    model: nn.Module, weights: Sequence[nn.Parameter], batches: Batches
+    model: nn.Module, weights: Sequence[Tensor], batches: Batches
 ) -> list[Tensor]:
     """Mean over ``batches``, by their answers' tokens, of the squared gradient of the mean NLL."""
     totals, tokens = [torch.zeros_like(w, dtype=torch.float32) for w in weights], 0

@@ -224,8 +224,9 @@ def warnings(results: Row) -> list[str]:
     if limited:
         shown = ", ".join(limited[:4]) + (" …" if len(limited) > 4 else "")
         found.append(
-            f"Sketch width ran out before the requested energy was reached in {len(limited)} of "
-            f"{len(results['subspaces'])} retain subspaces ({shown}); raise the width."
+            f"Fewer directions were found than asked for in {len(limited)} of "
+            f"{len(results['subspaces'])} retain subspaces ({shown}): the retain data has no more, "
+            "or the sketch none left; raise the width where it is less than in_features."
         )
     return found
 
