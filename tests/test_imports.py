@@ -13,9 +13,10 @@ KERNELS, TRAIN = ROOT / "nsru_kernels", ROOT / "python" / "nsru_train"
 # without any to the lowest.
 LAYERS = (
     ("data", "demo", "measure", "parsing", "run_folder"),
-    ("demo.authors", "losses", "methods", "metrics"),
+    ("demo.authors", "losses", "methods", "metrics", "routed"),
     ("config", "eval_results", "scoring", "sources"),
     (
+        "adapters",
         "callbacks",
         "demo.sets",
         "demo.smollm2",

@@ -78,20 +78,29 @@ class GradientCheckCallback(TrainerCallback):
 
     lora_A's gradient is exactly zero as long as lora_B is, so it is looked at one step later (and
     with a learning rate that warms up from zero, at the first step at which some lora_B has moved).
+
+    Args:
+        held: says of a parameter's name whether it is not trained in this step.
     """
 
-    def __init__(self, skip: bool = False, fp16: bool = False) -> None:
-        self.fp16 = fp16
+    def __init__(
+        self,
+        skip: bool = False,
+        fp16: bool = False,
+        held: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        self.fp16, self.held = fp16, held
         self._pending = [] if skip else ["first", "lora_A"]
 
     def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs):
         if not self._pending:
             return
-        adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        adapters = {name: p for name, p in trainable.items() if not self.held(name)}
         late = {name: p for name, p in adapters.items() if "lora_A" in name}
         if self._pending[0] == "first":
             self._check({name: p for name, p in adapters.items() if name not in late})
-        elif any(p.detach().any() for name, p in adapters.items() if "lora_B" in name):
+        elif any(p.detach().any() for name, p in trainable.items() if "lora_B" in name):
             self._check(late)
         else:
             return

@@ -185,8 +185,8 @@ def train(
         data: what to forget and what to retain.
         subspace: the retain subspaces.
         lora: the adapters; project says whether in the null space, whatever the method.
-        method: nsru, altpo, ceu, dpo, ga, graddiff, idk, ihl, kl, lune, npo, rmu, satimp, simnpo,
-            pdu, task_vector, undial or wga, or package.module:Class of your own.
+        method: nsru, alter, altpo, ceu, dpo, ga, graddiff, idk, ihl, kl, lune, npo, rmu, satimp,
+            simnpo, pdu, task_vector, undial or wga, or package.module:Class of your own.
         objective: settings of the method; `nsru train --method NAME --help` lists them.
         train: how.
         out: run folder.
@@ -194,7 +194,6 @@ def train(
     """
     from transformers.trainer_utils import get_last_checkpoint
 
-    import nsru_kernels as nk
     from nsru_kernels.subspaces.collection import fingerprint_weights
     from nsru_train.alternatives import add_alternatives
     from nsru_train.evaluate import before_and_after, probability_sets, quick_probabilities
@@ -295,7 +294,7 @@ def train(
     print(outcome.swap)
     if not run.writes:
         return
-    nk.save_lora_adapter(base, run.adapter_dir, metadata={"fingerprint": fingerprint_weights(base)})
+    objective.save(base, run.adapter_dir, {"fingerprint": fingerprint_weights(base)})
     before, after = before_and_after(base, tokenizer, asked)
     run.write_results(
         {
@@ -411,7 +410,7 @@ def eval(
         max_new_tokens: longest generated answer.
         generate: false leaves out generated answers, and ROUGE with them.
     """
-    from nsru_kernels.hf.peft_format import load_lora_adapter
+    from nsru_train.adapters import load_adapter
     from nsru_train.evaluate import add_base_answers, evaluate, format_table, to_results
     from nsru_train.metrics.tofu import load_log
     from nsru_train.pipeline import load_data, load_model, without_long
@@ -435,7 +434,7 @@ def eval(
     loaded = without_long(loaded, tokenizer, data)
     adapter = None if base else adapter or f"{run}/adapter"
     if adapter is not None:
-        load_lora_adapter(network, adapter)
+        load_adapter(network, adapter)
     folder = RunFolder(out or f"{run}/{'eval-base' if base else 'eval'}")
     evaluation = evaluate(
         network.eval(),
@@ -482,9 +481,11 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     import nsru_kernels as nk
     from nsru_kernels.files import whole_folder
     from nsru_kernels.hf.peft_format import load_lora_adapter
+    from nsru_train.adapters import check_plain
     from nsru_train.pipeline import load_model
     from nsru_train.run_folder import RunFolder
 
+    check_plain(adapter or f"{run}/adapter")
     model, _ = run_sections(run, model, None, need_data=False)
     locked = RunFolder(run).lock()  # which removes what a killed merge left
     network, tokenizer = load_model(model)
@@ -513,9 +514,11 @@ def verify(
         adapter: another adapter folder than the run's.
         merged: merged model; default RUN/merged where it exists.
     """
+    from nsru_train.adapters import check_plain
     from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.verify import verify as compare
 
+    check_plain(adapter or f"{run}/adapter")
     of_run = data is None
     model, data = run_sections(run, model, data)
     loaded = load_data(data)

@@ -12,11 +12,10 @@ from typing import Any
 
 from torch import nn
 
-import nsru_kernels as nk
 from nsru_kernels.checks import check_range
 from nsru_kernels.files import check_fields
-from nsru_kernels.hf.peft_format import load_lora_adapter
 from nsru_kernels.subspaces.collection import SubspaceSet
+from nsru_train.adapters import load_adapter
 from nsru_train.alternatives import add_alternatives
 from nsru_train.callbacks import GradientError
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
@@ -170,7 +169,7 @@ class Comparison:
             )
             label = {"method": contender.name, "lr": lr, "seed": seed}
             metadata = {"fingerprint": self.subspaces.fingerprint}
-            nk.save_lora_adapter(adapted, folder.adapter_dir, metadata=metadata)
+            contender.method.save(adapted, folder.adapter_dir, metadata)
             folder.write_results(
                 {
                     **label,
@@ -189,7 +188,7 @@ class Comparison:
         folder = RunFolder(Path(trained["folder"], "judged"))
         if not self._done(folder):
             adapted = copy.deepcopy(self.base)
-            load_lora_adapter(adapted, Path(trained["folder"], "adapter"))
+            load_adapter(adapted, Path(trained["folder"], "adapter"))
             outcome, points = trained["outcome"], trained["frontier"]
             kept = next((p for p in points if p["step"] == outcome.get("kept_step")), points[-1])
             row = {**kept, **self._quality(adapted), **outcome}

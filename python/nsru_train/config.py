@@ -58,6 +58,8 @@ class DataConfig:
         skip: leave out questions that are longer, with a line that says how many.
         question_column: name of the questions' column or field in your files.
         answer_column: name of the answers' column or field in your files.
+        domain_column: name of the column or field that says the part of the knowledge that a record
+            belongs to, where there is one; some methods unlearn those parts apart.
         system_prompt: system message before every question; needs a chat template.
         chat_template_kwargs: further variables of the chat template, such as
             {"enable_thinking": false}.
@@ -75,6 +77,7 @@ class DataConfig:
     skip: bool = False
     question_column: str = "question"
     answer_column: str = "answer"
+    domain_column: str = "domain"
     system_prompt: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     write_alternatives: int = 0

@@ -86,9 +86,15 @@ def load_data(config: DataConfig) -> Data:
             config.data_dir,
             question_column=config.question_column,
             answer_column=config.answer_column,
+            domain_column=config.domain_column,
         )
 
     forget, retain = read(config.forget), read(config.retain)
+    if config.domain_column != "domain" and not any(qa.domain for qa in forget):
+        raise ValueError(
+            f"data.domain_column: no forget record has a {config.domain_column!r}; correct the "
+            "name, or leave it out."
+        )
     more = {name: read(spec) for name, spec in config.more.items()}
     check_disjoint(forget, retain, more)
     return Data(forget, retain, more, SafeTargets.from_file(config.safe_targets))
@@ -409,6 +415,7 @@ def unlearn(
         factors = subspaces.alphas(1.0)
         for name, module in _adapted(model):
             module.alpha *= factors[name]
+    swap = objective.adapt(model, swap, tokenizer, data.forget, data.retain)
     if objective.starts_elsewhere:
         if train.weight_decay:
             raise ValueError(
@@ -456,6 +463,7 @@ def unlearn(
         retain_per_forget=train.retain_per_forget,
         seed=train.seed,
         max_length=max_length,
+        domains=objective.domains(data.forget),
     )
     os.environ.setdefault("WANDB_DIR", str(Path(folder).resolve()))  # else the working directory
     if train.gradient_checkpointing:

@@ -36,6 +36,7 @@ def load_records(
     ignore_unknown: bool = False,
     question_column: str = "question",
     answer_column: str = "answer",
+    domain_column: str = "domain",
 ) -> list[QA]:
     """Read question-answer records.
 
@@ -47,7 +48,7 @@ def load_records(
         data_dir: folder that holds TOFU's NAME.json files; None reads them from the hub.
         ignore_unknown: say nothing about fields that `QA` does not know. They are ignored with one
             warning, or refused where they look like a misspelt field.
-        question_column, answer_column: names of these two in a file.
+        question_column, answer_column, domain_column: names of these fields in a file.
 
     Returns:
         The records in file order. TOFU's names are understood: `perturbed_answer`, and
@@ -69,9 +70,12 @@ def load_records(
             f"records {str(spec)!r}: no such file. Give a .json, .jsonl, .csv or .parquet path, "
             "'tofu:forget01', or 'authors:forget'"
         )
-    if question_column == answer_column:
-        raise ValueError(f"question_column and answer_column are both {answer_column!r}")
-    names = {question_column: "question", answer_column: "answer"}
+    columns = {"question": question_column, "answer": answer_column, "domain": domain_column}
+    names: dict[str, str] = {}
+    for field, column in columns.items():
+        if column in names:
+            raise ValueError(f"{names[column]}_column and {field}_column are both {column!r}")
+        names[column] = field
     return _parse_rows(_read_rows(path), str(path), ignore_unknown, names)
 
 
@@ -192,7 +196,8 @@ def _parse_row(row: Any, ignore_unknown: bool, names: Mapping[str, str]) -> tupl
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object with question and answer, got {type(row).__name__}")
     renamed = {field: key for key, field in names.items()}
-    if renamed.keys().isdisjoint(row) and names.keys().isdisjoint(row):
+    texts = {"question", "answer", *(renamed.get(name, name) for name in ("question", "answer"))}
+    if texts.isdisjoint(row):
         row = _from_chat(row)
     values: dict[str, Any] = {}
     options = []

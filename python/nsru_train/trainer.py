@@ -87,8 +87,7 @@ def unlearning_loss(
     Further forwards, without gradient, are those that the method asks for.
 
     Args:
-        batch: input_ids, attention_mask and labels [B, S], padded on the right; kind and
-            ref_nll [B].
+        batch: as `RowCollator` makes it.
         state: of the method, as its `start` and `after_step` give it.
     """
     parts = method.loss(ScoredBatch(model, batch, method.by_logits, state))
@@ -190,7 +189,11 @@ class NSRUTrainer(ResumableTrainer):
             if retain_stop_ratio is not None and "retain" in objective.parts
             else None
         )
-        self.add_callback(GradientCheckCallback(self.is_deepspeed_enabled, args.fp16))
+        self.add_callback(
+            GradientCheckCallback(
+                self.is_deepspeed_enabled, args.fp16, lambda name: self._phase.rate(name) == 0
+            )
+        )
         # Before the evaluation hook, whose time is not a step's.
         self.add_callback(MetricsCallback(RunFolder(args.output_dir), self._parts))
         if self._early_stop is not None:
@@ -201,6 +204,11 @@ class NSRUTrainer(ResumableTrainer):
             raise ValueError("NSRUTrainer: on_eval must be given: this method keeps the best step.")
         for callback in callbacks:
             self.add_callback(callback)
+
+    @property
+    def _phase(self) -> Method:
+        """The method in the phase that the step in progress belongs to."""
+        return self.objective.at(self.state.global_step / max(1, self.state.max_steps))
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -235,6 +243,37 @@ class NSRUTrainer(ResumableTrainer):
             return result
         finally:
             run.unlock()
+
+    def create_optimizer(self, model=None):
+        """Parameters whose rate is a multiple of the learning rate form groups of their own."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        names = {p: name for name, p in (model or self.model).named_parameters()}
+        for group in list(optimizer.param_groups) if made else ():
+            params = group["params"]
+            rates = [self.objective.rate(names[p]) for p in params]
+            for factor in sorted(set(rates) - {1.0}):
+                own = [p for p, rate in zip(params, rates, strict=True) if rate == factor]
+                group["params"] = [p for p in group["params"] if p not in set(own)]
+                optimizer.add_param_group({**group, "params": own, "lr": factor * group["lr"]})
+        return optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        phase = self._phase
+        held = [
+            (name, parameter)
+            for name, parameter in trainable(self.accelerator.unwrap_model(model))
+            if phase.rate(name) == 0
+        ]
+        if held and self.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed trains all adapters at all times, and this method has phases that train "
+                f"some of them, now not {held[0][0]}; use DDP or FSDP."
+            )
+        for _, parameter in held:  # None: the optimizer leaves it and its moments alone
+            parameter.grad = None
+        return loss
 
     def get_train_dataloader(self):
         args = self.args
@@ -296,7 +335,7 @@ class NSRUTrainer(ResumableTrainer):
     def _objective_forward(self, model, batch):
         # accelerate puts autocast into the forward that this one stands in for.
         with self.accelerator.autocast():
-            return unlearning_loss(model, batch, self.objective, self._state)
+            return unlearning_loss(model, batch, self._phase, self._state)
 
     def _over_processes(self, sums: Any) -> dict[str, float]:
         """Means over processes of each one's sums of the parts."""

@@ -28,6 +28,7 @@ class Row:
     encoded: Encoded
     kind: int
     ref_nll: float = 0.0
+    domain: int = -1
 
 
 class UnlearnDataset(Dataset):
@@ -46,6 +47,7 @@ class UnlearnDataset(Dataset):
         kinds: of the rows in an item; the method's ``rows``.
         retain_per_forget: retain rows in an item.
         seed: of the orders.
+        domains: number of each forget question's domain, for methods that part them.
 
     Raises:
         ValueError: an empty set, or lengths that do not match.
@@ -62,6 +64,7 @@ class UnlearnDataset(Dataset):
         kinds: Collection[int] = (SAFE, FORGET, RETAIN),
         retain_per_forget: int = TrainConfig.retain_per_forget,
         seed: int = 0,
+        domains: Sequence[int] | None = None,
     ) -> None:
         for name, part in (("forget", forget), ("retain", retain)):
             if not part:
@@ -83,6 +86,7 @@ class UnlearnDataset(Dataset):
         self.kinds = kinds
         self.retain_per_forget = retain_per_forget
         self.seed = seed
+        self.domains = domains
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -96,6 +100,7 @@ class UnlearnDataset(Dataset):
             "forget set": self.forget,
             "retain set": self.retain,
             "order": [self.retain_per_forget, self.seed],
+            **({} if self.domains is None else {"domains": self.domains}),
         }
         return {name: hashlib.sha256(repr(p).encode()).hexdigest() for name, p in parts.items()}
 
@@ -113,9 +118,10 @@ class UnlearnDataset(Dataset):
         chosen = _permutation(len(self), self.seed, 0, epoch)[index]
         first = (epoch * len(self) + index) * self.retain_per_forget
         turn = epoch % len(self.safe[chosen])
+        domain = -1 if self.domains is None else self.domains[chosen]
         rows = [
-            Row(self.safe[chosen][turn], SAFE, self.ref_safe[chosen][turn]),
-            Row(self.forget[chosen], FORGET, self.ref_nll[chosen]),
+            Row(self.safe[chosen][turn], SAFE, self.ref_safe[chosen][turn], domain),
+            Row(self.forget[chosen], FORGET, self.ref_nll[chosen], domain),
             *(Row(self.retain[i], RETAIN) for i in self._retain(first)),
         ]
         return [row for row in rows if row.kind in self.kinds]
@@ -191,6 +197,7 @@ def make_train_dataset(
     retain_per_forget: int = TrainConfig.retain_per_forget,
     seed: int = 0,
     max_length: int = 512,
+    domains: Sequence[int] | None = None,
 ) -> UnlearnDataset:
     """Encode everything up front: a text that does not fit is refused before training starts.
 
@@ -200,6 +207,7 @@ def make_train_dataset(
         kinds: of the rows in an item; the method's ``rows``.
         alternatives: take those of a record, where it has some, instead of its safe target.
         seed: of the orders. The safe target of a question is the same for every seed.
+        domains: number of each forget question's domain; the method's ``domains``.
 
     Raises:
         ValueError: an empty set, a text longer than max_length, or lengths that do not match.
@@ -217,6 +225,7 @@ def make_train_dataset(
         kinds=kinds,
         retain_per_forget=retain_per_forget,
         seed=seed,
+        domains=domains,
     )
 
 
@@ -227,7 +236,10 @@ def taught(qa: QA, safe: SafeTargets, alternatives: bool) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class RowCollator:
-    """Items to one batch, padded to its longest sequence, with kind [B] and ref_nll [B]."""
+    """Items to one batch, padded to its longest sequence, with kind [B] and ref_nll [B].
+
+    Where some have a domain also domain [B], -1 where there is none.
+    """
 
     pad_token_id: int
 
@@ -236,4 +248,6 @@ class RowCollator:
         batch = collate([row.encoded for row in rows], self.pad_token_id)
         batch["kind"] = torch.tensor([row.kind for row in rows])
         batch["ref_nll"] = torch.tensor([row.ref_nll for row in rows], dtype=torch.float32)
+        if any(row.domain >= 0 for row in rows):
+            batch["domain"] = torch.tensor([row.domain for row in rows])
         return batch

@@ -22,6 +22,7 @@ class QA:
         safe_target: the response wanted instead, as text or as parts (see `SafeTargets`).
         topic: what the question is about, such as an author's name.
         alternatives: plausible other answers, which some methods teach instead.
+        domain: the part of the knowledge that it belongs to, which some methods unlearn apart.
 
     Raises:
         ValueError: empty or non-text content, or unknown parts in safe_target.
@@ -35,11 +36,12 @@ class QA:
     safe_target: str | Mapping[str, str] | None = None
     topic: str | None = None
     alternatives: tuple[str, ...] = ()
+    domain: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("question", "answer"):
             check_text(name, getattr(self, name))
-        for name in ("paraphrased_question", "paraphrased_answer", "topic"):
+        for name in ("paraphrased_question", "paraphrased_answer", "topic", "domain"):
             if getattr(self, name) is not None:
                 check_text(name, getattr(self, name))
         for name in ("perturbed_answers", "alternatives"):

@@ -93,6 +93,24 @@ class Answers:
         """
         return self._states().score(function, self._base() if with_base and self._base else None)
 
+    def base_score(self, function: Callable[..., Tensor]) -> Tensor:
+        """function(logits with adapters off, targets) of each token, [T], without gradient."""
+        assert self._base is not None, "these answers know no base model"
+        with torch.no_grad():
+            return self._base().score(function)
+
+    def select(self, keep: Tensor) -> Answers:
+        """The same answers made of the tokens where keep [T] is True."""
+        base = self._base
+        return Answers(
+            lambda: self._states().select(keep),
+            self.rows[keep],
+            self.count,
+            self.ref_nll,
+            nll=lambda: self.nll[keep],
+            base=base and (lambda: base().select(keep)),
+        )
+
     def kl(self) -> Tensor:
         """KL(base ‖ model) of each token, [T]; costs a forward pass with adapters off."""
         assert self._base is not None, "these answers know no base model"
@@ -155,7 +173,7 @@ class ScoredBatch:
 
     Args:
         batch: input_ids, attention_mask and labels [B, S], padded on the right; kind and
-            ref_nll [B].
+            ref_nll [B], and domain [B] where the model has an expert for each.
         by_logits: kinds of which no NLL is needed; that of all others is computed at once.
         state: numbers of the method that change while training.
     """
@@ -170,7 +188,9 @@ class ScoredBatch:
         self.state = state
         self._model, self._by_logits = model, by_logits
         self._kind, self._ref_nll = batch["kind"], batch["ref_nll"]
-        self._inputs = {k: v for k, v in batch.items() if k not in ("kind", "ref_nll")}
+        own = ("kind", "ref_nll", "domain")
+        self._inputs = {k: v for k, v in batch.items() if k not in own}
+        self._route = {k: v for k, v in batch.items() if k == "domain"}
         # Of each labelled token, as answer_states has them.
         rows, places = (batch["labels"][:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         self._rows, self._places = rows, places + 1
@@ -192,7 +212,7 @@ class ScoredBatch:
 
     @cached_property
     def _states(self) -> AnswerHidden | AnswerLogits:
-        return answer_states(self._model, self._inputs)
+        return answer_states(self._model, {**self._inputs, **self._route})
 
     @cached_property
     def _with_nll(self) -> Tensor:

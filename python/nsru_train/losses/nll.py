@@ -103,7 +103,8 @@ def answer_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, T
     """-log p of every labelled token; only their positions go through the head.
 
     Args:
-        model: a Hugging Face causal language model, with or without (PEFT or NSRU) adapters.
+        model: a Hugging Face causal language model, with or without (PEFT or NSRU) adapters. One
+            with an attribute reads_prompt = True also gets prompt_mask [B, S].
         batch: input_ids [B, S], attention_mask [B, S], labels [B, S] with -100 outside the answer;
             further entries go to the model. A label at position t is predicted from position t-1.
 
@@ -151,6 +152,8 @@ def _take_apart(
     # PEFT changes its base model in place.
     causal = getattr(model, "get_base_model", lambda: model)()
     inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if getattr(causal, "reads_prompt", False):
+        inputs["prompt_mask"] = batch["labels"] == IGNORE_INDEX
     next_token = batch["labels"][:, 1:]
     rows, positions = (next_token != IGNORE_INDEX).nonzero(as_tuple=True)
     return causal, inputs, rows, positions, next_token[rows, positions]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 
+from nsru_train.methods.alter import ALTER
 from nsru_train.methods.ceu import CEU
 from nsru_train.methods.dpo import DPO, IDK, AltPO
 from nsru_train.methods.graddiff import GA, KL, GradDiff
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Method]] = {
     "ihl": IHL,
     "pdu": PDU,
     "lune": LUNE,
+    "alter": ALTER,
     "task_vector": TaskVector,
 }
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
 from nsru_kernels.checks import check_settings
+from nsru_kernels.hf.peft_format import save_lora_adapter
+from nsru_kernels.nn.swap import SwapReport
+from nsru_train.data.records import QA
 from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers, Batch
 
 # Whose way of computing a loss is taken, where public code deviates from its paper.
@@ -31,7 +35,8 @@ class Method:
         ranges: of settings; a weight, one that begins with w_, is never negative.
 
     A method may also say `prepare`, `targets`, `starts_elsewhere` and `begin`, `start` and
-    `after_step`, `applied` and `score`.
+    `after_step`, `applied` and `score`; with phases `at` and `rate`; with adapters of its own form
+    `adapt`, `domains` and `save`.
     """
 
     rows: ClassVar[tuple[int, ...]] = (SAFE, FORGET, RETAIN)
@@ -110,6 +115,33 @@ class Method:
             parts: of the loss, means over all questions of this step.
         """
         return dict(state)
+
+    def at(self, progress: float) -> Method:
+        """This method in the phase that ``progress`` is in, the share of all steps that is done."""
+        return self
+
+    def rate(self, name: str) -> float:
+        """Factor on train.lr for the parameter of that name; 0: not trained in this phase."""
+        return 1.0
+
+    def domains(self, forget: Sequence[QA]) -> list[int] | None:
+        """Number of each forget record's domain, where rows of a batch have to know theirs."""
+        return None
+
+    def adapt(
+        self,
+        model: nn.Module,
+        swap: SwapReport,
+        tokenizer: Any,
+        forget: Sequence[QA],
+        retain: Sequence[QA],
+    ) -> SwapReport:
+        """Change the adapters that `swap_linears` made, whose report is ``swap``; returns it."""
+        return swap
+
+    def save(self, model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
+        """Write the trained adapters into the folder ``path``, for `load_adapter`."""
+        save_lora_adapter(model, path, metadata=dict(metadata))
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """The parts, unweighted, and "total", which is differentiated; scalars.
