@@ -78,6 +78,12 @@ def save_lora_adapter(
         raise ValueError("save_lora_adapter: model is an NSRULinear itself; save one that has it.")
     if merged := [name for name, module in modules.items() if module.merged]:
         raise ValueError(f"save_lora_adapter: {merged[0]} is merged; call unmerge() first.")
+    for name, module in modules.items():
+        if module.lora_B.shape[1] != module.rank:
+            raise ValueError(
+                f"save_lora_adapter: {name} is no plain LoRA: lora_B has {module.lora_B.shape[1]} "
+                f"columns and lora_A {module.rank} rows. Save it by what put it there."
+            )
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         a_RK = module.projected_adapter()

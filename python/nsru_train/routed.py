@@ -79,8 +79,9 @@ class Router(nn.Module):
     def _listen(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         known, prompt = kwargs.pop("domain", None), kwargs.pop("prompt_mask", None)
         routed = next((m for m in backbone.modules() if isinstance(m, RoutedLinear)), None)
-        past = kwargs.get("past_key_values")
-        goes_on = known is None and past is not None and past.get_seq_length() > 0
+        # Whatever the model calls its cache.
+        cached = any(getattr(v, "get_seq_length", int)() > 0 for v in kwargs.values())
+        goes_on = known is None and cached
         if routed is not None and routed.enabled and not goes_on:
             if known is None:
                 inputs = kwargs | ({"input_ids": args[0]} if args else {})
