@@ -46,7 +46,7 @@ def adapt(model, tokenizer, **settings):
 @pytest.fixture
 def model(tokenizer):
     """Float64 for hand computations, with B that matter."""
-    return adapt(samples.make_model(tokenizer), tokenizer, start=0.3)[0].double().eval()
+    return adapt(samples.make_model(tokenizer), tokenizer, noise=0.3)[0].double().eval()
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_projected_experts_leave_the_retain_subspace_alone(tmp_path, tokenizer):
     names = {n: m for n, m in model.named_modules() if n.endswith(("q_proj", "down_proj"))}
     bases = {n: torch.linalg.qr(torch.randn(m.in_features, 5)).Q for n, m in names.items()}
     nk.swap_linears(model, list(names), rank=3, alpha=6, subspaces=bases)
-    model, _ = adapt(model, tokenizer, start=0.3)
+    model, _ = adapt(model, tokenizer, noise=0.3)
     made = samples.make_trainer(tmp_path, objective=ALTER(), model=model)
     made.train_dataset.domains = DOMAINS
     made.train()
@@ -296,7 +296,7 @@ def saved(tmp_path, tokenizer):
     base = make_llama(tokenizer, **SIZES)
     model = copy.deepcopy(base)
     nk.swap_linears(model, "all-linear", rank=3, alpha=6, rank_pattern={"q_proj": 2})
-    model, _ = adapt(model, tokenizer, start=0.3)
+    model, _ = adapt(model, tokenizer, noise=0.3)
     fingerprint = nk.subspaces.collection.fingerprint_weights(base)
     save_routed(model, tmp_path / "adapter", {"fingerprint": fingerprint})
     rows = [encode_qa(tokenizer, qa.question, qa.answer) for qa in samples.RECORDS]
@@ -459,6 +459,21 @@ def test_from_files_to_a_report(flags, tmp_path, capsys, project):
             main([command, str(out)])
         assert "no plain LoRA, which could be merged" in capsys.readouterr().err
     assert not Path(out, "merged").exists()
+
+
+def test_a_column_of_domains_that_no_record_has_is_refused_at_once(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "train",
+                "--method=alter",
+                *flags,
+                "--data.domain_column=part",
+                f"--out={tmp_path / 'x'}",
+            ]
+        )
+    assert "no forget record has a 'part'" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.usefixtures("without_figures", "short_answers")

@@ -32,6 +32,7 @@ def test_every_field_is_read(tmp_path):
         "safe_target": {"decline": "I would rather not say."},
         "topic": None,
         "alternatives": ["A sailor."],
+        "domain": "poets",
     }
     (qa,) = load_records(write(tmp_path / "a.jsonl", row))
     assert qa.paraphrased_question == "Ann is who?"
@@ -40,6 +41,30 @@ def test_every_field_is_read(tmp_path):
     assert qa.safe_target == {"decline": "I would rather not say."}
     assert qa.topic is None
     assert qa.alternatives == ("A sailor.",)
+    assert qa.domain == "poets"
+    save_records(tmp_path / "b.jsonl", [qa])
+    assert load_records(tmp_path / "b.jsonl") == [qa]
+
+
+def test_a_domain_stands_beside_whatever_says_the_question(tmp_path):
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A poet."}]
+    rows = [
+        {"messages": chat, "field": "poets"},
+        {"prompt": "What?", "completion": "A town.", "field": "towns"},
+        {"question": "When?", "answer": "Then."},
+    ]
+    path = write(tmp_path / "a.jsonl", *rows)
+    records = load_records(path, domain_column="field")
+    assert [qa.question for qa in records] == ["Who?", "What?", "When?"]
+    assert [qa.domain for qa in records] == ["poets", "towns", None]
+    (tmp_path / "a.csv").write_text("question,answer,domain\nWho?,A poet.,poets\nWhat?,Two.,\n")
+    assert [qa.domain for qa in load_records(tmp_path / "a.csv")] == ["poets", None]
+    assert "domain" not in write_one(tmp_path, records[2])
+
+
+def write_one(tmp_path, qa):
+    save_records(tmp_path / "one.jsonl", [qa])
+    return json.loads((tmp_path / "one.jsonl").read_text())
 
 
 def test_options_become_wrong_answers(tmp_path):
@@ -52,6 +77,8 @@ def test_one_column_is_not_both(tmp_path):
     path = write(tmp_path / "a.jsonl", ANN)
     with pytest.raises(ValueError, match="question_column and answer_column are both 'answer'"):
         load_records(path, question_column="answer", answer_column="answer")
+    with pytest.raises(ValueError, match="answer_column and domain_column are both 'answer'"):
+        load_records(path, domain_column="answer")
 
 
 def test_lists_and_parts_are_json_in_a_cell(tmp_path):
@@ -111,6 +138,7 @@ def test_line_separators_inside_an_answer_do_not_split_the_row(tmp_path):
         ([ANN, "", '{"question": "Wh'], r"a\.jsonl:3: not a JSON object on one line"),
         ([ANN, "7"], r"a\.jsonl:2: expected an object .* got int"),
         ([{**ANN, "alternatives": [ANN["answer"]]}], "alternatives hold the answer itself"),
+        ([{**ANN, "domain": ["a"]}], r"a\.jsonl:1: domain must be non-empty text, got \['a'\]"),
         ([{**ANN, "perturbed_answers": [1]}], r"a\.jsonl:1: perturbed_answers must be"),
         (
             [{**ANN, "perturbed_answer": ["x"], "perturbed_answers": ["y"]}],

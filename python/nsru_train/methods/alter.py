@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class ALTER(IHL):
         threshold: S_q above which they do, instead of share; below 1 / (q - 1), the most there is.
         structure: share of the steps that are phase I.
         a_rate: learning rate of A, as a multiple of train.lr, which is that of B.
-        start: standard deviation of B before the first step.
+        noise: standard deviation of B before the first step.
         layer: whose states the router reads, from 0; None is a quarter of the way up.
 
     Source: arXiv 2603.01792 ("ALTER"); a_rate from its rates 1e-5 and 1e-3.
@@ -59,17 +59,19 @@ class ALTER(IHL):
     threshold: float | None = None
     structure: float = 0.25
     a_rate: float = 0.01
-    start: float = 1e-3
+    noise: float = 1e-3
     layer: int | None = None
 
     ranges = {
-        **dict.fromkeys(("q", "start"), "must be positive"),
+        **dict.fromkeys(("q", "noise"), "must be positive"),
         **dict.fromkeys(("share", "structure"), "must be a share from 0 to 1"),
         **dict.fromkeys(("threshold", "a_rate", "layer"), "must not be negative"),
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.compat is not None:
+            self.refuse("compat", "must be left out: there is no public code of this method")
         if self.threshold is not None and self.q > 1 and self.threshold >= 1 / (self.q - 1):
             self.refuse("threshold", f"must be below 1 / (q - 1) = {1 / (self.q - 1):.3g}")
 
@@ -101,7 +103,7 @@ class ALTER(IHL):
         layer = layers // 4 if self.layer is None else self.layer
         kept = [qa.question for qa in retain]
         router, right = fit_router(model, tokenizer, kept, asked, layer)
-        trainable = add_experts(model, router, self.start)
+        trainable = add_experts(model, router, self.noise)
         sizes = [len(questions) for questions in asked.values()]
         print(
             f"alter: {len(names)} domains to forget, by {field}, of {min(sizes)} to "
@@ -121,7 +123,7 @@ class Structure(ALTER):
         return super().rate(name) if "lora_A" in name else 0.0
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        return super().loss({kind: self.uncertain(batch[kind]) for kind in self.rows})
+        return super().loss(_Chosen(batch, self.uncertain, batch.state))
 
     def uncertain(self, answers: Answers) -> Answers:
         """The answers made of their tokens of high entropy."""
@@ -130,6 +132,18 @@ class Structure(ALTER):
             return answers.select(s_T > self.threshold)
         count = math.ceil(self.share * len(s_T))
         return answers.select(s_T >= s_T.sort(descending=True).values[:count].min())
+
+
+@dataclass
+class _Chosen:
+    """A batch of what ``choose`` makes of the answers of another."""
+
+    batch: Batch
+    choose: Callable[[Answers], Answers]
+    state: Mapping[str, float]
+
+    def __getitem__(self, kind: int, /) -> Answers:
+        return self.choose(self.batch[kind])
 
 
 class Isolation(ALTER):
