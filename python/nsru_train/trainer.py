@@ -250,29 +250,27 @@ class NSRUTrainer(ResumableTrainer):
         optimizer = super().create_optimizer(model)
         names = {p: name for name, p in (model or self.model).named_parameters()}
         for group in list(optimizer.param_groups) if made else ():
-            params = group["params"]
-            rates = [self.objective.rate(names[p]) for p in params]
-            for factor in sorted(set(rates) - {1.0}):
-                own = [p for p, rate in zip(params, rates, strict=True) if rate == factor]
-                group["params"] = [p for p in group["params"] if p not in set(own)]
-                optimizer.add_param_group({**group, "params": own, "lr": factor * group["lr"]})
+            by_rate: dict[float, list[Any]] = {1.0: []}
+            for parameter in group["params"]:
+                by_rate.setdefault(self.objective.rate(names[parameter]), []).append(parameter)
+            group["params"] = by_rate.pop(1.0)
+            for rate, own in by_rate.items():
+                optimizer.add_param_group({**group, "params": own, "lr": rate * group["lr"]})
         return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         phase = self._phase
-        held = [
-            (name, parameter)
-            for name, parameter in trainable(self.accelerator.unwrap_model(model))
-            if phase.rate(name) == 0
-        ]
-        if held and self.is_deepspeed_enabled:
+        if phase is self.objective:  # it has none, as most methods
+            return loss
+        if self.is_deepspeed_enabled:
             raise ValueError(
-                "DeepSpeed trains all adapters at all times, and this method has phases that train "
-                f"some of them, now not {held[0][0]}; use DDP or FSDP."
+                "DeepSpeed holds the gradients itself and would train in each phase of this method "
+                "what is of another; use DDP or FSDP."
             )
-        for _, parameter in held:  # None: the optimizer leaves it and its moments alone
-            parameter.grad = None
+        for name, parameter in trainable(self.accelerator.unwrap_model(model)):
+            if phase.rate(name) == 0:
+                parameter.grad = None  # the optimizer leaves it and its moments alone
         return loss
 
     def get_train_dataloader(self):

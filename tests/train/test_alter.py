@@ -419,8 +419,10 @@ def test_domains_are_those_of_the_records_or_their_topics():
 def test_bad_settings(tokenizer):
     with pytest.raises(ValueError, match=r"threshold must be below 1 / \(q - 1\) = 2, got 2"):
         ALTER(threshold=2.0)
-    with pytest.raises(ValueError, match="share must be a share from 0 to 1"):
-        ALTER(share=1.5)
+    with pytest.raises(ValueError, match="share must be a share above 0"):
+        ALTER(share=0)
+    with pytest.raises(ValueError, match="compat must be left out: there is no public code"):
+        ALTER(retain="kl", compat="open-unlearning")
     model = samples.make_model(tokenizer)
     with pytest.raises(ValueError, match="layer must be one of the model's 2 decoder layers"):
         adapt(model, tokenizer, layer=2)

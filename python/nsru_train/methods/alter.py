@@ -64,7 +64,8 @@ class ALTER(IHL):
 
     ranges = {
         **dict.fromkeys(("q", "noise"), "must be positive"),
-        **dict.fromkeys(("share", "structure"), "must be a share from 0 to 1"),
+        "share": "must be a share above 0 and at most 1",
+        "structure": "must be a share from 0 to below 1",
         **dict.fromkeys(("threshold", "a_rate", "layer"), "must not be negative"),
     }
 
@@ -130,8 +131,8 @@ class Structure(ALTER):
         s_T = answers.base_score(lambda z_CV, _: tsallis(z_CV, self.q))
         if self.threshold is not None:
             return answers.select(s_T > self.threshold)
-        count = math.ceil(self.share * len(s_T))
-        return answers.select(s_T >= s_T.sort(descending=True).values[:count].min())
+        highest = s_T.argsort(descending=True, stable=True)[: math.ceil(self.share * len(s_T))]
+        return answers.select(torch.zeros_like(s_T, dtype=torch.bool).index_fill(0, highest, True))
 
 
 @dataclass
