@@ -50,10 +50,10 @@ class Router(nn.Module):
         self.layer, self.domains = layer, list(domains)
         self.chosen_BD: Tensor | None = None  # ω of the last batch; zeros: the retain expert alone
 
-    def attach(self, model: nn.Module) -> None:
-        """Choose at every forward of ``model``, which then says where prompts end."""
+    def attach(self, model: Any) -> None:
+        """Choose at every forward of ``model``; `answer_states` then says where prompts end."""
         model.add_module(_ROUTER, self)
-        model.reads_prompt = True  # type: ignore[assignment] # see answer_states
+        model.reads_prompt = True
         model.base_model.register_forward_pre_hook(self._listen, with_kwargs=True)
 
     def choose(self, states_BH: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def fit_router(
         return found
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[arg-type] # torch wants a float
+        optimizer.step(loss)
     plain_EH = (weight_EH / scale_H).detach()
     plain_E = bias_E.detach() - plain_EH @ mean_H
     router = Router(plain_EH.float(), plain_E.float(), layer, list(domains))
