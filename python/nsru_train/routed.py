@@ -71,17 +71,15 @@ class Router(nn.Module):
             rows = "no batch" if chosen is None else f"{len(chosen)} prompts"
             raise ValueError(
                 f"routed experts need inputs [B, S, K] of the batch that the model was called with "
-                f"({rows}), got {tuple(input.shape)}. Call the model itself; layers that regroup "
-                "tokens, as experts of a mixture do, cannot be adapted: exclude them."
+                f"({rows}), got {tuple(input.shape)}. Exclude layers that regroup tokens; models "
+                "that do not call their base_model as a whole, such as OPT, are not supported."
             )
         return chosen.to(input)
 
     def _listen(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         known, prompt = kwargs.pop("domain", None), kwargs.pop("prompt_mask", None)
         routed = next((m for m in backbone.modules() if isinstance(m, RoutedLinear)), None)
-        # Whatever the model calls its cache.
-        cached = any(getattr(v, "get_seq_length", int)() > 0 for v in kwargs.values())
-        goes_on = known is None and cached
+        goes_on = known is None and any(map(_holds_tokens, kwargs.values()))
         if routed is not None and routed.enabled and not goes_on:
             if known is None:
                 inputs = kwargs | ({"input_ids": args[0]} if args else {})
@@ -89,6 +87,16 @@ class Router(nn.Module):
             domains = torch.arange(len(self.domains), device=known.device)
             self.chosen_BD = (known.unsqueeze(1) == domains).float()
         return args, kwargs
+
+
+def _holds_tokens(argument: Any) -> bool:
+    """Whether it is a cache, whatever the model calls it, of tokens that came before."""
+    if not hasattr(argument, "get_seq_length"):
+        return False
+    try:
+        return bool(argument.get_seq_length() > 0)
+    except ValueError:  # it has no attention layer
+        return bool(argument.has_previous_state())
 
 
 class RoutedLinear(nk.NSRULinear):

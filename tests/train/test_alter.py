@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import samples
 import torch
+import transformers
 from torch.func import functional_call
 
 import nsru_kernels as nk
@@ -254,6 +255,22 @@ def test_prompts_choose_and_answers_do_not(tokenizer):
     with nk.adapters_disabled(model), torch.no_grad():
         model(torch.tensor([encode_prompt(tokenizer, "Who is it?")]))
     assert chosen(model) == calls[-1]
+
+
+@pytest.mark.parametrize("kind", ["GPTNeoX", "Mamba"])
+def test_other_families_keep_the_choice_of_their_prompt_too(tokenizer, kind):
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 2}
+    if kind == "GPTNeoX":
+        sizes |= {"intermediate_size": 24, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    model, _ = adapt(model, tokenizer)
+    prompts = [encode_prompt(tokenizer, qa.question) for qa in samples.FORGET]
+    choices = []
+    model.base_model.register_forward_hook(lambda *_: choices.append(chosen(model)))
+    model.generate(torch.tensor(prompts), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert choices == [[1 + number for number in DOMAINS]] * 3
 
 
 def test_an_expert_changes_answers_of_its_domain_alone(tokenizer):
