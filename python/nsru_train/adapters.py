@@ -24,10 +24,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def check_plain(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError where ``path`` holds what is no plain LoRA, for PEFT or for a merge."""
+    """Raise ValueError where ``path`` holds what is no plain LoRA, for PEFT and merges."""
     if (Path(path) / CONFIG).is_file():
         raise ValueError(
-            f"adapter: {path} holds experts that each prompt chooses among: no plain LoRA, which "
-            "could be merged or served by PEFT. `nsru eval RUN` judges it; "
+            f"adapter: {path} holds experts that each prompt chooses among: no plain LoRA, to be "
+            "merged, repaired or served by PEFT. `nsru eval RUN` judges it; "
             "nsru_train.adapters.load_adapter puts it into a model of transformers."
         )

@@ -24,6 +24,7 @@ from nsru_kernels.hf.peft_format import load_lora_adapter
 from nsru_kernels.nn.inputs import evaluating
 from nsru_kernels.subspaces.collection import SubspaceSet, fingerprint_weights
 from nsru_kernels.text_table import align_columns
+from nsru_train.adapters import check_plain
 from nsru_train.evaluate import before_and_after, probability_sets
 from nsru_train.losses.batch import RETAIN, Batch
 from nsru_train.losses.nll import answer_nll
@@ -83,6 +84,7 @@ class FinishedRun:
     def __init__(self, path: str, out: str) -> None:
         self.started = time.perf_counter()
         self.path, self.adapter = Path(path), Path(path, "adapter")
+        check_plain(self.adapter)
         self.sections: dict[str, Any] = saved_sections(path)
         if Path(out, "results.json").exists():
             raise ValueError(f"out: {out} holds results; give another folder, or remove it.")

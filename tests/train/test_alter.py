@@ -473,10 +473,10 @@ def test_from_files_to_a_report(flags, tmp_path, capsys, project):
     assert judged["metrics"]["forget"]["probability"] == pytest.approx(
         results["methods"][1]["forget_prob"], rel=1e-5
     )
-    for command in ("merge", "verify"):
+    for command in ("merge", "verify", "refresh", "rollback"):
         with pytest.raises(SystemExit):
             main([command, str(out)])
-        assert "no plain LoRA, which could be merged" in capsys.readouterr().err
+        assert "no plain LoRA, to be merged" in capsys.readouterr().err
     assert not Path(out, "merged").exists()
 
 

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from nsru_kernels.nn.swap import SwapReport
 from nsru_train.data.records import QA, normalise
-from nsru_train.losses.batch import Answers, Batch
+from nsru_train.losses.batch import FORGET, Answers, Batch
 from nsru_train.losses.hidden import decoder_layers
-from nsru_train.methods.ihl import IHL
+from nsru_train.methods.ihl import inverted_hinge
+from nsru_train.methods.method import ForgetRetain, mean
 from nsru_train.routed import add_experts, fit_router, save_routed
 
 
 @dataclass(frozen=True)
-class ALTER(IHL):
+class ALTER(ForgetRetain):
     """W + s (B_r + Σ_d ω_d B_d) Ā: a retain expert and one for each domain, over one shared A.
 
     Phase I trains A, on the answer tokens of high Tsallis entropy S_q = (1 - Σ_v p_v^q) / (q - 1).
@@ -62,6 +63,7 @@ class ALTER(IHL):
     noise: float = 1e-3
     layer: int | None = None
 
+    by_logits = (FORGET,)
     ranges = {
         **dict.fromkeys(("q", "noise"), "must be positive"),
         "share": "must be a share above 0 and at most 1",
@@ -75,6 +77,9 @@ class ALTER(IHL):
             self.refuse("compat", "must be left out: there is no public code of this method")
         if self.threshold is not None and self.q > 1 and self.threshold >= 1 / (self.q - 1):
             self.refuse("threshold", f"must be below 1 / (q - 1) = {1 / (self.q - 1):.3g}")
+
+    def forget(self, answers: Answers) -> Tensor:
+        return mean(answers.score(inverted_hinge))
 
     def at(self, progress: float) -> ALTER:
         phase = Structure if progress < self.structure else Isolation
