@@ -51,10 +51,16 @@ class Router(nn.Module):
         self.chosen_BD: Tensor | None = None  # ω of the last batch; zeros: the retain expert alone
 
     def attach(self, model: Any) -> None:
-        """Choose at every forward of ``model``; `answer_states` then says where prompts end."""
+        """Choose at every forward of ``model``; `answer_states` then says where prompts end.
+
+        Raises:
+            ValueError: its forward does not call its base_model.
+        """
         model.add_module(_ROUTER, self)
         model.reads_prompt = True
         model.base_model.register_forward_pre_hook(self._listen, with_kwargs=True)
+        with evaluating(model):
+            model(torch.zeros(1, 1, dtype=torch.int64, device=self.weight.device))
 
     def choose(self, states_BH: Tensor) -> Tensor:
         """The expert of each prompt, [B], by the mean state of its tokens."""
@@ -72,7 +78,7 @@ class Router(nn.Module):
             raise ValueError(
                 f"routed experts need inputs [B, S, K] of the batch that the model was called with "
                 f"({rows}), got {tuple(input.shape)}. Exclude layers that regroup tokens; models "
-                "that do not call their base_model as a whole, such as OPT, are not supported."
+                "whose forward does not call their base_model, such as OPT, are not supported."
             )
         return chosen.to(input)
 
@@ -296,7 +302,7 @@ def _fill(
         linear = linears.get(name)
         if type(linear) is not nn.Linear:
             raise ValueError(f"the model has no plain linear {name!r}; another base?")
-        rank = len(tensors.get(f"{name}.lora_A", ()))
+        rank = next(iter(tensors.get(f"{name}.lora_A", torch.empty(0)).shape), 0)
         shapes[f"{name}.lora_A"] = rank, linear.in_features
         shapes[f"{name}.lora_B"] = linear.out_features, experts * rank
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -311,7 +317,8 @@ def _fill(
         lora_a, lora_b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
         made[name] = module = _routed(linears[name], len(lora_a), config["alpha"][name])
         module.open_experts(router.to(module.weight.device), lora_b.to(module.weight.device))
-        module.lora_A.data.copy_(lora_a)
+        with torch.no_grad():
+            module.lora_A.copy_(lora_a)
     return made
 
 

@@ -273,6 +273,17 @@ def test_other_families_keep_the_choice_of_their_prompt_too(tokenizer, kind):
     assert choices == [[1 + number for number in DOMAINS]] * 3
 
 
+def test_a_model_that_would_serve_without_a_choice_is_refused(tokenizer):
+    config = transformers.OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        ffn_dim=24, word_embed_proj_dim=16,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    with pytest.raises(ValueError, match="forward does not call their base_model, such as OPT"):
+        adapt(model, tokenizer)
+
+
 def test_an_expert_changes_answers_of_its_domain_alone(tokenizer):
     model, _ = adapt(samples.make_model(tokenizer), tokenizer)
     rows = [encode_qa(tokenizer, qa.question, qa.answer) for qa in samples.RECORDS]
@@ -379,6 +390,7 @@ Q = "model.layers.0.self_attn.q_proj"
         (tensors(lambda t: t[f"{Q}.lora_B"].fill_(torch.nan)), "holds NaN or infinite"),
         (tensors(lambda t: t["router.bias"].fill_(torch.inf)), "router.bias holds NaN or infinite"),
         (tensors(lambda t: t.pop(f"{Q}.lora_A")), "other names or shapes"),
+        (tensors(lambda t: t.update({f"{Q}.lora_A": torch.tensor(1.0)})), "other names or shapes"),
         (tensors(lambda t: t.pop("router.weight")), "other names or shapes"),
         (tensors(lambda t: t.update(more=torch.zeros(1))), "other names or shapes"),
         (tensors(lambda t: t.update({"router.bias": torch.zeros(3).long()})), "holds NaN or inf"),
