@@ -436,9 +436,12 @@ def test_domains_are_those_of_the_records_or_their_topics():
         replace(qa, domain=None, topic=topic) for qa, topic in zip(FORGOTTEN, "abbaa", strict=True)
     ]
     assert name_domains(bare) == (["a", "b"], [0, 1, 1, 0, 0], "topic")
-    names, numbers, field = name_domains([FORGOTTEN[0], *samples.FORGET[1:]])
+    assert name_domains([replace(bare[0], domain="x"), *bare[1:]]) == (
+        ["a", "b"], [0, 1, 1, 0, 0], "topic (1 of 5 records have a domain)",
+    )  # fmt: skip
+    names, numbers, source = name_domains([FORGOTTEN[0], *samples.FORGET[1:]])
     assert (names, numbers) == (["all"], [0] * 5)
-    assert "1 of 5 records have a domain" in field
+    assert source.startswith("default, for not all have a domain or a topic (1 of 5")
     cased = [
         replace(qa, domain=name) for qa, name in zip(FORGOTTEN, ["B", "b ", "A"], strict=False)
     ]

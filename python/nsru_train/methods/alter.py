@@ -99,7 +99,7 @@ class ALTER(ForgetRetain):
         forget: Sequence[QA],
         retain: Sequence[QA],
     ) -> SwapReport:
-        names, numbers, field = name_domains(forget)
+        names, numbers, source = name_domains(forget)
         asked: dict[str, list[str]] = {name: [] for name in names}
         for qa, number in zip(forget, numbers, strict=True):
             asked[names[number]].append(qa.question)
@@ -112,7 +112,7 @@ class ALTER(ForgetRetain):
         trainable = add_experts(model, router, self.noise)
         sizes = [len(questions) for questions in asked.values()]
         print(
-            f"alter: {len(names)} domains to forget, by {field}, of {min(sizes)} to "
+            f"alter: {len(names)} domains to forget, by {source}, of {min(sizes)} to "
             f"{max(sizes)} records; the router knows {right} of "
             f"{len(forget) + len(retain)} prompts."
         )
@@ -171,14 +171,14 @@ def tsallis(logits_CV: Tensor, q: float) -> Tensor:
 
 
 def name_domains(forget: Sequence[QA]) -> tuple[list[str], list[int], str]:
-    """Names of the domains to forget, the number of each record's, and the field that says it."""
+    """Names of the domains to forget, the number of each record's, and what says so, in words."""
+    have = sum(qa.domain is not None for qa in forget)
+    note = f" ({have} of {len(forget)} records have a domain)" if 0 < have < len(forget) else ""
     for field in ("domain", "topic"):
         values = [getattr(qa, field) for qa in forget]
         if all(values):
             keys = [normalise(value) for value in values]
             names = dict(zip(reversed(keys), reversed(values), strict=True))  # by their first
             order = list(dict.fromkeys(keys))
-            return [names[key] for key in order], [order.index(key) for key in keys], field
-    have = sum(qa.domain is not None for qa in forget)
-    field = f"default ({have} of {len(forget)} records have a domain, and not all have a topic)"
-    return ["all"], [0] * len(forget), field
+            return [names[key] for key in order], [order.index(key) for key in keys], field + note
+    return ["all"], [0] * len(forget), "default, for not all have a domain or a topic" + note
