@@ -100,6 +100,7 @@ def demo(
     from nsru_train.demo.run import run_demo
 
     _check_reporting(train.report_to)
+    _check_schedule(train)
     run_demo(
         out,
         model=model,
@@ -211,6 +212,7 @@ def train(
 
     objective.check_weights()
     _check_reporting(train.report_to)
+    _check_schedule(train)
     warn_of_unused(subspace)
     loaded = load_data(data)
     digests = loaded.digests()
@@ -811,6 +813,21 @@ def _check_reporting(names: Sequence[str]) -> None:
             f"train.report_to: {alone[0]!r} goes with no other name, got {', '.join(names)}; give "
             "it alone, or leave it out."
         )
+
+
+def _check_schedule(train: TrainConfig) -> None:
+    """Raise ValueError where the scheduler does not take its settings."""
+    import torch
+    from transformers import get_scheduler
+
+    kwargs = train.lr_scheduler_kwargs
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        get_scheduler(train.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"train.lr_scheduler_kwargs: {train.lr_scheduler_type} does not take {kwargs}: {error}"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -296,6 +296,11 @@ def test_a_path_given_for_a_whole_section_is_told_where_it_belongs(capsys, tmp_p
     assert said.rstrip().endswith("got my/model. Did you mean --model.path my/model?")
 
 
+def test_settings_that_a_scheduler_does_not_take_are_refused_first(capsys):
+    said = fails(capsys, *TRAIN, "--train.lr_scheduler_kwargs={foo: 3}")
+    assert "train.lr_scheduler_kwargs: linear does not take {'foo': 3}" in said
+
+
 def test_the_base_model_has_no_adapter(capsys, tmp_path):
     said = fails(capsys, "eval", tmp_path, "--base=true", "--adapter=x")
     assert "adapter: x has no part in --base true" in said

@@ -138,6 +138,8 @@ def test_line_separators_inside_an_answer_do_not_split_the_row(tmp_path):
         ([ANN, "", '{"question": "Wh'], r"a\.jsonl:3: not a JSON object on one line"),
         ([ANN, "7"], r"a\.jsonl:2: expected an object .* got int"),
         ([{**ANN, "alternatives": [ANN["answer"]]}], "alternatives hold the answer itself"),
+        ([{**ANN, "answer": "\u200b"}], "answer must be non-empty text"),
+        ([{**ANN, "safe_target": ANN["answer"].upper()}], "safe_target is the answer itself"),
         ([{**ANN, "domain": ["a"]}], r"a\.jsonl:1: domain must be non-empty text, got \['a'\]"),
         ([{**ANN, "perturbed_answers": [1]}], r"a\.jsonl:1: perturbed_answers must be"),
         (

@@ -62,10 +62,12 @@ class QA:
                     check_text(f"safe_target part {part!r}", text)
         elif self.safe_target is not None:
             check_text("safe_target", self.safe_target)
+            if normalise(self.safe_target) == normalise(self.answer):
+                raise ValueError(f"safe_target is the answer itself, {self.safe_target!r:.60}")
 
 
 def check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not normalise(value):
         raise ValueError(f"{name} must be non-empty text, got {value!r}")
     try:
         value.encode()
