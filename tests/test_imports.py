@@ -13,7 +13,7 @@ KERNELS, TRAIN = ROOT / "nsru_kernels", ROOT / "python" / "nsru_train"
 # without any to the lowest.
 LAYERS = (
     ("data", "demo", "measure", "parsing", "run_folder"),
-    ("demo.authors", "losses", "methods", "metrics", "routed"),
+    ("demo.authors", "guard", "losses", "methods", "metrics", "prompt_classifier", "routed"),
     ("config", "eval_results", "scoring", "sources"),
     (
         "adapters",

@@ -1,33 +1,53 @@
-"""Adapter folders of runs, whatever wrote them: plain LoRA, or experts that prompts choose."""
+"""What runs save in their folder adapter: plain LoRA, routed experts, or a guard of prompts."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from nsru_kernels.hf.peft_format import load_lora_adapter
+from nsru_train.guard import WEIGHT, EcoGuard
 from nsru_train.routed import CONFIG, load_routed
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Put the adapter that a run saved in ``path`` into its base model, which is changed in place.
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
+    """Put what a run saved in ``path`` into its base model, which is changed in place.
+
+    Args:
+        tokenizer: of the model; a guard reads prompts by it, others need none.
 
     Raises:
-        ValueError: it is damaged, or of another model.
+        ValueError: it is damaged, or of another model, or a guard came without a tokenizer.
     """
     if (Path(path) / CONFIG).is_file():
         load_routed(model, path)
+    elif (Path(path) / WEIGHT).is_file():
+        if tokenizer is None:
+            raise ValueError(f"load_adapter: {path} holds a guard; give the model's tokenizer too.")
+        EcoGuard.load(path).attach(model, tokenizer)
     else:
         load_lora_adapter(model, path)
 
 
+def is_plain(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` holds nothing but plain LoRA."""
+    return not any((Path(path) / name).is_file() for name in (CONFIG, WEIGHT))
+
+
 def check_plain(path: str | os.PathLike[str]) -> None:
     """Raise ValueError where ``path`` holds what is no plain LoRA, for PEFT and merges."""
-    if (Path(path) / CONFIG).is_file():
-        raise ValueError(
-            f"adapter: {path} holds experts that each prompt chooses among: no plain LoRA, to be "
-            "merged, repaired or served by PEFT. `nsru eval RUN` judges it; "
-            "nsru_train.adapters.load_adapter puts it into a model of transformers."
-        )
+    if is_plain(path):
+        return
+    what = "experts that each prompt chooses among"
+    inside = Path(path, "adapter")
+    if (Path(path) / WEIGHT).is_file():
+        what = "a guard of prompts, which is no part of the weights"
+    hint = f" Its flagged prompts get the adapter of --adapter {inside}." if inside.is_dir() else ""
+    raise ValueError(
+        f"adapter: {path} holds {what}: no plain LoRA, to be merged, repaired or served by PEFT. "
+        "`nsru eval RUN` judges it; nsru_train.adapters.load_adapter puts it into a model of "
+        f"transformers.{hint}"
+    )

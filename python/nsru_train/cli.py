@@ -186,8 +186,8 @@ def train(
         data: what to forget and what to retain.
         subspace: the retain subspaces.
         lora: the adapters; project says whether in the null space, whatever the method.
-        method: nsru, alter, altpo, ceu, dpo, ga, graddiff, idk, ihl, kl, lune, npo, rmu, satimp,
-            simnpo, pdu, task_vector, undial or wga, or package.module:Class of your own.
+        method: nsru, alter, altpo, ceu, dpo, eco, ga, graddiff, idk, ihl, kl, lune, npo, rmu,
+            satimp, simnpo, pdu, task_vector, undial or wga, or package.module:Class of your own.
         objective: settings of the method; `nsru train --method NAME --help` lists them.
         train: how.
         out: run folder.
@@ -262,7 +262,7 @@ def train(
     run.write_config(config)
     run.write_environment()
     subspaces = None
-    if lora.project:
+    if lora.project and objective.trains:
         own = run.path / "subspaces"
         if last is not None and (own / "index.json").is_file():
             subspace.path = str(own)
@@ -293,7 +293,7 @@ def train(
         ),
         eval_steps=train.eval_steps or 10,
     )
-    print(outcome.swap)
+    print(outcome)
     if not run.writes:
         return
     objective.save(base, run.adapter_dir, {"fingerprint": fingerprint_weights(base)})
@@ -309,7 +309,7 @@ def train(
             "methods": [
                 {"method": "before", "seed": train.seed, **before},
                 {
-                    "method": run_name(method, lora.project),
+                    "method": run_name(method, lora.project and objective.trains),
                     "seed": train.seed,
                     **after,
                     **outcome.results(),
@@ -402,17 +402,17 @@ def eval(
     The report has the base model's answers beside the new ones: the same model, adapters off.
 
     Args:
-        run: run folder; its config.yaml says model and data, its adapter is evaluated.
+        run: run folder; its config.yaml says model and data, its adapter or guard is evaluated.
         model: another model than the run's.
         data: other sets than the run's.
-        adapter: another adapter folder.
+        adapter: another folder of an adapter, or of a guard.
         base: evaluate the base model without adapter.
         retain_log: results.json of a model trained on the retain data only, for the forget quality.
         out: folder for results.json, report and config.yaml; default RUN/eval, or RUN/eval-base.
         max_new_tokens: longest generated answer.
         generate: false leaves out generated answers, and ROUGE with them.
     """
-    from nsru_train.adapters import load_adapter
+    from nsru_train.adapters import is_plain, load_adapter
     from nsru_train.evaluate import add_base_answers, evaluate, format_table, to_results
     from nsru_train.metrics.tofu import load_log
     from nsru_train.pipeline import load_data, load_model, without_long
@@ -436,7 +436,7 @@ def eval(
     loaded = without_long(loaded, tokenizer, data)
     adapter = None if base else adapter or f"{run}/adapter"
     if adapter is not None:
-        load_adapter(network, adapter)
+        load_adapter(network, adapter, tokenizer)
     folder = RunFolder(out or f"{run}/{'eval-base' if base else 'eval'}")
     evaluation = evaluate(
         network.eval(),
@@ -467,7 +467,7 @@ def eval(
     print(format_table(results))
     _finish(
         [str(folder.results_path), str(folder.report_path)],
-        "eval" if base else "verify",
+        "eval" if base else "verify" if adapter is None or is_plain(adapter) else "report",
         run,
     )
 
@@ -487,11 +487,12 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     from nsru_train.pipeline import load_model
     from nsru_train.run_folder import RunFolder
 
-    check_plain(adapter or f"{run}/adapter")
+    adapter = adapter or f"{run}/adapter"
+    check_plain(adapter)
     model, _ = run_sections(run, model, None, need_data=False)
     locked = RunFolder(run).lock()  # which removes what a killed merge left
     network, tokenizer = load_model(model)
-    load_lora_adapter(network, adapter or f"{run}/adapter")
+    load_lora_adapter(network, adapter)
     nk.merge_adapters(network)
     with whole_folder(f"{run}/merged") as folder:
         network.save_pretrained(folder)
@@ -520,7 +521,8 @@ def verify(
     from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.verify import verify as compare
 
-    check_plain(adapter or f"{run}/adapter")
+    adapter = adapter or f"{run}/adapter"
+    check_plain(adapter)
     of_run = data is None
     model, data = run_sections(run, model, data)
     loaded = load_data(data)
@@ -532,7 +534,7 @@ def verify(
         merged = f"{run}/merged"
     report = compare(
         base,
-        adapter or f"{run}/adapter",
+        adapter,
         merged,
         tokenizer,
         loaded.forget,

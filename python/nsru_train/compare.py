@@ -77,6 +77,8 @@ class Contender:
         found = find_method(method)
         if how not in ("", "projected") or (method == "nsru" and how):
             raise ValueError(f'methods: expected a name, or "NAME projected", got {name!r}.')
+        if how and not found.trains:
+            raise ValueError(f"methods: {method} trains nothing to project, give it as {method}.")
         try:
             return cls(run_name(method, project), found(**settings), project)
         except TypeError as error:
@@ -85,6 +87,10 @@ class Contender:
             raise ValueError(f"settings: {name} has {', '.join(known)}, got {odd}.") from error
         except ValueError as error:
             raise ValueError(f"settings: {name}: {error}") from error
+
+    def rates(self, lrs: Mapping[str, Sequence[float]], default: float) -> Sequence[float]:
+        """The learning rates to try; 0 where nothing is trained."""
+        return lrs.get(self.name, [default]) if self.method.trains else [0.0]
 
 
 @dataclass
@@ -174,7 +180,7 @@ class Comparison:
                 {
                     **label,
                     "frontier": [{**label, **point} for point in outcome.evaluations],
-                    "leakage": outcome.leakage,
+                    "leakage": list(outcome.leakage),
                     "outcome": outcome.results(),
                 }
             )
@@ -188,7 +194,7 @@ class Comparison:
         folder = RunFolder(Path(trained["folder"], "judged"))
         if not self._done(folder):
             adapted = copy.deepcopy(self.base)
-            load_adapter(adapted, Path(trained["folder"], "adapter"))
+            load_adapter(adapted, Path(trained["folder"], "adapter"), self.tokenizer)
             outcome, points = trained["outcome"], trained["frontier"]
             kept = next((p for p in points if p["step"] == outcome.get("kept_step")), points[-1])
             row = {**kept, **self._quality(adapted), **outcome}
@@ -274,13 +280,14 @@ def compare(
     """Tune each contender with seed 0, train it with every seed, judge all: parts of results.json.
 
     Args:
-        lrs: learning rates of a contender, by name; one without any has ``comparison.train.lr``.
+        lrs: learning rates of a contender, by name; one without any has ``comparison.train.lr``, or
+            none where it trains nothing.
     """
     rows = [comparison.before()]
     tuning = [
         one
         for contender in contenders
-        for lr in lrs.get(contender.name, [comparison.train.lr])
+        for lr in contender.rates(lrs, comparison.train.lr)
         if (one := _attempt(comparison, contender, lr, 0))
     ]
     points = [point for one in tuning for point in one["frontier"]]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
-import nsru_kernels as nk
 from nsru_train.data.encode import Encoded, encode_qa
 from nsru_train.data.records import QA, shared_questions
 from nsru_train.data.safe_targets import SafeTargets
@@ -24,6 +23,7 @@ from nsru_train.eval_results import (
     format_table,
     to_results,
 )
+from nsru_train.guard import without_update
 from nsru_train.metrics.memorisation import exact_memorisation, extraction_strength
 from nsru_train.metrics.privacy import membership_auc, min_k, privleak
 from nsru_train.metrics.text import has_words, rouge_l_recall
@@ -92,10 +92,10 @@ def probability_sets(
 def before_and_after(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[Encoded]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """`quick_probabilities` with the adapters of ``model`` off, and with them on."""
+    """`quick_probabilities` without the adapters or the guard of ``model``, and with them."""
     longest = max(len(item) for items in sets.values() for item in items)
     max_tokens = max(4096, longest)
-    with nk.adapters_disabled(model):
+    with without_update(model):
         before = quick_probabilities(model, tokenizer, sets, max_tokens=max_tokens)
     return before, quick_probabilities(model, tokenizer, sets, max_tokens=max_tokens)
 
@@ -263,9 +263,9 @@ def add_base_answers(
     max_new_tokens: int = 200,
     progress: bool = True,
 ) -> None:
-    """Answer the questions that `to_results` shows once more with the adapters of ``model`` off."""
+    """Answer the questions that `to_results` shows once more by the base model in ``model``."""
     rows = [row for found in evaluation.rows.values() for row in found[:EXAMPLES_PER_SPLIT]]
-    with nk.adapters_disabled(model):
+    with without_update(model):
         answers = greedy_answers(
             model,
             tokenizer,

@@ -34,12 +34,18 @@ from nsru_train.data.encode import (
 from nsru_train.data.records import QA, check_disjoint
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluate import SPLITS
+from nsru_train.guard import EcoGuard
 from nsru_train.losses.batch import SAFE
 from nsru_train.measure import PeakMemory
 from nsru_train.methods import Method
 from nsru_train.own_texts import own_texts
 from nsru_train.run_folder import RunFolder
-from nsru_train.scoring import check_positions, end_tokens, position_limit
+from nsru_train.scoring import (
+    check_positions,
+    end_tokens,
+    position_limit,
+    quick_probabilities,
+)
 from nsru_train.sources import digest, load_records
 from nsru_train.updates import scale_updates
 
@@ -362,6 +368,45 @@ class Outcome:
             **({} if self.kept_step is None else {"kept_step": self.kept_step}),
         }
 
+    def __str__(self) -> str:
+        return str(self.swap)
+
+
+@dataclass
+class Guarded:
+    """Results of ``unlearn`` by a method that trains nothing: the model is guarded."""
+
+    guard: EcoGuard
+    evaluations: list[dict[str, float]]
+    flagged: dict[str, float]
+    kept_step: int
+    peak_bytes: int
+    seconds: float
+    leakage: tuple[()] = ()
+
+    def results(self) -> dict[str, Any]:
+        """As entries of results.json: SPLIT_flagged are shares of a set's questions."""
+        held_out = self.guard.classifier.held_out
+        return {
+            **({"sigma": self.guard.sigma} if self.guard.corruption == "rand_noise" else {}),
+            "threshold": self.guard.classifier.threshold,
+            "held_out_missed": held_out["missed"] / held_out["forget"],
+            "held_out_flagged": held_out["flagged"] / held_out["retain"],
+            **self.flagged,
+            "kept_step": self.kept_step,
+            "peak_bytes": self.peak_bytes,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        counts = self.guard.classifier.held_out
+        shares = ", ".join(f"{share:.1%} of {name}" for name, share in self.flagged.items())
+        return (
+            f"held-out questions: {counts['missed']} of {counts['forget']} to forget missed, "
+            f"{counts['flagged']} of {counts['retain']} to keep flagged\nflagged in all: "
+            f"{shares.replace('_flagged', '')}"
+        )
+
 
 def unlearn(
     model: PreTrainedModel,
@@ -382,13 +427,22 @@ def unlearn(
     stop_at: Callable[[Mapping[str, float]], bool] | None = None,
     adapter: str | Path | None = None,
     progress: bool = True,
-) -> Outcome:
+) -> Outcome | Guarded:
     """Swap the model's linears and train; checkpoints and metrics.jsonl go to ``folder``.
+
+    Where the method trains nothing, its guard is attached to the model instead, and lora and train
+    have no effect but for the seed.
 
     on_eval is called before the first step, every eval_steps and at the end; training stops where
     stop_at says so of its results. Training starts from ``adapter``, a folder that the same
     settings made, where it is given.
     """
+    if not objective.trains:
+        return _attach_guard(
+            model, tokenizer, data, RunFolder(folder),
+            objective=objective, seed=train.seed, max_length=max_length, on_eval=on_eval,
+            progress=progress,
+        )  # fmt: skip
     from transformers import TrainingArguments, set_seed
 
     from nsru_train.trainer import NSRUTrainer, make_train_dataset, reference_nll
@@ -523,6 +577,59 @@ def unlearn(
             {"module": name, "leakage": module.leakage(), "rounding": rounding(module.weight)}
             for name, module in _adapted(model)
         ],
+    )
+
+
+def _attach_guard(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    run: RunFolder,
+    *,
+    objective: Method,
+    seed: int,
+    max_length: int,
+    on_eval: Callable[[int, nn.Module], Mapping[str, float]] | None,
+    progress: bool,
+) -> Guarded:
+    from tqdm.auto import tqdm
+
+    started, longest = time.perf_counter(), max(4096, max_length)
+    answers = [encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length)
+               for qa in data.forget]  # fmt: skip
+    run.drop_metrics_after(0)
+    evaluations = [] if on_eval is None else [{"step": 0, **on_eval(0, model)}]
+    tried: list[tuple[float, int]] = []
+    bar = tqdm(desc="strength", unit="step", disable=not progress, leave=False)
+
+    def note(step: int, forget_prob: float, **values: float) -> None:
+        tried.append((forget_prob, step))
+        run.log_metrics({"step": step, "forget_prob": forget_prob, **values})
+        bar.set_postfix(forget_prob=forget_prob, **values)
+        bar.update()
+        if on_eval is not None:
+            evaluations.append({"step": step, **on_eval(step, model)})
+
+    with PeakMemory(next(model.parameters()).device) as peak, bar:
+        attached = objective.make_guard(
+            model,
+            tokenizer,
+            *([qa.question for qa in records] for records in (data.forget, data.retain)),
+            seed=seed,
+            measure=lambda: quick_probabilities(model, tokenizer, answers, max_tokens=longest),
+            note=note,
+        )
+    flags = {
+        f"{name}_flagged": attached.flags([qa.question for qa in records])
+        for name, records in data.splits().items()
+    }
+    return Guarded(
+        guard=attached.guard,
+        evaluations=evaluations,
+        flagged={name: statistics.fmean(found) for name, found in flags.items()},
+        kept_step=min(tried)[1],
+        peak_bytes=peak.bytes,
+        seconds=time.perf_counter() - started,
     )
 
 

@@ -31,6 +31,7 @@ from nsru_train.losses.nll import answer_nll
 from nsru_train.methods.method import Method, mean
 from nsru_train.pipeline import (
     Data,
+    Guarded,
     Outcome,
     load_data,
     load_model,
@@ -170,7 +171,7 @@ def refresh(
     lora, layers, method = (run.sections[name] for name in ("lora", "subspace", "objective"))
     subspaces = SubspaceSet.load(run.path / "subspaces") if lora.project else None
 
-    def go_on(name: str, objective: Method) -> tuple[nn.Module, Outcome]:
+    def go_on(name: str, objective: Method) -> tuple[nn.Module, Outcome | Guarded]:
         model = run.base()
         outcome = unlearn(
             model,

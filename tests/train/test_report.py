@@ -403,6 +403,17 @@ def test_matched_damage_by_hand():
     assert second["ratio"] == pytest.approx(0.5)
 
 
+def test_what_trains_nothing_is_compared_with_no_one():
+    results = comparison(0.88, 0.86)
+    guarded = [
+        {**row, "method": "eco", "lr": 0.0}
+        for row in results["frontier"]
+        if row["method"] == "lora"
+    ]
+    more = results | {"frontier": [*results["frontier"], *guarded]}
+    assert matched_damage(more) == matched_damage(results)
+
+
 def test_matched_damage_needs_both_methods_and_a_before():
     results = comparison(0.88, 0.86)
     one = [row for row in results["frontier"] if row["method"] == "nsru"]

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
-_ANSWER = "qzanswerqz"  # stands for an answer; letters alone pass through every template
+# Stand for an answer and a question; letters alone pass through every template.
+_ANSWER, _QUESTION = "qzanswerqz", "qzquestionqz"
 
 
 @dataclass
@@ -108,6 +109,23 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int
         ValueError: the chat template refuses the question, or depends on the answer.
     """
     return _tokens(tokenizer, _prompt_text(_around_answer(tokenizer, question)[0]))
+
+
+def find_question(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) -> tuple[str, int]:
+    """(question, its prompt's tokens) of what `encode_prompt` or `encode_qa` wrote.
+
+    Of a conversation, all that stands before the last answer. Anything else is a prompt as a whole:
+    its text without special tokens, and the number of all tokens.
+    """
+    ids = list(input_ids)
+    parts = _prompt_text(_around_answer(tokenizer, _QUESTION)[0]).split(_QUESTION)
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    start, end = text.find(parts[0]), text.rfind(parts[-1])
+    if len(parts) != 2 or not 0 <= start <= end - len(parts[0]):
+        return tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids)
+    question = text[start + len(parts[0]) : end]
+    prompt = encode_prompt(tokenizer, question)
+    return question, len(prompt) if ids[: len(prompt)] == prompt else len(ids)
 
 
 def encode_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:

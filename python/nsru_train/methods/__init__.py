@@ -8,6 +8,7 @@ import importlib
 from nsru_train.methods.alter import ALTER
 from nsru_train.methods.ceu import CEU
 from nsru_train.methods.dpo import DPO, IDK, AltPO
+from nsru_train.methods.eco import ECO
 from nsru_train.methods.graddiff import GA, KL, GradDiff
 from nsru_train.methods.ihl import IHL
 from nsru_train.methods.lune import LUNE
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
     "pdu": PDU,
     "lune": LUNE,
     "alter": ALTER,
+    "eco": ECO,
     "task_vector": TaskVector,
 }
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
@@ -14,6 +14,9 @@ from nsru_kernels.hf.peft_format import save_lora_adapter
 from nsru_kernels.nn.swap import SwapReport
 from nsru_train.data.records import QA
 from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers, Batch
+
+if TYPE_CHECKING:
+    from nsru_train.guard import AttachedGuard
 
 # Whose way of computing a loss is taken, where public code deviates from its paper.
 Compat = Literal["open-unlearning"]
@@ -32,6 +35,7 @@ class Method:
             epoch; the safe target where it has none.
         keeps_best: whether the adapters of the evaluation with the highest `score` are kept.
         parts: names of the loss's parts, as metrics.jsonl has them, without the total.
+        trains: whether adapters are trained; a method that does not says `make_guard`, no `loss`.
         ranges: of settings; a weight, one that begins with w_, is never negative.
 
     A method may also say `prepare`, `targets`, `starts_elsewhere` and `begin`, `start` and
@@ -44,6 +48,7 @@ class Method:
     by_logits: ClassVar[Collection[int]] = ()
     alternatives: ClassVar[bool] = False
     keeps_best: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
     parts: ClassVar[tuple[str, ...]]
     ranges: ClassVar[Mapping[str, str]] = {}
 
@@ -148,6 +153,26 @@ class Method:
 
         Args:
             batch: the `Answers` of each kind in ``rows``.
+        """
+        raise NotImplementedError
+
+    def make_guard(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        forget: Sequence[str],
+        retain: Sequence[str],
+        *,
+        seed: int,
+        measure: Callable[[], float],
+        note: Callable[..., None],
+    ) -> AttachedGuard:
+        """What unlearns in place of adapters, attached to ``model``.
+
+        Args:
+            forget, retain: raw questions.
+            measure: mean probability of the answers to forget, as the model now gives them.
+            note: note(step, probability, NAME=number, …) records one try, the guard being so.
         """
         raise NotImplementedError
 

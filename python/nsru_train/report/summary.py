@@ -126,7 +126,7 @@ def matched_damage(results: Row, key: str = "retain_unseen_prob") -> list[dict[s
 
     All seeds are read at one level of forgetting: the lowest forget_prob that every run reached,
     or 0.01 where all went below. Of many methods those that do not forget (forget_prob 0.1 with
-    every seed) are left out. A run's damage there is the least among its evaluated steps with
+    every seed) are left out, and so is what trains nothing, at a rate of 0. A run's damage there is the least among its evaluated steps with
     forget_prob at or below the level: every method is read at the checkpoint a user would keep.
 
     Args:
@@ -140,7 +140,8 @@ def matched_damage(results: Row, key: str = "retain_unseen_prob") -> list[dict[s
         method / least damage of its `rivals`, None when that did none. Empty when there is nothing
         to compare.
     """
-    found = runs(results.get("frontier") or [], "forget_prob", key)
+    points = [row for row in results.get("frontier") or [] if row.get("lr") != 0]
+    found = runs(points, "forget_prob", key)
     able = {method: seeds for method, seeds in found.items() if all(map(_forgets, seeds.values()))}
     found = able if len(found) > FEW_METHODS and len(able) > 1 else found
     first, *others = list(found) or [""]
