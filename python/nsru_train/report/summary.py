@@ -126,8 +126,9 @@ def matched_damage(results: Row, key: str = "retain_unseen_prob") -> list[dict[s
 
     All seeds are read at one level of forgetting: the lowest forget_prob that every run reached,
     or 0.01 where all went below. Of many methods those that do not forget (forget_prob 0.1 with
-    every seed) are left out, and so is what trains nothing, at a rate of 0. A run's damage there is the least among its evaluated steps with
-    forget_prob at or below the level: every method is read at the checkpoint a user would keep.
+    every seed) are left out, and so is what trains nothing, at a rate of 0. A run's damage there is
+    the least among its evaluated steps with forget_prob at or below the level: every method is read
+    at the checkpoint a user would keep.
 
     Args:
         results: content of results.json with "methods" (for the values before) and "frontier".
