@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 import re
 import sys
@@ -17,11 +16,14 @@ from torch import Tensor
 RANGES: dict[str, Callable[[Any], bool]] = {
     "must be ≥ 1": lambda value: value >= 1,
     "must not be negative": lambda value: value >= 0,
+    "must be 0 or more": lambda value: value >= 0,
     "must be 0 (none) or more": lambda value: value >= 0,
     "must be positive": lambda value: value > 0,
     "must be a finite number": lambda value: True,
     "must be a finite number above 0": lambda value: value > 0,
     "must be above 1, or null for no early stop": lambda value: value > 1,
+    "must be in [0, 1]": lambda value: 0 <= value <= 1,
+    "must be above 0 and at most 1": lambda value: 0 < value <= 1,
     "must be a share from 0 to 1": lambda value: 0 <= value <= 1,
     "must be a share above 0 and at most 1": lambda value: 0 < value <= 1,
     "must be a share from 0 to below 1": lambda value: 0 <= value < 1,
@@ -47,46 +49,19 @@ def check_dense(function: str, **tensors: Any) -> None:
         raise TypeError(f"{function}: {name} must be a dense tensor, got {got}; {remedy}.")
 
 
-def check_whole(function: str, name: str, value: Any, least: int = 1) -> int:
-    """The value as an int. Raises ValueError unless it is a whole number, ``least`` or more."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(
-            f"{function}: {name} must be ≥ {least}, got {value!r}; give a whole number, {least} or "
-            "more."
-        )
-    return int(value)
+def check_range(name: str, value: Any, wanted: str, whole: bool = False, remedy: str = "") -> Any:
+    """The value as an int or a float.
 
-
-def check_number(function: str, name: str, value: Any) -> float:
-    """The value as an int or a float. Raises ValueError unless it is a finite number."""
-    if not _is_number(value) or not math.isfinite(value):
-        raise ValueError(f"{function}: {name} must be a finite number, got {value!r}.")
-    return value if isinstance(value, (int, float)) else float(value)
-
-
-def check_probability(function: str, name: str, value: Any) -> float:
-    """The value as an int or a float. Raises ValueError unless it is a number from 0 to 1."""
-    if not _is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"{function}: {name} must be in [0, 1], got {value!r}.")
-    return check_number(function, name, value)
-
-
-def check_share(function: str, name: str, value: Any) -> None:
-    """Raise ValueError unless 0 < value <= 1."""
-    if not _is_number(value) or not 0 < value <= 1:
-        raise ValueError(f"{function}: {name} must be above 0 and at most 1, got {value!r}.")
-
-
-def check_range(name: str, value: Any, wanted: str, whole: bool = False, default: Any = "") -> None:
-    """Raise ValueError unless the value is a finite number as is wanted, one of `RANGES`."""
-    right_kind = isinstance(value, numbers.Integral) if whole else _is_number(value)
-    finite = right_kind and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if not finite or not RANGES[wanted](value):
-        kind = "whole" if whole else "finite"
-        raise ValueError(
-            f"{name} {wanted}, got {value!r}; give a {kind} number in this range, or leave "
-            f"it out for the default{f' of {default}' * isinstance(default, (int, float))}."
-        )
+    Raises ValueError unless it is a finite number as is wanted, one of `RANGES`.
+    """
+    if isinstance(value, numbers.Integral if whole else numbers.Real) and type(value) is not bool:
+        found = int(value) if isinstance(value, numbers.Integral) else float(value)
+        if abs(found) <= sys.float_info.max and RANGES[wanted](found):
+            return found
+    raise ValueError(
+        f"{name} {wanted}, got {value!r}; give a {'whole' if whole else 'finite'} number in this "
+        f"range{remedy}."
+    )
 
 
 def check_settings(section: str, settings: Any, **ranges: str) -> None:
@@ -98,12 +73,11 @@ def check_settings(section: str, settings: Any, **ranges: str) -> None:
             raise ValueError(f"{name} must have a value, got null; leave it out for the default.")
         if value is None or field.name not in ranges:
             continue
+        remedy = ", or leave it out for the default"
+        if isinstance(field.default, (int, float)):
+            remedy += f" of {field.default}"
         parts: dict[str, Any] = {name: value}
         if isinstance(value, dict):
             parts = {f"{name}: {key}": part for key, part in value.items()}
         for part, number in parts.items():
-            check_range(part, number, ranges[field.name], "int" in kind, field.default)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+            check_range(part, number, ranges[field.name], "int" in kind, remedy)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsru_kernels.checks import check_number, check_probability, check_whole
+from nsru_kernels.checks import check_range
 from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.dispatch.precision import full_float32
 from nsru_kernels.nn.group import LinearGroup
@@ -66,9 +66,9 @@ class NSRULinear(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        rank = check_whole("NSRULinear", "rank", rank)
-        alpha = check_number("NSRULinear", "alpha", alpha)
-        dropout = check_probability("NSRULinear", "dropout", dropout)
+        rank = check_range("NSRULinear: rank", rank, "must be ≥ 1", whole=True)
+        alpha = check_range("NSRULinear: alpha", alpha, "must be a finite number")
+        dropout = check_range("NSRULinear: dropout", dropout, "must be in [0, 1]")
         requested_backend(backend)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.alpha, self.dropout, self.backend = rank, alpha, dropout, backend

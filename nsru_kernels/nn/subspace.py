@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor, nn
 
-from nsru_kernels.checks import check_dense, check_share, check_whole
+from nsru_kernels.checks import check_dense, check_range
 from nsru_kernels.files import atomic_write, read_tensors
 
 _FORMAT = "nsru-retain-subspace-1"
@@ -116,9 +116,9 @@ class RetainSubspace(nn.Module):
         """
         eigenvalues = self._known_eigenvalues("truncate")
         if rank is not None and energy is None:
-            wanted = check_whole("truncate", "rank", rank, least=0)
+            wanted = check_range("truncate: rank", rank, "must be 0 or more", whole=True)
         elif energy is not None and rank is None:
-            check_share("truncate", "energy", energy)
+            check_range("truncate: energy", energy, "must be above 0 and at most 1")
             shares = eigenvalues.cumsum(0) / (self.trace or 1.0)
             # With no energy at all, no direction is needed for any share of it.
             wanted = int((shares < energy).sum()) + 1 if self.trace else 0

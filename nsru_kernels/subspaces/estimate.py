@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nsru_kernels.checks import check_share, check_whole
+from nsru_kernels.checks import check_range
 from nsru_kernels.nn.inputs import (
     ActivationStream,
     Batches,
@@ -235,21 +235,19 @@ def _check_request(
     has_forget: bool,
 ) -> None:
     function = "estimate_retain_subspaces"
-    check_whole(function, "width", width)
+    check_range(f"{function}: width", width, "must be ≥ 1", whole=True)
     choices = {"rank": rank, "energy": energy, "min_editability": min_editability}
     given = [name for name, value in choices.items() if value is not None]
     if len(given) != 1:
         raise ValueError(
             f"{function}: give exactly one of rank, energy, min_editability, got {given or 'none'}."
         )
-    if energy is not None:
-        check_share(function, "energy", energy)
-    if min_editability is not None:
-        check_share(function, "min_editability", min_editability)
-        if not has_forget:
+    if rank is None:
+        check_range(f"{function}: {given[0]}", choices[given[0]], "must be above 0 and at most 1")
+        if min_editability is not None and not has_forget:
             raise ValueError(f"{function}: min_editability needs forget_batches to measure it on.")
-    if rank is not None:
-        check_whole(function, "rank", rank, least=0)
+    else:
+        check_range(f"{function}: rank", rank, "must be 0 or more", whole=True)
         if rank > width:
             raise ValueError(
                 f"{function}: rank={rank} needs a width of at least that, better {rank + 64}, got "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsru_kernels.checks import check_dense, check_whole
+from nsru_kernels.checks import check_dense, check_range
 from nsru_kernels.dispatch.precision import full_float32
 from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.ops.sketch import energy_limit, update_sketch
@@ -72,7 +72,7 @@ class RetainSketch:
         device: torch.device | str | None = None,
     ) -> None:
         for name, value in (("in_features", in_features), ("width", width)):
-            check_whole("RetainSketch", name, value)
+            check_range(f"RetainSketch: {name}", value, "must be ≥ 1", whole=True)
         if refresh_every is not None and refresh_every < width:
             raise ValueError(
                 f"RetainSketch: refresh_every must be at least width={width} tokens, got "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nsru_kernels.checks import check_dense, check_probability
+from nsru_kernels.checks import check_dense, check_range
 from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.dispatch.launch import capturing
 from nsru_kernels.ops.linear.autograd import Call, ProjectedLinear
@@ -66,7 +66,7 @@ def nsru_linear(
     check_dense(
         "nsru_linear", x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, basis=basis, bias=bias
     )
-    check_probability("nsru_linear", "dropout_p", dropout_p)
+    check_range("nsru_linear: dropout_p", dropout_p, "must be in [0, 1]")
     x, (weight,), (bias,) = _autocast(x, [weight], [bias])
     _check("nsru_linear", x, weight, lora_a, lora_b, basis, bias)
     return projected_linears(
