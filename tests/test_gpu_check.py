@@ -311,18 +311,18 @@ def test_a_walk_that_is_cut_after_any_phase_has_lost_nothing_before(tmp_path):
 def test_a_phase_out_of_time_ends_with_all_it_started(tmp_path):
     check = gpu_check.Check(tmp_path / "results", 60, dry=True)
     late = tmp_path / "late"
-    child = f"import time; time.sleep(4); open({str(late)!r}, 'w')"
+    child = f"import time; time.sleep(2); open({str(late)!r}, 'w')"
     parent = f"""
 import subprocess, sys, time
 subprocess.Popen([sys.executable, "-S", "-c", {child!r}])
 print("started", flush=True)
 time.sleep(60)
 """
-    assert not check.run("slow", [sys.executable, "-S", "-c", parent], 2)
+    assert not check.run("slow", [sys.executable, "-S", "-c", parent], 1)
     assert "slow" in check.lines[-1]
     assert "out of time" in check.lines[-1]
     assert "started" in held(check)["slow.log"]
-    time.sleep(4)
+    time.sleep(2)
     assert not late.exists(), "a worker outlived its phase"
 
 
