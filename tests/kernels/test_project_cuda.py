@@ -36,6 +36,7 @@ def project(dtype=torch.float32):
         ("table", 4, "table must start at a multiple of 8 bytes, got address 4"),
         ("counters", 0, "counters is a null pointer"),
         ("counters_size", 2, "counters_size=2 is less than 3, the ticket and two"),
+        ("workspace", 0, "workspace is a null pointer"),
         ("workspace", 8, "workspace must start at a multiple of 16 bytes, got address 8"),
         ("workspace_bytes", 1535, "workspace_bytes=1535 is less than 1536, two tiles"),
         ("adapter", "fp64", "adapter must be 'bf16' or 'fp16' or 'fp32', got 'fp64'"),

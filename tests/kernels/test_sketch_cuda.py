@@ -240,13 +240,16 @@ def test_the_launcher_names_the_argument_that_it_cannot_take(kernel):
     for change, message in (
         ({"k": 60}, "k=60 must be a multiple of 8"),
         ({"m": 0}, "m=0 must be between 1"),
+        ({"l": -1}, "l=-1 must be between 1"),
+        ({"ldx": 56}, "ldx=56 is less than the 64 columns of x"),
         ({"ldx": 65}, "ldx=65: rows of x must start at multiples of 16 bytes"),
         ({"ldomega": 8}, "ldomega=8 is less than the 16 columns of omega"),
         ({"x": call["x"] + 2}, f"x must start at .* got address {call['x'] + 2}"),
-        ({"trace": 0}, "trace is a null pointer"),
+        *(({name: 0}, f"{name} is a null pointer") for name in ("omega", "y", "h", "trace")),
         ({"trace": call["trace"] + 4}, "trace must start at a multiple of 8 bytes"),
         ({"y": call["y"] + 2}, "y must start at a multiple of 4 bytes"),
         ({"panel_bytes": -1}, "panel_bytes=-1 must be positive"),
+        (dict.fromkeys(("m", "k", "l", "ldx", "ldomega"), 2**30), "make more than .* work items"),
         ({"dtype": "fp32"}, "dtype must be bf16 or fp16"),
         ({"dtype": "fp8"}, "got 'fp8'"),
     ):
