@@ -213,7 +213,7 @@ def test_leakage_gate(project_many):
 
 def test_many_problems_in_one_call(project_many):
     """More items than blocks are on the device at a time, and blocks that wait for others."""
-    shared = [basis(k, q, dtype) for k, q in ((528, 80), (272, 144)) for dtype in SHORT]
+    shared = [basis(k, q, dtype) for k, q in ((272, 80), (160, 112)) for dtype in SHORT]
     own = [basis(48, 16, seed=i) for i in range(12)]
     adapters = [draw(r, len(u), seed=r) for u in shared for r in (16, 8, 20)]
     check(project_many, [*adapters, *(draw(4, 48, seed=i) for i in range(12))],
