@@ -294,7 +294,10 @@ class NSRULinear(nn.Module):
 
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """In the block every ``NSRULinear`` of ``model`` acts as its frozen linear, merged or not."""
+    """In the block every ``NSRULinear`` of ``model`` acts as its frozen linear, merged or not.
+
+    In every thread of the process: another one that calls the model meanwhile gets base outputs.
+    """
     modules = [m for m in model.modules() if isinstance(m, NSRULinear)]
     before = [m.enabled for m in modules]
     try:

@@ -26,8 +26,9 @@ class RetainSubspace(nn.Module):
 
     Args:
         basis: U [K, Q], orthonormal columns by falling eigenvalue; Q may be 0. A buffer.
-        eigenvalues: [Q] fp64, lower bounds of the eigenvalues of XᵀX, falling; None where only the
-            basis is known.
+        eigenvalues: [Q] fp64, lower bounds of the eigenvalues of XᵀX, falling, but for fp32
+            rounding: one token of norm 1e6 hides thousands of norm 1 (see ``unit_tokens``). None
+            where only the basis is known.
         trace: ‖X‖²_F over all tokens.
         tokens: rows of X.
         rank_limited: the rank or energy asked for could not be reached with the directions that the

@@ -453,6 +453,13 @@ def unlearn(
     [first] = token_batches(
         model, tokenizer, data.forget[:1], max_tokens=max_length, max_length=max_length
     )
+    noisy = [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    if noisy:
+        logger.warning(
+            "The model's own %d dropout layers (p up to %g) act in training, but not in the base "
+            "model as its reference. Set the dropouts in its config to 0 for a loss without noise.",
+            len(noisy), max(noisy),
+        )  # fmt: skip
     swap = nk.swap_linears(
         model,
         objective.targets(model) or targets,

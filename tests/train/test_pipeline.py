@@ -101,6 +101,18 @@ def test_a_run_that_changed_nothing_says_so(model, tokenizer, tmp_path, caplog, 
     assert ("adapters are zero as before" in caplog.text) == bool(warmup)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_dropout_of_the_model_itself_is_told_of(model, tokenizer, tmp_path, caplog, p):
+    model.model.layers[1].own_dropout = torch.nn.Dropout(p)
+    data = Data(FORGET, RETAIN, {}, SafeTargets.from_file())
+    unlearn(
+        model, tokenizer, data, tmp_path, targets="q_proj", subspaces=None,
+        lora=LoraConfig(rank=2, project=False), objective=Objective(),
+        train=TrainConfig(steps=1, batch_size=2, save_steps=0), progress=False,
+    )  # fmt: skip
+    assert ("own 1 dropout layers (p up to 0.25)" in caplog.text) == (p > 0)
+
+
 def test_rmu_trains_the_mlps_of_its_layers_in_their_null_spaces(model, tokenizer, tmp_path):
     subspaces = find_subspaces(
         model, tokenizer, FORGET, RETAIN, SubspaceConfig(rank=3), progress=False
