@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from nsru_train.methods import METHODS, Objective, find_method
 from nsru_train.methods.nsru import SUPPRESSIONS
 from nsru_train.methods.unlikelihood import unlikelihood
 
+ROOT = Path(__file__).parents[2]
 NLL = torch.tensor([0.0, 1e-4, 0.3, 12.0, 400.0], dtype=torch.float64)
 LENGTHS = torch.tensor([1, 4, 7, 20, 40])
 REFERENCE = torch.tensor([0.0, 0.5, 0.1, 3.0, 5.0], dtype=torch.float64)
@@ -435,3 +437,17 @@ def test_bad_arguments():
         METHODS["npo"](retain="KL")
     with pytest.raises(ValueError, match=r"compat must be one of open-unlearning, got 'ou'"):
         METHODS["pdu"](compat="ou")
+
+
+def test_the_document_of_methods_says_what_each_needs():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    lines = [line.strip("|\n").split("|") for line in text.splitlines() if line[:3] == "| `"]
+    shown = {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in lines}
+    assert shown.keys() == METHODS.keys()
+    kinds = {SAFE: "safe", FORGET: "forget", RETAIN: "retain"}
+    for name, (rows, base, _, source) in shown.items():
+        method = METHODS[name]
+        assert rows == ", ".join(kinds[kind] for kind in method.rows), name
+        assert (base == "once") == bool(method.ref_nll), name
+        assert source in method.__doc__, name
+        assert ("`alternatives`" in " ".join(shown[name])) == method.alternatives, name
