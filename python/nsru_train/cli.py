@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import wraps
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from nsru_kernels.checks import check_range
 from nsru_train.config import (
@@ -396,6 +396,7 @@ def eval(
     out: str | None = None,
     max_new_tokens: int = 200,
     generate: bool = True,
+    format: Literal["nsru", "open-unlearning"] = "nsru",
 ) -> None:
     """All metrics of a model on its sets: a table, and results.json.
 
@@ -407,17 +408,22 @@ def eval(
         data: other sets than the run's.
         adapter: another folder of an adapter, or of a guard.
         base: evaluate the base model without adapter.
-        retain_log: results.json of a model trained on the retain data only, for the forget quality.
+        retain_log: results.json of a model trained on the retain data only, for the forget quality;
+            its TOFU_EVAL.json where format is open-unlearning.
         out: folder for results.json, report and config.yaml; default RUN/eval, or RUN/eval-base.
         max_new_tokens: longest generated answer.
         generate: false leaves out generated answers, and ROUGE with them.
+        format: open-unlearning also writes TOFU_EVAL.json and TOFU_SUMMARY.json, its metrics under
+            its names.
     """
+    from nsru_kernels.files import atomic_write, read_json
     from nsru_train.adapters import is_plain, load_adapter
     from nsru_train.evaluate import add_base_answers, evaluate, format_table, to_results
+    from nsru_train.metrics import open_unlearning
     from nsru_train.metrics.tofu import load_log
     from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.report import write_report
-    from nsru_train.run_folder import RunFolder
+    from nsru_train.run_folder import RunFolder, to_json
 
     check_range("max_new_tokens", max_new_tokens, "must be ≥ 1", whole=True)
     if base and adapter is not None:
@@ -429,7 +435,9 @@ def eval(
     loaded = load_data(data)
     if of_run:
         say_changed_sets(run, loaded.digests())
-    log = load_log(retain_log) if retain_log else None
+    theirs = format == "open-unlearning"
+    log = load_log(retain_log) if retain_log and not theirs else None
+    their_log = read_json(retain_log) if retain_log and theirs else None
     if out and Path(out, "metrics.jsonl").exists():
         raise ValueError(f"out: {out} holds a training run; give another folder.")
     network, tokenizer = load_model(model, data)
@@ -451,6 +459,10 @@ def eval(
     if adapter is not None and generate:
         add_base_answers(evaluation, network, tokenizer, max_new_tokens=max_new_tokens)
     results = to_results(evaluation)
+    if theirs:
+        whole = open_unlearning.to_log(evaluation.rows, their_log)
+        for name, content in (("EVAL", whole), ("SUMMARY", open_unlearning.summary(whole))):
+            atomic_write(folder.path / f"TOFU_{name}.json", to_json(content, indent=2))
     folder.write_config(
         {
             "model": asdict(model),
@@ -459,6 +471,7 @@ def eval(
             "retain_log": retain_log,
             "max_new_tokens": max_new_tokens,
             "generate": generate,
+            "format": format,
         }
     )
     folder.write_environment()

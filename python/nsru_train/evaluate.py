@@ -211,6 +211,7 @@ def _row(
         "answer": qa.answer,
         "probability": right.probability,
         "loss": right.loss,
+        "answer_tokens": len(tokens),
         "extraction_strength": extraction_strength(right.predictions[own], tokens),
         "exact_memorisation": exact_memorisation(right.predictions[own], tokens),
         "min_k": min_k(right.nll[own]),

@@ -299,6 +299,21 @@ def test_truncated_adapter(run, tmp_path, capsys):
         assert "truncated" in fails(capsys, [command, str(run), f"--adapter={broken}"]), command
 
 
+def test_an_evaluation_in_the_form_of_openunlearning(run, tmp_path):
+    for name in ("first", "second"):
+        options = ["--format=open-unlearning", "--max_new_tokens=4", f"--out={tmp_path / name}"]
+        if name == "second":
+            options.append(f"--retain_log={tmp_path / 'first' / 'TOFU_EVAL.json'}")
+        main(["eval", str(run), *options])
+    found = json.loads((tmp_path / "second" / "TOFU_SUMMARY.json").read_text())
+    assert found["privleak"] == pytest.approx(0, abs=1e-6)
+    own = json.loads((tmp_path / "second" / "results.json").read_text())["metrics"]["forget"]
+    assert found["forget_Q_A_Prob"] == pytest.approx(own["probability"])
+    assert found["forget_Q_A_ROUGE"] == pytest.approx(own["rougeL_recall"])
+    if "truth_ratio" in own:
+        assert found["forget_quality"] == 1
+
+
 def test_adapter_of_another_base(setting, run, tmp_path, capsys):
     other = other_model(setting, tmp_path)
     for command in ("eval", "merge", "verify"):

@@ -9,7 +9,13 @@ import math
 import numpy as np
 import pytest
 
-from nsru_train.metrics.open_unlearning import aggregates, rouge_recalls, zlib_scores
+from nsru_train.metrics.open_unlearning import (
+    aggregates,
+    rouge_recalls,
+    summary,
+    to_log,
+    zlib_scores,
+)
 
 
 @pytest.fixture
@@ -123,6 +129,48 @@ def test_without_the_retain_log_privleak_warns_and_quality_is_left_out(caplog):
     assert "forget_quality" not in found
     assert found["privleak"] == pytest.approx(-50)
     assert "give its log as retain_log" in caplog.text
+
+
+def test_what_evaluate_found_becomes_a_log_of_theirs():
+    rows = {
+        "forget": [
+            {
+                "question": f"Who is {name}?", "answer": f"{name} of Oslo", "generated": name,
+                "loss": loss, "paraphrased_loss": loss, "perturbed_loss": [1.0, 2.0],
+                "answer_tokens": 4, "extraction_strength": strength, "exact_memorisation": 0.5,
+                "min_k": -loss,
+            }
+            for name, loss, strength in (("Ann", 0.5, 0.0), ("Bob", 1.5, 0.75))
+        ],
+        "holdout": [{"answer": "Cy", "loss": 2.0, "min_k": -2.0}],
+        "world_facts": [
+            {"question": "What?", "answer": "Paris", "loss": 1.0, "perturbed_loss": [1.0]}
+        ],
+    }  # fmt: skip
+    log = to_log(rows)
+    assert json.loads(json.dumps(log)) == log
+    items = {
+        name: [*part["value_by_index"].values()]
+        for name, part in log.items()
+        if "value_by_index" in part
+    }
+    assert items["forget_Q_A_Prob"][1] == {"prob": pytest.approx(math.exp(-1.5)), "avg_loss": 1.5}
+    assert items["forget_Q_A_PERT_Prob"][0]["prob"] == pytest.approx([math.exp(-1), math.exp(-2)])
+    assert items["forget_truth_ratio"][0]["score"] == pytest.approx(math.exp(-1.5) / math.exp(-0.5))
+    assert items["extraction_strength"] == [{"score": 0.25}, {"score": 0.75}]
+    assert items["forget_Q_A_ROUGE"][0] == {
+        "input": "Who is Ann?", "ground_truth": "Ann of Oslo", "generation": "Ann",
+        "rouge1_recall": pytest.approx(1 / 3), "rougeL_f1": pytest.approx(1 / 2),
+        "rougeL_recall": pytest.approx(1 / 3),
+    }  # fmt: skip
+    assert [i["score"] for i in log["mia_min_k"]["forget"]["value_by_index"].values()] == [0.5, 1.5]
+    assert log["mia_loss"]["agg_value"] == 1  # holdout answers are less likely
+    assert log["wf_Q_A_Prob_normalised"]["agg_value"] == pytest.approx(0.5)
+    assert "model_utility" not in log
+    shown = summary(log)
+    assert shown.keys() >= {"forget_Q_A_Prob", "mia_zlib", "privleak", "memorization"}
+    assert shown == pytest.approx(aggregates(log))
+    assert to_log(rows, log)["forget_quality"]["agg_value"] == 1
 
 
 @pytest.mark.parametrize(

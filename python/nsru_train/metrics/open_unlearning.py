@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from nsru_train.metrics.privacy import membership_auc
-from nsru_train.metrics.text import rouge_l_recall
+from nsru_train.metrics.text import rouge_l_recall, rouge_scores
 
 logger = logging.getLogger(__name__)
 
 Log = Mapping[str, Any]
 
-_SETS = ("forget", "retain", "ra", "wf")
+_SPLITS = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
 # Truth ratio -> set, whether its right answer is a paraphrase, and how the items become one number.
 _TRUTH_RATIOS: dict[str, tuple[str, bool, Callable[[np.ndarray], np.ndarray]]] = {
     "forget_truth_ratio": ("forget", True, lambda tr: np.minimum(tr, 1 / (tr + 1e-10))),
@@ -29,7 +29,7 @@ _TRUTH_RATIOS: dict[str, tuple[str, bool, Callable[[np.ndarray], np.ndarray]]] =
 }
 _UTILITY = tuple(
     f"{name}_{metric}"
-    for name in _SETS[1:]
+    for name in ("retain", "ra", "wf")
     for metric in ("Q_A_Prob" + "_normalised" * (name != "retain"), "Q_A_ROUGE", "Truth_Ratio")
 )
 _ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "gradnorm", "reference")
@@ -98,6 +98,82 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
         parts = [*(found[name] for name in remembered), float(shares.mean())]
         found["memorization"] = _harmonic([1 - part for part in parts])
     return found
+
+
+def to_log(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]], retain_log: Log | None = None
+) -> dict[str, Any]:
+    """What `evaluate` found, as the content of a TOFU_EVAL.json, with every aggregate.
+
+    Left out are the attacks that need more than an answer's losses: min-k++, gradnorm, reference.
+
+    Args:
+        rows: ``Evaluation.rows``: split -> a row for each question.
+        retain_log: as in `aggregates`.
+    """
+    log: dict[str, Any] = {}
+
+    def add(name: str, values: Sequence[Mapping[str, Any]]) -> None:
+        log[name] = {"value_by_index": {str(i): dict(value) for i, value in enumerate(values)}}
+
+    for split, group in _SPLITS.items():
+        own = rows.get(split, ())
+        if not own:
+            continue
+        losses = {"Prob": [row["loss"] for row in own]}
+        if all("perturbed_loss" in row for row in own):
+            losses["PERT_Prob"] = [row["perturbed_loss"] for row in own]
+            if group in ("forget", "retain"):
+                losses["PARA_Prob"] = [row["paraphrased_loss"] for row in own]
+        for name, values in losses.items():
+            pairs = ((value, np.exp(-np.asarray(value)).tolist()) for value in values)
+            add(f"{group}_Q_A_{name}", [{"prob": prob, "avg_loss": loss} for loss, prob in pairs])
+        if "PERT_Prob" in losses:
+            ratio = next(name for name, (of, *_) in _TRUTH_RATIOS.items() if of == group)
+            log[ratio] = {}
+            add(ratio, [{"score": float(value)} for value in truth_ratios(log, ratio)])
+        if all("generated" in row for row in own):
+            texts = [(row["question"], row["answer"], row["generated"]) for row in own]
+            add(
+                f"{group}_Q_A_ROUGE",
+                [
+                    {**rouge_scores(right, said), "input": question, "ground_truth": right,
+                     "generation": said}
+                    for question, right, said in texts
+                ],
+            )  # fmt: skip
+    forget, holdout = rows.get("forget", ()), rows.get("holdout", ())
+    if forget:
+        # OpenUnlearning's search ends at the last token, also where that is wrong.
+        strengths = [max(r["extraction_strength"], 1 / r["answer_tokens"]) for r in forget]
+        add("extraction_strength", [{"score": value} for value in strengths])
+        add("exact_memorization", [{"score": row["exact_memorisation"]} for row in forget])
+    if forget and holdout:
+        for attack in ("loss", "zlib", "min_k"):
+            log[f"mia_{attack}"] = {
+                part: {"value_by_index": {str(i): {"score": v} for i, v in enumerate(values)}}
+                for part, values in (
+                    ("forget", _attack_scores(attack, forget)),
+                    ("holdout", _attack_scores(attack, holdout)),
+                )
+            }
+    for name, value in aggregates(log, retain_log).items():
+        log.setdefault(name, {})["agg_value"] = value
+    return log
+
+
+def summary(log: Log) -> dict[str, float]:
+    """The aggregates of a log alone: the content of a TOFU_SUMMARY.json."""
+    return {name: content["agg_value"] for name, content in log.items() if "agg_value" in content}
+
+
+def _attack_scores(attack: str, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    if attack == "min_k":
+        return [-row["min_k"] for row in rows]
+    losses = [row["loss"] for row in rows]
+    if attack == "loss":
+        return losses
+    return zlib_scores(losses, [row["answer"] for row in rows]).tolist()
 
 
 def truth_ratios(log: Log, name: str) -> np.ndarray:

@@ -19,7 +19,17 @@ def rouge_l_recall(reference: str, prediction: str) -> float:
         >>> rouge_l_recall("He was born in Quito.", "Born in Quito")
         0.6
     """
-    return float(_scorer().score(reference, prediction)["rougeL"].recall)
+    return rouge_scores(reference, prediction)["rougeL_recall"]
+
+
+def rouge_scores(reference: str, prediction: str) -> dict[str, float]:
+    """rouge1_recall, rougeL_f1 and rougeL_recall, as `rouge_l_recall` reads words."""
+    found = _scorer().score(reference, prediction)
+    return {
+        "rouge1_recall": float(found["rouge1"].recall),
+        "rougeL_f1": float(found["rougeL"].fmeasure),
+        "rougeL_recall": float(found["rougeL"].recall),
+    }
 
 
 def has_words(reference: str) -> bool:
@@ -31,4 +41,4 @@ def has_words(reference: str) -> bool:
 def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
