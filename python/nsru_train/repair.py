@@ -25,6 +25,7 @@ from nsru_kernels.nn.inputs import evaluating
 from nsru_kernels.subspaces.collection import SubspaceSet, fingerprint_weights
 from nsru_kernels.text_table import align_columns
 from nsru_train.adapters import check_plain
+from nsru_train.alternatives import add_alternatives
 from nsru_train.evaluate import before_and_after, probability_sets
 from nsru_train.losses.batch import RETAIN, Batch
 from nsru_train.losses.nll import answer_nll
@@ -97,6 +98,10 @@ class FinishedRun:
         self._loaded = [loaded[0]]
         self.max_length = config.max_length
         self.data: Data = without_long(data, self.tokenizer, config)
+        self.data.forget = add_alternatives(
+            loaded[0], self.tokenizer, self.data.forget, config, [self.sections["objective"]],
+            self.path / "alternatives.jsonl",
+        )  # fmt: skip
         self._asked = probability_sets(
             self.tokenizer, self.data.splits(), self.data.safe,
             max_length=self.max_length, limit=QUESTIONS,

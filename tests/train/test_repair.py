@@ -1,11 +1,13 @@
 """Refresh and rollback of a finished run: what starts where, what is undone, what stays."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from samples import save_tiny
 
@@ -16,8 +18,8 @@ from nsru_train.config import DataConfig, ModelConfig
 from nsru_train.demo.authors import author_splits
 from nsru_train.losses.nll import answer_nll
 from nsru_train.pipeline import load_data, load_model, token_batches
-from nsru_train.repair import diagonal_fisher
-from nsru_train.sources import save_records
+from nsru_train.repair import FinishedRun, diagonal_fisher
+from nsru_train.sources import load_records, save_records
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -173,3 +175,17 @@ def test_a_damaged_adapter_is_refused_before_training(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["refresh", str(copy), "--steps=1"])
     assert "NaN" in capsys.readouterr().err
+
+
+def test_alternatives_that_the_run_wrote_are_taught_again(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("refresh", "rollback"))
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config |= {"method": "lune", "objective": {"guard": 0.1}}
+    config["data"]["write_alternatives"] = 1
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    records = load_records(config["data"]["forget"])
+    written = [dataclasses.replace(qa, alternatives=("In Rome.",)) for qa in records]
+    save_records(copy / "alternatives.jsonl", written)
+    found = FinishedRun(str(copy), str(tmp_path / "out")).data.forget
+    assert [qa.alternatives for qa in found] == [("In Rome.",)] * len(records)
