@@ -80,7 +80,10 @@ def reference_nll(
 
 
 def unlearning_loss(
-    model: nn.Module, batch: Mapping[str, Tensor], method: Method, state: Mapping[str, float]
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    method: Method,
+    state: Mapping[str, float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The method's loss and its parts, detached, from one forward of all rows together.
 
@@ -88,8 +91,9 @@ def unlearning_loss(
 
     Args:
         batch: as `RowCollator` makes it.
-        state: of the method, as its `start` and `after_step` give it.
+        state: of the method, as its `after_step` gives it; None is its `start`.
     """
+    state = method.start() if state is None else state
     parts = method.loss(ScoredBatch(model, batch, method.by_logits, state))
     return parts["total"], {name: value.detach() for name, value in parts.items()}
 
