@@ -176,12 +176,13 @@ def test_unlearning_document_quotes_what_the_null_space_does_for_other_methods()
     rates = {}
     for point in results["tuning"]:
         rates.setdefault(point["method"], set()).add(point["lr"])
-    assert len(rates) == 26
+    assert len(rates) == 37
+    assert rates.pop("eco") == {0}
     assert set(map(frozenset, rates.values())) == {frozenset((3e-4, 1e-3, 3e-3))}
     text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
     section = text.split("## Other methods, with and without the null space\n")[1].split("\n## ")[0]
     shown = [row.split("|")[1:-1] for row in section.splitlines() if row.startswith("| ")][1:]
-    assert len(shown) == 10
+    assert len(shown) == 13
     means = {}
     for name, *cells in ([cell.strip() for cell in row] for row in shown):
         pair = ("lora", "nsru") if name == "NSRU" else (name, f"{name} projected")
@@ -193,10 +194,21 @@ def test_unlearning_document_quotes_what_the_null_space_does_for_other_methods()
         wanted = (f"{lost[0]:.4f}", f"{lost[1]:.4f}", f"{lost[1] / lost[0]:.2f}")
         assert tuple(cells) == (*wanted, *(f"{value:.2f}" for value in safe)), name
         means[name] = lost
-    best = min(plain for plain, _ in means.values())
-    assert f"{means['NSRU'][1] / best:.2f} of the best method" in section
-    ratios = ", ".join(f"{row['ratio']:.2f}" for row in matched[:-1])
-    assert f"{ratios} and {matched[-1]['ratio']:.2f}" in section
+    assert f"NSRU's loss is {means['NSRU'][1] / means['alter'][0]:.2f}" in section
+    plain = {name: lost[0] for name, lost in means.items() if name != "alter"}
+    assert f"{means['NSRU'][1] / min(plain.values()):.2f} of the best method" in section
+    names = ["lora" if name == "NSRU" else name for name in plain]
+    ratios = [
+        f"{row['nsru_damage'] / min(row[f'{name}_damage'] for name in names):.2f}"
+        for row in matched
+    ]
+    assert f"it is {', '.join(ratios[:-1])} and {ratios[-1]}" in section
+    ends = {
+        name: sorted(row["forget_prob"] for row in results["methods"] if row["method"] == name)
+        for name in ("eco", "lune projected", "rmu", "rmu projected")
+    }
+    for name, (least, *_, most) in ends.items():
+        assert f"{least:.2f} to {most:.2f}" in " ".join(section.split()), name
 
 
 REPAIRED = {
