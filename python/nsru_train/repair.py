@@ -26,7 +26,7 @@ from nsru_kernels.subspaces.collection import SubspaceSet, fingerprint_weights
 from nsru_kernels.text_table import align_columns
 from nsru_train.adapters import check_plain
 from nsru_train.alternatives import add_alternatives
-from nsru_train.evaluate import before_and_after, probability_sets
+from nsru_train.evaluate import probability_sets
 from nsru_train.losses.batch import RETAIN, Batch
 from nsru_train.losses.nll import answer_nll
 from nsru_train.methods.method import Method, mean
@@ -118,10 +118,6 @@ class FinishedRun:
         longest = max(4096, self.max_length)
         return quick_probabilities(model, self.tokenizer, self._asked, max_tokens=longest)
 
-    def before_and_after(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
-        """The same, with the adapters off and on."""
-        return before_and_after(model, self.tokenizer, self._asked)
-
     def write(
         self, kind: str, setup: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], **more: Any
     ) -> None:
@@ -195,8 +191,8 @@ def refresh(
             adapter=run.adapter,
             progress=progress,
         )
-        metadata = {"fingerprint": fingerprint_weights(model)}
-        nk.save_lora_adapter(model, run.folder.path / "runs" / name / "adapter", metadata=metadata)
+        folder = run.folder.path / "runs" / name / "adapter"
+        objective.save(model, folder, {"fingerprint": fingerprint_weights(model)})
         return model, outcome
 
     model, refreshed = go_on("refreshed", RetainOnly(method))
@@ -254,8 +250,9 @@ def rollback(
     run = FinishedRun(path, out)
     model = run.base()
     load_lora_adapter(model, run.adapter)
-    before, after = run.before_and_after(model)
-    rows: list[dict[str, Any]] = [{"method": "before", **before}, {"method": "unlearned", **after}]
+    with nk.adapters_disabled(model):
+        rows: list[dict[str, Any]] = [{"method": "before", **run.probe(model)}]
+    rows.append({"method": "unlearned", **run.probe(model)})
     factors = [p for name, p in model.named_parameters() if name.endswith("lora_B")]
     trained = parameters_to_vector(factors).detach()  # how far each entry went: B starts at zero
     generator = torch.Generator().manual_seed(seed)

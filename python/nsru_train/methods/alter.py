@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,7 @@ class ALTER(ForgetRetain):
         return mean(answers.score(inverted_hinge))
 
     def at(self, progress: float) -> ALTER:
-        phase = Structure if progress < self.structure else Isolation
-        return phase(**asdict(self))
+        return _in_phase(self, Structure if progress < self.structure else Isolation)
 
     def rate(self, name: str) -> float:
         return self.a_rate if "lora_A" in name else 1.0
@@ -157,6 +157,11 @@ class Isolation(ALTER):
 
     def rate(self, name: str) -> float:
         return 0.0 if "lora_A" in name else 1.0
+
+
+@cache
+def _in_phase(method: ALTER, phase: type[ALTER]) -> ALTER:
+    return phase(**asdict(method))  # whose checks are not for every step
 
 
 def tsallis(logits_CV: Tensor, q: float) -> Tensor:

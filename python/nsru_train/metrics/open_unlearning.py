@@ -14,6 +14,7 @@ import numpy as np
 
 from nsru_train.metrics.privacy import membership_auc
 from nsru_train.metrics.text import rouge_l_recall, rouge_scores
+from nsru_train.metrics.tofu import harmonic_mean
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
         if f"mia_{attack}" in log:
             found[f"mia_{attack}"] = _attack_auc(log, attack)
     if all(name in found for name in _UTILITY):
-        found["model_utility"] = _harmonic([found[name] for name in _UTILITY])
+        found["model_utility"] = harmonic_mean([found[name] for name in _UTILITY])
     if "mia_min_k" in found:
         reference = 0.5
         if retain_log is None:
@@ -96,7 +97,7 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
     if all(name in found for name in (*remembered, "forget_truth_ratio")):
         shares = 1 / (1 + truth_ratios(log, "forget_truth_ratio"))
         parts = [*(found[name] for name in remembered), float(shares.mean())]
-        found["memorization"] = _harmonic([1 - part for part in parts])
+        found["memorization"] = harmonic_mean([1 - part for part in parts])
     return found
 
 
@@ -261,7 +262,3 @@ def _losses(log: Log, name: str, like: str | None = None) -> list[np.ndarray]:
             raise ValueError(f"log[{name!r}][{index!r}] has no finite avg_loss, got {value!r:.60}.")
         found.append(losses)
     return found
-
-
-def _harmonic(values: Sequence[float]) -> float:
-    return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)

@@ -72,7 +72,9 @@ def model_utility(
             f"model_utility: splits must be out of {', '.join(UTILITY_SPLITS)}, got {list(names)}."
         )
     scores = {name: _scores(log, name, mean) for name in names}
-    utility = ModelUtility(_harmonic([value for row in scores.values() for value in row.values()]))
+    utility = ModelUtility(
+        harmonic_mean([value for row in scores.values() for value in row.values()])
+    )
     utility.splits, utility.scores = names, scores
     return utility
 
@@ -195,7 +197,8 @@ def _scores(log: Log, split: str, mean: Mean) -> dict[str, float]:
     }
 
 
-def _harmonic(values: Sequence[float]) -> float:
+def harmonic_mean(values: Sequence[float]) -> float:
+    """Harmonic mean; 0 where a value is 0 or less."""
     return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
 
