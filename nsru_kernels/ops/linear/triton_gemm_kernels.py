@@ -4,10 +4,10 @@
     kext_tma_kernel     the same for sm_90 and newer
     decode_kernel       y and S of at most 16 tokens
 
-The frozen GEMM runs as it always does, and one product of P and s V, which were loaded before it,
-is added to its accumulator. With dropout, or an R beyond 64 (by pointers beyond 16, or several
-sources), the accumulator starts from the low-rank product instead: a mask would need a second one,
-and more operands held through the loops spill.
+The frozen GEMM runs as it always does, and the product of P and s V is added to its accumulator.
+P and V are loaded before it where holding them does not spill (R ≤ 64 by TMA; by pointers R ≤ 16
+and one source), else behind it. With dropout the accumulator starts from the low-rank product: a
+mask behind the GEMM would need a second one.
 """
 
 import triton
@@ -18,43 +18,12 @@ from nsru_kernels.ops.primitives import kept, kept_scale
 
 
 @triton.jit
-def low_rank_tile(
-    p_ptr, v_ptr, bias_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn,
-    scaling, seed, dropout_p,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Start of a K-extended GEMM's accumulator: s P V (dropped) + bias."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, R, BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
-        p = tl.load(
-            p_ptr + rows.to(tl.int64)[:, None] * stride_pm + ranks[None, :],
-            mask=(rows[:, None] < M) & (ranks[None, :] < R),
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_R]
-        v = tl.load(
-            v_ptr + ranks[:, None] * stride_vr + columns.to(tl.int64)[None, :] * stride_vn,
-            mask=(ranks[:, None] < R) & (columns[None, :] < N),
-            other=0.0,
-        )  # [BLOCK_R, BLOCK_N]
-        acc = tl.dot(p, v, acc, input_precision=PRECISION)
-    acc *= scaling
-    if DROPOUT:
-        acc = tl.where(kept(seed, rows, columns, dropout_p), acc * kept_scale(dropout_p), 0.0)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    return acc
-
-
-@triton.jit
 def low_rank_factors(
-    p_ptr, v_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn, scaling,
+    p_ptr, v_ptr, rows, columns, first_rank, M, N, R, stride_pm, stride_vr, stride_vn, scaling,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """P [BLOCK_M, BLOCK_R] and s V [BLOCK_R, BLOCK_N] of a tile, where R is one block."""
-    ranks = tl.arange(0, BLOCK_R)
+    """P [BLOCK_M, BLOCK_R] and s V [BLOCK_R, BLOCK_N] of a tile and a block of ranks."""
+    ranks = first_rank + tl.arange(0, BLOCK_R)
     p = tl.load(
         p_ptr + rows.to(tl.int64)[:, None] * stride_pm + ranks[None, :],
         mask=(rows[:, None] < M) & (ranks[None, :] < R),
@@ -69,9 +38,29 @@ def low_rank_factors(
 
 
 @triton.jit
-def add_low_rank(acc, p, v, bias_ptr, columns, N, PRECISION: tl.constexpr):
-    """acc + p v + bias."""
-    acc = tl.dot(p, v, acc, input_precision=PRECISION)
+def add_low_rank(
+    acc, p_ptr, v_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn, scaling,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + P[rows, :] s V[:, columns]."""
+    for start in range(0, R, BLOCK_R):
+        p, v = low_rank_factors(
+            p_ptr, v_ptr, rows, columns, start, M, N, R, stride_pm, stride_vr, stride_vn, scaling,
+            BLOCK_R,
+        )  # fmt: skip
+        acc = tl.dot(p, v, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def dropped(acc, rows, columns, scaling, seed, dropout_p):
+    """scaling · acc where the mask keeps, and divided by the share that is kept."""
+    acc *= scaling * kept_scale(dropout_p)
+    return tl.where(kept(seed, rows, columns, dropout_p), acc, 0.0)
+
+
+@triton.jit
+def add_bias(acc, bias_ptr, columns, N):
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -144,26 +133,28 @@ def kext_kernel(
     stride_w1k, stride_w1n, stride_w2k, stride_w2n, stride_w3k, stride_w3n,
     stride_pm, stride_vr, stride_vn,
     scaling, seed, dropout_p,
-    COUNT: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
+    COUNT: tl.constexpr, DROPOUT: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out = [X1 ∣ X2 ∣ X3 ∣ P] · [W1 ; W2 ; W3 ; s V] + bias of the first COUNT sources.
 
-    LAST: the R extra columns come last, else first; out is stored once."""
+    HELD: P and V are one block of ranks, loaded before the first source; out is stored once."""
     row_block, column_block = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    if LAST:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if HELD:
         p, v = low_rank_factors(
-            p_ptr, v_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn, scaling, BLOCK_R
-        )
-    else:
-        acc = low_rank_tile(
-            p_ptr, v_ptr, bias_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn,
-            scaling, seed, dropout_p, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+            p_ptr, v_ptr, rows, columns, 0, M, N, R, stride_pm, stride_vr, stride_vn, scaling,
+            BLOCK_R,
         )  # fmt: skip
+    elif DROPOUT:
+        acc = add_low_rank(
+            acc, p_ptr, v_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn, 1.0,
+            PRECISION, BLOCK_R,
+        )  # fmt: skip
+        acc = dropped(acc, rows, columns, scaling, seed, dropout_p)
     acc = add_product(
         acc, x1_ptr, w1_ptr, rows, columns, M, N, K1, stride_x1m, stride_x1k,
         stride_w1k, stride_w1n, PRECISION, BLOCK_K,
@@ -178,8 +169,14 @@ def kext_kernel(
             acc, x3_ptr, w3_ptr, rows, columns, M, N, K3, stride_x3m, stride_x3k,
             stride_w3k, stride_w3n, PRECISION, BLOCK_K,
         )  # fmt: skip
-    if LAST:
-        acc = add_low_rank(acc, p, v, bias_ptr, columns, N, PRECISION)
+    if HELD:
+        acc = tl.dot(p, v, acc, input_precision=PRECISION)
+    elif not DROPOUT:
+        acc = add_low_rank(
+            acc, p_ptr, v_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn, scaling,
+            PRECISION, BLOCK_R,
+        )  # fmt: skip
+    acc = add_bias(acc, bias_ptr, columns, N)
     store_tile(acc, out_ptr, rows, columns, M, N)
 
 
@@ -188,7 +185,7 @@ def kext_tma_kernel(
     x1_desc, w1_desc, x2_desc, w2_desc, x3_desc, w3_desc, out_desc, p_ptr, v_ptr, bias_ptr,
     M, N, K1, K2, K3, R, stride_pm, stride_vr, stride_vn,
     scaling, seed, dropout_p,
-    COUNT: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
+    COUNT: tl.constexpr, DROPOUT: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
     W_IS_NK: tl.constexpr, STORED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -204,17 +201,18 @@ def kext_tma_kernel(
         first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
         rows = first_row + tl.arange(0, BLOCK_M)
         columns = first_column + tl.arange(0, BLOCK_N)
-        if LAST:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if HELD:
             p, v = low_rank_factors(
-                p_ptr, v_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn, scaling,
+                p_ptr, v_ptr, rows, columns, 0, M, N, R, stride_pm, stride_vr, stride_vn, scaling,
                 BLOCK_R,
             )  # fmt: skip
-        else:
-            acc = low_rank_tile(
-                p_ptr, v_ptr, bias_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn,
-                scaling, seed, dropout_p, DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+        elif DROPOUT:
+            acc = add_low_rank(
+                acc, p_ptr, v_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn, 1.0,
+                PRECISION, BLOCK_R,
             )  # fmt: skip
+            acc = dropped(acc, rows, columns, scaling, seed, dropout_p)
         acc = add_product_tma(
             acc, x1_desc, w1_desc, first_row, first_column, K1, W_IS_NK, PRECISION, BLOCK_K
         )
@@ -226,8 +224,14 @@ def kext_tma_kernel(
             acc = add_product_tma(
                 acc, x3_desc, w3_desc, first_row, first_column, K3, W_IS_NK, PRECISION, BLOCK_K
             )
-        if LAST:
-            acc = add_low_rank(acc, p, v, bias_ptr, columns, N, PRECISION)
+        if HELD:
+            acc = tl.dot(p, v, acc, input_precision=PRECISION)
+        elif not DROPOUT:
+            acc = add_low_rank(
+                acc, p_ptr, v_ptr, rows, columns, M, N, R, stride_pm, stride_vr, stride_vn, scaling,
+                PRECISION, BLOCK_R,
+            )  # fmt: skip
+        acc = add_bias(acc, bias_ptr, columns, N)
         if BLOCK_N > STORED:
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             left, right = tl.split(halves)

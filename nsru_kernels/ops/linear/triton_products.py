@@ -194,9 +194,9 @@ def kext_gemm(
     small = (p_MR.stride(0), *v_RN.stride(), scaling, seed_of(seed), dropout_p)
     # By pointers, P and V held through several loops, or more of them, spill on sm_80.
     most = MAX_BLOCK_R if tma else launch.LEAST_TILE if count == 1 else 0
-    last = not dropout_p and r <= most
-    block_r = launch.padded(r) if last else _kext_block_r(x_MK, r)
-    switches = (count, dropout_p > 0, last, launch.dot_precision(x_MK.dtype))
+    held = not dropout_p and r <= most
+    block_r = launch.padded(r) if held else _kext_block_r(x_MK, r)
+    switches = (count, dropout_p > 0, held, launch.dot_precision(x_MK.dtype))
     w_is_nk = ws[0].stride(0) == 1
 
     def run(config: Config) -> Tensor:
@@ -267,7 +267,7 @@ def _configs(kernel: str, *operands: Tensor, tma: bool = False) -> tuple[Config,
 
 
 def _kext_block_r(x_MK: Tensor, r: int) -> int:
-    """In front of a GEMM's accumulator registers are dear, in float32 above all."""
+    """Beside a GEMM's accumulator registers are dear, in float32 above all."""
     return min(launch.padded(r), 16 if x_MK.dtype == torch.float32 else 32)
 
 
