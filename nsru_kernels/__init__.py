@@ -2,6 +2,7 @@
 
 from nsru_kernels.dispatch import BackendUnavailable
 from nsru_kernels.dispatch.explain import explain
+from nsru_kernels.hf.constrain import constrain_peft
 from nsru_kernels.hf.peft_format import load_lora_adapter, save_lora_adapter
 from nsru_kernels.nn import (
     NSRULinear,
@@ -23,6 +24,7 @@ __all__ = [
     "RetainSubspace",
     "SwapReport",
     "adapters_disabled",
+    "constrain_peft",
     "estimate_retain_subspaces",
     "explain",
     "load_lora_adapter",

@@ -39,7 +39,7 @@ class _Steps:
         self._watchers = 0
         self._hook: RemovableHandle | None = None
 
-    def watch(self, cache: Projections) -> None:
+    def watch(self, cache: object) -> None:
         if self._hook is None:
             self._hook = register_optimizer_step_post_hook(self._add)
         self._watchers += 1

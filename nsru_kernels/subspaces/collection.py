@@ -265,7 +265,10 @@ def fingerprint_weights(model: nn.Module, rounded_to: torch.dtype | None = None)
     model differs in thousands of them. rounded_to tells what it would be in another dtype.
     """
     digest = hashlib.sha256()
-    weights = {plain_name(name): weight for name, weight in unwrap(model).named_parameters()}
+    weights = {
+        plain_name(name).replace(".base_layer.", "."): weight  # of what PEFT adapted
+        for name, weight in unwrap(model).named_parameters()
+    }
     for name, weight in sorted(weights.items()):
         if "lora_" in name:
             continue
