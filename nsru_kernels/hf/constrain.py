@@ -253,7 +253,7 @@ def _choose(base: nn.Module, adapters: str | Sequence[str] | None) -> list[tuple
 
 def _cannot_constrain(layer: Any, adapter: str, config: Any) -> str | None:
     kind, start = type(layer).__name__, getattr(config, "init_lora_weights", True)
-    module = layer.lora_A[adapter] if adapter in layer.lora_A else None
+    module = dict(layer.lora_A).get(adapter)
     if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__
         return f"is a {variant}, which is more than x Aᵀ Bᵀ; use plain LoRA."
