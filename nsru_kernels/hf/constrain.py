@@ -63,24 +63,33 @@ class Constraint:
         self.remove()
 
 
+class NullSpace:
+    """Where an A belongs, and what it was when it was last put there. No module: PEFT saves those.
+
+    Optimizer steps are counted while there is one.
+    """
+
+    def __init__(self, subspace: RetainSubspace, backend: str) -> None:
+        self.subspace, self.backend = subspace, backend
+        self.known: tuple | None = None
+        steps.watch(self)
+
+    def __reduce__(self):
+        return NullSpace, (self.subspace, self.backend)  # a copy's A has no hook yet
+
+
 class NullSpaceA(nn.Linear):
     """``lora_A`` of a constrained adapter, which PEFT made as an ``nn.Linear``."""
 
-    def confine(self, subspace: RetainSubspace, backend: str) -> None:
-        """Make A, from now on, one of the null space of ``subspace``."""
-        # In a tuple it is no child, which PEFT would save.
-        self.null_space: tuple[RetainSubspace, str] = subspace, backend
-        self._watch()
-
-    def _watch(self) -> None:
-        self.known: tuple | None = None  # what A was when it was last projected
-        steps.watch(self)
+    def confine(self, null_space: NullSpace) -> None:
+        """Make A, from now on, one of this null space."""
+        self.null_space = null_space
         _constrained[self] = None
 
     def release(self) -> None:
         """Become the ``nn.Linear`` again that this was made of."""
         a_RK = self.current()
-        del _constrained[self], self.null_space, self.known
+        del _constrained[self], self.null_space
         self.__class__ = nn.Linear  # type: ignore[assignment]
         if a_RK in _gradient_hooks:
             _gradient_hooks.pop(a_RK).remove()
@@ -88,20 +97,20 @@ class NullSpaceA(nn.Linear):
     def key(self) -> tuple:
         """What changes when A does, as far as PyTorch counts it."""
         a_RK = self._parameters["weight"]
-        return projection_key(a_RK.dtype, (a_RK,), self.null_space[0].basis)
+        return projection_key(a_RK.dtype, (a_RK,), self.null_space.subspace.basis)
 
     def current(self) -> Tensor:
         """A itself, projected; with it every other one that changed."""
-        if self.known != self.key():
-            _project(module for module in list(_constrained) if module.known != module.key())
+        if self.null_space.known != self.key():
+            _project(m for m in list(_constrained) if m.null_space.known != m.key())
         return self._parameters["weight"]
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """A [R, K] in the null space."""
         if torch.compiler.is_compiling():  # a graph has to project by itself
-            subspace, backend = self.null_space
-            return project_adapter(self._parameters["weight"], subspace.basis, backend=backend)
+            basis, backend = self.null_space.subspace.basis, self.null_space.backend
+            return project_adapter(self._parameters["weight"], basis, backend=backend)
         return self.current()
 
     @weight.setter
@@ -118,7 +127,7 @@ class NullSpaceA(nn.Linear):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._watch()  # a copy, whose A has no hook yet
+        _constrained[self] = None
 
 
 _constrained: weakref.WeakKeyDictionary[NullSpaceA, None] = weakref.WeakKeyDictionary()
@@ -212,7 +221,7 @@ def constrain_peft(
         held.append(subspace)
     for linear, subspace in zip(linears, held, strict=True):
         linear.__class__ = NullSpaceA
-        linear.confine(subspace, backend)
+        linear.confine(NullSpace(subspace, backend))
     _project(linears)
     ranks = {name: subspace.rank for (name, _, _), subspace in zip(chosen, held, strict=True)}
     return Constraint(base, linears, ranks)
@@ -291,7 +300,7 @@ def _project(modules: Iterable[NullSpaceA]) -> None:
     launches: dict[tuple, list[tuple[NullSpaceA, Tensor]]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for module in modules:
-            subspace, backend = module.null_space
+            subspace, backend = module.null_space.subspace, module.null_space.backend
             parameter = module._parameters["weight"]
             if parameter.requires_grad and parameter not in _gradient_hooks:
                 project = functools.partial(_project_gradient, subspace, backend)
@@ -303,12 +312,12 @@ def _project(modules: Iterable[NullSpaceA]) -> None:
                     subspace.to(a_RK.device)
                 launches.setdefault((a_RK.device, backend), []).append((module, a_RK))
         for (_, backend), parts in launches.items():
-            bases = [module.null_space[0].basis for module, _ in parts]
+            bases = [module.null_space.subspace.basis for module, _ in parts]
             projected = project_adapters([a_RK for _, a_RK in parts], bases, backend=backend)
             for (module, a_RK), new in zip(parts, projected, strict=True):
                 # Through .data, for this is no edit: graphs that saved A stay as good as they were.
                 a_RK.data.copy_(new)
-                module.known = module.key()
+                module.null_space.known = module.key()
 
 
 def _project_gradient(subspace: RetainSubspace, backend: str, grad: Tensor) -> Tensor:
