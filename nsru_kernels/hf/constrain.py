@@ -48,6 +48,10 @@ class Constraint:
         ]
         self._hooks = [weakref.finalize(model, hook.remove) for hook in hooks]
 
+    def project(self) -> None:
+        """Project every A again, as is needed after an edit through ``.data`` by hand."""
+        _project(module for ref in self._modules if (module := ref()) is not None)
+
     def remove(self) -> None:
         """Leave the layers to PEFT alone. A stays projected: outputs do not change. Idempotent."""
         for module in filter(None, (ref() for ref in self._modules)):

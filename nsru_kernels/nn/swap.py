@@ -535,5 +535,5 @@ def _refuse_adapted(model: nn.Module) -> None:
         if type(module).__module__.startswith("peft."):
             raise ValueError(
                 f"swap_linears: the model is wrapped by PEFT ({name or type(module).__name__}). "
-                "Call merge_and_unload() first."
+                "Call merge_and_unload() first, or constrain_peft in place of swap_linears."
             )

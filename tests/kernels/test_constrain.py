@@ -290,6 +290,27 @@ def test_an_optimizer_that_pytorch_does_not_see_writing(constrained):
     assert_confined(model, bases)
 
 
+def test_an_edit_that_pytorch_does_not_count(llama):
+    model = adapted(llama, targets=["q_proj"])
+    bases = make_bases(model)
+    constraint = nk.constrain_peft(model, bases)
+    for _, layer in layers_of(model):
+        a_of(layer).data.add_(1)
+    constraint.project()
+    assert_confined(model, bases)
+
+
+def test_inference_mode_leaves_it_fit_for_training(constrained):
+    model, bases = constrained
+    edit(model)
+    with torch.inference_mode():
+        model.generate(ids, max_new_tokens=2)
+    assert_confined(model, bases)
+    loss_of(model).backward()
+    torch.optim.SGD(trained(model), lr=0.1).step()
+    assert_confined(model, bases)
+
+
 def test_graphs_outlive_the_step_of_another_optimizer(constrained):
     model, _ = constrained
     other_model = nn.Linear(2, 2)
@@ -518,6 +539,35 @@ def test_two_ranks_train_as_one(tmp_path, kind):
     for name, basis in bases.items():
         a_RK = tensors[f"base_model.model.{name}.lora_A.weight"]
         assert (a_RK @ basis).norm() < LEAST * a_RK.norm()
+
+
+def test_trainer_saves_and_resumes(llama, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in ids.repeat(4, 1)]
+
+    def train(steps, **options):
+        model = adapted(llama, targets=["q_proj", "down_proj"])
+        bases = make_bases(model)
+        nk.constrain_peft(model, bases)
+        args = TrainingArguments(
+            str(tmp_path), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2,
+            lr_scheduler_type="constant", save_steps=2, use_cpu=True, report_to="none",
+            disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        Trainer(model, args, train_dataset=rows).train(**options)
+        assert_confined(model, bases)
+        return model, bases
+
+    _, bases = train(2)
+    file = load_file(tmp_path / "checkpoint-2" / WEIGHTS)
+    for name, basis in bases.items():
+        a_RK = file[f"base_model.model.{name}.lora_A.weight"]
+        assert (a_RK @ basis).norm() < LEAST * a_RK.norm()
+    resumed, _ = train(4, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    straight, _ = train(4)
+    for parameter, expected in zip(trained(resumed), trained(straight), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_plain_tensors_for_weights_are_refused(constrained):
