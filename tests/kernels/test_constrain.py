@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from linear_cases import tiny_llama
+from linear_cases import make_basis, tiny_llama
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import optimizer as optimizer_module
@@ -136,6 +136,31 @@ def test_conv1d_of_gpt2():
     assert_confined(wrapped, bases)
     before = logits(wrapped)
     torch.testing.assert_close(logits(wrapped.merge_and_unload()), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
+def test_quantised_bases(bits, tmp_path):
+    """QLoRA: layers of PEFT's own for bitsandbytes, reentrant checkpoints."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**bits)
+    )
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(quantised), config)
+    bases = {n: make_basis(layer.in_features, 6).float() for n, layer in layers_of(model)}
+    nk.constrain_peft(model, bases)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    for _ in range(2):
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_confined(model, bases)
+    for name, layer in layers_of(model):
+        delta = layer.get_delta_weight("default")
+        assert (delta @ bases[name]).norm() < 1e-5 * delta.norm()
 
 
 @pytest.mark.parametrize("own", [torch.float32, None])
