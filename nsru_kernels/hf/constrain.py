@@ -26,7 +26,7 @@ from nsru_kernels.nn.names import plain_name, unwrap
 from nsru_kernels.nn.projections import projection_key, steps
 from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.nn.swap import _holder, names_in
-from nsru_kernels.ops.project import project_adapter, project_adapters
+from nsru_kernels.ops.project import check_projection, project_adapter, project_adapters
 
 # Their A is no matrix that every x of one linear layer is multiplied by.
 _OTHER_LAYERS = ("LoraParallelLinear", "MultiheadAttention", "ParamWrapper")
@@ -50,15 +50,19 @@ class Constraint:
 
     def project(self) -> None:
         """Project every A again, as is needed after an edit through ``.data`` by hand."""
-        _project(module for ref in self._modules if (module := ref()) is not None)
+        _project(self._alive())
 
     def remove(self) -> None:
         """Leave the layers to PEFT alone. A stays projected: outputs do not change. Idempotent."""
-        for module in filter(None, (ref() for ref in self._modules)):
+        for module in self._alive():
+            module.current()
             module.release()
         for hook in self._hooks:
             hook()
         self._modules = []
+
+    def _alive(self) -> list[NullSpaceA]:
+        return [module for ref in self._modules if (module := ref()) is not None]
 
     def __enter__(self) -> Constraint:
         return self
@@ -92,29 +96,32 @@ class NullSpaceA(nn.Linear):
 
     def release(self) -> None:
         """Become the ``nn.Linear`` again that this was made of."""
-        a_RK = self.current()
+        if (hook := _gradient_hooks.pop(self.stored, None)) is not None:
+            hook.remove()
         del _constrained[self], self.null_space
         self.__class__ = nn.Linear  # type: ignore[assignment]
-        if a_RK in _gradient_hooks:
-            _gradient_hooks.pop(a_RK).remove()
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """A as it is."""
+        return self._parameters["weight"]  # type: ignore[return-value]
 
     def key(self) -> tuple:
         """What changes when A does, as far as PyTorch counts it."""
-        a_RK = self._parameters["weight"]
-        return projection_key(a_RK.dtype, (a_RK,), self.null_space.subspace.basis)
+        return projection_key(self.stored.dtype, (self.stored,), self.null_space.subspace.basis)
 
     def current(self) -> Tensor:
         """A itself, projected; with it every other one that changed."""
         if self.null_space.known != self.key():
             _project(m for m in list(_constrained) if m.null_space.known != m.key())
-        return self._parameters["weight"]
+        return self.stored
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """A [R, K] in the null space."""
         if torch.compiler.is_compiling():  # a graph has to project by itself
             basis, backend = self.null_space.subspace.basis, self.null_space.backend
-            return project_adapter(self._parameters["weight"], basis, backend=backend)
+            return project_adapter(self.stored, basis, backend=backend)
         return self.current()
 
     @weight.setter
@@ -168,6 +175,7 @@ def constrain_peft(
             layer (DoRA, QALoRA, PiSSA, target_parameters, ...); or something else of the model is
             trained too (modules_to_save, biases). The model is then as it was.
         TypeError: ``subspaces`` is no mapping, or an entry has no basis tensor.
+        BackendUnavailable: a backend named explicitly cannot run here.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> config = LoraConfig(target_modules=["0"])
@@ -185,7 +193,8 @@ def constrain_peft(
             f"{type(subspaces).__name__}; estimate_retain_subspaces returns such a dict."
         )
     model = unwrap(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inside = getattr(model, "get_base_model", None)
+    base = inside() if callable(inside) else model
     chosen = _choose(base, adapters)
     configs = getattr(model, "peft_config", {})
     for name, adapter, layer in chosen:
@@ -200,8 +209,8 @@ def constrain_peft(
     if hasattr(subspaces, "check_model"):
         subspaces.check_model(base)
     linears = [layer.lora_A[adapter] for _, adapter, layer in chosen]
-    pairs = [(layer.lora_A[adapter], layer.lora_B[adapter]) for _, adapter, layer in chosen]
-    confined = {id(module.weight) for pair in pairs for module in pair} | _confined(base)
+    others = [layer.lora_B[adapter] for _, adapter, layer in chosen]
+    confined = {id(module.weight) for module in linears + others} | _confined(base)
     for name, parameter in base.named_parameters():
         if parameter.requires_grad and id(parameter) not in confined:
             raise ValueError(
@@ -210,24 +219,25 @@ def constrain_peft(
                 ", or name its adapter in adapters."
             )
     holders: dict = {}
-    held = []
+    spaces = []
     for (name, _, _), linear in zip(chosen, linears, strict=True):
         try:
             subspace = _holder(subspaces[name], linear, holders)
+            check_projection("basis", linear.weight.detach(), subspace.basis)
         except (TypeError, ValueError) as error:
             raise type(error)(f"constrain_peft: {name}: {error}") from error
-        if subspace.in_features != linear.in_features:
-            raise ValueError(
-                f"constrain_peft: {name}: basis must be [K={linear.in_features}, Q] like "
-                f"in_features, got {tuple(subspace.basis.shape)}. Was it estimated for another "
-                "layer?"
-            )
-        held.append(subspace)
-    for linear, subspace in zip(linears, held, strict=True):
+        spaces.append(NullSpace(subspace, backend))
+    for linear, space in zip(linears, spaces, strict=True):
         linear.__class__ = NullSpaceA
-        linear.confine(NullSpace(subspace, backend))
-    _project(linears)
-    ranks = {name: subspace.rank for (name, _, _), subspace in zip(chosen, held, strict=True)}
+        linear.confine(space)
+    try:
+        _project(linears)
+    except Exception:
+        for linear in linears:
+            linear.release()
+        raise
+    names = [name for name, _, _ in chosen]
+    ranks = {n: space.subspace.rank for n, space in zip(names, spaces, strict=True)}
     return Constraint(base, linears, ranks)
 
 
@@ -289,14 +299,14 @@ def _cannot_constrain(layer: Any, adapter: str, config: Any) -> str | None:
 
 def _confined(base: nn.Module) -> set[int]:
     """Identities of the parameters of all adapters that are constrained."""
-    return {
-        id(module._parameters["weight"])
-        for layer in base.modules()
-        if isinstance(side := layer._modules.get("lora_A"), nn.ModuleDict)
-        for adapter, a in side.items()
-        if isinstance(a, NullSpaceA)
-        for module in (a, layer.lora_B[adapter])
-    }
+    found = set()
+    for layer in base.modules():
+        sides = layer._modules.get("lora_A"), layer._modules.get("lora_B")
+        if isinstance(sides[0], nn.ModuleDict) and isinstance(sides[1], nn.ModuleDict):
+            for adapter, module in sides[0].items():
+                if isinstance(module, NullSpaceA):
+                    found |= {id(module.stored), id(sides[1][adapter].weight)}
+    return found
 
 
 def _project(modules: Iterable[NullSpaceA]) -> None:
@@ -305,27 +315,30 @@ def _project(modules: Iterable[NullSpaceA]) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for module in modules:
             subspace, backend = module.null_space.subspace, module.null_space.backend
-            parameter = module._parameters["weight"]
+            parameter = module.stored
             if parameter.requires_grad and parameter not in _gradient_hooks:
                 project = functools.partial(_project_gradient, subspace, backend)
                 _gradient_hooks[parameter] = parameter.register_hook(project)
-            # Of FSDP: whole rows of A, and each row is projected by itself.
+            # FSDP shards rows of A, and each is projected by itself. Through .data, for this is no
+            # edit: graphs that saved A stay as good as they were.
             a_RK = parameter.to_local() if hasattr(parameter, "to_local") else parameter.data
             if a_RK.numel() and not a_RK.is_meta:
-                if subspace.basis.device != a_RK.device:
-                    subspace.to(a_RK.device)
                 launches.setdefault((a_RK.device, backend), []).append((module, a_RK))
-        for (_, backend), parts in launches.items():
-            bases = [module.null_space.subspace.basis for module, _ in parts]
+        for (device, backend), parts in launches.items():
+            bases = [_basis_on(device, module.null_space.subspace) for module, _ in parts]
             projected = project_adapters([a_RK for _, a_RK in parts], bases, backend=backend)
             for (module, a_RK), new in zip(parts, projected, strict=True):
-                # Through .data, for this is no edit: graphs that saved A stay as good as they were.
-                a_RK.data.copy_(new)
+                a_RK.copy_(new)
                 module.null_space.known = module.key()
 
 
 def _project_gradient(subspace: RetainSubspace, backend: str, grad: Tensor) -> Tensor:
-    return project_adapter(grad, subspace.basis, backend=backend)
+    return project_adapter(grad, _basis_on(grad.device, subspace), backend=backend)
+
+
+def _basis_on(device: torch.device, subspace: RetainSubspace) -> Tensor:
+    """U, which follows its adapter."""
+    return (subspace if subspace.basis.device == device else subspace.to(device)).basis
 
 
 def _before_step(model: weakref.ref[nn.Module], optimizer: torch.optim.Optimizer, *_) -> None:
@@ -344,4 +357,4 @@ def _before_step(model: weakref.ref[nn.Module], optimizer: torch.optim.Optimizer
 
 def _after_step(optimizer: torch.optim.Optimizer, *_) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    _project(m for m in list(_constrained) if id(m._parameters["weight"]) in held)
+    _project(m for m in list(_constrained) if id(m.stored) in held)

@@ -234,6 +234,9 @@ def test_projected_once_a_step(llama, monkeypatch):
         optimizer.step()
         model.state_dict()
         assert launches == [layers] * step, "of all layers together"
+    edit(model)
+    logits(model)
+    assert launches == [layers] * 4
 
 
 READERS = {
@@ -661,9 +664,13 @@ def test_wrong_subspaces_are_refused(llama):
     refused(model, short, f"no entry for 1 of 4 LoRA layers, the first '{name}'")
     prefixed = {f"base_model.model.{key}": basis for key, basis in bases.items()}
     refused(model, prefixed, "no entry for 4 of 4 LoRA layers")
-    refused(model, {**bases, name: torch.eye(16, 2)}, r"basis must be \[K=32, Q\] like in_features")
+    refused(
+        model, {**bases, name: torch.eye(16, 2)}, r"basis must be a floating \[K=32, Q\] matrix"
+    )
     refused(model, {**bases, name: "U"}, "expected a RetainSubspace or a tensor", TypeError)
     refused(model, [*bases.values()], "subspaces must map names of modules", TypeError)
+    if not torch.cuda.is_available():
+        refused(model, bases, "cuda", nk.BackendUnavailable, backend="cuda")
     refused(model, bases, "adapters has 'other'; the model's adapters are", adapters="other")
     model.merge_adapter()
     refused(model, bases, "is merged; call unmerge_adapter")
