@@ -343,8 +343,10 @@ def _basis_on(device: torch.device, subspace: RetainSubspace) -> Tensor:
 
 def _before_step(model: weakref.ref[nn.Module], optimizer: torch.optim.Optimizer, *_) -> None:
     base = model()
+    confined = set() if base is None else _confined(base)
     held = {id(p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
-    if base is None or not (others := held - _confined(base)):
+    others = held - confined
+    if base is None or not confined or not others:  # merged and unloaded, it is a plain model
         return
     for name, parameter in base.named_parameters():
         if id(parameter) in others:

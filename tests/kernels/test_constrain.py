@@ -420,6 +420,13 @@ def test_what_is_unfrozen_later_is_refused(constrained):
     assert torch.equal(head, before)
 
 
+def test_what_was_merged_and_unloaded_trains_as_it_likes(constrained):
+    model, _ = constrained
+    plain = model.merge_and_unload().requires_grad_(True)
+    loss_of(plain).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+
+
 @pytest.mark.parametrize("way", ["remove", "with"])
 def test_undone_by_one_call(llama, way):
     model = adapted(llama, targets=["q_proj"])
