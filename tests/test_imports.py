@@ -22,6 +22,7 @@ LAYERS = (
         "demo.smollm2",
         "demo.tiny_model",
         "evaluate",
+        "membership",
         "resumable",
         "run_config",
         "unlearn_dataset",

@@ -336,6 +336,7 @@ def compare(
     stop: float | None = None,
     probed: int | None = 50,
     examples: int = 6,
+    logs: dict[str, str] = {},  # noqa: B006
     out: str = "runs/compare",
     resume: bool = False,
 ) -> None:
@@ -361,6 +362,8 @@ def compare(
             none trains all steps.
         probed: most questions of a set at each evaluation while training; none takes all.
         examples: forget questions whose answers before and after are kept in the report.
+        logs: NAME: FOLDER of evaluations by OpenUnlearning (TOFU_EVAL.json) of the same questions,
+            a row each beside the methods: '{retain90: saves/eval/retain90}'.
         out: run folder.
         resume: keep the runs that an earlier, interrupted call has finished in ``out``.
     """
@@ -380,6 +383,7 @@ def compare(
         stop=stop,
         probed=probed,
         examples=examples,
+        logs=logs,
         resume=resume,
         command=shlex.join(["nsru", *sys.argv[1:]]),
     )
@@ -408,19 +412,21 @@ def eval(
         data: other sets than the run's.
         adapter: another folder of an adapter, or of a guard.
         base: evaluate the base model without adapter.
-        retain_log: results.json of a model trained on the retain data only, for the forget quality;
-            its TOFU_EVAL.json where format is open-unlearning.
+        retain_log: results.json of a model trained on the retain data only, for forget quality and
+            privleak; its TOFU_EVAL.json, or the folder of it, where format is open-unlearning.
         out: folder for results.json, report and config.yaml; default RUN/eval, or RUN/eval-base.
         max_new_tokens: longest generated answer.
         generate: false leaves out generated answers, and ROUGE with them.
         format: open-unlearning also writes TOFU_EVAL.json and TOFU_SUMMARY.json, its metrics under
             its names.
     """
-    from nsru_kernels.files import atomic_write, read_json
+    import nsru_kernels as nk
+    from nsru_kernels.files import atomic_write
     from nsru_train.adapters import is_plain, load_adapter
     from nsru_train.evaluate import add_base_answers, evaluate, format_table, to_results
+    from nsru_train.membership import add_attack_scores
     from nsru_train.metrics import open_unlearning
-    from nsru_train.metrics.tofu import load_log
+    from nsru_train.metrics.tofu import load_log, load_reference_auc
     from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder, to_json
@@ -437,11 +443,19 @@ def eval(
         say_changed_sets(run, loaded.digests())
     theirs = format == "open-unlearning"
     log = load_log(retain_log) if retain_log and not theirs else None
-    their_log = read_json(retain_log) if retain_log and theirs else None
+    their_log = open_unlearning.read_log(retain_log) if retain_log and theirs else None
+    reference_auc = load_reference_auc(retain_log) if retain_log and not theirs else None
     if out and Path(out, "metrics.jsonl").exists():
         raise ValueError(f"out: {out} holds a training run; give another folder.")
     network, tokenizer = load_model(model, data)
     loaded = without_long(loaded, tokenizer, data)
+    if their_log is not None:
+        open_unlearning.check_retain_log(
+            their_log,
+            [(qa.question, qa.answer) for qa in loaded.forget],
+            ratios=all(qa.perturbed_answers for qa in loaded.forget),
+            holdout=len(loaded.more.get("holdout", ())),
+        )
     adapter = None if base else adapter or f"{run}/adapter"
     if adapter is not None:
         load_adapter(network, adapter, tokenizer)
@@ -452,6 +466,7 @@ def eval(
         loaded.splits(),
         safe=loaded.safe,
         retain_log=log,
+        reference_auc=reference_auc,
         max_length=data.max_length,
         max_new_tokens=max_new_tokens,
         generate=generate,
@@ -460,6 +475,12 @@ def eval(
         add_base_answers(evaluation, network, tokenizer, max_new_tokens=max_new_tokens)
     results = to_results(evaluation)
     if theirs:
+        plain = adapter is None or is_plain(adapter)
+        if adapter is not None and plain:
+            nk.merge_adapters(network)  # their attack reads gradients of weights
+        add_attack_scores(
+            evaluation.rows, network, tokenizer, max_length=data.max_length, gradients=plain
+        )
         whole = open_unlearning.to_log(evaluation.rows, their_log)
         for name, content in (("EVAL", whole), ("SUMMARY", open_unlearning.summary(whole))):
             atomic_write(folder.path / f"TOFU_{name}.json", to_json(content, indent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,10 @@ from nsru_train.adapters import load_adapter
 from nsru_train.alternatives import add_alternatives
 from nsru_train.callbacks import GradientError
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
+from nsru_train.data.encode import encode_prompt
 from nsru_train.evaluate import evaluate, probability_sets
 from nsru_train.methods import Method, find_method, run_name
+from nsru_train.metrics import open_unlearning
 from nsru_train.pipeline import (
     Data,
     check_layers,
@@ -36,6 +39,8 @@ from nsru_train.report.summary import FORGET_TARGET, matched_damage
 from nsru_train.run_config import check_same_run
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import greedy_answers, quick_probabilities
+
+logger = logging.getLogger(__name__)
 
 QUALITY = (
     "rougeL_recall",
@@ -365,6 +370,48 @@ def best_lr(
     return min(own, key=lambda point: point["forget_prob"])["lr"]
 
 
+def read_logs(logs: Mapping[str, str], data: Data) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each of OpenUnlearning's logs, and what has to be said of them.
+
+    Raises:
+        ValueError: one is damaged, or of another forget set.
+    """
+    records = {
+        name: [(qa.question, qa.answer) for qa in getattr(data, name)]
+        for name in ("forget", "retain")
+    }
+    rows: list[dict[str, Any]] = []
+    notes = []
+    for name, path in logs.items():
+        try:
+            log = open_unlearning.read_log(path)
+            rows.append({"method": name, **open_unlearning.comparison_row(log, records)})
+        except ValueError as error:
+            raise ValueError(f"logs: {name}: {error}") from error
+        if open_unlearning.same_questions(log, "forget", records["forget"]) is None:
+            notes.append(f"{name}: it holds no texts, so its questions may be others than these.")
+        elif open_unlearning.same_questions(log, "retain", records["retain"]) is not True:
+            notes.append(
+                f"{name}: its retain questions are not those compared here. Its model_utility is "
+                "of its own sets, and its retain answers are left out."
+            )
+    return rows, notes
+
+
+def of_other_models(logs: Mapping[str, str], tokenizer: Any, question: str) -> list[str]:
+    """A note on each of OpenUnlearning's logs whose prompts this tokenizer does not write."""
+    own = tokenizer.decode(encode_prompt(tokenizer, question), skip_special_tokens=True)
+    notes = []
+    for name, path in logs.items():
+        for prompt, _ in open_unlearning.texts(open_unlearning.read_log(path), "forget")[:1]:
+            if prompt != question and "".join(prompt.split()) != "".join(own.split()):
+                notes.append(
+                    f"{name}: it asks by {prompt[:60]!r}, this model by {own[:60]!r}: a log of "
+                    "another model?"
+                )
+    return notes
+
+
 def run_subspaces(
     run: RunFolder,
     base: nn.Module,
@@ -404,6 +451,7 @@ def run_compare(
     stop: float | None,
     probed: int | None,
     examples: int,
+    logs: Mapping[str, str],
     resume: bool,
     command: str,
 ) -> None:
@@ -421,8 +469,11 @@ def run_compare(
     for contender in contenders:
         contender.method.check_weights()
     warn_of_unused(subspace)
+    if clash := sorted({"before", *names} & logs.keys()):
+        raise ValueError(f"logs: {clash[0]!r} is the name of another row; give another one.")
     loaded = load_data(data)
     digests = loaded.digests()
+    log_rows, notes = read_logs(logs, loaded)
     if "retain_unseen" not in loaded.more:
         if len(loaded.retain) < 2:
             raise ValueError("data.retain: expected two questions or more, one of them unseen.")
@@ -442,6 +493,9 @@ def run_compare(
     if resume:
         check_same_run(run.config_path, config, growing="methods")
     base, tokenizer = load_model(model, data)
+    notes += of_other_models(logs, tokenizer, loaded.forget[0].question)
+    for note in notes:
+        logger.warning("logs: %s", note)
     loaded = without_long(loaded, tokenizer, data)
     check_layers(base, subspace, lora)
     loaded.forget = add_alternatives(
@@ -467,7 +521,9 @@ def run_compare(
         "stop": stop,
         "probed": probed,
         "lr": found.pop("lr"),
+        "logs": dict(logs),
     }
+    found["methods"] += log_rows
     run.write_results(
         {
             "schema": 1,
@@ -475,6 +531,7 @@ def run_compare(
             "seconds": time.perf_counter() - started,
             "command": command,
             "setup": setup,
+            "notes": notes,
             **found,
         }
     )

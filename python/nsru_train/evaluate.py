@@ -113,7 +113,7 @@ def evaluate(
     safe: SafeTargets | None = None,
     safe_seed: int = 0,
     retain_log: Log | None = None,
-    reference_auc: float = 0.5,
+    reference_auc: float | None = None,
     mean: Mean = "geometric",
     max_length: int = 512,
     max_tokens: int = 4096,
@@ -130,7 +130,8 @@ def evaluate(
         safe: the targets that forget questions were trained towards; adds their alignment.
         safe_seed: the seed of that training, so that each question gets the same target.
         retain_log: log of a model trained on retain data only, for forget quality.
-        reference_auc: that model's membership_auc, for PrivLeak; 0.5 where there is none.
+        reference_auc: that model's membership_auc, for PrivLeak; 0.5 where there is none, which is
+            noted.
         mean: how wrong answers average in the truth ratio.
         max_length: longest sequence accepted.
         max_tokens: most tokens of a batch, padding included.
@@ -364,7 +365,7 @@ def _add_forget_quality(result: Evaluation, retain_log: Log | None, mean: Mean) 
 
 
 def _add_privacy(
-    result: Evaluation, splits: Mapping[str, Sequence[QA]], reference_auc: float
+    result: Evaluation, splits: Mapping[str, Sequence[QA]], reference_auc: float | None
 ) -> None:
     if "forget" not in splits:
         return
@@ -382,7 +383,12 @@ def _add_privacy(
     )
     auc = membership_auc(forget, holdout)
     result.overall["membership_auc"] = auc
-    result.overall["privleak"] = privleak(auc, reference_auc)
+    if reference_auc is None:
+        result.notes.append(
+            "privleak: against an AUC of 0.5, which a model that never saw the forget set need not "
+            "have; give the log of a model trained on the retain data only"
+        )
+    result.overall["privleak"] = privleak(auc, 0.5 if reference_auc is None else reference_auc)
 
 
 def _check_splits(splits: Mapping[str, Sequence[QA]]) -> None:

@@ -299,7 +299,7 @@ def test_truncated_adapter(run, tmp_path, capsys):
         assert "truncated" in fails(capsys, [command, str(run), f"--adapter={broken}"]), command
 
 
-def test_an_evaluation_in_the_form_of_openunlearning(run, tmp_path):
+def test_an_evaluation_in_the_form_of_openunlearning(run, tmp_path, capsys):
     for name in ("first", "second"):
         options = ["--format=open-unlearning", "--max_new_tokens=4", f"--out={tmp_path / name}"]
         if name == "second":
@@ -312,6 +312,28 @@ def test_an_evaluation_in_the_form_of_openunlearning(run, tmp_path):
     assert found["forget_Q_A_ROUGE"] == pytest.approx(own["rougeL_recall"])
     if "truth_ratio" in own:
         assert found["forget_quality"] == 1
+    attacks = ("loss", "zlib", "min_k", "min_k_plus_plus", "gradnorm", "reference")
+    assert {f"mia_{name}" for name in attacks} <= found.keys()
+    assert found["mia_reference"] == 0.5  # of itself: all scores are 0
+
+    log = json.loads((tmp_path / "first" / "TOFU_EVAL.json").read_text())
+    log["forget_Q_A_ROUGE"]["value_by_index"].pop("5")
+    (tmp_path / "TOFU_EVAL.json").write_text(json.dumps(log))
+    options = ["--format=open-unlearning", f"--retain_log={tmp_path}", f"--out={tmp_path / 'no'}"]
+    assert "of another forget set: 5 questions" in fails(capsys, ["eval", str(run), *options])
+    assert not (tmp_path / "no").exists()
+
+
+def test_privleak_is_against_the_retain_log(run, tmp_path):
+    def evaluated(name, *options):
+        main(["eval", str(run), "--generate=false", f"--out={tmp_path / name}", *options])
+        return json.loads((tmp_path / name / "results.json").read_text())
+
+    first = evaluated("first")
+    assert any(note.startswith("privleak: against an AUC of 0.5") for note in first["notes"])
+    second = evaluated("second", f"--retain_log={tmp_path / 'first' / 'results.json'}")
+    assert second["metrics"]["privleak"] == pytest.approx(0)
+    assert not any(note.startswith("privleak") for note in second["notes"])
 
 
 def test_adapter_of_another_base(setting, run, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """nsru compare: methods on one model, tuned alike, resumed, in one table and one report."""
 
 import json
+import math
 
 import pytest
 import samples
@@ -28,7 +29,26 @@ def flags(tmp_path_factory):
 @pytest.fixture(scope="module")
 def out(flags, tmp_path_factory, short_answers):
     folder = tmp_path_factory.mktemp("compare") / "run"
-    main([*flags, "--methods=[nsru, npo, npo projected]", f"--out={folder}"])
+    logs = f"--logs={{theirs: {write_log(folder.parent / 'theirs', samples.FORGET[:3])}}}"
+    main([*flags, "--methods=[nsru, npo, npo projected]", logs, f"--out={folder}"])
+    return folder
+
+
+def write_log(folder, records, **changes):
+    """An evaluation by OpenUnlearning, of the questions that it asked by another template."""
+    said = {
+        str(i): {"input": f"user {qa.question}", "ground_truth": qa.answer, "generation": "I"}
+        for i, qa in enumerate(records)
+    }
+    losses = {str(i): {"avg_loss": 1.0} for i in range(len(records))}
+    log = {
+        "forget_Q_A_Prob": {"agg_value": math.exp(-1), "value_by_index": losses},
+        "forget_Q_A_ROUGE": {"agg_value": 0.0, "value_by_index": said},
+        "privleak": {"agg_value": -7.0},
+        **changes,
+    }
+    folder.mkdir()
+    (folder / "TOFU_EVAL.json").write_text(json.dumps(log))
     return folder
 
 
@@ -39,10 +59,18 @@ def read_results(folder):
 def test_every_method_has_the_same_rates_and_its_row(out):
     results = read_results(out)
     names = ["nsru", "npo", "npo projected"]
-    assert [row["method"] for row in results["methods"]] == ["before", *names]
+    *rows, log = results["methods"]
+    assert [row["method"] for row in rows] == ["before", *names]
+    assert log == {
+        "method": "theirs", "privleak": -7.0, "forget_rougeL_recall": 0.0,
+        "forget_prob": pytest.approx(math.exp(-1)),
+    }  # fmt: skip
+    retain, prompt = results["notes"]
+    assert "its retain questions are not those compared here" in retain
+    assert prompt.startswith("theirs: it asks by 'user Where")
     for name in names:
         assert {row["lr"] for row in results["tuning"] if row["method"] == name} == {0.01, 0.02}
-    ranks = {row["method"]: row["mean_retain_rank"] for row in results["methods"][1:]}
+    ranks = {row["method"]: row["mean_retain_rank"] for row in rows[1:]}
     assert ranks["npo"] == 0 < ranks["npo projected"] == ranks["nsru"]
     assert results["setup"]["methods"]["npo"]["beta"] == 0.1
     assert results["setup"]["questions"] == {"forget": 3, "retain": 4, "retain_unseen": 3}
@@ -95,6 +123,35 @@ def test_mistakes_are_refused_before_any_work(flags, tmp_path, capsys, options, 
     with pytest.raises(SystemExit):
         main([*flags, *options, f"--out={tmp_path / 'never'}"])
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
+
+
+def test_logs_that_cannot_stand_beside_are_named_before_any_work(flags, tmp_path, capsys):
+    forget = samples.FORGET[:3]
+    wrong = {"forget_Q_A_Prob": {"agg_value": 0.5, "value_by_index": {"0": {"avg_loss": 1.0}}}}
+    few = {"forget_Q_A_Prob": {"value_by_index": {"0": {"avg_loss": 1.0}}}}
+    cases = {
+        "another": (samples.RETAIN[:3], {}, "another: it is of another forget set: 3 questions"),
+        "wrong": (forget, wrong, "of different questions"),
+        "few": (forget, few, "of different questions"),
+        "stale": (forget, {"forget_Q_A_ROUGE": {"agg_value": 0.5}}, "must hold items"),
+        "npo": (forget, {}, "logs: 'npo' is the name of another row"),
+    }
+    for name, (records, changes, message) in cases.items():
+        folder = write_log(tmp_path / name, records, **changes)
+        with pytest.raises(SystemExit):
+            main([
+                *flags, "--methods=[npo]", f"--logs={{{name}: {folder}}}",
+                f"--out={tmp_path / 'never'}",
+            ])  # fmt: skip
+        assert message in capsys.readouterr().err, name
+    path = tmp_path / "npo" / "TOFU_EVAL.json"
+    log = json.loads(path.read_text())
+    log["forget_Q_A_Prob"]["agg_value"] = 0.5
+    path.write_text(json.dumps(log))
+    with pytest.raises(SystemExit):
+        main([*flags, f"--logs={{theirs: {path}}}", f"--out={tmp_path / 'never'}"])
+    assert "its forget_Q_A_Prob says 0.5, its items give 0.3678" in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
 
 

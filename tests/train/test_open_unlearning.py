@@ -11,8 +11,13 @@ import pytest
 
 from nsru_train.metrics.open_unlearning import (
     aggregates,
+    comparison_row,
+    read_log,
+    rel_diff,
     rouge_recalls,
+    same_questions,
     summary,
+    texts,
     to_log,
     zlib_scores,
 )
@@ -63,6 +68,41 @@ def test_texts_give_the_scores_of_their_items(name, read):
         for attack in ("loss", "zlib")
     )
     np.testing.assert_allclose(zlib_scores(losses, texts), wanted, rtol=1e-12)
+
+
+def test_the_texts_of_a_log_are_those_of_the_set(read, shared_data):
+    path = shared_data / "tofu" / "forget10.json"
+    if not path.is_file():
+        pytest.skip(f"TOFU is not there: {path}")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    pairs = [(record["question"], record["answer"]) for record in records]
+    log = read("full_forget10")
+    assert same_questions(log, "forget", pairs)
+    assert not same_questions(log, "forget", [*pairs[1:], pairs[0]])
+    assert not same_questions(log, "retain", pairs)
+    row = comparison_row(log, {"forget": pairs, "retain": texts(log, "retain")})
+    assert row["forget_quality"] == log["forget_quality"]["agg_value"]
+    assert row["privleak"] == log["privleak"]["agg_value"]
+    assert row["retain_prob"] == pytest.approx(0.8706601643562317, abs=1e-6)
+    row = comparison_row(log, {"forget": pairs, "retain": pairs})
+    assert row["forget_prob"] == pytest.approx(0.8804820564, abs=1e-6)
+    assert "retain_prob" not in row
+
+
+def test_losses_of_the_retain_model_are_the_reference_of_the_reference_attack(read):
+    """OpenUnlearning's run had the reference model in memory, where bf16 rounds otherwise."""
+    scores = {
+        (name, part): np.array([v["score"] for v in log[metric][part]["value_by_index"].values()])
+        for name, metric, log in (
+            ("loss", "mia_loss", read("full_forget10")),
+            ("wanted", "mia_reference", read("full_forget10")),
+            ("retain", "mia_loss", read("retain90")),
+        )
+        for part in ("forget", "holdout")
+    }
+    for part in ("forget", "holdout"):
+        difference = scores["loss", part] - scores["retain", part]
+        np.testing.assert_allclose(difference, scores["wanted", part], atol=0.06)
 
 
 def items(*values):
@@ -128,6 +168,7 @@ def test_without_the_retain_log_privleak_warns_and_quality_is_left_out(caplog):
         found = aggregates(small_log())
     assert "forget_quality" not in found
     assert found["privleak"] == pytest.approx(-50)
+    assert rel_diff(found["mia_min_k"], 0.5) == pytest.approx(50)
     assert "give its log as retain_log" in caplog.text
 
 
@@ -170,7 +211,53 @@ def test_what_evaluate_found_becomes_a_log_of_theirs():
     shown = summary(log)
     assert shown.keys() >= {"forget_Q_A_Prob", "mia_zlib", "privleak", "memorization"}
     assert shown == pytest.approx(aggregates(log))
-    assert to_log(rows, log)["forget_quality"]["agg_value"] == 1
+    again = to_log(rows, log)
+    assert again["forget_quality"]["agg_value"] == 1
+    assert "mia_reference" not in log
+    reference = again["mia_reference"]["forget"]["value_by_index"].values()
+    assert [item["score"] for item in reference] == [0, 0]
+    assert not {"mia_gradnorm", "mia_min_k_plus_plus"} & log.keys()
+    for row in (*rows["forget"], *rows["holdout"]):
+        row |= {"gradnorm": 2 * row["loss"], "min_k_plus_plus": -3 * row["loss"]}
+    log = to_log(rows)
+    for name, factor in (("gradnorm", 2), ("min_k_plus_plus", 3)):
+        found = log[f"mia_{name}"]["forget"]["value_by_index"].values()
+        assert [item["score"] for item in found] == [factor * 0.5, factor * 1.5]
+        assert log[f"mia_{name}"]["agg_value"] == 1
+
+
+def asked(*questions):
+    return items(
+        *({"input": f"user\n\n{q}", "ground_truth": f"It is {q}.", "generation": q}
+          for q in questions)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda log: log.update(forget_Q_A_ROUGE=asked("Why?", "Who?")), "of another forget set"),
+        (lambda log: log.update(forget_Q_A_ROUGE=asked("Who?")), "another forget set: 1 questions"),
+    ],
+)
+def test_a_retain_log_of_other_questions_is_named(change, message):
+    log = small_log() | {"forget_Q_A_ROUGE": asked("Who?", "Why?")}
+    assert aggregates(log, log)["forget_quality"] == 1
+    other = copy.deepcopy(log)
+    change(other)
+    with pytest.raises(ValueError, match=message):
+        aggregates(log, other)
+
+
+def test_a_log_is_read_from_its_file_or_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"no file .*TOFU_EVAL\.json"):
+        read_log(tmp_path)
+    path = tmp_path / "TOFU_EVAL.json"
+    path.write_text(json.dumps(small_log()))
+    assert read_log(tmp_path) == read_log(path) == small_log()
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="holds no metric"):
+        read_log(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +272,12 @@ def test_what_evaluate_found_becomes_a_log_of_theirs():
         (lambda log: log.update(wf_Q_A_PERT_Prob=losses(["x"], [1.0])), "no finite avg_loss"),
         (lambda log: log.update(wf_Q_A_PERT_Prob=losses([1.0])), "of different questions"),
         (lambda log: log["ra_Q_A_ROUGE"]["value_by_index"]["1"].pop("generation"), "generation"),
+        (lambda log: log["ra_Q_A_ROUGE"]["value_by_index"].pop("1"), "'1' is missing in one of"),
+        (lambda log: log["forget_Q_A_Prob"]["value_by_index"].pop("0"), "'0' is missing in one of"),
+        (
+            lambda log: log["mia_min_k"]["forget"]["value_by_index"].pop("0"),
+            r"'forget_Q_A_Prob'.*'mia_min_k'.* \(2 and 1 forget items\)",
+        ),
     ],
 )
 def test_a_damaged_log_is_named(change, message):

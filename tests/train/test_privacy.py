@@ -1,12 +1,14 @@
 """MIN-K%, the attack's AUC and PrivLeak: values by hand, signs, and refusals."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsru_train.metrics import membership_auc, min_k, privleak
+from nsru_train.metrics import membership_auc, min_k, min_k_plus_plus, privleak
 
 SCORES = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=8)
 
@@ -18,6 +20,29 @@ def test_min_k_takes_the_least_likely_tokens():
     assert min_k(nll, k=0.01) == -5.0  # at least one token
     assert min_k(nll, k=1.0) == pytest.approx(-sum(nll) / 5)
     assert min_k(nll) == min_k(nll, k=0.4)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_min_k_and_min_k_plus_plus_of_public_code(shared_data, row):
+    path = shared_data / "golden_losses.json"
+    if not path.is_file():
+        pytest.skip(f"the values are not there: {path}")
+    wanted = json.loads(path.read_text())["metrics"][f"row{row}"]
+    t, v = np.arange(7)[:, None], np.arange(11)
+    z = 2 * np.sin(1 + 7 * row + 3 * t + 2 * v + 0.5 * v**2)
+    log_probs = z - np.log(np.exp(z).sum(1, keepdims=True))
+    ids = (3 * row + 5 * np.arange(7) + 1) % 11
+    places = np.arange(2, 6 - row)  # the answer's, but for the last token, which stands for EOS
+    assert ids[places].tolist() == wanted["labels"]
+    log_p = log_probs[places - 1, ids[places]]
+    assert -min_k(-log_p) == pytest.approx(wanted["min_k_04"], rel=1e-12)
+    found = min_k_plus_plus(log_probs[places - 1], ids[places])
+    assert -found == pytest.approx(wanted["min_k_pp_04"], rel=1e-12)
+
+
+def test_min_k_plus_plus_of_a_certain_token_is_finite():
+    log_probs = np.array([[0.0, -np.inf], [-np.inf, 0.0]])
+    assert min_k_plus_plus(log_probs, [0, 1]) == 0.0
 
 
 @settings(deadline=None)

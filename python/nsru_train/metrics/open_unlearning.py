@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nsru_kernels.files import read_json
 from nsru_train.metrics.privacy import membership_auc
 from nsru_train.metrics.text import rouge_l_recall, rouge_scores
 from nsru_train.metrics.tofu import harmonic_mean
@@ -34,6 +36,20 @@ _UTILITY = tuple(
     for metric in ("Q_A_Prob" + "_normalised" * (name != "retain"), "Q_A_ROUGE", "Truth_Ratio")
 )
 _ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "gradnorm", "reference")
+# Their name -> that of the same number in the rows of `nsru compare`.
+_COMPARED = {
+    "forget_Q_A_Prob": "forget_prob",
+    "forget_Q_A_ROUGE": "forget_rougeL_recall",
+    "forget_truth_ratio": "forget_truth_ratio",
+    "extraction_strength": "forget_extraction_strength",
+    "exact_memorization": "forget_exact_memorisation",
+    "retain_Q_A_Prob": "retain_prob",
+    "retain_Q_A_ROUGE": "retain_rougeL_recall",
+    "retain_Truth_Ratio": "retain_truth_ratio",
+    "mia_min_k": "membership_auc",
+    **{name: name for name in ("privleak", "model_utility", "forget_quality", "memorization")},
+}
+_OF_RETAIN_LOG = ("privleak", "forget_quality")
 
 
 def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
@@ -52,8 +68,10 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
 
     Raises:
         ValueError: a metric's items are missing, malformed, or of other questions than those that
-            belong to them.
+            belong to them, or the retain log is of another forget set.
     """
+    if retain_log is not None:
+        check_retain_log(retain_log, texts(log, "forget"))
     found: dict[str, float] = {}
     for name in ("exact_memorization", "extraction_strength"):
         if name in log:
@@ -86,8 +104,7 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
             )
         else:
             reference = _attack_auc(retain_log, "min_k")
-        left, wanted = 1 - found["mia_min_k"], 1 - reference
-        found["privleak"] = 100 * (left - wanted) / (wanted + 1e-10)
+        found["privleak"] = rel_diff(1 - found["mia_min_k"], 1 - reference)
     if retain_log is not None and "forget_truth_ratio" in log:
         from scipy.stats import ks_2samp
 
@@ -98,7 +115,129 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
         shares = 1 / (1 + truth_ratios(log, "forget_truth_ratio"))
         parts = [*(found[name] for name in remembered), float(shares.mean())]
         found["memorization"] = harmonic_mean([1 - part for part in parts])
+    _check_items(log)
     return found
+
+
+def rel_diff(value: float, reference: float) -> float:
+    """How far a number is from the retain model's, in percent of that.
+
+    privleak is the same of 1 - AUC."""
+    return 100 * (value - reference) / (reference + 1e-10)
+
+
+def read_log(path: str | Path) -> dict[str, Any]:
+    """A TOFU_EVAL.json, by its path or that of its folder.
+
+    Raises:
+        ValueError: there is none, or it holds no metric.
+    """
+    path = Path(path, "TOFU_EVAL.json") if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"log: no file {path}; give a folder with OpenUnlearning's TOFU_EVAL.json."
+        )
+    log = read_json(path)
+    if not any(isinstance(content, Mapping) for content in log.values()):
+        raise ValueError(f"log: {path} holds no metric of OpenUnlearning, got {[*log]!r:.60}.")
+    return log
+
+
+def texts(log: Log, split: str) -> list[tuple[str, str]]:
+    """(prompt, right answer) of a split's questions, in the order of their indices.
+
+    Empty where the log has no generations, which alone hold the texts."""
+    name = f"{_SPLITS[split]}_Q_A_ROUGE"
+    items = _items(log, name).items() if name in log else ()
+    return [
+        tuple(_value(item, key, str, name, index) for key in ("input", "ground_truth"))
+        for index, item in sorted(items, key=lambda pair: (len(pair[0]), pair[0]))
+        if isinstance(item, Mapping) and "input" in item
+    ]
+
+
+def same_questions(log: Log, split: str, records: Sequence[tuple[str, str]]) -> bool | None:
+    """Whether a split of a log is of these (question, answer)s; None where it has no texts.
+
+    A prompt may stand around a question. White space does not count: tokenizers clean it up.
+    """
+    found = texts(log, split)
+    if not found or not records:
+        return None
+
+    def same(one: tuple[str, str], other: tuple[str, str]) -> bool:
+        asked, answer = ("".join(text.split()) for text in one)
+        wanted, right = ("".join(text.split()) for text in other)
+        return answer == right and (wanted in asked or asked in wanted)
+
+    return len(found) == len(records) and all(map(same, found, records))
+
+
+def check_retain_log(
+    retain_log: Log,
+    forget: Sequence[tuple[str, str]],
+    *,
+    ratios: bool = False,
+    holdout: int = 0,
+) -> None:
+    """Raise ValueError where a retain log lacks what is compared, or is of other questions.
+
+    Args:
+        forget: (question, answer) of the forget set that is evaluated; empty where not known.
+        ratios: whether its truth ratios are compared.
+        holdout: number of questions beside the forget set in attacks on membership.
+    """
+    try:
+        if ratios:
+            truth_ratios(retain_log, "forget_truth_ratio")
+        if holdout:
+            _attack_auc(retain_log, "min_k")
+        counts = {"forget": len(forget), "holdout": holdout} if holdout else {}
+        for part, count in counts.items() if "mia_loss" in retain_log else ():
+            found = len(_items(retain_log["mia_loss"], part, f"mia_loss.{part}"))
+            if found != count:
+                raise ValueError(f"log['mia_loss'] has {found} {part} questions, not {count}.")
+    except ValueError as error:
+        raise ValueError(f"retain_log: {error} Give that of the same splits.") from error
+    if same_questions(retain_log, "forget", forget) is False:
+        theirs = texts(retain_log, "forget")
+        raise ValueError(
+            f"retain_log is of another forget set: {len(theirs)} questions, the first one "
+            f"{theirs[0][0][-60:]!r}, not {len(forget)}, the first one {forget[0][0][-60:]!r}. "
+            "Give the log of the same split."
+        )
+
+
+def comparison_row(log: Log, records: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, float]:
+    """A log's numbers under the names of ``nsru compare``, where the questions are the same.
+
+    privleak and forget_quality are the log's own, for they need its retain log.
+
+    Args:
+        records: split -> (question, answer) of what is compared; those of "retain" are left out
+            where the log is of others.
+
+    Raises:
+        ValueError: it is of another forget set, its aggregates do not follow from its items, or as
+            `aggregates`.
+    """
+    if same_questions(log, "forget", records["forget"]) is False:
+        raise ValueError(
+            f"it is of another forget set: {len(texts(log, 'forget'))} questions, the first one "
+            f"{texts(log, 'forget')[0][0][-60:]!r}"
+        )
+    given, found = summary(log), aggregates(log)
+    for name, value in found.items():
+        said = given.get(name, value)
+        if name not in _OF_RETAIN_LOG and (said is None or abs(said - value) > 1e-5):
+            raise ValueError(f"its {name} says {said}, its items give {value}; it is damaged")
+    found |= {name: given[name] for name in _OF_RETAIN_LOG if given.get(name) is not None}
+    own = same_questions(log, "retain", records["retain"])
+    return {
+        ours: found[theirs]
+        for theirs, ours in _COMPARED.items()
+        if theirs in found and (own or not ours.startswith("retain_"))
+    }
 
 
 def to_log(
@@ -106,12 +245,21 @@ def to_log(
 ) -> dict[str, Any]:
     """What `evaluate` found, as the content of a TOFU_EVAL.json, with every aggregate.
 
-    Left out are the attacks that need more than an answer's losses: min-k++, gradnorm, reference.
+    Left out are attacks that the rows do not allow: min-k++ and gradnorm need what
+    `nsru_train.membership` adds, the reference attack the losses of the retain log's model.
 
     Args:
         rows: ``Evaluation.rows``: split -> a row for each question.
         retain_log: as in `aggregates`.
     """
+    forget, holdout = rows.get("forget", ()), rows.get("holdout", ())
+    if retain_log is not None:
+        check_retain_log(
+            retain_log,
+            [(row["question"], row["answer"]) for row in forget],
+            ratios=bool(forget) and all("perturbed_loss" in row for row in forget),
+            holdout=len(holdout),
+        )
     log: dict[str, Any] = {}
 
     def add(name: str, values: Sequence[Mapping[str, Any]]) -> None:
@@ -143,20 +291,20 @@ def to_log(
                     for question, right, said in texts
                 ],
             )  # fmt: skip
-    forget, holdout = rows.get("forget", ()), rows.get("holdout", ())
     if forget:
         # OpenUnlearning's search ends at the last token, also where that is wrong.
         strengths = [max(r["extraction_strength"], 1 / r["answer_tokens"]) for r in forget]
         add("extraction_strength", [{"score": value} for value in strengths])
         add("exact_memorization", [{"score": row["exact_memorisation"]} for row in forget])
-    if forget and holdout:
-        for attack in ("loss", "zlib", "min_k"):
+    for attack in _ATTACKS if forget and holdout else ():
+        scores = {
+            part: _attack_scores(attack, own, part, retain_log)
+            for part, own in (("forget", forget), ("holdout", holdout))
+        }
+        if all(scores.values()):
             log[f"mia_{attack}"] = {
                 part: {"value_by_index": {str(i): {"score": v} for i, v in enumerate(values)}}
-                for part, values in (
-                    ("forget", _attack_scores(attack, forget)),
-                    ("holdout", _attack_scores(attack, holdout)),
-                )
+                for part, values in scores.items()
             }
     for name, value in aggregates(log, retain_log).items():
         log.setdefault(name, {})["agg_value"] = value
@@ -168,13 +316,20 @@ def summary(log: Log) -> dict[str, float]:
     return {name: content["agg_value"] for name, content in log.items() if "agg_value" in content}
 
 
-def _attack_scores(attack: str, rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    if attack == "min_k":
-        return [-row["min_k"] for row in rows]
+def _attack_scores(
+    attack: str, rows: Sequence[Mapping[str, Any]], part: str, retain_log: Log | None
+) -> list[float]:
+    """The attack's score of each row, none where it cannot be said of them."""
     losses = [row["loss"] for row in rows]
-    if attack == "loss":
-        return losses
-    return zlib_scores(losses, [row["answer"] for row in rows]).tolist()
+    if attack == "zlib":
+        return zlib_scores(losses, [row["answer"] for row in rows]).tolist()
+    if attack == "reference":
+        if retain_log is None or "mia_loss" not in retain_log:
+            return []
+        reference = _column(retain_log["mia_loss"], part, "score", f"mia_loss.{part}")
+        return (np.array(losses) - reference).tolist()
+    sign = -1 if attack.startswith("min_k") else 1
+    return [sign * row[attack] for row in rows if attack in row]
 
 
 def truth_ratios(log: Log, name: str) -> np.ndarray:
@@ -243,6 +398,25 @@ def _column(log: Log, name: str, key: str, where: str = "") -> np.ndarray:
     if not np.isfinite(found).all():
         raise ValueError(f"log[{where or name!r}] has {key} that are not finite.")
     return found
+
+
+def _check_items(log: Log) -> None:
+    """Raise ValueError where a metric lacks an item that another one of its set has."""
+    seen: dict[str, tuple[str, set[str]]] = {}
+    for name, content in log.items():
+        parts = ("forget", "holdout") if name.startswith("mia_") else ("",)
+        for part in parts if isinstance(content, Mapping) else ():
+            held = content.get(part) if part else content
+            group = part or (name.split("_")[0] if "_Q_A_" in name else "forget")
+            if not isinstance(held, Mapping) or "value_by_index" not in held or "ruth" in name:
+                continue  # truth ratios follow from other items
+            items = set(held["value_by_index"])
+            first, wanted = seen.setdefault(group, (name, items))
+            if odd := sorted(wanted ^ items):
+                raise ValueError(
+                    f"log[{first!r}] and log[{name!r}] are of different questions: {odd[0]!r} is "
+                    f"missing in one of them ({len(wanted)} and {len(items)} {group} items)."
+                )
 
 
 def _losses(log: Log, name: str, like: str | None = None) -> list[np.ndarray]:

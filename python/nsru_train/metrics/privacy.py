@@ -27,6 +27,30 @@ def min_k(token_nll: ArrayLike, k: float = 0.4) -> float:
     return float(-np.sort(nll)[-count:].mean())
 
 
+def min_k_plus_plus(log_probs: ArrayLike, tokens: ArrayLike, k: float = 0.4) -> float:
+    """`min_k` of (log p - μ) / σ: how likely a token is among what could stand in its place.
+
+    μ and σ² are mean and variance of log p under p itself, σ² at least 1e-6 as in OpenUnlearning.
+
+    Args:
+        log_probs: [n, V] log-probabilities at each answer position, without EOS.
+        tokens: [n] token ids of the answer.
+        k: share of the tokens, in (0, 1].
+
+    Raises:
+        ValueError: as `min_k`.
+
+    Source: Zhang et al. 2024, arXiv 2404.02936.
+    """
+    log_p = np.asarray(log_probs, dtype=np.float64)
+    p = np.exp(log_p)
+    weighted = p * np.where(p > 0, log_p, 0.0)
+    mean = weighted.sum(-1)
+    variance = (weighted * np.where(p > 0, log_p, 0.0)).sum(-1) - mean**2
+    own = np.take_along_axis(log_p, np.asarray(tokens)[:, None], -1)[:, 0]
+    return min_k((mean - own) / np.sqrt(np.maximum(variance, 1e-6)), k)
+
+
 def membership_auc(member: ArrayLike, nonmember: ArrayLike) -> float:
     """P(member score > non-member score) + ½ P(equal): area under the attack's ROC curve.
 

@@ -178,6 +178,14 @@ def load_log(path: str | Path) -> dict[str, dict[str, Any]]:
     return dict(log)
 
 
+def load_reference_auc(path: str | Path) -> float | None:
+    """membership_auc in a results.json of `nsru eval`, where it was measured."""
+    content = parse_json(read_text(path))
+    metrics = content.get("metrics") if isinstance(content, Mapping) else None
+    found = metrics.get("membership_auc") if isinstance(metrics, Mapping) else None
+    return found if isinstance(found, (int, float)) else None
+
+
 def _present(log: Log) -> tuple[str, ...]:
     names = tuple(name for name in UTILITY_SPLITS if LOG_FILES[name] in log)
     if not names:

@@ -36,20 +36,22 @@ def write_report(run: str | Path | RunFolder) -> Path:
         results.get(key) or [] for key in ("frontier", "subspaces", "leakage")
     )
     methods = summary.method_names([*(results.get("methods") or []), *frontier])
+    plotted = summary.method_names(frontier)
+    plotted = [name for name in methods if name in plotted]  # rows of a log have no steps
     probabilities = summary.curves(frontier, summary.PROBABILITIES)
     losses = summary.loss_series(metrics)
     spectra = [row for row in subspaces if row.get("spectrum")]
-    few = len(methods) <= summary.FEW_METHODS
+    few = len(plotted) <= summary.FEW_METHODS
     compared = figures.frontier if few else figures.damage
     # Name of the figure -> whether the run has data for it, how it is drawn, and of what.
     plots: dict[str, tuple[Any, ...]] = {
-        name: (summary.runs(frontier, "forget_prob", key), compared, results, key, methods)
+        name: (summary.runs(frontier, "forget_prob", key), compared, results, key, plotted)
         for key, name in summary.DAMAGE_FIGURES.items()
     }
     editable = summary.values(subspaces, "editability")
     leaking = summary.values(leakage, "leakage")
     plots |= {
-        "steps": (few and probabilities, figures.steps, results, methods),
+        "steps": (few and probabilities, figures.steps, results, plotted),
         "losses": (few and losses, figures.losses, losses, methods),
         "spectrum": (spectra, figures.spectrum, spectra),
         "editability": (editable, figures.editability, subspaces),
