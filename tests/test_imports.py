@@ -33,6 +33,7 @@ LAYERS = (
     ("pipeline",),
     ("report", "verify"),
     ("compare", "repair"),
+    ("attack",),
     ("demo.run",),
     ("cli",),
 )

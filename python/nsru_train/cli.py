@@ -649,6 +649,51 @@ def rollback(
     _finish([f"{out}/adapters", f"{out}/report.html"], "eval", run, "--adapter", most)
 
 
+def attack(
+    run: str,
+    attacks: list[str] = ["relearn", "quantise", "paraphrase", "prefix", "tokens", "sample"],  # noqa: B006
+    steps: int = 100,
+    lr: float | None = None,
+    share: float = 1.0,
+    samples: int = 8,
+    max_new_tokens: int = 64,
+    retain_model: str | None = None,
+    seed: int = 0,
+    out: str | None = None,
+    resume: bool = False,
+) -> None:
+    """See what a finished run still knows: relearn it, quantise it, ask it in other ways.
+
+    Relearning trains the merged model's new LoRA, and the run's own, on forget answers alone.
+    Quantisation is that of the merged model: int8 and NF4 by bitsandbytes, int4 by torchao.
+    `nsru compare --resume true` shows the robustness of attacked runs/NAME of its own.
+
+    Args:
+        run: run folder of nsru train, or runs/NAME of nsru compare; it stays as it is.
+        attacks: relearn; quantise; paraphrase asks the records' paraphrased_question; prefix begins
+            the answer with "Sure, here is the answer:"; tokens lets it go on four times as long;
+            sample draws several answers and takes the best.
+        steps: of relearning.
+        lr: of relearning; the run's where none.
+        share: of the forget questions that are relearnt; how far the others come back is shown too.
+        samples: drawn answers to each question.
+        max_new_tokens: longest generated answer.
+        retain_model: a model trained on the retain data alone, attacked beside the run.
+        seed: of relearning and of the samples.
+        out: folder for results.json and report; default RUN/attack.
+        resume: keep the attacks that an earlier, interrupted call has finished in ``out``.
+    """
+    from nsru_train.attack import AttackSettings
+    from nsru_train.attack import attack as attack_run
+
+    out = out or f"{run}/attack"
+    settings = AttackSettings(
+        attacks, steps, lr, share, samples, max_new_tokens, retain_model, seed
+    )
+    attack_run(run, out, settings, resume=resume)
+    _finish([f"{out}/results.json", f"{out}/report.html"], "report", out)
+
+
 def bench(options: list[str]) -> None:
     """Time kernels, sketch, loss and whole steps against every peer; `nsru bench --help`.
 
@@ -672,6 +717,7 @@ COMMANDS: dict[str, Any] = {
     "report": report,
     "refresh": refresh,
     "rollback": rollback,
+    "attack": attack,
     "bench": bench,
 }
 

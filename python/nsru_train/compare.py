@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Contender:
     name: str
     method: Method
     project: bool
+    found: str = "nsru"  # by `find_method`
 
     @classmethod
     def named(cls, name: str, settings: Mapping[str, Any]) -> Contender:
@@ -85,7 +86,7 @@ class Contender:
         if how and not found.trains:
             raise ValueError(f"methods: {method} trains nothing to project, give it as {method}.")
         try:
-            return cls(run_name(method, project), found(**settings), project)
+            return cls(run_name(method, project), found(**settings), project, method)
         except TypeError as error:
             known = [field.name for field in fields(found)]
             odd = ", ".join(sorted(settings.keys() - known))
@@ -117,6 +118,7 @@ class Comparison:
     resume: bool
     progress: bool
     max_length: int = 512
+    sections: Mapping[str, Any] = field(default_factory=dict)  # model and data, to be saved
 
     def __post_init__(self) -> None:
         self._started = time.time()
@@ -160,6 +162,13 @@ class Comparison:
         folder = RunFolder(self.run.path / "runs" / f"{name}-{lr:g}-{seed}")
         if not self._done(folder):
             adapted = copy.deepcopy(self.base)
+            lora = replace(self.lora, project=contender.project)
+            train = replace(self.train, lr=lr, seed=seed, save_steps=0)
+            if self.sections:
+                parts = {"subspace": self.layers, "lora": lora, "train": train}
+                parts |= {"objective": contender.method}
+                saved = {key: asdict(value) for key, value in parts.items()}
+                folder.write_config({**self.sections, "method": contender.found, **saved})
             outcome = unlearn(
                 adapted,
                 self.tokenizer,
@@ -168,9 +177,9 @@ class Comparison:
                 targets=self.layers.targets,
                 exclude=self.layers.exclude,
                 subspaces=self.subspaces,
-                lora=replace(self.lora, project=contender.project),
+                lora=lora,
                 objective=contender.method,
-                train=replace(self.train, lr=lr, seed=seed, save_steps=0),
+                train=train,
                 # Before the first step an adapter is zero.
                 on_eval=lambda step, model: self.probe(model) if step else self._start,
                 max_length=self.max_length,
@@ -204,7 +213,7 @@ class Comparison:
             kept = next((p for p in points if p["step"] == outcome.get("kept_step")), points[-1])
             row = {**kept, **self._quality(adapted), **outcome}
             folder.write_results({"row": row, "answers": self._say(adapted)})
-        return folder.read_results(row=dict)["row"]
+        return {**folder.read_results(row=dict)["row"], **_robustness(trained["folder"])}
 
     def answers(self, shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Questions with the answers of the base model and of the runs shown."""
@@ -253,6 +262,13 @@ class Comparison:
             for split, metrics in known.metrics.items():
                 row |= {f"{split}_{name}": metrics[name] for name in KNOWLEDGE if name in metrics}
         return row
+
+
+def _robustness(folder: str) -> dict[str, float]:
+    """What `nsru attack` found of a run, where it was asked."""
+    attacked = Path(folder, "attack", "results.json")
+    rows = RunFolder(attacked.parent).read_results()["methods"] if attacked.is_file() else []
+    return {k: v for row in rows for k, v in row.items() if k.startswith("robustness")}
 
 
 def check_plan(
@@ -511,6 +527,7 @@ def run_compare(
     comparison = Comparison(
         run, base, tokenizer, loaded, subspaces, subspace, lora, train, train.eval_steps or 10,
         stop, probed, examples, resume, progress=True, max_length=data.max_length,
+        sections={"model": config["model"], "data": config["data"]},
     )  # fmt: skip
     found = compare(comparison, contenders, rates, seeds)
     setup = {

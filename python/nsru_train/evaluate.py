@@ -79,10 +79,10 @@ def probability_sets(
         ValueError: a sequence is too long.
     """
     pairs = {
-        f"{name}_prob": [(qa.question, qa.answer) for qa in _some(records, limit)]
+        f"{name}_prob": [(qa.question, qa.answer) for qa in spread(records, limit)]
         for name, records in splits.items()
     }
-    pairs["safe_prob"] = [(qa.question, safe.target(qa)) for qa in _some(splits["forget"], limit)]
+    pairs["safe_prob"] = [(qa.question, safe.target(qa)) for qa in spread(splits["forget"], limit)]
     return {
         name: [encode_qa(tokenizer, *pair, max_length=max_length) for pair in found]
         for name, found in pairs.items()
@@ -100,7 +100,8 @@ def before_and_after(
     return before, quick_probabilities(model, tokenizer, sets, max_tokens=max_tokens)
 
 
-def _some(records: Sequence[QA], limit: int | None) -> Sequence[QA]:
+def spread(records: Sequence[QA], limit: int | None) -> Sequence[QA]:
+    """At most ``limit`` of the records, at even distances; None takes all."""
     count = min(len(records), limit or len(records))
     return [records[i * len(records) // count] for i in range(count)]
 

@@ -39,6 +39,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     "methods": _RUN,
     "frontier": _RUN,
     "examples": {"split": str},
+    "attacks": {"name": str},
     "subspaces": {"name": str, "modules": list[str], "rank": int, "spectrum": list[float | None]},
     "leakage": {"module": str, "method": str, "rounding": float},
 }

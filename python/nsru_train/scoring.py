@@ -197,6 +197,8 @@ def greedy_answers(
     *,
     max_new_tokens: int = 200,
     max_tokens: int = 4096,
+    opening: str = "",
+    sample: bool = False,
     progress: bool = False,
 ) -> list[str]:
     """The model's greedy answer to each question, special tokens and outer white space removed.
@@ -210,13 +212,15 @@ def greedy_answers(
         max_new_tokens: longest answer.
         max_tokens: most tokens of a batch, padding and max_new_tokens included, which bounds the
             KV cache; a single longer sequence still gets its own batch.
+        opening: first words of every answer, put into the model's mouth and not returned.
+        sample: draw tokens from the model's distribution instead of the likeliest ones.
 
     Raises:
         ValueError: a question leaves no room for an answer in the model's position table.
     """
     if hasattr(model, "get_base_model"):  # PEFT's adapters live in the base model's modules
         model = model.get_base_model()
-    prompts = {question: encode_prompt(tokenizer, question) for question in questions}
+    prompts = {question: _opened(tokenizer, question, opening) for question in questions}
     order = sorted(prompts, key=lambda question: -len(prompts[question]))
     if not order:
         return []
@@ -237,13 +241,21 @@ def greedy_answers(
             batch, order = order[:rows], order[rows:]
             inputs = _left_padded([prompts[question] for question in batch], pad, width)
             new_tokens = int(min(max_new_tokens, limit - width))
-            with generation_config(model, new_tokens, sorted(stop), pad):
+            with generation_config(model, new_tokens, sorted(stop), pad, do_sample=sample):
                 output = model.generate(**{k: v.to(_device(model)) for k, v in inputs.items()})
             for question, ids in zip(batch, output[:, width:].tolist(), strict=True):
                 end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
                 answers[question] = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
             bar.update(len(batch))
     return [answers[question] for question in questions]
+
+
+def _opened(tokenizer: PreTrainedTokenizerBase, question: str, opening: str) -> list[int]:
+    """Tokens of a prompt and of the first words of its answer."""
+    if not opening:
+        return encode_prompt(tokenizer, question)
+    encoded = encode_qa(tokenizer, question, opening, max_length=1 << 30)
+    return encoded.input_ids[: len(encoded) - encoded.closing]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int, width: int) -> dict[str, Tensor]:

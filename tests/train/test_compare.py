@@ -78,6 +78,20 @@ def test_every_method_has_the_same_rates_and_its_row(out):
     assert "npo projected" in (out / "report.html").read_text()
 
 
+def test_an_attack_on_one_of_its_runs_gives_columns(out, flags, capsys):
+    before = {row["method"]: row for row in read_results(out)["methods"]}
+    run = out / "runs" / f"npo-{before['npo']['lr']:g}-0"
+    options = ["--attacks=[sample, relearn]", "--samples=1", "--max_new_tokens=3", "--steps=1"]
+    main(["attack", str(run), *options, f"--retain_model={flags[1].partition('=')[2]}"])
+    attacked = read_results(run / "attack")["methods"][1]
+    main([*flags, "--methods=[nsru, npo, npo projected]", f"--out={out}", "--resume=true"])
+    rows = {row["method"]: row for row in read_results(out)["methods"]}
+    assert not any(key.startswith("robustness") for key in rows["nsru"])
+    for key in ("robustness_asking", "robustness_relearning"):
+        assert rows["npo"][key] == attacked[key]
+    assert {k: v for k, v in rows["npo"].items() if k in before["npo"]} == before["npo"]
+
+
 def test_an_interrupted_comparison_keeps_what_it_has(out, flags, monkeypatch, capsys):
     (out / "results.json").unlink()
     trained = []

@@ -9,6 +9,7 @@ results.json, as far as the report reads it; each key may be missing:
     frontier    the same probabilities at every evaluated step: method, seed, step
     metrics     {split: {metric: number}, metric over all splits: number}, and "notes"
     examples    split, question, original, safe_target, and an answer for each model
+    attacks     name, and what the attacked model knew of the forget set: numbers
     subspaces   diagnostics of each retain subspace
     leakage     module, leakage, rounding; method where it is not the first one
 """
@@ -32,6 +33,7 @@ MATCH_FLOOR = 0.01
 FEW_METHODS = 5
 PROBABILITIES = {
     "forget_prob": "Forgotten answers",
+    "forget_rest_prob": "Forgotten answers not relearnt",
     "safe_prob": "Safe answers",
     "retain_prob": "Retain answers trained on",
     "retain_unseen_prob": "Unseen retain answers",

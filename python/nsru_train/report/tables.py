@@ -153,6 +153,7 @@ def numbers(results: Row) -> list[Table]:
     runs = [row for method in names for row in summary.of_method(methods, method)]
     keys = dict.fromkeys(key for row in runs for key in row if key != "seed")
     found = [
+        attacks(results.get("attacks") or []),
         Table(
             ["split", *(METRICS.get(key, _name(key)) for key in columns)],
             [[split, *(_show(row.get(key)) for key in columns)] for split, row in splits.items()],
@@ -171,6 +172,13 @@ def numbers(results: Row) -> list[Table]:
         ),
     ]
     return [table for table in found if table.rows]
+
+
+def attacks(rows: Sequence[Row]) -> Table:
+    """What each attack brought back of the forget set, and what of the number before survived."""
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith(("forget", "robust")))
+    cells = [[str(row["name"]), *(_show(row.get(key)) for key in keys)] for row in rows]
+    return Table(["attack", *map(_name, keys)], cells)
 
 
 def answering(examples: Sequence[Row]) -> dict[str, str]:
