@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -111,12 +112,13 @@ def attack(path: str, out: str, settings: AttackSettings, *, resume: bool = Fals
     else:
         shutil.rmtree(run.folder.path / "attacks", ignore_errors=True)
     run.folder.write_config(asked)
-    base = run.base()
+    base: Any = run.base()
     before = run.probe(base)
-    attacker = Attacker(run, settings, models, next(base.parameters()))
+    attacker = Attacker(run, settings, models, base)
     load_lora_adapter(base, run.adapter)
+    nk.merge_adapters(base)
     with whole_folder(models[OWN]) as folder:
-        nk.merge_adapters(base).save_pretrained(folder)
+        base.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
     del base
     try:
@@ -155,13 +157,14 @@ class Attacker:
 
     Args:
         models: name -> folder of `OWN`, the run's adapter merged, and `RETAIN`, if given.
-        weight: of the base model; the others get its dtype and device.
+        base: of the run, whose dtype and device the others get.
     """
 
     def __init__(
-        self, run: FinishedRun, settings: AttackSettings, models: dict[str, str], weight: Tensor
+        self, run: FinishedRun, settings: AttackSettings, models: dict[str, str], base: nn.Module
     ) -> None:
         self.run, self.settings, self.models = run, settings, models
+        weight: Tensor = next(base.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         self.notes: list[str] = []
         forget = run.data.forget
@@ -177,7 +180,8 @@ class Attacker:
         """Row of each attack on a model, and the way there; what is there already is kept."""
         for name, way in self.ways(victim):
             label = victim if name == NONE else name if victim == OWN else f"{victim}, {name}"
-            folder = RunFolder(self.run.folder.path / "attacks" / label.replace(" ", "-"))
+            place = "-".join(label.replace(",", "").split())
+            folder = RunFolder(self.run.folder.path / "attacks" / place)
             if not folder.results_path.exists():
                 print(f"{label} …")
                 try:
@@ -188,8 +192,8 @@ class Attacker:
                     self.notes.append(f"{label}: left out, {error}")
                     continue
                 row = {"name": label, "attack": name, "model": victim, **known}
-                points = [{"method": label, **point} for point in points]
-                folder.write_results({"row": row, "points": points})
+                path = [{"method": label, **point} for point in points]
+                folder.write_results({"row": row, "points": path})
             yield folder.read_results(row=dict, points=list[dict])
 
     def ways(self, victim: str) -> Iterator[tuple[str, Callable[[], Found]]]:
@@ -214,7 +218,7 @@ class Attacker:
             yield f"best of {count}", lambda: (self.said(plain(), count, sample=True), [])
         loaded.clear()
         for form in QUANTISED if "quantise" in asked.attacks else ():
-            yield form, lambda form=form: (self.changed(self.quantised(victim, form)), [])
+            yield form, partial(self.squeezed, victim, form)
         if "relearn" in asked.attacks:
             folder = run.folder.path / "runs" / victim.replace(" ", "-")
             layers, lora = sections["subspace"], replace(sections["lora"], project=False)
@@ -226,8 +230,8 @@ class Attacker:
             )
         if "relearn" in asked.attacks and victim == OWN:
             saved = read_adapter(run.adapter)[0]
-            patterns = {key: saved.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
-            own = LoraConfig(saved["r"], saved["lora_alpha"], **patterns, project=False)
+            ranks, alphas = (saved.get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
+            own = LoraConfig(saved["r"], saved["lora_alpha"], ranks, alphas, project=False)
             yield (
                 AGAIN,
                 lambda: self.relearn(
@@ -237,6 +241,9 @@ class Attacker:
 
     def load(self, victim: str) -> nn.Module:
         return load_model(replace(self.run.sections["model"], path=self.models[victim]))[0]
+
+    def squeezed(self, victim: str, form: str) -> Found:
+        return self.changed(self.quantised(victim, form)), []
 
     def quantised(self, victim: str, form: str) -> nn.Module:
         """The model with the weights of its linears in ``form``, one of `QUANTISED`.
@@ -255,7 +262,8 @@ class Attacker:
                 from torchao.quantization import IntxWeightOnlyConfig
                 from torchao.quantization.granularity import PerGroup
 
-                how: Any = TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(32)))
+                int4 = getattr(torch, "int4")  # noqa: B009, which torch's stubs lack
+                how: Any = TorchAoConfig(IntxWeightOnlyConfig(int4, PerGroup(32)))
             else:
                 how = BitsAndBytesConfig(
                     load_in_8bit=form == "int8",

@@ -165,10 +165,9 @@ class Comparison:
             lora = replace(self.lora, project=contender.project)
             train = replace(self.train, lr=lr, seed=seed, save_steps=0)
             if self.sections:
-                parts = {"subspace": self.layers, "lora": lora, "train": train}
-                parts |= {"objective": contender.method}
-                saved = {key: asdict(value) for key, value in parts.items()}
-                folder.write_config({**self.sections, "method": contender.found, **saved})
+                own = {"subspace": asdict(self.layers), "lora": asdict(lora)}
+                own |= {"objective": asdict(contender.method), "train": asdict(train)}
+                folder.write_config({**self.sections, "method": contender.found, **own})
             outcome = unlearn(
                 adapted,
                 self.tokenizer,

@@ -82,6 +82,7 @@ def test_the_run_stays_as_it_is_and_the_report_has_every_attack(run, attacked):
     assert names[:2] == ["before", "unlearned"]
     assert names[-2:] == ["retain model", "retain model, relearned"]
     page = (run / "attack" / "report.html").read_text()
+    assert "collapsed" not in page  # what an attack does to retain answers is the attacker's loss
     for row in attacked["attacks"]:
         assert f'<th scope="row">{row["name"]}</th>' in page
     rows = rows_of(attacked)

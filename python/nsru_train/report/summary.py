@@ -190,7 +190,8 @@ def projection_pairs(methods: Sequence[str]) -> dict[str, tuple[str | None, str 
 def warnings(results: Row) -> list[str]:
     """Warnings before trusting the run: collapse, leakage, ranks cut short."""
     found = []
-    for row in results.get("methods") or []:
+    attacked = results.get("kind") == "attack"  # there it is the attacker's loss
+    for row in () if attacked else results.get("methods") or []:
         method, seed = row.get("method"), row.get("seed", 0)
         retained, before = (
             number(row.get("retain_prob")),
