@@ -478,6 +478,8 @@ def eval(
         plain = adapter is None or is_plain(adapter)
         if adapter is not None and plain:
             nk.merge_adapters(network)  # their attack reads gradients of weights
+        if not plain:
+            evaluation.notes.append("mia_gradnorm: left out, what was trained is no plain LoRA")
         add_attack_scores(
             evaluation.rows, network, tokenizer, max_length=data.max_length, gradients=plain
         )

@@ -25,7 +25,7 @@ def add_attack_scores(
     gradients: bool = True,
     progress: bool = True,
 ) -> None:
-    """Give the rows of the splits forget and holdout their "min_k_plus_plus" and "gradnorm".
+    """Give the rows of forget and holdout, where both are there, "min_k_plus_plus" and "gradnorm".
 
     The latter is the mean over all weights of the L2 norm of the gradient of the answer's mean NLL,
     EOS left out, as in OpenUnlearning, but without dropout. Each question takes a forward of its
@@ -37,7 +37,8 @@ def add_attack_scores(
         gradients: False leaves "gradnorm" out.
     """
     weights = [p for p in model.parameters() if p.is_floating_point()]
-    asked = [row for split in ("forget", "holdout") for row in rows.get(split, ())]
+    both = rows.get("forget"), rows.get("holdout")
+    asked = [row for own in both for row in own or ()] if all(both) else []
     for weight in weights if gradients else ():
         weight.requires_grad_()
     with evaluating(model), torch.set_grad_enabled(gradients):

@@ -29,6 +29,9 @@ def small(tokenizer):
 def test_every_score_is_that_of_one_naive_pass(tokenizer):
     model = small(tokenizer)
     found = rows()
+    alone = {"forget": found["forget"]}
+    add_attack_scores(alone, model, tokenizer, progress=False)
+    assert "gradnorm" not in alone["forget"][0]  # there is nothing to tell it from
     add_attack_scores(found, model, tokenizer, progress=False)
     assert "gradnorm" not in found["retain"][0]
     assert all(p.grad is None for p in model.parameters())
