@@ -592,7 +592,14 @@ def test_the_commands(flags, tmp_path, capsys):
     evaluated = read_results(out / "eval")
     assert evaluated["metrics"]["forget"]["probability"] == pytest.approx(after["forget_prob"])
     assert all(row["before"] for row in evaluated["examples"])
-    for command in ("verify", "merge", "refresh", "rollback"):
+    save_records(tmp_path / "holdout.jsonl", AUTHORS.retain[10:16])
+    theirs = [*flags, f"--data.more={{holdout: {tmp_path / 'holdout.jsonl'}}}", "--generate=false"]
+    main(["eval", str(out), *theirs, "--format=open-unlearning", f"--out={tmp_path / 'theirs'}"])
+    assert "mia_gradnorm: left out, what was trained is no plain LoRA" in capsys.readouterr().out
+    log = json.loads((tmp_path / "theirs" / "TOFU_SUMMARY.json").read_text())
+    assert 0 <= log["mia_min_k_plus_plus"] <= 1
+    assert "mia_gradnorm" not in log
+    for command in ("verify", "merge", "refresh", "rollback", "attack"):
         with pytest.raises(SystemExit):
             main([command, str(out)])
         error = capsys.readouterr().err
