@@ -407,8 +407,8 @@ def read_logs(logs: Mapping[str, str], data: Data) -> tuple[list[dict[str, Any]]
             notes.append(f"{name}: it holds no texts, so its questions may be others than these.")
         elif open_unlearning.same_questions(log, "retain", records["retain"]) is not True:
             notes.append(
-                f"{name}: its retain questions are not those compared here. Its model_utility is "
-                "of its own sets, and its retain answers are left out."
+                f"{name}: its retain questions are not, or not known to be, those compared here. "
+                "Its model_utility is of its own sets, and its retain answers are left out."
             )
     return rows, notes
 

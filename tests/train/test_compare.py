@@ -66,7 +66,7 @@ def test_every_method_has_the_same_rates_and_its_row(out):
         "forget_prob": pytest.approx(math.exp(-1)),
     }  # fmt: skip
     retain, prompt = results["notes"]
-    assert "its retain questions are not those compared here" in retain
+    assert "its retain questions are not, or not known to be, those" in retain
     assert prompt.startswith("theirs: it asks by 'user Where")
     for name in names:
         assert {row["lr"] for row in results["tuning"] if row["method"] == name} == {0.01, 0.02}
@@ -159,6 +159,10 @@ def test_logs_that_cannot_stand_beside_are_named_before_any_work(flags, tmp_path
                 f"--out={tmp_path / 'never'}",
             ])  # fmt: skip
         assert message in capsys.readouterr().err, name
+    odd = write_log(tmp_path / "odd", forget, privleak={"agg_value": "low"})
+    with pytest.raises(SystemExit):
+        main([*flags, f"--logs={{odd: {odd}}}", f"--out={tmp_path / 'never'}"])
+    assert "its privleak is no number, got 'low'" in capsys.readouterr().err
     path = tmp_path / "npo" / "TOFU_EVAL.json"
     log = json.loads(path.read_text())
     log["forget_Q_A_Prob"]["agg_value"] = 0.5

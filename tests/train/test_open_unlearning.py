@@ -51,7 +51,14 @@ def test_every_published_aggregate_follows_from_its_items(name, read):
         return
     quality = math.log10(log["forget_quality"]["agg_value"])
     assert math.log10(found.pop("forget_quality")) == pytest.approx(quality, rel=1e-6)
-    assert found == {"memorization": pytest.approx(0.0868, abs=5e-5)}
+    aucs = [(log[f"mia_{a}"]["agg_value"], retain[f"mia_{a}"]["agg_value"])
+            for a in ("loss", "zlib", "min_k", "min_k_plus_plus", "gradnorm")]  # fmt: skip
+    close = [1 - abs(auc - reference) / max(reference, 1 - reference) for auc, reference in aucs]
+    assert found == {
+        "memorization": pytest.approx(0.0868, abs=5e-5),
+        "privacy": pytest.approx(5 / sum(1 / part for part in close), rel=1e-9),
+    }
+    assert aggregates(retain, retain)["privacy"] == 1
 
 
 @pytest.mark.parametrize("name", ["full_forget10", "retain90"])
@@ -156,6 +163,7 @@ def test_by_hand():
     assert found["wf_Q_A_ROUGE"] == pytest.approx((1 / 3 + 1) / 2)
     assert found["mia_min_k"] == pytest.approx(3 / 4)
     assert found["privleak"] == pytest.approx(100 * (1 / 4 - 1 / 2) / (1 / 2))
+    assert found["privacy"] == pytest.approx(1 - (3 / 4 - 1 / 2) / (1 / 2))
     parts = [1 / 2, 2 / 3, 2 / 3, *[2 / 3] * 3, *[1 / 2] * 3]  # Prob, ROUGE, truth ratio
     assert found["model_utility"] == pytest.approx(9 / sum(1 / part for part in parts))
     remembered = [1 / 2, 1 / 4, 3 / 8, (1 / 2 + 1 / 3) / 2]

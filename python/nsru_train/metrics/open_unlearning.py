@@ -47,9 +47,10 @@ _COMPARED = {
     "retain_Q_A_ROUGE": "retain_rougeL_recall",
     "retain_Truth_Ratio": "retain_truth_ratio",
     "mia_min_k": "membership_auc",
-    **{name: name for name in ("privleak", "model_utility", "forget_quality", "memorization")},
+    **{name: name for name in ("privleak", "privacy", "forget_quality")},
+    **{name: name for name in ("model_utility", "memorization")},
 }
-_OF_RETAIN_LOG = ("privleak", "forget_quality")
+_OF_RETAIN_LOG = ("privleak", "privacy", "forget_quality")
 
 
 def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
@@ -65,6 +66,9 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
         texts, truth ratios from the losses. "memorization" is the harmonic mean of 1 - extraction
         strength, 1 - exact memorization, 1 - paraphrase probability and 1 - the mean share of
         p(right) in p(right) + p(wrong), which gives the values in the paper (arXiv 2506.12618).
+        "privacy", whose formula there is not public, is ours: over the attacks that both logs have
+        the harmonic mean of 1 - |AUC - AUC_retain| / max(AUC_retain, 1 - AUC_retain), 1 where an
+        attacker sees the retain model and 0 where he can see no more of a difference.
 
     Raises:
         ValueError: a metric's items are missing, malformed, or of other questions than those that
@@ -110,6 +114,19 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
 
         ratios = (truth_ratios(one, "forget_truth_ratio") for one in (log, retain_log))
         found["forget_quality"] = float(ks_2samp(*ratios).pvalue)
+    retained = retain_log or {}
+    references = {
+        attack: _attack_auc(retained, attack)
+        for attack in _ATTACKS
+        if f"mia_{attack}" in found and f"mia_{attack}" in retained
+    }
+    if references:
+        found["privacy"] = harmonic_mean(
+            [
+                1 - abs(found[f"mia_{attack}"] - auc) / max(auc, 1 - auc)
+                for attack, auc in references.items()
+            ]
+        )
     remembered = ("extraction_strength", "exact_memorization", "forget_Q_A_PARA_Prob")
     if all(name in found for name in (*remembered, "forget_truth_ratio")):
         shares = 1 / (1 + truth_ratios(log, "forget_truth_ratio"))
@@ -226,12 +243,16 @@ def comparison_row(log: Log, records: Mapping[str, Sequence[tuple[str, str]]]) -
             f"it is of another forget set: {len(texts(log, 'forget'))} questions, the first one "
             f"{texts(log, 'forget')[0][0][-60:]!r}"
         )
-    given, found = summary(log), aggregates(log)
-    for name, value in found.items():
-        said = given.get(name, value)
-        if name not in _OF_RETAIN_LOG and (said is None or abs(said - value) > 1e-5):
-            raise ValueError(f"its {name} says {said}, its items give {value}; it is damaged")
-    found |= {name: given[name] for name in _OF_RETAIN_LOG if given.get(name) is not None}
+    found = aggregates(log)
+    for name, said in summary(log).items():
+        if said is None or name not in (*found, *_OF_RETAIN_LOG):
+            continue
+        if not isinstance(said, (int, float)):
+            raise ValueError(f"its {name} is no number, got {said!r:.60}")
+        if name in _OF_RETAIN_LOG:
+            found[name] = said
+        elif not abs(said - found[name]) <= 1e-5:
+            raise ValueError(f"its {name} says {said}, its items give {found[name]}; it is damaged")
     own = same_questions(log, "retain", records["retain"])
     return {
         ours: found[theirs]
@@ -313,7 +334,11 @@ def to_log(
 
 def summary(log: Log) -> dict[str, float]:
     """The aggregates of a log alone: the content of a TOFU_SUMMARY.json."""
-    return {name: content["agg_value"] for name, content in log.items() if "agg_value" in content}
+    return {
+        name: content["agg_value"]
+        for name, content in log.items()
+        if isinstance(content, Mapping) and "agg_value" in content
+    }
 
 
 def _attack_scores(
