@@ -6,6 +6,7 @@ from nsru_kernels.hf.constrain import constrain_peft
 from nsru_kernels.hf.peft_format import load_lora_adapter, save_lora_adapter
 from nsru_kernels.nn import (
     NSRULinear,
+    NSRUWrappedLinear,
     SwapReport,
     adapters_disabled,
     merge_adapters,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "NSRULinear",
+    "NSRUWrappedLinear",
     "RetainSketch",
     "RetainSubspace",
     "SwapReport",

@@ -17,6 +17,7 @@ from nsru_kernels.files import atomic_write_all, check_fields, read_json, read_t
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.names import plain_name, unwrap
 from nsru_kernels.nn.swap import SwapReport, by_pattern, swap_linears
+from nsru_kernels.nn.wrapped import is_plain, linear_sizes
 
 Value = TypeVar("Value", int, float)
 
@@ -126,12 +127,17 @@ def _config(model: nn.Module, modules: dict[str, NSRULinear]) -> dict[str, Any]:
         "rank_pattern": _pattern({n: m.rank for n, m in modules.items()}, first.rank),
         "alpha_pattern": _pattern({n: m.alpha for n, m in modules.items()}, first.alpha),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": all(_is_conv1d(module) for module in modules.values()),
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
     }
+
+
+def _is_conv1d(module: NSRULinear) -> bool:
+    """True where PEFT has to be told that W is stored [K, N]."""
+    return type(getattr(module, "base_layer", None)).__name__ == "Conv1D"
 
 
 def _pattern(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
@@ -296,8 +302,8 @@ def _check_fit(
 ) -> None:
     if name not in actual:
         raise ValueError(f"the model has no module {name!r}; another base?")
-    weight = getattr(model.get_submodule(actual[name]), "weight", None)
-    shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+    module = model.get_submodule(actual[name])
+    shape = tuple(module.weight.shape) if is_plain(module) else linear_sizes(module)[::-1]
     if shape != (b_NR.shape[0], a_RK.shape[1]):
         raise ValueError(
             f"{name} is made for a weight of {(b_NR.shape[0], a_RK.shape[1])}, "

@@ -104,12 +104,28 @@ class LinearGroup:
     def _compute(
         self, modules: Sequence[NSRULinear], operands: Sequence[Operands], x: Tensor
     ) -> tuple[Tensor, ...]:
+        weights, biases, lora_as, lora_bs, scalings = zip(*operands, strict=True)
+        lora_as, basis, projected = self.adapters(modules, lora_as, x)
+        first = modules[0]
+        dropout_p = first.dropout if first.training else 0.0
+        return projected_linears(
+            x, weights, lora_as, lora_bs, basis, biases, projected, scalings, dropout_p,
+            first.backend,
+        )  # fmt: skip
+
+    def adapters(
+        self, modules: Sequence[NSRULinear], lora_as: tuple[Tensor, ...], x: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
+        """What an op takes for these members and x: (A_i, basis, Ā).
+
+        Ā [ΣR, K] is what is kept, None where the op has to project; A_i are what gradients go to,
+        and the basis is None where these are projected behind them.
+        """
         dense = isinstance(x, Tensor) and x.layout is torch.strided
         if not dense or x.is_nested or x.is_quantized:
             check_dense("NSRULinear", x=x)
         first = modules[0]
         basis = first._subspace[0]._buffers["basis"] if first._subspace else None
-        weights, biases, lora_as, lora_bs, scalings = zip(*operands, strict=True)
         projected = None
         together = len(modules) == len(self._members)
         # Where the graph is recorded it has to project by itself. So does a member out of its
@@ -141,11 +157,7 @@ class LinearGroup:
             if not together:
                 start = sum([m.rank for m in members[: first._position]])
                 projected = projected[start : start + first.rank]
-        dropout_p = first.dropout if first.training else 0.0
-        return projected_linears(
-            x, weights, lora_as, lora_bs, basis, biases, projected, scalings, dropout_p,
-            first.backend,
-        )  # fmt: skip
+        return lora_as, basis, projected
 
     def _obstacle_to(
         self,

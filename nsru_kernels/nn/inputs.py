@@ -234,7 +234,7 @@ class _WeightReads(TorchDispatchMode):
         self.owners = {
             pointer: name
             for name, linear in linears.items()
-            if (pointer := _address(linear.weight)) is not None
+            if (pointer := _address(getattr(linear, "weight", None))) is not None
         }
         self.found: dict[str, str] = {}
         self._running: list[nn.Module] = []
@@ -341,7 +341,7 @@ def _hooks(
 
     def make(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            consume(name, args[0] if args else kwargs["input"])
+            consume(name, args[0] if args else next(iter(kwargs.values())))
 
         return hook
 

@@ -117,6 +117,11 @@ class NSRULinear(nn.Module):
         return self.alpha / self.rank
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the frozen weight."""
+        return self.weight.dtype
+
+    @property
     def basis(self) -> Tensor | None:
         """U [K, Q], or None for plain LoRA."""
         return self._subspace[0]._buffers["basis"] if self._subspace else None
@@ -225,7 +230,7 @@ class NSRULinear(nn.Module):
         if self.merged:
             return self.weight.detach()
         delta = self.delta_weight()
-        merged = delta.add_(self.weight).to(self.weight.dtype)
+        merged = delta.add_(self.weight).to(self.dtype)
         if not merged.isfinite().all():
             raise ValueError(
                 f"W + s B Ā holds NaN or infinite values in {merged.dtype}: the adapter diverged "
@@ -234,11 +239,22 @@ class NSRULinear(nn.Module):
         return merged
 
     @torch.no_grad()
+    def merged_linear(self, dtype: torch.dtype) -> nn.Module:
+        """The plain linear with the update in it for good: W itself is written to, in its dtype."""
+        self.weight.copy_(self.merged_weight())
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+        linear.weight = self.weight
+        linear.bias = self.bias  # type: ignore[assignment] # None without a bias
+        return linear.train(self.training)
+
+    @torch.no_grad()
     def leakage(self) -> float:
         """‖Ā U‖_F / ‖A‖_F, Ā rounded to weight's dtype, then in float64; 0.0 without a basis."""
         if self.basis is None:
             return 0.0
-        a_RK = self.projected_adapter().to(self.weight.dtype).double()
+        a_RK = self.projected_adapter().to(self.dtype).double()
         norm = self.lora_A.double().norm()
         return float((a_RK @ self.basis.double()).norm() / norm) if norm else 0.0
 

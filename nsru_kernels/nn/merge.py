@@ -14,6 +14,9 @@ from nsru_kernels.nn.swap import replace_module
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Replace every ``NSRULinear`` by ``nn.Linear`` with W + s B Ā, summed in fp32, rounded once.
 
+    A layer of another kind gets the sum into its own weight where that is dense, as ``Conv1D``'s;
+    a quantised one becomes an ``nn.Linear`` in the model's dtype.
+
     Args:
         model: changed in place. Weights keep their dtype and stay frozen.
     Returns:
@@ -35,14 +38,18 @@ def merge_adapters(model: nn.Module) -> nn.Module:
             module.merged_weight()
         except ValueError as error:
             raise ValueError(f"merge_adapters: {name}: {error}") from error
+    dtype = _dtype_of(model)
     for name, module in modules:
-        module.weight.copy_(module.merged_weight())
-        linear = nn.Linear(
-            module.in_features, module.out_features, bias=module.bias is not None, device="meta"
-        )
-        linear.weight = module.weight
-        linear.bias = module.bias  # type: ignore[assignment] # None without a bias
         # A compiled layer goes on calling what it was made of.
-        place = name.removesuffix(COMPILED)
-        replace_module(model, place, linear.train(module.training))
+        replace_module(model, name.removesuffix(COMPILED), module.merged_linear(dtype))
     return model
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of what is neither quantised nor an adapter, as the embeddings of a model."""
+    floats = [
+        parameter.dtype
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and "lora_" not in name
+    ]
+    return floats[0] if floats else torch.float32

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nsru_kernels.nn.group import LinearGroup
@@ -21,6 +20,13 @@ from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.names import COMPILED, unwrap
 from nsru_kernels.nn.projections import Projections
 from nsru_kernels.nn.subspace import RetainSubspace
+from nsru_kernels.nn.wrapped import (
+    NSRUWrappedLinear,
+    is_plain,
+    linear_sizes,
+    place_of,
+    why_not_linear,
+)
 
 Value = TypeVar("Value")
 
@@ -108,6 +114,9 @@ def swap_linears(
 ) -> SwapReport:
     """Replace linear layers in place by ``NSRULinear`` and freeze every other parameter.
 
+    Quantised layers, ``Conv1D`` and whatever else computes x Wᵀ + b in a way of its own goes on
+    doing so inside a ``NSRUWrappedLinear``.
+
     Save the result with ``save_lora_adapter``, or ``merge_adapters`` and ``save_pretrained``;
     transformers alone would read a swapped model back without its adapters. Weights are taken over,
     not copied. Linears that share one subspace object share one basis
@@ -182,9 +191,8 @@ def swap_linears(
         trainable_before = [p for p in linear.parameters() if p.requires_grad]
         try:
             holder = None if subspaces is None else _holder(subspaces[name], linear, holders)
-            module = NSRULinear.from_linear(
-                linear, ranks[name], alpha=alphas[name], dropout=dropout, backend=backend
-            )
+            wrap = NSRULinear.from_linear if is_plain(linear) else NSRUWrappedLinear
+            module = wrap(linear, ranks[name], alpha=alphas[name], dropout=dropout, backend=backend)
             module.hold(holder)
         except (TypeError, ValueError) as error:
             raise type(error)(f"swap_linears: {name}: {error}") from error
@@ -214,7 +222,7 @@ def match_linears(
     targets: str | Sequence[str],
     exclude: str | Sequence[str] = (),
     elsewhere: Mapping[str, str] | None = None,
-) -> list[tuple[str, nn.Linear]]:
+) -> list[tuple[str, nn.Module]]:
     """The linear layers that ``targets`` names, in model order; see ``swap_linears``.
 
     Args:
@@ -266,7 +274,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _read_elsewhere(
-    model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch | None
+    model: nn.Module, linears: Mapping[str, nn.Module], batch: Batch | None
 ) -> dict[str, str]:
     stream = ActivationStream(model, linears)
     if batch is not None:
@@ -278,7 +286,7 @@ def _read_elsewhere(
 
 def _families(
     model: nn.Module,
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, nn.Module],
     subspaces: Mapping[str, Any] | None,
     batch: Batch | None,
 ) -> list[list[str]] | None:
@@ -298,7 +306,7 @@ def _join(modules: Mapping[str, NSRULinear], families: list[list[str]]) -> list[
         # Of one parent, for cross-attention reads one tensor in all layers, with others in between.
         parts: dict[tuple, list[str]] = {}
         for name in family:
-            if name in single:
+            if name in single and not isinstance(single[name], NSRUWrappedLinear):
                 module, parent = single[name], name.rpartition(".")[0]
                 key = (parent, id(module.subspace), module.weight.dtype)
                 parts.setdefault(key, []).append(name)
@@ -314,7 +322,7 @@ def _join(modules: Mapping[str, NSRULinear], families: list[list[str]]) -> list[
 
 
 def _holder(
-    subspace: Any, linear: nn.Linear, holders: dict[int, tuple[Any, RetainSubspace]]
+    subspace: Any, linear: nn.Module, holders: dict[int, tuple[Any, RetainSubspace]]
 ) -> RetainSubspace:
     """The one holder of this subspace's basis, on the device of the first linear that asks."""
     if id(subspace) not in holders:
@@ -325,7 +333,7 @@ def _holder(
             )
         own = subspace.share() if isinstance(subspace, RetainSubspace) else RetainSubspace(basis)
         # With the object itself, so that no other takes over its identity.
-        holders[id(subspace)] = subspace, own.to(linear.weight.device)
+        holders[id(subspace)] = subspace, own.to(place_of(linear)[0])
     return holders[id(subspace)][1]
 
 
@@ -367,25 +375,25 @@ def _match(
     targets: str | Sequence[str],
     exclude: str | Sequence[str],
     elsewhere: Mapping[str, str],
-) -> tuple[list[tuple[str, nn.Linear]], dict[str, str]]:
+) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
     wanted, unwanted = names_in("targets", targets), names_in("exclude", exclude)
     if not wanted:
         raise ValueError("targets must name at least one linear layer, got an empty list.")
     if ALL_LINEAR in unwanted:
         raise ValueError(f"exclude must name linear layers, got {ALL_LINEAR!r}: it leaves none.")
-    if _looks_linear(model):
+    if looks_linear(model):
         raise ValueError("model is a linear layer itself; use NSRULinear.from_linear.")
     # Layers that a swap or a merge would silently miss, or change in another place.
     places = Counter(id(child) for m in model.modules() for child in m._modules.values())
     shared = _shared_memory(model)
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    matched: list[tuple[str, nn.Linear]] = []
+    matched: list[tuple[str, nn.Module]] = []
     skipped: dict[str, str] = {}
     hits: Counter[str] = Counter()
     linear_names: list[str] = []
     for name, module in model.named_modules():
-        if not _looks_linear(module):
+        if not looks_linear(module):
             continue
         linear_names.append(name)
         named = [t for t in wanted if t != ALL_LINEAR and _names(t, name)]
@@ -395,7 +403,7 @@ def _match(
             reason = "is compiled by itself and would go on as it is; compile after swapping"
         if reason is None and places[id(module)] > 1:
             reason = "the same module stands in several places; give each its own"
-        if reason is None and id(module.weight) in shared:
+        if reason is None and id(getattr(module, "weight", None)) in shared:
             reason = "its weight is tied to another module; a merge would change both, untie them"
         reason = reason or _refused_by_peft(model, name) or elsewhere.get(name)
         hits.update(excluded)
@@ -478,23 +486,27 @@ def _fused_experts(model: nn.Module) -> dict[str, str]:
         if name.rpartition(".")[2] == "experts" or "experts" in type(module).__name__.lower()
     }
     share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
-    reason = f"fused experts, {share:.0%} of all parameters; only nn.Linear is supported"
+    reason = f"fused experts, {share:.0%} of all parameters; only linear layers are supported"
     return {name: reason for name, size in sizes.items() if size}
 
 
-def _looks_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+def looks_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (
+        linear_sizes(module)[0] > 0
+        and not isinstance(module, NSRULinear)
+        and next(module.children(), None) is None
+    )
 
 
 def _cannot_swap(module: nn.Module) -> str | None:
     if nn.utils.parametrize.is_parametrized(module):
         return "has a parametrization; remove it first"
-    if type(module) is not nn.Linear:
-        return f"{type(module).__name__} is not a plain nn.Linear; only those are supported"
-    weight = module.weight
-    if type(weight) not in (nn.Parameter, FakeTensor):
-        return f"its weight is a {type(weight).__name__}; only plain tensors are supported"
-    if weight.layout is not torch.strided or not weight.is_floating_point():
+    weight = getattr(module, "weight", None)
+    if type(weight).__name__ == "DTensor":
+        return "its weight is a DTensor, a shard of a tensor-parallel or FSDP2 model; swap before"
+    if torch.nn.parameter.is_lazy(weight):
+        return "its weight has no size yet; run the model once"
+    if is_plain(module) and (weight.layout is not torch.strided or not weight.is_floating_point()):
         return (
             f"its weight is of {weight.layout} and {weight.dtype}; only dense floats are supported"
         )
@@ -504,7 +516,7 @@ def _cannot_swap(module: nn.Module) -> str | None:
         return "has hooks, which a swap would drop; remove them first"
     if "forward" in vars(module):
         return "its forward has been replaced, which a swap would drop"
-    return None
+    return None if is_plain(module) else why_not_linear(module)
 
 
 def _no_match(target: str, linear_names: list[str], skipped: dict[str, str]) -> str:

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nsru_kernels.files import check_fields, read_json, whole_folder
 from nsru_kernels.nn.names import plain_name, unwrap
@@ -265,13 +266,17 @@ def fingerprint_weights(model: nn.Module, rounded_to: torch.dtype | None = None)
     model differs in thousands of them. rounded_to tells what it would be in another dtype.
     """
     digest = hashlib.sha256()
-    weights = {
-        plain_name(name).replace(".base_layer.", "."): weight  # of what PEFT adapted
-        for name, weight in unwrap(model).named_parameters()
-    }
-    for name, weight in sorted(weights.items()):
+    weights: dict[str, Tensor] = {}
+    for name, weight in unwrap(model).named_parameters():
         if "lora_" in name:
             continue
+        name = plain_name(name).replace(".base_layer.", ".")  # of adapted layers
+        if is_traceable_wrapper_subclass(weight):  # of torchao: numbers, scales and zero points
+            parts = weight.__tensor_flatten__()[0]
+            weights |= {f"{name}.{part}": getattr(weight, part) for part in parts}
+        else:
+            weights[name] = weight
+    for name, weight in sorted(weights.items()):
         flat = weight.detach().resolve_neg().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         sample = flat[::step].to("cpu", rounded_to).to(torch.bfloat16).view(torch.int16)

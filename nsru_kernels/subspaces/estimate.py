@@ -22,6 +22,7 @@ from nsru_kernels.nn.inputs import (
 from nsru_kernels.nn.names import unwrap
 from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.nn.swap import match_linears, names_in
+from nsru_kernels.nn.wrapped import linear_sizes, place_of
 from nsru_kernels.subspaces.collection import InputDiagnostics, SubspaceSet, fingerprint_weights
 from nsru_kernels.subspaces.distributed import communication_device
 from nsru_kernels.subspaces.sketch import MIN_ENERGY, RetainSketch, lifted
@@ -95,7 +96,7 @@ def estimate_retain_subspaces(
         groups = _agree_on_groups(None if first is None else stream.group_by_input(first))
         sketches = {
             modules[0]: RetainSketch(
-                linears[modules[0]].in_features,
+                linear_sizes(linears[modules[0]])[0],
                 width,
                 refresh_every=refresh_every,
                 seed=seed + index,
@@ -227,7 +228,7 @@ def _agree_on_groups(groups: list[list[str]] | None) -> list[list[str]]:
 
 
 def _check_request(
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, nn.Module],
     width: int,
     rank: int | None,
     energy: float | None,
@@ -254,9 +255,9 @@ def _check_request(
                 f"width={width}."
             )
         for name, linear in linears.items():
-            if rank > linear.in_features:
+            if rank > (k := linear_sizes(linear)[0]):
                 raise ValueError(
-                    f"{function}: rank={rank} is beyond the in_features={linear.in_features} of "
+                    f"{function}: rank={rank} is beyond the in_features={k} of "
                     f"{name}; lower it, or choose by energy or min_editability."
                 )
 
@@ -272,6 +273,7 @@ def _check_reached(sketches: Mapping[str, RetainSketch]) -> None:
         )
 
 
-def _device_of(linear: nn.Linear, default: torch.device) -> torch.device:
+def _device_of(linear: nn.Module, default: torch.device) -> torch.device:
     # Offloaded weights stand on "meta" between calls.
-    return default if linear.weight.is_meta else linear.weight.device
+    device, _ = place_of(linear)
+    return default if device.type == "meta" else device

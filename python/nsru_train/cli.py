@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -521,6 +522,7 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     from nsru_kernels.hf.peft_format import load_lora_adapter
     from nsru_train.adapters import check_plain
     from nsru_train.pipeline import load_model
+    from nsru_train.quantized import requantization_errors
     from nsru_train.run_folder import RunFolder
 
     adapter = adapter or f"{run}/adapter"
@@ -529,7 +531,18 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     locked = RunFolder(run).lock()  # which removes what a killed merge left
     network, tokenizer = load_model(model)
     load_lora_adapter(network, adapter)
+    errors = requantization_errors(network)
     nk.merge_adapters(network)
+    if getattr(network, "hf_quantizer", None) is not None:
+        network = network.dequantize()  # the layers without an adapter, and the model's config
+        print(f"The base is quantised; {run}/merged is in {network.dtype}.")
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        print(
+            f"Quantised again it would be off by {statistics.fmean(errors.values()):.0%} of the "
+            f"update on average, and by {errors[worst]:.0%} in {worst}: serve it as it is, or the "
+            "adapter on the quantised base."
+        )
     with whole_folder(f"{run}/merged") as folder:
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

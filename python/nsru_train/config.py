@@ -26,12 +26,15 @@ class ModelConfig:
         dtype: of the weights; auto takes what the checkpoint says.
         device: "auto" is the GPU where there is one, else the CPU.
         trust_remote_code: run code that comes with the model.
+        quantize: hold the weights of linear layers in 4 or 8 bits (NF4, LLM.int8; needs
+            bitsandbytes); adapters stay in float32.
     """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    quantize: Literal["none", "nf4", "int8"] = "none"
 
     def __post_init__(self) -> None:
         check_settings("model", self)

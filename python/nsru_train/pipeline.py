@@ -39,6 +39,7 @@ from nsru_train.losses.batch import SAFE
 from nsru_train.measure import PeakMemory
 from nsru_train.methods import Method
 from nsru_train.own_texts import own_texts
+from nsru_train.quantized import check_bitsandbytes, quantizing
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import (
     check_positions,
@@ -165,12 +166,17 @@ def load_model(
 
     device = _device(config.device)
     _check_folder(config.path)
+    if config.quantize != "none":
+        check_bitsandbytes(config.quantize)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, trust_remote_code=config.trust_remote_code
         )
         model = AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+            config.path,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            **({} if config.quantize == "none" else quantizing(config, device)),
         )
     except Exception as error:  # a damaged file raises anything in transformers
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -201,7 +207,8 @@ def load_model(
             use_format(tokenizer, text_format)
         except ValueError as error:
             raise ValueError(f"data: {error}") from error
-    return model.to(device).eval(), tokenizer
+    # Quantised weights are where they were made, and not all of them can move.
+    return (model if model.device == device else model.to(device)).eval(), tokenizer
 
 
 def _check_folder(path: str) -> None:
@@ -581,7 +588,7 @@ def unlearn(
         early_stop=trainer.early_stop_reason,
         kept_step=trainer.kept_step,
         leakage=[
-            {"module": name, "leakage": module.leakage(), "rounding": rounding(module.weight)}
+            {"module": name, "leakage": module.leakage(), "rounding": rounding(module.dtype)}
             for name, module in _adapted(model)
         ],
     )
@@ -644,6 +651,6 @@ def _adapted(model: nn.Module) -> list[tuple[str, nk.NSRULinear]]:
     return [(n, module) for n, module in model.named_modules() if isinstance(module, nk.NSRULinear)]
 
 
-def rounding(weight: torch.Tensor) -> float:
+def rounding(dtype: torch.dtype) -> float:
     """Leakage that rounding the projected adapter to the weight's dtype can cause at most."""
-    return torch.finfo(weight.dtype).eps / 2
+    return torch.finfo(dtype).eps / 2

@@ -20,6 +20,7 @@ from nsru_kernels.nn.inputs import evaluating
 from nsru_kernels.nn.swap import replace_module
 from nsru_train.data.encode import Encoded, collate, encode_prompt, length_batches, pad_token_id
 from nsru_train.losses.hidden import decoder_layers, layer_states
+from nsru_train.quantized import refuse_wrapped
 
 WEIGHTS, CONFIG = "routed_adapter.safetensors", "routed_adapter.json"
 _FIELDS = {"schema": int, "layer": int, "domains": list[str], "alpha": dict[str, float]}
@@ -143,6 +144,7 @@ def add_experts(model: nn.Module, router: Router, std: float) -> int:
     Args:
         std: of the normal distribution that all B start from.
     """
+    refuse_wrapped(model, "alter")
     modules = {n: m for n, m in model.named_modules() if isinstance(m, nk.NSRULinear)}
     for name, old in modules.items():
         new = _routed(old, old.rank, old.alpha, basis=old.subspace, dropout=old.dropout)

@@ -168,12 +168,13 @@ class NSRUTrainer(ResumableTrainer):
             args._n_gpu = 1
         if args.ddp_find_unused_parameters is None and args.world_size > 1:
             args.ddp_find_unused_parameters = not _all_take_part(model, train_dataset)
-        super().__init__(
-            model,
-            args,
-            data_collator=RowCollator(pad_token_id(tokenizer, model)),
-            train_dataset=train_dataset,
-        )
+        with _known_as_adapted(model):
+            super().__init__(
+                model,
+                args,
+                data_collator=RowCollator(pad_token_id(tokenizer, model)),
+                train_dataset=train_dataset,
+            )
         self.model_accepts_loss_kwargs = False  # no token count to gather across ranks every step
         self.objective = objective.prepare(model)
         self._state = self.objective.start()
@@ -367,6 +368,16 @@ def _as_forward(model: nn.Module, function: Callable) -> Iterator[None]:
             del model.forward
         else:
             model.forward = own
+
+
+@contextmanager
+def _known_as_adapted(model: nn.Module) -> Iterator[None]:
+    """Trainer refuses a quantised model unless this says that adapters are what is trained."""
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
 
 
 def _all_take_part(model: nn.Module, dataset: UnlearnDataset) -> bool:

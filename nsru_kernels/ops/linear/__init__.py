@@ -10,12 +10,18 @@ from torch import Tensor
 from nsru_kernels.checks import check_dense, check_range
 from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.dispatch.launch import capturing
-from nsru_kernels.ops.linear.autograd import Call, ProjectedLinear
+from nsru_kernels.ops.linear.autograd import Call, ProjectedLinear, ProjectedUpdate
 from nsru_kernels.ops.linear.backends import compute_dtype
 from nsru_kernels.ops.project import check_projection
 from nsru_kernels.ops.project.gram import gram_inverse_of
 
-__all__ = ["compute_dtype", "nsru_linear", "nsru_linear_group", "projected_linears"]
+__all__ = [
+    "compute_dtype",
+    "nsru_linear",
+    "nsru_linear_group",
+    "projected_linears",
+    "projected_update",
+]
 
 
 def nsru_linear(
@@ -172,6 +178,52 @@ def projected_linears(
         x, weights, biases = _autocast(x, weights, biases)
         for weight, a, b, bias in zip(weights, lora_as, lora_bs, biases, strict=True):
             _check("nsru_linear", x, weight, a, b, basis, bias)
+    call = _call(x, weights, biases, basis, projected, scalings, dropout_p, backend)
+    if not torch.is_grad_enabled():
+        return ProjectedLinear.forward(None, call, x, *lora_as, *lora_bs)
+    for tensor in (*weights, *biases):
+        if tensor is not None and tensor.requires_grad:
+            return ProjectedLinear.apply(call, x, *lora_as, *lora_bs, *weights, *biases)
+    return ProjectedLinear.apply(call, x, *lora_as, *lora_bs)
+
+
+def projected_update(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    basis: Tensor | None,
+    projected: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:
+    """y + s dropout(x) Āᵀ Bᵀ [..., N] in y's dtype, for a y = x Wᵀ + b that another kernel made.
+
+    The small products are computed in x's dtype, or autocast's; see ``projected_linears``.
+
+    Raises: ValueError: y or x do not fit the adapter.
+    """
+    (n, _), (_, k) = lora_b.shape, lora_a.shape
+    if x.shape[-1:] != (k,) or y.shape != (*x.shape[:-1], n):
+        raise ValueError(
+            f"NSRULinear: x must be [..., K={k}] and the layer's own output [..., N={n}], got "
+            f"{tuple(x.shape)} and {tuple(y.shape)}."
+        )
+    call = _call(x, (), (), basis, projected, [scaling], dropout_p, backend)
+    return ProjectedUpdate.apply(call, y, x, lora_a, lora_b)
+
+
+def _call(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    basis: Tensor | None,
+    projected: Tensor | None,
+    scalings: Sequence[float],
+    dropout_p: float,
+    backend: str,
+) -> Call:
     # Drawn from the default generator, so that torch.manual_seed and checkpointing's saved state
     # govern it.
     seed = None
@@ -185,16 +237,10 @@ def projected_linears(
     gram_inverse = (
         gram_inverse_of(basis) if basis is not None and basis.element_size() < 4 else None
     )
-    call = Call(
+    return Call(
         weights, biases, basis, gram_inverse, projected, scalings, dropout_p, seed,
         requested_backend(backend),
     )  # fmt: skip
-    if not torch.is_grad_enabled():
-        return ProjectedLinear.forward(None, call, x, *lora_as, *lora_bs)
-    for tensor in (*weights, *biases):
-        if tensor is not None and tensor.requires_grad:
-            return ProjectedLinear.apply(call, x, *lora_as, *lora_bs, *weights, *biases)
-    return ProjectedLinear.apply(call, x, *lora_as, *lora_bs)
 
 
 def _autocast(

@@ -6,6 +6,7 @@ In eager the backend is called directly; while compiling, the registered ops
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from nsru_kernels.dispatch.choice import READ_MEMORY, as_op, choose
 from nsru_kernels.dispatch.config import BackendUnavailable
 from nsru_kernels.dispatch.launch import in_memory
 from nsru_kernels.ops.linear import reference
-from nsru_kernels.ops.linear.backends import LINEAR
+from nsru_kernels.ops.linear.backends import LINEAR, compute_dtype
 from nsru_kernels.ops.project.autograd import project_one
 from nsru_kernels.ops.project.reference import accumulate_dtype
 
@@ -213,6 +214,60 @@ def _gradients(ctx, *dys):
 
 
 _gradients_once = once_differentiable(_gradients)
+
+
+class ProjectedUpdate(torch.autograd.Function):
+    """y + s S Bᵀ, S = dropout(x) Āᵀ, for a y = x Wᵀ + b that another kernel made; library GEMMs.
+
+    y is not written to, and not kept for backward. ``call`` has no weights.
+    """
+
+    @staticmethod
+    def forward(ctx, call, y, x, lora_a, lora_b):
+        _, _, basis, gram_inverse, projected, (scaling,), dropout_p, seed, backend = call
+        dtype = compute_dtype(x)
+        with _no_autocast(x):
+            if projected is None:
+                projected = _project(dtype, lora_a.detach(), basis, gram_inverse, backend)
+            x_MK, y_MN, b_NR = _flatten(_to(x, dtype)), _flatten(y), _to(lora_b.detach(), dtype)
+            s_MR = reference.drop(x_MK, dropout_p, seed) @ projected.T
+            if y.dtype == dtype:
+                out_MN = torch.addmm(y_MN, s_MR, b_NR.T, alpha=scaling)
+            else:
+                out_MN = torch.add(y_MN, _to(s_MR @ b_NR.T, y.dtype), alpha=scaling)
+        ctx.save_for_backward(x_MK, projected, b_NR, s_MR, basis, gram_inverse, seed)
+        ctx.settings = scaling, dropout_p, backend
+        ctx.likes = x.shape, x.dtype, lora_a.dtype, lora_b.dtype
+        return torch.ops.aten._unsafe_view(out_MN, y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x_MK, projected, b_NR, s_MR, basis, gram_inverse, seed = ctx.saved_tensors
+        scaling, dropout_p, backend = ctx.settings
+        x_shape, x_dtype, a_dtype, b_dtype = ctx.likes
+        _, need_y, need_x, need_a, need_b = ctx.needs_input_grad
+        dys_MN = [_flatten(_to(dy, x_MK.dtype))]
+        needs = [need_x, need_a, False, False, need_b]
+        with _no_autocast(dy):
+            dx, da, *_, db = reference.backward(
+                dys_MN, x_MK, [None], projected, [b_NR], s_MR, [scaling], dropout_p, seed, needs
+            )
+            if need_a:
+                da = _project(a_dtype, da, basis, gram_inverse, backend)
+        return (
+            None,
+            dy if need_y else None,
+            _to(dx, x_dtype).reshape(x_shape) if need_x else None,
+            da,
+            _to(db, b_dtype) if need_b else None,
+        )
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _project(

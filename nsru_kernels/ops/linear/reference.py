@@ -9,6 +9,8 @@ the dropout mask is drawn again instead of being stored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,7 +46,7 @@ def forward(
 def backward(
     dys_MN: list[Tensor | None],
     x_MK: Tensor,
-    ws_NK: list[Tensor],
+    ws_NK: Sequence[Tensor | None],
     a_RK: Tensor,
     bs_NR: list[Tensor],
     s_MR: Tensor,
@@ -58,7 +60,8 @@ def backward(
 
     All plans are one here.
     Other backends may hand dĀ and dB out in float32. A ``dy`` of None is an output that nobody
-    used: what belongs to it alone is None, and its rows of dĀ are zero.
+    used: what belongs to it alone is None, and its rows of dĀ are zero. A W of None adds nothing to
+    dX.
     """
     count = len(ws_NK)
     need_x, need_a = needs[:2]
@@ -78,7 +81,7 @@ def backward(
         if dropout_p:
             dx = drop(dx, dropout_p, seed)
         for dy_MN, w_NK in zip(dys_MN, ws_NK, strict=True):
-            if dy_MN is not None:
+            if dy_MN is not None and w_NK is not None:
                 dx.addmm_(dy_MN, w_NK)
     if need_a:
         da = ds_MR.T @ (drop(x_MK, dropout_p, seed) if dropout_p else x_MK)

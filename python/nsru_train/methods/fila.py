@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 import nsru_kernels as nk
 from nsru_kernels.nn.inputs import evaluating
 from nsru_train.losses.nll import answer_nll
+from nsru_train.quantized import refuse_wrapped
 
 EPSILON = 1e-5
 OVERSAMPLING = 8  # directions of the randomised SVD beyond the rank
@@ -33,6 +34,7 @@ def start_with_fila(model: nn.Module, forget: Batches, retain: Batches) -> None:
 
     Source: Cha et al. 2025, arXiv 2408.06621 (LoKU), and its public code.
     """
+    refuse_wrapped(model, "fila")
     modules = [module for module in model.modules() if isinstance(module, nk.NSRULinear)]
     weights = [module.weight for module in modules]
     fisher = [squared_gradients(model, weights, batches) for batches in (forget, retain)]

@@ -1,0 +1,186 @@
+"""Linears that compute x Wᵀ + b by a kernel of their own: quantised ones, Conv1D, subclasses."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from nsru_kernels.nn.linear import NSRULinear
+from nsru_kernels.nn.subspace import RetainSubspace
+from nsru_kernels.ops.linear import projected_update
+
+# Of random inputs; 8-bit activations are off by a hundredth, a nonlinearity by a tenth and more.
+_AFFINE = 0.05
+_ROWS = 1024  # of the identity that shows W
+_tried: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # and found linear
+
+
+class NSRUWrappedLinear(NSRULinear):
+    """y = base_layer(x) + (alpha/rank) · dropout(x) Āᵀ Bᵀ, Ā = A (I - U Uᵀ), base_layer frozen.
+
+    For whatever computes x Wᵀ + b: quantised linears of bitsandbytes, torchao, HQQ or GPTQ,
+    transformers' ``Conv1D``, subclasses of ``nn.Linear``. Nothing of it is dequantised but by
+    itself; ``weight`` and ``bias`` are what it computes with, read off its outputs.
+
+    Args:
+        base_layer: the layer; see ``why_not_linear`` for what can be one. The others are as for
+            ``NSRULinear``.
+    Raises: ValueError, TypeError: as for ``NSRULinear``.
+    """
+
+    base_layer: nn.Module
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        rank: int,
+        *,
+        alpha: float,
+        basis: Tensor | RetainSubspace | None = None,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ):
+        k, n = linear_sizes(base_layer)
+        super().__init__(
+            k, n, rank, alpha=alpha, bias=False, dropout=dropout, device="meta", backend=backend
+        )
+        del self._parameters["weight"], self._parameters["bias"]
+        self.base_layer = base_layer.requires_grad_(False)
+        self._make_adapter(place_of(base_layer)[0])
+        self._set_basis(basis)
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """W [N, K], as base_layer computes with it."""
+        return affine_map(self.base_layer)[0]
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        return getattr(self.base_layer, "bias", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return place_of(self.base_layer)[1]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y [..., N] of x [..., K], in the dtype of base_layer's output."""
+        y = self.base_layer(input)
+        if not self.enabled:
+            return y
+        (lora_a,), basis, projected = self.group.adapters((self,), (self.lora_A,), input)
+        dropout_p = self.dropout if self.training else 0.0
+        return projected_update(
+            y, input, lora_a, self.lora_B, basis, projected, self.scaling, dropout_p, self.backend
+        )
+
+    def merge(self) -> None:
+        """Refused: what is quantised cannot be added to and put back."""
+        raise ValueError(
+            f"NSRUWrappedLinear: {type(self.base_layer).__name__} cannot be merged into for a "
+            "time; merge_adapters(model) does it for good."
+        )
+
+    @torch.no_grad()
+    def merged_linear(self, dtype: torch.dtype) -> nn.Module:
+        """base_layer where its own weight can take the update, else an ``nn.Linear`` in dtype."""
+        w_NK, bias_N = affine_map(self.base_layer)
+        own = getattr(self.base_layer, "weight", None)
+        if type(own) is nn.Parameter and own.is_floating_point():
+            for view_NK in (own.data, own.data.T):
+                if view_NK.shape == w_NK.shape and torch.equal(view_NK, w_NK.to(own.dtype)):
+                    view_NK.copy_(self.merged_weight())
+                    return self.base_layer
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta"
+        )
+        linear.weight = nn.Parameter(self.merged_weight().to(dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(bias_N.to(dtype), requires_grad=False)
+        return linear.train(self.training)
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """(K, N) of a layer that says so itself, or of a ``Conv1D``; (0, 0) of others."""
+    if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):
+        k, n = module.weight.shape if module.weight.dim() == 2 else (0, 0)
+        return k, n
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return sizes if all(isinstance(size, int) for size in sizes) else (0, 0)  # type: ignore
+
+
+def is_plain(module: nn.Module) -> bool:
+    """True for an ``nn.Linear`` of an ordinary weight, which ``NSRULinear`` computes itself."""
+    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, FakeTensor)
+
+
+def why_not_linear(module: nn.Module) -> str | None:
+    """The reason for which an adapter cannot stand beside this layer; None where it can.
+
+    It is tried: four tokens have to come out as those of x Wᵀ + b would, and gradients to go back.
+    """
+    if module in _tried:
+        return None
+    kind = type(module).__name__
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight instead of calling it"
+    k, n = linear_sizes(module)
+    device, dtype = place_of(module)
+    if device.type == "meta":
+        return f"{kind} is on no device yet, so that it cannot be tried; load its weights first"
+    x_1K, z_1K = torch.randn(2, 1, k, generator=torch.Generator().manual_seed(0))
+    x_4K = torch.cat([torch.zeros(1, k), x_1K, z_1K, x_1K + z_1K]).to(device, dtype)
+    training = module.training
+    try:
+        with torch.enable_grad():
+            y_4N = module.eval()(x_4K.requires_grad_())
+        if not isinstance(y_4N, Tensor) or y_4N.shape != (4, n):
+            return f"{kind} gives no output [..., N={n}] of x [..., K={k}]"
+        if not y_4N.requires_grad:
+            return f"gradients do not pass through {kind}"
+        y_4N = y_4N.detach().double()
+    except Exception as error:  # of any library
+        return f"{kind} cannot compute here ({str(error).partition(chr(10))[0]:.100})"
+    finally:
+        module.train(training)
+    off = (y_4N[0] + y_4N[3] - y_4N[1] - y_4N[2]).abs().max()
+    if not off <= _AFFINE * (y_4N - y_4N[0]).abs().max():
+        return f"{kind} does not compute x Wᵀ + b"
+    _tried.add(module)
+    return None
+
+
+@torch.no_grad()
+def affine_map(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """(W [N, K], b [N]) of a layer that computes x Wᵀ + b, read off its outputs, in its dtype."""
+    k, _ = linear_sizes(module)
+    device, dtype = place_of(module)
+    bias_N = module(torch.zeros(1, k, device=device, dtype=dtype))[0]
+    own = getattr(module, "bias", None)
+    kept = own.detach().clone() if isinstance(own, Tensor) else None
+    try:
+        if kept is not None:
+            own.data.zero_()  # W + b would round W
+        rest_N = bias_N if kept is None else torch.zeros_like(bias_N)
+        rows = []
+        for start in range(0, k, _ROWS):
+            ones = torch.arange(start, min(start + _ROWS, k), device=device)
+            rows.append(module(F.one_hot(ones, k).to(dtype)) - rest_N)
+    finally:
+        if kept is not None:
+            own.data.copy_(kept)
+    return torch.cat(rows).T, bias_N
+
+
+def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device of a layer, and the dtype that it computes in, float32 where nothing says."""
+    tensors = [*module.parameters(), *module.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtypes = [getattr(module, "compute_dtype", None), *[t.dtype for t in tensors]]
+    floating = (d for d in dtypes if isinstance(d, torch.dtype) and d.is_floating_point)
+    return device, next(floating, torch.float32)

@@ -1,0 +1,84 @@
+"""Base models in 4 or 8 bits by bitsandbytes: how they are loaded, and what they are merged to."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import nsru_kernels as nk
+
+if TYPE_CHECKING:
+    from nsru_train.config import ModelConfig
+
+
+def check_bitsandbytes(quantize: str) -> None:
+    """Raise ValueError where nothing can quantise."""
+    missing = [
+        name for name in ("bitsandbytes", "accelerate") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise ValueError(
+            f"model.quantize: {quantize} needs {' and '.join(missing)}: pip install "
+            f"{' '.join(missing)}. Or leave it at none."
+        )
+
+
+def quantizing(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """More options of ``from_pretrained`` for ``model.quantize``."""
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    dtype = config.dtype
+    if dtype == "auto":
+        found = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        dtype = str(found.dtype or torch.float32).removeprefix("torch.")
+    bits = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if config.quantize == "int8"
+        else BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    )
+    return {"quantization_config": bits, "device_map": {"": device}}
+
+
+def refuse_wrapped(model: nn.Module, what: str) -> None:
+    """Raise ValueError where an adapted layer is no ``nn.Linear``, of whose weight ``what`` is."""
+    for name, module in model.named_modules():
+        if isinstance(module, nk.NSRUWrappedLinear):
+            raise ValueError(
+                f"{what} needs plain linear layers, and {name} is a "
+                f"{type(module.base_layer).__name__}; take other targets, or another base model."
+            )
+
+
+@torch.no_grad()
+def requantization_errors(model: nn.Module) -> dict[str, float]:
+    """Name → ‖Q(W + s B Ā) - (W + s B Ā)‖ / ‖s B Ā‖ of each adapted layer of bitsandbytes.
+
+    Beyond 1, quantising the merged weight again changes it by more than the adapter did.
+    """
+    errors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nk.NSRUWrappedLinear) and (again := _requantized(module)) is not None:
+            change = module.delta_weight().norm()
+            if change:
+                errors[name] = float((again - module.merged_weight()).norm() / change)
+    return errors
+
+
+def _requantized(module: nk.NSRUWrappedLinear) -> Tensor | None:
+    base, weight = module.base_layer, getattr(module.base_layer, "weight", None)
+    if type(base).__module__.partition(".")[0] != "bitsandbytes":
+        return None
+    from bitsandbytes import functional as bnb
+
+    merged = module.merged_weight().float()
+    if state := getattr(weight, "quant_state", None):
+        options: Mapping[str, Any] = {"quant_type": state.quant_type, "blocksize": state.blocksize}
+        return bnb.dequantize_4bit(*bnb.quantize_4bit(merged, **options)).to(merged.dtype)
+    scales_N1 = merged.abs().amax(1, keepdim=True) / 127
+    return (merged / scales_N1).round() * scales_N1
