@@ -89,20 +89,16 @@ class NSRUWrappedLinear(NSRULinear):
     @torch.no_grad()
     def merged_linear(self, dtype: torch.dtype) -> nn.Module:
         """base_layer where its own weight can take the update, else an ``nn.Linear`` in dtype."""
-        w_NK, bias_N = affine_map(self.base_layer)
+        w_NK, _ = affine_map(self.base_layer)
         own = getattr(self.base_layer, "weight", None)
         if type(own) is nn.Parameter and own.is_floating_point():
             for view_NK in (own.data, own.data.T):
                 if view_NK.shape == w_NK.shape and torch.equal(view_NK, w_NK.to(own.dtype)):
                     view_NK.copy_(self.merged_weight())
                     return self.base_layer
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta"
-        )
-        linear.weight = nn.Parameter(self.merged_weight().to(dtype), requires_grad=False)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(bias_N.to(dtype), requires_grad=False)
-        return linear.train(self.training)
+        linear = dense_linear(self.base_layer, dtype)
+        linear.weight.copy_(self.merged_weight())
+        return linear
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
@@ -175,6 +171,18 @@ def affine_map(module: nn.Module) -> tuple[Tensor, Tensor]:
         if kept is not None:
             own.data.copy_(kept)
     return torch.cat(rows).T, bias_N
+
+
+@torch.no_grad()
+def dense_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    """An ``nn.Linear`` in ``dtype`` of what a layer that computes x Wᵀ + b computes; frozen."""
+    w_NK, bias_N = affine_map(module)
+    (n, k), has_bias = w_NK.shape, getattr(module, "bias", None) is not None or bias_N.any()
+    linear = nn.Linear(k, n, bias=bool(has_bias), device=w_NK.device, dtype=dtype)
+    linear.weight.copy_(w_NK)
+    if has_bias:
+        linear.bias.copy_(bias_N)
+    return linear.requires_grad_(False).train(module.training)
 
 
 def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:

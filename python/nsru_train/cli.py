@@ -522,7 +522,7 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     from nsru_kernels.hf.peft_format import load_lora_adapter
     from nsru_train.adapters import check_plain
     from nsru_train.pipeline import load_model
-    from nsru_train.quantized import requantization_errors
+    from nsru_train.quantized import dequantize, requantization_errors
     from nsru_train.run_folder import RunFolder
 
     adapter = adapter or f"{run}/adapter"
@@ -534,7 +534,7 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     errors = requantization_errors(network)
     nk.merge_adapters(network)
     if getattr(network, "hf_quantizer", None) is not None:
-        network = network.dequantize()  # the layers without an adapter, and the model's config
+        dequantize(network)  # the layers without an adapter, and the model's config
         print(f"The base is quantised; {run}/merged is in {network.dtype}.")
     if errors:
         worst = max(errors, key=errors.__getitem__)

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import nsru_kernels as nk
+from nsru_kernels.nn.swap import looks_linear, replace_module
+from nsru_kernels.nn.wrapped import dense_linear, is_plain, why_not_linear
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from nsru_train.config import ModelConfig
 
 
@@ -82,3 +86,15 @@ def _requantized(module: nk.NSRUWrappedLinear) -> Tensor | None:
         return bnb.dequantize_4bit(*bnb.quantize_4bit(merged, **options)).to(merged.dtype)
     scales_N1 = merged.abs().amax(1, keepdim=True) / 127
     return (merged / scales_N1).round() * scales_N1
+
+
+@torch.no_grad()
+def dequantize(model: PreTrainedModel) -> None:
+    """Make every quantised linear layer an ``nn.Linear`` of what it computes, in model's dtype.
+
+    transformers' own way fails where adapters were merged into all of them.
+    """
+    for name, module in list(model.named_modules()):
+        if looks_linear(module) and not is_plain(module) and why_not_linear(module) is None:
+            replace_module(model, name, dense_linear(module, model.dtype))
+    model.hf_quantizer.remove_quantization_config(model)

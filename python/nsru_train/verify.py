@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsru_kernels.files import read_json
-from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, check_fingerprint, read_adapter
+from nsru_kernels.hf.peft_format import SIDECAR, check_fingerprint, read_adapter
 from nsru_kernels.nn.inputs import evaluating
+from nsru_kernels.nn.wrapped import linear_sizes
 from nsru_kernels.text_table import align_columns
 from nsru_train.data.encode import collate, encode_qa, pad_token_id
 from nsru_train.data.records import QA
@@ -30,8 +30,14 @@ if TYPE_CHECKING:
 # orders of summation in the same fp32 model differ by about 1e-12.
 NO_EFFECT_KL = 1e-6
 # Largest logit difference between adapter and merged model, relative to the largest logit, by dtype
-# of the merged weights: their rounding, carried through the layers.
-MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# of the merged weights: their rounding, carried through the layers. int8: a base by LLM.int8, which
+# rounds activations too.
+MERGE_TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+    torch.int8: 5e-2,
+}
 # A merge may move the forget answers by at most this share of what the adapter moved them.
 MERGE_KL_SHARE = 0.1
 
@@ -191,7 +197,7 @@ def verify(
         return report
     model = _load(base) if isinstance(base, (str, Path)) else base
     with evaluating(model):
-        if not report.ask("base model", _check_shapes, model, folder, tensors):
+        if not report.ask("base model", _check_shapes, model, tensors):
             return report
         if not report.ask("base weights", _check_weights, model, folder):
             return report
@@ -212,7 +218,9 @@ def verify(
             report.ask("adapter effect", _check_effect, changed, tensors)
             report.ask("forgotten answers less probable", _check_less, changed)
             if "merged" in served:
-                report.ask("merged model", _check_merged, found, served["merged"][0].dtype)
+                eight_bit = any(type(m).__name__ == "Linear8bitLt" for m in model.modules())
+                kind = torch.int8 if eight_bit else served["merged"][0].dtype
+                report.ask("merged model", _check_merged, found, kind)
             shown = {split: records[:show_answers] for split, records in splits.items()}
             report.answers = _answers(served, tokenizer, shown, max_new_tokens)
         finally:
@@ -233,17 +241,16 @@ def _read_finite(folder: Path, tensors: dict[str, Tensor]) -> str:
     return f"{len(tensors)} tensors in {folder}"
 
 
-def _check_shapes(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]) -> str:
-    transposed = bool(read_json(folder / CONFIG).get("fan_in_fan_out"))
+def _check_shapes(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> str:
     modules = dict(model.named_modules())
     problems = []
     for match in filter(None, map(_LORA_KEY.fullmatch, tensors)):
         name, side = match.groups()
         axis = 1 if side == "A" else 0
-        weight = getattr(modules.get(name), "weight", None)
-        if weight is None:
-            problems.append(f"the base has no layer {name!r}")
-        elif (made := tensors[match[0]].shape[axis]) != (has := weight.shape[axis ^ transposed]):
+        sizes = linear_sizes(modules[name])[::-1] if name in modules else (0, 0)
+        if not all(sizes):
+            problems.append(f"the base has no linear layer {name!r}")
+        elif (made := tensors[match[0]].shape[axis]) != (has := sizes[axis]):
             problems.append(
                 f"{name} has {('out', 'in')[axis]}_features {has} in the base, the adapter was "
                 f"made for {made}"
