@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nsru_kernels.checks import check_dense
 from nsru_kernels.nn.projections import Projections, projection_key, steps
-from nsru_kernels.ops.linear import compute_dtype, projected_linears
+from nsru_kernels.ops.linear import compute_dtype, projected_linears, projected_update
 
 if TYPE_CHECKING:
     from nsru_kernels.nn.linear import NSRULinear
@@ -80,7 +80,7 @@ class LinearGroup:
     def call(self, module: NSRULinear, x: Tensor) -> Tensor:
         """The output of ``module`` for x [..., K]: taken, computed with all others, or alone."""
         if len(self._members) == 1 or torch.compiler.is_compiling():
-            return self._compute((module,), (module.operands(),), x)[0]
+            return self.compute((module,), (module.operands(),), x)[0]
         waiting, position = _slot.waiting, module._position
         if (
             waiting is not None
@@ -90,42 +90,31 @@ class LinearGroup:
             and waiting.hooks == _saving_hooks(True)
         ):
             y = waiting.take(position, module, x)
-            return self._compute((module,), (module.operands(),), x)[0] if y is None else y
+            return self.compute((module,), (module.operands(),), x)[0] if y is None else y
         modules = self.modules()
         operands = [m.operands() for m in modules]
         self.obstacle = self._obstacle_to(modules, operands, module, x)
         if self.obstacle is not None:
-            return self._compute((module,), (module.operands(),), x)[0]
+            return self.compute((module,), (module.operands(),), x)[0]
         _slot.waiting = None
-        ys = self._compute(modules, operands, x)
+        ys = self.compute(modules, operands, x)
         _slot.waiting = _Waiting(self, x, modules, operands, ys, position)
         return ys[position]
 
-    def _compute(
-        self, modules: Sequence[NSRULinear], operands: Sequence[Operands], x: Tensor
+    def compute(
+        self,
+        modules: Sequence[NSRULinear],
+        operands: Sequence[Operands],
+        x: Tensor,
+        frozen: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        weights, biases, lora_as, lora_bs, scalings = zip(*operands, strict=True)
-        lora_as, basis, projected = self.adapters(modules, lora_as, x)
-        first = modules[0]
-        dropout_p = first.dropout if first.training else 0.0
-        return projected_linears(
-            x, weights, lora_as, lora_bs, basis, biases, projected, scalings, dropout_p,
-            first.backend,
-        )  # fmt: skip
-
-    def adapters(
-        self, modules: Sequence[NSRULinear], lora_as: tuple[Tensor, ...], x: Tensor
-    ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
-        """What an op takes for these members and x: (A_i, basis, Ā).
-
-        Ā [ΣR, K] is what is kept, None where the op has to project; A_i are what gradients go to,
-        and the basis is None where these are projected behind them.
-        """
+        """Outputs of these members; ``frozen`` is x Wᵀ + b of a single one that has it already."""
         dense = isinstance(x, Tensor) and x.layout is torch.strided
         if not dense or x.is_nested or x.is_quantized:
             check_dense("NSRULinear", x=x)
         first = modules[0]
         basis = first._subspace[0]._buffers["basis"] if first._subspace else None
+        weights, biases, lora_as, lora_bs, scalings = zip(*operands, strict=True)
         projected = None
         together = len(modules) == len(self._members)
         # Where the graph is recorded it has to project by itself. So does a member out of its
@@ -157,7 +146,17 @@ class LinearGroup:
             if not together:
                 start = sum([m.rank for m in members[: first._position]])
                 projected = projected[start : start + first.rank]
-        return lora_as, basis, projected
+        dropout_p = first.dropout if first.training else 0.0
+        if frozen is not None:
+            update = projected_update(
+                frozen, x, lora_as[0], lora_bs[0], basis, projected, scalings[0], dropout_p,
+                first.backend,
+            )  # fmt: skip
+            return (update,)
+        return projected_linears(
+            x, weights, lora_as, lora_bs, basis, biases, projected, scalings, dropout_p,
+            first.backend,
+        )  # fmt: skip
 
     def _obstacle_to(
         self,

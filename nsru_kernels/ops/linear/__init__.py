@@ -178,7 +178,13 @@ def projected_linears(
         x, weights, biases = _autocast(x, weights, biases)
         for weight, a, b, bias in zip(weights, lora_as, lora_bs, biases, strict=True):
             _check("nsru_linear", x, weight, a, b, basis, bias)
-    call = _call(x, weights, biases, basis, projected, scalings, dropout_p, backend)
+    seed = _mask_seed(x.device) if dropout_p else None
+    half = basis is not None and basis.element_size() < 4
+    gram_inverse = gram_inverse_of(basis) if half else None
+    call = Call(
+        weights, biases, basis, gram_inverse, projected, scalings, dropout_p, seed,
+        requested_backend(backend),
+    )  # fmt: skip
     if not torch.is_grad_enabled():
         return ProjectedLinear.forward(None, call, x, *lora_as, *lora_bs)
     for tensor in (*weights, *biases):
@@ -210,37 +216,25 @@ def projected_update(
             f"NSRULinear: x must be [..., K={k}] and the layer's own output [..., N={n}], got "
             f"{tuple(x.shape)} and {tuple(y.shape)}."
         )
-    call = _call(x, (), (), basis, projected, [scaling], dropout_p, backend)
+    seed = _mask_seed(x.device) if dropout_p else None
+    half = basis is not None and basis.element_size() < 4
+    gram_inverse = gram_inverse_of(basis) if half else None
+    call = Call(
+        (), (), basis, gram_inverse, projected, [scaling], dropout_p, seed,
+        requested_backend(backend),
+    )  # fmt: skip
     return ProjectedUpdate.apply(call, y, x, lora_a, lora_b)
 
 
-def _call(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    basis: Tensor | None,
-    projected: Tensor | None,
-    scalings: Sequence[float],
-    dropout_p: float,
-    backend: str,
-) -> Call:
-    # Drawn from the default generator, so that torch.manual_seed and checkpointing's saved state
-    # govern it.
-    seed = None
-    if dropout_p:
-        if capturing(x.device):
-            raise RuntimeError(
-                "nsru_linear: dropout inside CUDA-graph capture would repeat one mask at every "
-                "replay. Train without LoRA dropout, or call model.eval() before capturing."
-            )
-        seed = torch.randint(2**62, (), device="cpu")
-    gram_inverse = (
-        gram_inverse_of(basis) if basis is not None and basis.element_size() < 4 else None
-    )
-    return Call(
-        weights, biases, basis, gram_inverse, projected, scalings, dropout_p, seed,
-        requested_backend(backend),
-    )  # fmt: skip
+def _mask_seed(device: torch.device) -> Tensor:
+    """Drawn from the default generator, so that torch.manual_seed and the state that checkpointing
+    saves govern it. Raises RuntimeError while a CUDA graph is captured."""
+    if capturing(device):
+        raise RuntimeError(
+            "nsru_linear: dropout inside CUDA-graph capture would repeat one mask at every "
+            "replay. Train without LoRA dropout, or call model.eval() before capturing."
+        )
+    return torch.randint(2**62, (), device="cpu")
 
 
 def _autocast(
