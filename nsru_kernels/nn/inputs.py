@@ -44,7 +44,7 @@ class ActivationStream:
         self.linears = linears
         self.model = model
         self.module = backbone if all(m in inside for m in linears.values()) else model
-        self.device = next(model.parameters()).device
+        self.device = next(itertools.chain(model.parameters(), model.buffers())).device
         takes = inspect.signature(self.module.forward).parameters
         self.extra = {"use_cache": False} if "use_cache" in takes else {}
         self.keep_BT: Tensor | None = None

@@ -38,18 +38,18 @@ def merge_adapters(model: nn.Module) -> nn.Module:
             module.merged_weight()
         except ValueError as error:
             raise ValueError(f"merge_adapters: {name}: {error}") from error
-    dtype = _dtype_of(model)
+    dtype = _dtype_of(model, modules[0][1].dtype)
     for name, module in modules:
         # A compiled layer goes on calling what it was made of.
         replace_module(model, name.removesuffix(COMPILED), module.merged_linear(dtype))
     return model
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype:
+def _dtype_of(model: nn.Module, default: torch.dtype) -> torch.dtype:
     """The dtype of what is neither quantised nor an adapter, as the embeddings of a model."""
     floats = [
         parameter.dtype
         for name, parameter in model.named_parameters()
         if parameter.is_floating_point() and "lora_" not in name
     ]
-    return floats[0] if floats else torch.float32
+    return floats[0] if floats else default

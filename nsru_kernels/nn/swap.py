@@ -485,7 +485,7 @@ def _fused_experts(model: nn.Module) -> dict[str, str]:
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "experts" or "experts" in type(module).__name__.lower()
     }
-    share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
+    share = sum(sizes.values()) / max(1, sum(p.numel() for p in model.parameters()))
     reason = f"fused experts, {share:.0%} of all parameters; only linear layers are supported"
     return {name: reason for name, size in sizes.items() if size}
 

@@ -132,9 +132,10 @@ def why_not_linear(module: nn.Module) -> str | None:
     try:
         with torch.enable_grad():
             y_4N = module.eval()(x_4K.requires_grad_())
-        if not isinstance(y_4N, Tensor) or y_4N.shape != (4, n):
-            return f"{kind} gives no output [..., N={n}] of x [..., K={k}]"
-        if not y_4N.requires_grad:
+            if not isinstance(y_4N, Tensor) or y_4N.shape != (4, n):
+                return f"{kind} gives no output [..., N={n}] of x [..., K={k}]"
+            back = y_4N.requires_grad and torch.autograd.grad(y_4N.sum(), x_4K, allow_unused=True)
+        if not back or back[0] is None:
             return f"gradients do not pass through {kind}"
         y_4N = y_4N.detach().double()
     except Exception as error:  # of any library

@@ -207,11 +207,12 @@ def test_subspaces_of_another_model_are_refused(model):
 
 
 class Special(nn.Linear):
-    pass
+    def forward(self, input):
+        return super().forward(input).square()
 
 
 class Conv1D(nn.Module):
-    """As in transformers' GPT-2: a linear layer with a transposed weight."""
+    """No more than the weight of transformers' layer."""
 
     def __init__(self):
         super().__init__()
@@ -240,8 +241,8 @@ def offloaded():
 
 
 UNSWAPPABLE = {
-    "subclass": (lambda: Special(K, K), "Special is not a plain nn.Linear"),
-    "conv1d": (Conv1D, "Conv1D is not a plain nn.Linear"),
+    "nonlinear subclass": (lambda: Special(K, K), "Special does not compute x Wᵀ"),
+    "not callable": (Conv1D, "Conv1D cannot compute here"),
     "forward hook": (hooked("register_forward_hook"), "has hooks"),
     "pre-hook": (hooked("register_forward_pre_hook"), "has hooks"),
     "backward hook": (hooked("register_full_backward_hook"), "has hooks"),
@@ -270,7 +271,7 @@ def test_what_cannot_be_swapped_is_reported_or_refused_by_name(model, case):
 
 def test_all_linear_without_anything_to_swap_says_why():
     model = nn.Sequential(Special(K, K), nn.ReLU())
-    expect_refusal(model, r"no linear layer that can be swapped \(0: Special is not a plain")
+    expect_refusal(model, r"no linear layer that can be swapped \(0: Special does not compute")
     expect_refusal(nn.Sequential(nn.ReLU()), "linear layers: none")
 
 

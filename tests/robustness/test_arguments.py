@@ -142,14 +142,9 @@ def test_an_input_on_another_device_is_refused():
         layer(torch.ones(3, K, device="meta"))
 
 
-class Packed(torch.Tensor):
-    """As tensors of quantisation packages are: it looks like floats and holds something else."""
-
-
 @pytest.mark.parametrize(
     ("weight", "reason"),
     [
-        (torch.ones(N, K).as_subclass(Packed), "its weight is a Packed; only plain tensors"),
         (torch.ones(N, K).to_sparse(), "its weight is of torch.sparse_coo .*only dense floats"),
         (torch.ones(N, K, dtype=torch.int8), "its weight is of .* torch.int8; only dense floats"),
     ],

@@ -187,7 +187,7 @@ def test_missing_folder(export, tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "match"),
-    [({"hidden_size": 64}, "64 in the base"), ({"layers": 1}, "no layer 'model.layers.1")],
+    [({"hidden_size": 64}, "64 in the base"), ({"layers": 1}, "no linear layer 'model.layers.1")],
 )
 def test_adapter_of_another_architecture(export, changed, match):
     other = make_llama(export.tokenizer, **SIZES | changed)

@@ -1,0 +1,360 @@
+"""NSRUWrappedLinear: adapters beside linears that compute their product by themselves."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from linear_cases import make_basis, tiny_llama
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import nsru_kernels as nk
+from nsru_kernels.nn.wrapped import affine_map, dense_linear
+from nsru_kernels.subspaces.collection import fingerprint_weights
+
+pytest.importorskip("transformers")
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+K, N, R, Q = 24, 16, 3, 8
+EXACT = {"rtol": 1e-9, "atol": 1e-10}  # of float64
+CLOSE = {"rtol": 1e-5, "atol": 1e-4}  # of adapters, which are float32
+
+
+class Scaled(nn.Linear):
+    """A subclass whose W is not its weight."""
+
+    def forward(self, input):
+        return 0.5 * F.linear(input, self.weight, self.bias)
+
+
+class InBytes(nn.Module):
+    """As GPTQ's and HQQ's layers are: no nn.Linear, and whole numbers with scales in buffers."""
+
+    def __init__(self, k=K, n=N, bias=True):
+        super().__init__()
+        self.in_features, self.out_features = k, n
+        self.register_buffer("codes", torch.randint(-127, 128, (n, k), dtype=torch.int8))
+        self.register_buffer("scales", torch.rand(n, 1))
+        self.bias = nn.Parameter(torch.randn(n)) if bias else None
+
+    def dequantized(self):
+        return self.codes * self.scales
+
+    def forward(self, x):
+        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+
+
+class Boxed(torch.Tensor):
+    """A weight of a class of its own."""
+
+
+def boxed():
+    linear = nn.Linear(K, N)
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Boxed), requires_grad=False)
+    return linear
+
+
+# Kind → (the layer, W of the layer [N, K]).
+KINDS = {
+    "Conv1D": (lambda: Conv1D(N, K), lambda layer: layer.weight.T),
+    "subclass": (lambda: Scaled(K, N), lambda layer: 0.5 * layer.weight),
+    "in bytes": (InBytes, InBytes.dequantized),
+    "no bias": (lambda: InBytes(bias=False), InBytes.dequantized),
+    "class of weight": (boxed, lambda layer: layer.weight.as_subclass(torch.Tensor)),
+}
+
+
+@pytest.fixture(params=KINDS)
+def case(request):
+    """(model of one layer "proj", the same of an nn.Linear), both float64."""
+    torch.manual_seed(0)
+    make, weight_of = KINDS[request.param]
+    own, plain = nn.Module(), nn.Module()
+    own.proj = make().double()
+    if own.proj.bias is not None:
+        nn.init.normal_(own.proj.bias)
+    plain.proj = nn.Linear(K, N).double()
+    with torch.no_grad():
+        plain.proj.weight.copy_(weight_of(own.proj))
+        plain.proj.bias.copy_(own.proj(torch.zeros(K).double()))
+    return own, plain
+
+
+def swap(model, **options):
+    nk.swap_linears(model, "proj", rank=R, alpha=6, subspaces={"proj": make_basis(K, Q)}, **options)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for parameter in (model.proj.lora_A, model.proj.lora_B):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def test_what_it_computes_is_read_off_its_outputs(case):
+    own, plain = case
+    w_NK, bias_N = affine_map(own.proj)
+    torch.testing.assert_close(w_NK, plain.proj.weight.detach(), **EXACT)
+    torch.testing.assert_close(bias_N, plain.proj.bias.detach(), **EXACT)
+    x = torch.randn(5, K).double()
+    dense = dense_linear(own.proj, torch.float64)
+    torch.testing.assert_close(dense(x), own.proj(x), **EXACT)
+    assert (dense.bias is None) == (own.proj.bias is None)
+
+
+def test_it_trains_as_a_plain_linear_does(case):
+    models = case
+    for model in models:
+        swap(model)
+    own, plain = (model.proj for model in models)
+    assert type(own) is nk.NSRUWrappedLinear
+    assert type(plain) is nk.NSRULinear
+    optimizers = [torch.optim.AdamW([m.lora_A, m.lora_B], lr=1e-2) for m in (own, plain)]
+    for _ in range(3):
+        x = torch.randn(2, 5, K).double()
+        inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+        outputs = [own(inputs[0]), plain(inputs[1])]
+        torch.testing.assert_close(*outputs, **EXACT)
+        for y, optimizer in zip(outputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            y.square().sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, **EXACT)
+        for name in ("lora_A", "lora_B"):
+            ours, theirs = getattr(own, name), getattr(plain, name)
+            torch.testing.assert_close(ours.grad, theirs.grad, **EXACT)
+    assert [name for name, p in models[0].named_parameters() if p.requires_grad] == [
+        "proj.lora_A", "proj.lora_B",
+    ]  # fmt: skip
+
+
+def test_retained_inputs_come_out_as_before(case):
+    model, _ = case
+    basis = make_basis(K, Q)
+    retained, forget = (basis @ torch.randn(Q, 4).double()).T, torch.randn(4, K).double()
+    before = [model.proj(x).detach() for x in (retained, forget)]
+    swap(model)
+    torch.testing.assert_close(model.proj(retained), before[0], **CLOSE)
+    assert (model.proj(forget) - before[1]).abs().max() > 1
+    with nk.adapters_disabled(model):
+        assert torch.equal(model.proj(forget), before[1])
+
+
+def test_merged_it_is_its_own_kind_or_a_plain_linear(case):
+    model, _ = case
+    kind = type(model.proj)
+    swap(model)
+    with pytest.raises(ValueError, match=r"merge_adapters\(model\) does it for good"):
+        model.proj.merge()
+    x = torch.randn(5, K).double()
+    y = model.proj(x).detach()
+    nk.merge_adapters(model)
+    assert type(model.proj) is (kind if kind is Conv1D else nn.Linear)
+    torch.testing.assert_close(model.proj(x), y, **CLOSE)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_dropout_keeps_the_mean_and_its_mask_in_backward():
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.proj = InBytes().double()
+    swap(model, dropout=0.5)
+    x = torch.randn(1, K).double().expand(4000, K).clone().requires_grad_()
+    model.train()
+    torch.manual_seed(3)
+    y = model.proj(x)
+    expected = model.eval().proj(x[:1]).detach()
+    assert (y.detach().mean(0) - expected).abs().max() < 0.2 * expected.abs().max()
+    y.sum().backward()
+    # y is linear in x for the mask that was drawn, so that backward has to hold to it.
+    step = 1e-3 * torch.randn_like(x)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        moved = model.train().proj(x + step)
+    torch.testing.assert_close((moved - y).sum(), (step * x.grad).sum(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes_are_those_of_the_layer_inside(dtype):
+    model = nn.Module()
+    model.proj = Conv1D(N, K)
+    inside = copy.deepcopy(model.proj)
+    swap(model)
+    x = torch.randn(3, K, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = model.proj(x)
+        assert y.dtype == inside(x).dtype == dtype
+    y.float().sum().backward()
+    assert x.grad.dtype == model.proj.lora_A.grad.dtype == torch.float32
+    wide = model.proj(x)
+    assert (y - wide).abs().max() < 0.05 * wide.abs().max()
+    for module in (model.proj.base_layer, inside):
+        module.to(dtype)
+    assert model.proj(x.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_it_gives_the_same_gradients(reentrant):
+    model = nn.Module()
+    model.proj = InBytes()
+    swap(model)
+    grads = []
+    for run in (model.proj, lambda x: checkpoint(model.proj, x, use_reentrant=reentrant)):
+        x = torch.ones(3, K, requires_grad=True)
+        model.proj.lora_A.grad = None
+        run(x).square().sum().backward()
+        grads.append((x.grad, model.proj.lora_A.grad))
+    torch.testing.assert_close(*grads)
+
+
+def test_a_copied_model_has_a_layer_of_its_own():
+    model = nn.Module()
+    model.proj = InBytes()
+    swap(model)
+    other = copy.deepcopy(model)
+    x, before = torch.randn(2, K), model.proj(torch.ones(2, K)).detach()
+    with torch.no_grad():
+        other.proj.lora_B.zero_()
+        torch.testing.assert_close(other.proj(x), other.proj.base_layer(x))
+    assert torch.equal(model.proj(torch.ones(2, K)), before)
+    assert "bias=True" in repr(model.proj)
+    assert nk.NSRUWrappedLinear(InBytes(bias=False), R, alpha=6).extra_repr()
+
+
+class Squared(nn.Linear):
+    def forward(self, input):
+        return super().forward(input).square()
+
+
+class Detached(nn.Linear):
+    def forward(self, input):
+        return super().forward(input.detach())
+
+
+class Chatty(nn.Linear):
+    def forward(self, input):
+        return super().forward(input), None
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Squared(K, K), "Squared does not compute x Wᵀ"),
+        (lambda: Detached(K, K), "gradients do not pass through Detached"),
+        (lambda: Chatty(K, K), r"Chatty gives no output \[\.\.\., N=24\]"),
+        (lambda: nn.MultiheadAttention(K, 2).out_proj, "nn.MultiheadAttention reads its weight"),
+        (lambda: Conv1D(K, K).to("meta"), "Conv1D is on no device yet"),
+    ],
+)  # fmt: skip
+def test_what_is_not_linear_is_left_alone(make, reason):
+    model = nn.ModuleDict({"proj": make(), "other": nn.Linear(K, K)})
+    with pytest.raises(ValueError, match=f"'proj' matches proj, which cannot be swapped: {reason}"):
+        nk.swap_linears(model, "proj", rank=R, alpha=6)
+    report = nk.swap_linears(model, "all-linear", rank=R, alpha=6)
+    assert report.swapped == ["other"]
+    assert "proj" in report.skipped
+
+
+def test_a_layer_without_a_size_stays_so():
+    model = nn.ModuleDict({"proj": nn.LazyLinear(K)})
+    with pytest.raises(ValueError, match="its weight has no size yet; run the model once"):
+        nk.swap_linears(model, "proj", rank=R, alpha=6)
+    assert nn.parameter.is_lazy(model.proj.weight)
+
+
+def test_gpt2_from_estimate_to_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    base = GPT2LMHeadModel(config).eval()
+    retain, forget = torch.randint(61, (2, 4, 12)).unbind()
+    model = copy.deepcopy(base)
+    subspaces = nk.estimate_retain_subspaces(
+        model, [{"input_ids": retain}], "all-linear", width=32, rank=6
+    )
+    report = nk.swap_linears(model, "all-linear", rank=R, alpha=6, subspaces=subspaces)
+    assert len(report.swapped) == 8
+    assert fingerprint_weights(model) == fingerprint_weights(base) == subspaces.fingerprint
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        (-model(input_ids=forget, labels=forget).loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    wanted = model.eval()(input_ids=forget).logits.detach()
+    assert (wanted - base(input_ids=forget).logits).abs().max() > 0.1
+    nk.save_lora_adapter(model, tmp_path)
+    served = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    again = copy.deepcopy(base)
+    nk.load_lora_adapter(again, tmp_path)
+    nk.merge_adapters(model)
+    for other in (served, again.eval(), model):
+        torch.testing.assert_close(other(input_ids=forget).logits, wanted, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "merged")  # in GPT-2's own layout
+    reread = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(reread(input_ids=forget).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def _bitsandbytes(**bits):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**bits)
+
+
+def _torchao():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+# Kind → (quantisation, how far a merged model may be off: 8-bit activations are rounded too).
+QUANTISED = {
+    "nf4": (lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"), 1e-5),
+    "int8": (lambda: _bitsandbytes(load_in_8bit=True), 0.03),
+    "torchao int8": (_torchao, 1e-5),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_models(kind, tmp_path):
+    """From the estimate to PEFT and to a merge; what the base holds is as it was throughout."""
+    from transformers import AutoModelForCausalLM
+
+    peft = pytest.importorskip("peft")
+    make, tolerance = QUANTISED[kind]
+    quantisation = make()
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=quantisation, dtype=torch.float32
+        ).eval()
+
+    model = load()
+    retain, forget = torch.randint(model.config.vocab_size, (2, 4, 12)).unbind()
+    before = model(input_ids=forget).logits.detach()
+    subspaces = nk.estimate_retain_subspaces(
+        model, [{"input_ids": retain}], "all-linear", width=64, rank=6
+    )
+    nk.swap_linears(model, "all-linear", rank=R, alpha=6, subspaces=subspaces)
+    assert fingerprint_weights(model) == subspaces.fingerprint
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        (-model(input_ids=forget, labels=forget).loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    assert max(m.leakage() for m in model.modules() if isinstance(m, nk.NSRULinear)) < 1e-6
+    with nk.adapters_disabled(model):
+        torch.testing.assert_close(model(input_ids=forget).logits, before)
+    wanted = model(input_ids=forget).logits.detach()
+    assert (wanted - before).abs().max() > 0.1
+    nk.save_lora_adapter(model, tmp_path / "adapter")
+    served = peft.PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(served(input_ids=forget).logits, wanted, rtol=1e-4, atol=1e-4)
+    nk.merge_adapters(model)
+    off = (model(input_ids=forget).logits - wanted).abs().max()
+    assert off < tolerance * (wanted - before).abs().max()

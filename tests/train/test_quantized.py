@@ -1,0 +1,119 @@
+"""The commands on a base in 4 or 8 bits: train, evaluate, merge, verify."""
+
+import importlib.util
+
+import pytest
+import torch
+from samples import save_tiny
+from transformers import AutoModelForCausalLM
+
+import nsru_kernels as nk
+from nsru_train.cli import main
+from nsru_train.config import ModelConfig
+from nsru_train.demo.authors import author_splits
+from nsru_train.pipeline import load_model
+from nsru_train.quantized import refuse_wrapped, requantization_errors
+from nsru_train.sources import save_records
+
+pytestmark = pytest.mark.usefixtures("without_figures")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """Folder with a tiny model, and the options that name it and its sets."""
+    folder = tmp_path_factory.mktemp("setting")
+    splits = author_splits(authors=4, forget=1)
+    records = (*splits.forget, *splits.retain)
+    save_tiny(folder / "model", records, heads=2, kv_heads=1, hidden_size=64)
+    for name in ("forget", "retain"):
+        save_records(folder / f"{name}.jsonl", getattr(splits, name)[:6])
+    return folder, [
+        f"--model.path={folder / 'model'}",
+        f"--data.forget={folder / 'forget.jsonl'}",
+        f"--data.retain={folder / 'retain.jsonl'}",
+        "--objective.w_suppress=1",
+        "--objective.suppression=npo",  # the model knows nothing yet that unlikelihood could see
+        "--train.steps=6",
+        "--train.lr=0.02",
+        "--train.batch_size=3",
+    ]
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_the_commands(setting, bits, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    folder, options = setting
+    run = tmp_path / "run"
+    main(["train", *options, f"--model.quantize={bits}", f"--out={run}"])
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    main(["eval", str(run), "--max_new_tokens=4"])
+    capsys.readouterr()
+    main(["merge", str(run)])
+    printed = capsys.readouterr().out
+    assert f"The base is quantised; {run}/merged is in torch.float32." in printed
+    assert "Quantised again it would be off by" in printed
+    main(["verify", str(run)])
+    assert "verify passed" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged")
+    assert not hasattr(merged.config, "quantization_config")
+    assert all(weight.dtype == torch.float32 for weight in merged.parameters())
+    base, _ = load_model(ModelConfig(str(folder / "model"), quantize=bits))
+    nk.load_lora_adapter(base, run / "adapter")
+    weights = dict(merged.named_parameters())
+    for name, module in base.named_modules():
+        if isinstance(module, nk.NSRULinear):
+            wanted = weight_of(module.base_layer) + module.delta_weight()
+            torch.testing.assert_close(weights[f"{name}.weight"], wanted, rtol=1e-3, atol=1e-4)
+
+
+def weight_of(module):
+    from bitsandbytes import functional as bnb
+
+    if (state := getattr(module.weight, "quant_state", None)) is not None:
+        return bnb.dequantize_4bit(module.weight, state)
+    scales_N = module.state.SCB if module.weight.SCB is None else module.weight.SCB  # moves once
+    return module.weight.float() * scales_N[:, None] / 127
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_what_quantising_again_loses(setting, bits):
+    """All of an update far below the steps of the base, and less and less of one that grows."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model, _ = load_model(ModelConfig(str(setting[0] / "model"), quantize=bits))
+    nk.swap_linears(model, "q_proj", rank=2, alpha=4)
+    assert requantization_errors(model) == {}  # no update yet
+    errors = []
+    for size in (1e-5, 1e-1):
+        for module in model.modules():
+            if isinstance(module, nk.NSRUWrappedLinear):
+                torch.nn.init.constant_(module.lora_B, size)
+        errors.append(requantization_errors(model))
+    assert set(errors[0]) == {f"model.layers.{i}.self_attn.q_proj" for i in range(len(errors[0]))}
+    for name, lost in errors[0].items():
+        assert 0.95 < lost < 1.2  # more than all: the scales of the blocks move too
+        assert 0 < errors[1][name] < 0.8
+
+
+def test_without_bitsandbytes_nothing_begins(setting, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest),
+    )
+    with pytest.raises(SystemExit):
+        main(["train", *setting[1], "--model.quantize=nf4", f"--out={tmp_path / 'run'}"])
+    refusal = capsys.readouterr().err
+    assert "model.quantize: nf4 needs bitsandbytes: pip install bitsandbytes." in refusal
+
+
+class Halved(torch.nn.Linear):
+    def forward(self, input):
+        return super().forward(input) / 2
+
+
+def test_what_needs_the_weights_themselves_says_so():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), Halved(8, 8))
+    nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    with pytest.raises(ValueError, match="fila needs plain linear layers, and 1 is a Halved"):
+        refuse_wrapped(model, "fila")
