@@ -17,6 +17,7 @@ import gc
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ from nsru_bench.training_ways import (
     FULL,
     LLAMA_1B,
     LLAMA_8B,
+    SMOLLM2_NF4,
     TINY,
     Case,
     Way,
@@ -47,7 +49,9 @@ def cases(session: Session) -> list[Case]:
         return [TINY]
     if session.on_cpu:
         small = {"layers": 1, "vocabulary": 8192, "tokens": 256, "length": 64}
-        return [LLAMA_1B._replace(**small), LLAMA_8B._replace(**small)]
+        llamas = [LLAMA_1B._replace(**small), LLAMA_8B._replace(**small)]
+        quantised = SMOLLM2_NF4._replace(layers=6, vocabulary=8192, tokens=384)
+        return llamas + [quantised] * bool(find_spec("bitsandbytes"))
     half = {"tokens": 4096}
     if session.quick:
         return [LLAMA_8B._replace(layers=2, vocabulary=8192)]
@@ -140,7 +144,9 @@ def useful_flop(case: Case, base: nn.Module, batch: Mapping[str, Tensor]) -> flo
     """Forward and dX of every linear in the layers for all tokens, of the head for answers."""
     head = base.get_output_embeddings()
     layers = sum(
-        m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and m is not head
+        m.in_features * m.out_features
+        for m in base.modules()
+        if isinstance(m, nn.Linear) and m is not head
     )
     answers = int((batch["labels"][:, 1:] != -100).sum())
     return 4.0 * (layers * case.tokens + head.weight.numel() * answers)

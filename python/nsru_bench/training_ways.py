@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import nsru_kernels as nk
 from nsru_bench.cases import normal_numbers
+from nsru_kernels.nn.swap import replace_module
 from nsru_train.data.encode import Encoded
 from nsru_train.losses.batch import FORGET, RETAIN, SAFE
 from nsru_train.losses.nll import answer_nll
@@ -46,10 +47,12 @@ class Case(NamedTuple):
     length: int
     R: int = 16
     Q: int = 256
+    nf4: bool = False
 
 
 LLAMA_1B = Case("Llama-3.2-1B", 16, 2048, 32, 8, 8192, 128256, True, 8192, 512)
 LLAMA_8B = Case("Llama-3-8B", 32, 4096, 32, 8, 14336, 128256, False, 8192, 512)
+SMOLLM2_NF4 = Case("SmolLM2-135M NF4", 30, 576, 9, 3, 1536, 49152, True, 1152, 96, 8, 256, nf4=True)
 TINY = Case("tiny", 2, 64, 4, 2, 96, 128, False, 64, 16, 4, 8)
 
 
@@ -113,7 +116,21 @@ def make_model(case: Case, device: torch.device, dtype: torch.dtype) -> nn.Modul
     with torch.random.fork_rng(devices), torch.device(device):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if case.nf4:
+        hold_in_nf4(model)
     return model.requires_grad_(False).train()
+
+
+def hold_in_nf4(model: nn.Module) -> None:
+    """Quantise the linears as QLoRA does; the head stays as it is."""
+    from bitsandbytes.nn import Linear4bit
+
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and linear is not model.get_output_embeddings():
+            sizes, weight = (linear.in_features, linear.out_features), linear.weight
+            quantised = Linear4bit(*sizes, bias=False, quant_type="nf4", compute_dtype=weight.dtype)
+            quantised.load_state_dict({"weight": weight})
+            replace_module(model, name, quantised.to(weight.device))
 
 
 def make_bases(model: nn.Module, width: int) -> dict[str, Tensor]:
@@ -183,11 +200,11 @@ def make_nsru(case: Case, base: nn.Module) -> Way:
         batch={"input_ids": ids},
     )  # fmt: skip
     for index, module in enumerate(nsru_modules(model).values()):
-        normal = normal_numbers(module.weight.device, index)
+        normal = normal_numbers(module.lora_A.device, index)
         # B makes about a tenth of a frozen linear's output.
         for adapter, scale in ((module.lora_A, case.hidden**-0.5), (module.lora_B, 0.02)):
             # Exact in the dtype of the run: all ways start equal.
-            adapter.copy_((normal(adapter.shape) * scale).to(module.weight.dtype))
+            adapter.copy_((normal(adapter.shape) * scale).to(module.dtype))
     return make_way(model)
 
 
@@ -208,7 +225,7 @@ def make_peft(case: Case, base: nn.Module, like: nn.Module, *, projected: bool) 
         lora_a, lora_b = layer.lora_A["default"], layer.lora_B["default"]
         a_RK = module.lora_A
         if projected:
-            basis = bases.setdefault(id(module.basis), module.basis.to(module.weight.dtype))
+            basis = bases.setdefault(id(module.basis), module.basis.to(module.dtype))
             lora_a.register_forward_pre_hook(projection(basis))
         else:
             a_RK = nk.project_adapter(a_RK, module.basis)
@@ -261,7 +278,7 @@ def make_ways(case: Case, base: nn.Module, names: Iterable[str] | None = None) -
         FULL: lambda: make_full(base),
     }
     wanted = list(makers if names is None else names)
-    if FULL in wanted and not has_room_for_full(base):
+    if FULL in wanted and (case.nf4 or not has_room_for_full(base)):
         wanted.remove(FULL)
     return {name: makers[name]() for name in wanted}
 
