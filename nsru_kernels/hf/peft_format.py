@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nsru_kernels.files import atomic_write_all, check_fields, read_json, read_tensors
+from nsru_kernels.nn.experts import ExpertLinear, NSRUExpertLinear, expert_linears
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.names import plain_name, unwrap
 from nsru_kernels.nn.swap import SwapReport, by_pattern, swap_linears
@@ -80,16 +81,19 @@ def save_lora_adapter(
     if merged := [name for name, module in modules.items() if module.merged]:
         raise ValueError(f"save_lora_adapter: {merged[0]} is merged; call unmerge() first.")
     for name, module in modules.items():
-        if module.lora_B.shape[1] != module.rank:
+        if module.lora_B.shape[1] != len(module.lora_A):
             raise ValueError(
                 f"save_lora_adapter: {name} is no plain LoRA: lora_B has {module.lora_B.shape[1]} "
-                f"columns and lora_A {module.rank} rows. Save it by what put it there."
+                f"columns and lora_A {len(module.lora_A)} rows. Save it by what put it there."
             )
     tensors: dict[str, Tensor] = {}
+    kept = {**dict(zip(modules, modules, strict=True)), **_names_in_peft(_of_experts(modules))}
     for name, module in modules.items():
         a_RK = module.projected_adapter()
         for side, tensor in (("A", a_RK), ("B", module.lora_B.detach().to(a_RK.dtype))):
-            tensors[f"{_PREFIX}{name}.lora_{side}.weight"] = tensor.cpu().contiguous().resolve_neg()
+            tensors[f"{_PREFIX}{kept[name]}.lora_{side}.weight"] = (
+                tensor.cpu().contiguous().resolve_neg()
+            )
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(
@@ -114,7 +118,7 @@ def save_lora_adapter(
 
 def _config(model: nn.Module, modules: dict[str, NSRULinear]) -> dict[str, Any]:
     first = next(iter(modules.values()))
-    config = getattr(model, "config", None)
+    config, experts = getattr(model, "config", None), _of_experts(modules)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
@@ -123,7 +127,8 @@ def _config(model: nn.Module, modules: dict[str, NSRULinear]) -> dict[str, Any]:
         "r": first.rank,
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
-        "target_modules": list(modules),
+        "target_modules": [name for name in modules if name not in experts],
+        **({"target_parameters": experts} if experts else {}),
         "rank_pattern": _pattern({n: m.rank for n, m in modules.items()}, first.rank),
         "alpha_pattern": _pattern({n: m.alpha for n, m in modules.items()}, first.alpha),
         "bias": "none",
@@ -133,6 +138,22 @@ def _config(model: nn.Module, modules: dict[str, NSRULinear]) -> dict[str, Any]:
         "use_dora": False,
         "modules_to_save": None,
     }
+
+
+def _of_experts(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of those that stand for a parameter of experts, in model order."""
+    return [n for n, m in modules.items() if isinstance(m, (ExpertLinear, NSRUExpertLinear))]
+
+
+def _names_in_peft(parameters: Iterable[str]) -> dict[str, str]:
+    """Parameter → the name of its adapter: PEFT wraps their module once for each, in turn."""
+    names: dict[str, str] = {}
+    for parameter in reversed(list(parameters)):
+        name = parameter.rpartition(".")[0]
+        while name in names.values():
+            name += ".base_layer"
+        names[parameter] = name
+    return names
 
 
 def _is_conv1d(module: NSRULinear) -> bool:
@@ -184,12 +205,14 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
     config, tensors = read_adapter(path)
     folder, model = Path(path), unwrap(model)
     try:
-        adapters = _adapters(tensors)
-        ranks, alphas = _sizes(folder / CONFIG, config, adapters)
-        everywhere = model.named_modules(remove_duplicate=False)
-        actual = {plain_name(name): name for name, _ in everywhere}
+        layers, actual = {}, {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            for own, layer in {name: module, **expert_linears(name, module)}.items():
+                layers[plain_name(own)], actual[plain_name(own)] = layer, own
+        adapters = _adapters(tensors, config, layers)
+        ranks, alphas = _sizes(folder / CONFIG, config, adapters, layers)
         for name, (a_RK, b_NR) in adapters.items():
-            _check_fit(model, actual, name, a_RK, b_NR)
+            _check_fit(layers, name, a_RK, b_NR)
         check_fingerprint(model, folder / SIDECAR)
         first = next(iter(adapters))
         report = swap_linears(
@@ -227,8 +250,8 @@ def copy_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     folder, found = Path(path), unwrap(model).named_modules()
     modules = {plain_name(name): m for name, m in found if isinstance(m, NSRULinear)}
     try:
-        adapters = _adapters(tensors)
-        ranks, alphas = _sizes(folder / CONFIG, config, adapters)
+        adapters = _adapters(tensors, config, modules)
+        ranks, alphas = _sizes(folder / CONFIG, config, adapters, modules)
         if odd := sorted(adapters.keys() ^ modules.keys()):
             raise ValueError(f"it and the model's adapters differ in {odd[0]}; same targets?")
         for name, module in modules.items():
@@ -244,7 +267,25 @@ def copy_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         modules[name].lora_B.copy_(b_NR)
 
 
-def _adapters(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def adapted_names(config: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Name of an adapter in PEFT's file → the parameter of experts that it is for.
+
+    Args:
+        config: of the adapter's folder.
+        layers: name → module, those of experts among them, of the base model or a swapped one.
+    """
+    targets = config.get("target_parameters") or []
+    parameters = [
+        name
+        for name in _of_experts(layers)
+        if any(name == target or name.endswith("." + target) for target in targets)
+    ]
+    return {own: name for name, own in _names_in_peft(parameters).items()}
+
+
+def _adapters(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], layers: Mapping[str, nn.Module]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Module name → (A, B) of an adapter's file."""
     names = sorted({key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in tensors})
     key = (_PREFIX + "{}.lora_{}.weight").format
@@ -262,11 +303,21 @@ def _adapters(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
                 f"{name} holds NaN or infinite values: training diverged, or the file is damaged. "
                 "Train again, or take an earlier checkpoint."
             )
-    return {name: (tensors[key(name, "A")], tensors[key(name, "B")]) for name in names}
+    of_experts = adapted_names(config, layers)
+    found = {
+        of_experts.get(name, name): (tensors[key(name, "A")], tensors[key(name, "B")])
+        for name in names
+    }
+    if missing := sorted(set(of_experts.values()) - found.keys()):
+        raise ValueError(f"{CONFIG} names {missing[0]}, for which {WEIGHTS} has nothing.")
+    return found
 
 
 def _sizes(
-    file: Path, config: Mapping[str, Any], adapters: Mapping[str, tuple[Tensor, Tensor]]
+    file: Path,
+    config: Mapping[str, Any],
+    adapters: Mapping[str, tuple[Tensor, Tensor]],
+    layers: Mapping[str, nn.Module],
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Rank and alpha of each module by PEFT's rules, alpha so that it is divided by the rank."""
     config = {**_DEFAULTS, **{k: value for k, value in config.items() if value is not None}}
@@ -282,10 +333,12 @@ def _sizes(
     ranks = by_pattern(config["rank_pattern"], adapters, config["r"])
     alphas = by_pattern(config["alpha_pattern"], adapters, config["lora_alpha"])
     for name, (a_RK, b_NR) in adapters.items():
-        if not a_RK.shape[0] == b_NR.shape[1] == ranks[name]:
+        experts = getattr(layers.get(name), "num_experts", 1)
+        if not a_RK.shape[0] == b_NR.shape[1] == ranks[name] * experts:
+            each = f" for each of {experts} experts" if experts > 1 else ""
             raise ValueError(
                 f"{name} has rank {a_RK.shape[0]} (A) and {b_NR.shape[1]} (B), {CONFIG} says "
-                f"{ranks[name]}."
+                f"{ranks[name]}{each}."
             )
     if config["use_rslora"]:
         alphas = {name: alpha * math.sqrt(ranks[name]) for name, alpha in alphas.items()}
@@ -297,12 +350,10 @@ def _exactly(values: Mapping[str, Value]) -> dict[str, Value]:
     return {rf"^{re.escape(name)}": value for name, value in values.items()}
 
 
-def _check_fit(
-    model: nn.Module, actual: Mapping[str, str], name: str, a_RK: Tensor, b_NR: Tensor
-) -> None:
-    if name not in actual:
+def _check_fit(layers: Mapping[str, nn.Module], name: str, a_RK: Tensor, b_NR: Tensor) -> None:
+    if name not in layers:
         raise ValueError(f"the model has no module {name!r}; another base?")
-    module = model.get_submodule(actual[name])
+    module = layers[name]
     shape = tuple(module.weight.shape) if is_plain(module) else linear_sizes(module)[::-1]
     if shape != (b_NR.shape[0], a_RK.shape[1]):
         raise ValueError(

@@ -43,7 +43,8 @@ class ActivationStream:
         inside = set(backbone.modules())
         self.linears = linears
         self.model = model
-        self.module = backbone if all(m in inside for m in linears.values()) else model
+        called = (getattr(m, "experts", m) for m in linears.values())
+        self.module = backbone if all(m in inside for m in called) else model
         self.device = next(itertools.chain(model.parameters(), model.buffers())).device
         takes = inspect.signature(self.module.forward).parameters
         self.extra = {"use_cache": False} if "use_cache" in takes else {}
@@ -56,7 +57,7 @@ class ActivationStream:
         # Weak: activations must not pile up, and an id may come again once its tensor is gone.
         seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
-        def note(name: str, x: Tensor) -> None:
+        def note(name: str, x: Tensor, _: Tensor | None) -> None:
             known = seen.get(id(x))
             if known is None or known[0]() is not x:
                 known = seen[id(x)] = (weakref.ref(x), next(numbers))
@@ -106,9 +107,9 @@ class ActivationStream:
         Raises: ValueError: whatever a consumer refuses, with the module's name in front.
         """
 
-        def hand_on(name: str, x: Tensor) -> None:
+        def hand_on(name: str, x: Tensor, tokens: Tensor | None) -> None:
             try:
-                consume[name](x, self._kept(x))
+                consume[name](x, self._kept(x, tokens))
             except ValueError as error:
                 raise ValueError(f"input of {name}: {error}") from error
 
@@ -172,9 +173,11 @@ class ActivationStream:
         named = kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD}
         return ((), bound.arguments) if named else (values, {})
 
-    def _kept(self, x: Tensor) -> Tensor | None:
+    def _kept(self, x: Tensor, tokens: Tensor | None) -> Tensor | None:
         if self.keep_BT is None:
             return None
+        if tokens is not None:
+            return self.keep_BT.flatten()[tokens].to(x.device)
         if x.shape[:-1].numel() != self.keep_BT.numel():
             raise ValueError(
                 f"tokens {tuple(x.shape[:-1])} do not fit the mask {tuple(self.keep_BT.shape)}, so "
@@ -335,13 +338,18 @@ class _Sized:
 
 @contextlib.contextmanager
 def _hooks(
-    linears: Mapping[str, nn.Module], consume: Callable[[str, Tensor], None]
+    linears: Mapping[str, nn.Module], consume: Callable[[str, Tensor, Tensor | None], None]
 ) -> Iterator[None]:
-    """While it lasts, consume(name, x) before each of the linears runs."""
+    """While it lasts, consume(name, x, tokens) before each of the linears runs.
+
+    tokens is None where there is a row of x for each; those inside of experts have others.
+    """
 
     def make(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            consume(name, args[0] if args else next(iter(kwargs.values())))
+            by_expert = len(args) > 2 and args[2] is True
+            x = args[0] if args else next(iter(kwargs.values()))
+            consume(name, x, args[1].tokens if by_expert else None)
 
         return hook
 

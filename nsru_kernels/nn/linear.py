@@ -145,11 +145,12 @@ class NSRULinear(nn.Module):
         if self.bias is not None:
             self.bias.requires_grad_(False)
 
-    def _make_adapter(self, device: torch.device | str | None) -> None:
+    def _make_adapter(self, device: torch.device | str | None, rows: int | None = None) -> None:
+        rows = self.rank if rows is None else rows
         # float32 whatever the default dtype: transformers changes that while it loads a model.
         fp32 = torch.float32
-        a_RK = torch.empty(self.rank, self.in_features, device=device, dtype=fp32)
-        b_NR = torch.zeros(self.out_features, self.rank, device=device, dtype=fp32)
+        a_RK = torch.empty(rows, self.in_features, device=device, dtype=fp32)
+        b_NR = torch.zeros(self.out_features, rows, device=device, dtype=fp32)
         self.lora_A, self.lora_B = nn.Parameter(a_RK), nn.Parameter(b_NR)
         self.reset_adapter()
 
@@ -218,8 +219,11 @@ class NSRULinear(nn.Module):
     def delta_weight(self) -> Tensor:
         """s B Ā [N, K] in float32 (float64 for float64 adapters)."""
         a_RK = self.projected_adapter()
+        return self._update(a_RK, self.lora_B.to(a_RK.dtype))
+
+    def _update(self, a_RK: Tensor, b_NR: Tensor) -> Tensor:
         with torch.autocast(a_RK.device.type, enabled=False), full_float32(a_RK.device):
-            return self.scaling * (self.lora_B.to(a_RK.dtype) @ a_RK)
+            return self.scaling * (b_NR @ a_RK)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -230,13 +234,7 @@ class NSRULinear(nn.Module):
         if self.merged:
             return self.weight.detach()
         delta = self.delta_weight()
-        merged = delta.add_(self.weight).to(self.dtype)
-        if not merged.isfinite().all():
-            raise ValueError(
-                f"W + s B Ā holds NaN or infinite values in {merged.dtype}: the adapter diverged "
-                "or is damaged, or the sum overflows. Train again, or cast the model first."
-            )
-        return merged
+        return finite_weight(delta.add_(self.weight).to(self.dtype))
 
     @torch.no_grad()
     def merged_linear(self, dtype: torch.dtype) -> nn.Module:
@@ -306,6 +304,15 @@ class NSRULinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def finite_weight(merged: Tensor) -> Tensor:
+    if not merged.isfinite().all():
+        raise ValueError(
+            f"W + s B Ā holds NaN or infinite values in {merged.dtype}: the adapter diverged "
+            "or is damaged, or the sum overflows. Train again, or cast the model first."
+        )
+    return merged
 
 
 @contextlib.contextmanager

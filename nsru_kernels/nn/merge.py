@@ -15,7 +15,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     """Replace every ``NSRULinear`` by ``nn.Linear`` with W + s B Ā, summed in fp32, rounded once.
 
     A layer of another kind gets the sum into its own weight where that is dense, as ``Conv1D``'s;
-    a quantised one becomes an ``nn.Linear`` in the model's dtype.
+    a quantised one becomes an ``nn.Linear`` in the model's dtype, and what stood for a 3-D
+    parameter of experts that parameter.
 
     Args:
         model: changed in place. Weights keep their dtype and stay frozen.

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,6 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nsru_kernels.nn.experts import (
+    ExpertLinear,
+    NSRUExpertLinear,
+    expert_linears,
+    is_experts,
+    place,
+    why_not_experts,
+)
 from nsru_kernels.nn.group import LinearGroup
 from nsru_kernels.nn.inputs import ActivationStream, Batch, evaluating
 from nsru_kernels.nn.linear import NSRULinear
@@ -40,6 +48,7 @@ _EXPERTS = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
+_ALONE = (NSRUWrappedLinear, NSRUExpertLinear)  # not computed with those of the same input
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -172,7 +181,7 @@ def swap_linears(
     linears, skipped = _match(model, targets, exclude, getattr(subspaces, "read_elsewhere", {}))
     if elsewhere := _read_elsewhere(model, dict(linears), batch):
         linears, skipped = _match(model, targets, exclude, {**skipped, **elsewhere})
-    skipped |= _fused_experts(model)
+    skipped |= _fused_experts(model, {*dict(linears), *skipped})
     names = [name for name, _ in linears]
     ranks = take_all("swap_linears: rank_pattern", rank_pattern, names, rank)
     alphas = take_all("swap_linears: alpha_pattern", alpha_pattern, names, alpha)
@@ -191,8 +200,9 @@ def swap_linears(
         trainable_before = [p for p in linear.parameters() if p.requires_grad]
         try:
             holder = None if subspaces is None else _holder(subspaces[name], linear, holders)
-            wrap = NSRULinear.from_linear if is_plain(linear) else NSRUWrappedLinear
-            module = wrap(linear, ranks[name], alpha=alphas[name], dropout=dropout, backend=backend)
+            module = _adapt(linear)(
+                linear, ranks[name], alpha=alphas[name], dropout=dropout, backend=backend
+            )
             module.hold(holder)
         except (TypeError, ValueError) as error:
             raise type(error)(f"swap_linears: {name}: {error}") from error
@@ -267,10 +277,17 @@ def _is_full(basis_KQ: Tensor | None) -> bool:
     return basis_KQ is not None and basis_KQ.shape[1] == basis_KQ.shape[0]
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place called ``name``."""
+def replace_module(model: nn.Module, name: str, module: nn.Module | nn.Parameter) -> None:
+    """Put ``module``, or the parameter of experts that one stood for, in the place ``name``."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    place(model.get_submodule(parent), child, module)
+
+
+def _adapt(linear: nn.Module) -> Callable[..., NSRULinear]:
+    """What makes the adapted layer of this one."""
+    if isinstance(linear, ExpertLinear):
+        return NSRUExpertLinear
+    return NSRULinear.from_linear if is_plain(linear) else NSRUWrappedLinear
 
 
 def _read_elsewhere(
@@ -306,7 +323,7 @@ def _join(modules: Mapping[str, NSRULinear], families: list[list[str]]) -> list[
         # Of one parent, for cross-attention reads one tensor in all layers, with others in between.
         parts: dict[tuple, list[str]] = {}
         for name in family:
-            if name in single and not isinstance(single[name], NSRUWrappedLinear):
+            if name in single and not isinstance(single[name], _ALONE):
                 module, parent = single[name], name.rpartition(".")[0]
                 key = (parent, id(module.subspace), module.weight.dtype)
                 parts.setdefault(key, []).append(name)
@@ -370,6 +387,18 @@ def _names(target: str, name: str) -> bool:
         raise ValueError(f"target {target!r} is no regular expression: {error}.") from error
 
 
+def _names_experts(target: str, name: str) -> bool:
+    """The same for a parameter of experts: by their module's name, or more than its own."""
+    return _names(target, name.rpartition(".")[0]) or ("." in target and _names(target, name))
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if looks_linear(module):
+            yield name, module
+        yield from expert_linears(name, module).items()
+
+
 def _match(
     model: nn.Module,
     targets: str | Sequence[str],
@@ -392,20 +421,23 @@ def _match(
     skipped: dict[str, str] = {}
     hits: Counter[str] = Counter()
     linear_names: list[str] = []
-    for name, module in model.named_modules():
-        if not looks_linear(module):
-            continue
+    for name, module in _linears(model):
         linear_names.append(name)
-        named = [t for t in wanted if t != ALL_LINEAR and _names(t, name)]
-        excluded = [t for t in unwanted if _names(t, name)]
-        reason = _cannot_swap(module)
+        of_experts = isinstance(module, ExpertLinear)
+        means = _names_experts if of_experts else _names
+        named = [t for t in wanted if t != ALL_LINEAR and means(t, name)]
+        excluded = [t for t in unwanted if means(t, name)]
+        if of_experts and not named and not excluded:
+            continue  # and reported for the layer
+        reason = why_not_experts(module) if of_experts else _cannot_swap(module)
         if reason is None and name.endswith(COMPILED):
             reason = "is compiled by itself and would go on as it is; compile after swapping"
-        if reason is None and places[id(module)] > 1:
+        if reason is None and places[id(getattr(module, "experts", module))] > 1:
             reason = "the same module stands in several places; give each its own"
         if reason is None and id(getattr(module, "weight", None)) in shared:
             reason = "its weight is tied to another module; a merge would change both, untie them"
-        reason = reason or _refused_by_peft(model, name) or elsewhere.get(name)
+        if not of_experts:
+            reason = reason or _refused_by_peft(model, name) or elsewhere.get(name)
         hits.update(excluded)
         if excluded and (named or ALL_LINEAR in wanted):
             hits.update({*named, ALL_LINEAR})
@@ -425,6 +457,11 @@ def _match(
         matched.append((name, module))
     for target in wanted + unwanted:
         if not hits[target]:
+            for name, reason in _fused_experts(model, ()).items():
+                if target in wanted and target != ALL_LINEAR and _names(target, name):
+                    raise ValueError(
+                        f"target {target!r} matches {name}, which cannot be swapped: {reason}."
+                    )
             what = "target" if target in wanted else "exclude"
             raise ValueError(f"{what} {_no_match(target, linear_names, skipped)}")
     if not matched:
@@ -475,19 +512,34 @@ def _refused_by_peft(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def _fused_experts(model: nn.Module) -> dict[str, str]:
+def _fused_experts(model: nn.Module, known: Collection[str]) -> dict[str, str]:
     """Name → what is left out, for the modules that hold all experts of a layer in 3-D parameters.
 
     Their share of the parameters says how much of the knowledge no adapter reaches.
+
+    Args:
+        known: names of parameters of experts of which something else is said.
     """
     sizes = {
-        name: sum(p.numel() for p in module._parameters.values() if p is not None and p.dim() == 3)
+        (name, is_experts(module)): sum(
+            p.numel()
+            for own, p in module._parameters.items()
+            if p is not None and p.dim() == 3 and f"{name}.{own}" not in known
+        )
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "experts" or "experts" in type(module).__name__.lower()
     }
-    share = sum(sizes.values()) / max(1, sum(p.numel() for p in model.parameters()))
-    reason = f"fused experts, {share:.0%} of all parameters; only linear layers are supported"
-    return {name: reason for name, size in sizes.items() if size}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    share = sum(sizes.values()) / max(1, total)
+    remedies = {
+        True: "add 'experts' to the targets to adapt them",
+        False: "only linear layers and experts of transformers' ExpertsInterface are supported",
+    }
+    return {
+        name: f"fused experts, {share:.0%} of all parameters; {remedies[supported]}"
+        for (name, supported), size in sizes.items()
+        if size
+    }
 
 
 def looks_linear(module: nn.Module) -> bool:

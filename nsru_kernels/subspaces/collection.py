@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nsru_kernels.files import check_fields, read_json, whole_folder
+from nsru_kernels.nn.experts import NSRUExpertLinear
 from nsru_kernels.nn.names import plain_name, unwrap
 from nsru_kernels.nn.subspace import ENERGY_SLACK, RetainSubspace
 from nsru_kernels.text_table import align_columns
@@ -266,11 +267,16 @@ def fingerprint_weights(model: nn.Module, rounded_to: torch.dtype | None = None)
     model differs in thousands of them. rounded_to tells what it would be in another dtype.
     """
     digest = hashlib.sha256()
+    named = unwrap(model).named_modules()
+    experts = {f"{plain_name(n)}.weight" for n, m in named if isinstance(m, NSRUExpertLinear)}
     weights: dict[str, Tensor] = {}
     for name, weight in unwrap(model).named_parameters():
         if "lora_" in name:
             continue
-        name = plain_name(name).replace(".base_layer.", ".")  # of adapted layers
+        name = plain_name(name)
+        if name in experts:
+            name = name.removesuffix(".weight")
+        name = ".".join(part for part in name.split(".") if part != "base_layer")  # adapted layers
         if is_traceable_wrapper_subclass(weight):  # of torchao: numbers, scales and zero points
             parts = weight.__tensor_flatten__()[0]
             weights |= {f"{name}.{part}": getattr(weight, part) for part in parts}

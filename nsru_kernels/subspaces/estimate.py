@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nsru_kernels.checks import check_range
+from nsru_kernels.nn.experts import standing_in
 from nsru_kernels.nn.inputs import (
     ActivationStream,
     Batches,
@@ -86,12 +88,13 @@ def estimate_retain_subspaces(
     targets, exclude = names_in("targets", targets), names_in("exclude", exclude)
     linears = dict(match_linears(model, targets, exclude))
     _check_request(linears, width, rank, energy, min_editability, forget_batches is not None)
-    with evaluating(model):
+    with evaluating(model), contextlib.ExitStack() as stack:
         first, batches = with_first(batches)
         elsewhere: dict[str, str] = {}
         if first is not None:
             elsewhere = ActivationStream(model, linears).read_elsewhere(first)
             linears = dict(match_linears(model, targets, exclude, elsewhere))
+        stack.enter_context(standing_in(linears))
         stream = ActivationStream(model, linears)
         groups = _agree_on_groups(None if first is None else stream.group_by_input(first))
         sketches = {

@@ -1,0 +1,374 @@
+"""Adapters on fused experts: transformers' modules that hold a layer's experts in 3-D parameters.
+
+Each of the two, ``gate_up_proj`` (or ``up_proj``) and ``down_proj``, is one linear of E weights,
+and gets A and B for each expert. All experts share one retain subspace: that of the tokens that
+reach the layer for ``gate_up_proj``, that of what is inside any of its experts for ``down_proj``.
+So a retain token stays protected when another expert gets it, as happens once the layers below
+have changed, one [K, Q] is held in place of E of them, and every token counts, where one of many
+experts sees too few to fill a subspace. Routers are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+from nsru_kernels.nn.linear import NSRULinear, finite_weight
+from nsru_kernels.nn.projections import projection_key
+from nsru_kernels.nn.subspace import RetainSubspace
+from nsru_kernels.ops.linear import compute_dtype
+from nsru_kernels.ops.project import project_adapter
+
+# In the order of their registration, by which PEFT nests its wrappers.
+_LINEARS = ("gate_up_proj", "up_proj", "down_proj")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_IMPLEMENTATION = "nsru"
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which expert reads which tokens: S pairs of a token and an expert, by expert.
+
+    Attributes:
+        order: [S], where each pair stands in the router's own order, by token.
+        tokens: [S], the token of each pair.
+        spans: (expert, first pair, last pair + 1) of every expert that reads any.
+    """
+
+    order: Tensor
+    tokens: Tensor
+    spans: list[tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, experts_TC: Tensor, num_experts: int) -> Routing:
+        """From the C experts that each token is sent to."""
+        chosen = experts_TC.reshape(-1)
+        order = torch.argsort(chosen, stable=True)
+        spans, start = [], 0
+        for expert, size in enumerate(torch.bincount(chosen, minlength=num_experts).tolist()):
+            if size:
+                spans.append((expert, start, start + size))
+            start += size
+        return cls(order, order // experts_TC.shape[-1], spans)
+
+
+class ExpertLinear(nn.Module):
+    """One linear of all experts as it is in the model: the weights are those of ``experts``.
+
+    Args:
+        experts: what ``is_experts`` accepts.
+        name: of the 3-D parameter.
+    """
+
+    def __init__(self, experts: nn.Module, name: str) -> None:
+        super().__init__()
+        self._experts = (experts,)  # in a tuple it is no child
+        self.weight = experts._parameters[name]
+        self.is_transposed = bool(experts.is_transposed)
+        self.num_experts, *sizes = self.weight.shape
+        self.in_features, self.out_features = sizes if self.is_transposed else sizes[::-1]
+        self.train(experts.training)
+
+    @property
+    def experts(self) -> nn.Module:
+        return self._experts[0]
+
+    def forward(self, x: Tensor, routing: Routing, in_order: bool = False) -> Tensor:
+        """y [S, N] by expert; x is [S, K] too where ``in_order``, else [T, K]."""
+        return _expert_linear(x, routing, in_order, self.weight, self.is_transposed)
+
+
+class NSRUExpertLinear(NSRULinear):
+    """y = x W_eᵀ + (alpha/rank) · x Ā_eᵀ B_eᵀ for each expert e, Ā_e = A_e (I - U Uᵀ), W frozen.
+
+    Stands in the place of a 3-D parameter. ``weight`` is that parameter, [E, N, K] or [E, K, N].
+    ``lora_A`` [E·R, K] and ``lora_B`` [N, R·E] hold the A_e on top of each other and the columns of
+    the B_e in turn, as PEFT does. One matrix product for each expert that reads any token, in plain
+    PyTorch operations; beyond its operands a step holds x once and nothing of the size of W.
+
+    Args:
+        linear: where it comes from. The others are as for ``NSRULinear``.
+    Raises:
+        ValueError: as for ``NSRULinear``, or there is dropout: PEFT adds s B_e Ā_e to W_e and so
+            refuses it.
+    """
+
+    def __init__(
+        self,
+        linear: ExpertLinear,
+        rank: int,
+        *,
+        alpha: float,
+        basis: Tensor | RetainSubspace | None = None,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ):
+        if dropout:
+            raise ValueError(
+                f"dropout must be 0 where experts are adapted, as in PEFT, got {dropout}; set it "
+                "to 0, or exclude the experts."
+            )
+        k, n = linear.in_features, linear.out_features
+        super().__init__(k, n, rank, alpha=alpha, bias=False, device="meta", backend=backend)
+        self.num_experts, self.is_transposed = linear.num_experts, linear.is_transposed
+        self._make_adapter(linear.weight.device, rows=linear.num_experts * self.rank)
+        self._set_basis(basis)
+        self.weight = linear.weight
+        self._freeze()
+        self.train(linear.training)
+        _register()
+
+    def forward(self, x: Tensor, routing: Routing, in_order: bool = False) -> Tensor:  # type: ignore[override]
+        """y [S, N] by expert; x is [S, K] too where ``in_order``, else [T, K]."""
+        weight, adapter = self.weight, None
+        if not self.enabled:
+            weight = weight if self._unmerged_weight is None else self._unmerged_weight
+        elif not self.merged:
+            adapter = self
+        return _expert_linear(x, routing, in_order, weight, self.is_transposed, adapter)
+
+    def projected(self, dtype: torch.dtype) -> Tensor:
+        """Ā [E·R, K] in ``dtype``, without gradient; computed once per optimizer step."""
+        if self.lora_A.is_inference():  # whose edits are not counted
+            return project_adapter(self.lora_A, self.basis, backend=self.backend).to(dtype)
+        known = self.group.projected
+        if known is None or known[0] != projection_key(dtype, (self.lora_A,), self.basis):
+            known = self.group.projections.refresh(self.group, dtype)
+        return known[2]
+
+    def by_expert(self, a_RK: Tensor, b_NR: Tensor) -> tuple[Tensor, Tensor]:
+        """(A [E, R, K], B [E, N, R]) of tensors like ``lora_A`` and ``lora_B``."""
+        a_ERK = a_RK.view(self.num_experts, self.rank, self.in_features)
+        return a_ERK, b_NR.view(self.out_features, self.rank, self.num_experts).permute(2, 0, 1)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """s B_e Ā_e, laid out as ``weight``, in float32 (float64 for float64 adapters)."""
+        return torch.stack(list(self._deltas()))
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W_e + s B_e Ā_e, summed in float32 expert by expert, rounded once to W's dtype.
+
+        Raises: ValueError: it holds NaN or infinite values.
+        """
+        if self.merged:
+            return self.weight.detach()
+        merged = torch.empty_like(self.weight)
+        for own, weight, delta in zip(merged, self.weight, self._deltas(), strict=True):
+            own.copy_(delta.add_(weight))
+        return finite_weight(merged)
+
+    @torch.no_grad()
+    def merged_linear(self, dtype: torch.dtype) -> nn.Parameter:  # type: ignore[override]
+        """The plain parameter with the update in it for good, in its own dtype."""
+        self.weight.copy_(self.merged_weight())
+        return self.weight
+
+    def _deltas(self) -> Iterator[Tensor]:
+        a_RK = self.projected_adapter()
+        a_ERK, b_ENR = self.by_expert(a_RK, self.lora_B.to(a_RK.dtype))
+        for a_RK, b_NR in zip(a_ERK, b_ENR, strict=True):
+            delta_NK = self._update(a_RK, b_NR)
+            yield delta_NK.T if self.is_transposed else delta_NK
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        _register()
+
+
+class _ExpertLinear(torch.autograd.Function):
+    """Saves x as it came, so that what the experts share is held once, and S; W has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, routing, in_order, w_ENK, a_RK, lora_a, lora_b, basis, adapter):
+        y_SN = x.new_empty(len(routing.tokens), w_ENK.shape[1])
+        a_ERK = b_ENR = s_SR = None
+        if adapter is not None:
+            a_ERK, b_ENR = adapter.by_expert(a_RK, lora_b.to(x.dtype))
+            b_ENR = b_ENR.contiguous()
+            s_SR = x.new_empty(len(routing.tokens), adapter.rank)
+        for e, start, end in routing.spans:
+            x_MK = _rows(x, routing, in_order, start, end)
+            y_MN = torch.mm(x_MK, w_ENK[e].to(x.dtype).T, out=y_SN[start:end])
+            if adapter is not None:
+                s_MR = torch.mm(x_MK, a_ERK[e].T, out=s_SR[start:end])
+                y_MN.addmm_(s_MR, b_ENR[e].T, alpha=adapter.scaling)
+        ctx.save_for_backward(x, w_ENK, a_ERK, b_ENR, s_SR, basis)
+        ctx.routing, ctx.in_order, ctx.adapter = routing, in_order, adapter
+        ctx.scaling = 0.0 if adapter is None else adapter.scaling
+        return y_SN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_SN):
+        x, w_ENK, a_ERK, b_ENR, s_SR, basis = ctx.saved_tensors
+        routing, in_order, adapter = ctx.routing, ctx.in_order, ctx.adapter
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        if adapter is not None:  # zero for the experts that read nothing
+            da_RK, db_NR = map(torch.zeros_like, (adapter.lora_A, adapter.lora_B))
+            da_ERK, db_ENR = adapter.by_expert(da_RK, db_NR)
+        for e, start, end in routing.spans:
+            dy_MN = dy_SN[start:end]
+            dx_MK = None if dx is None else dy_MN @ w_ENK[e].to(x.dtype)
+            if adapter is not None:
+                ds_MR = (dy_MN @ b_ENR[e]).mul_(ctx.scaling)
+                da_ERK[e] = ds_MR.T @ _rows(x, routing, in_order, start, end)
+                db_ENR[e] = (dy_MN.T @ s_SR[start:end]).mul_(ctx.scaling)
+                if dx_MK is not None:
+                    dx_MK.addmm_(ds_MR, a_ERK[e])
+            if dx_MK is not None and in_order:
+                dx[start:end] = dx_MK
+            elif dx_MK is not None:
+                dx.index_add_(0, routing.tokens[start:end], dx_MK)
+        if adapter is None:
+            return dx, *[None] * 8
+        da_RK = project_adapter(da_RK, basis, backend=adapter.backend)
+        return dx, None, None, None, None, da_RK, db_NR, None, None
+
+
+def _rows(x: Tensor, routing: Routing, in_order: bool, start: int, end: int) -> Tensor:
+    return x[start:end] if in_order else x[routing.tokens[start:end]]
+
+
+def _expert_linear(
+    x: Tensor,
+    routing: Routing,
+    in_order: bool,
+    weight: Tensor,
+    is_transposed: bool,
+    adapter: NSRUExpertLinear | None = None,
+) -> Tensor:
+    w_ENK = weight.mT if is_transposed else weight
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    x = x.to(compute_dtype(x) if autocast else weight.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if adapter is None:
+            return _ExpertLinear.apply(x, routing, in_order, w_ENK, *[None] * 5)
+        return _ExpertLinear.apply(
+            x, routing, in_order, w_ENK, adapter.projected(x.dtype), adapter.lora_A,
+            adapter.lora_B, adapter.basis, adapter,
+        )  # fmt: skip
+
+
+def experts_forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Of transformers' experts, by its ``ExpertsInterface``: some of their linears are modules.
+
+    Args:
+        self: the module that holds the experts.
+        hidden_states: [T, K].
+        top_k_index, top_k_weights: [T, C], the experts of each token and their weights.
+    Returns: [T, K] in the dtype of hidden_states.
+    """
+    routing = Routing.of(top_k_index, self.num_experts)
+    ids = top_k_index.reshape(-1)[routing.order]
+
+    def linear(name: str, x: Tensor, in_order: bool) -> Tensor:
+        module = getattr(self, name)
+        if isinstance(module, Tensor):
+            module = ExpertLinear(self, name)
+        y_SN = module(x, routing, in_order)
+        bias = getattr(self, f"{name}_bias") if self.has_bias else None
+        return y_SN if bias is None else y_SN + bias[ids].to(y_SN.dtype)
+
+    up_SN = linear("gate_up_proj" if self.has_gate else "up_proj", hidden_states, False)
+    inner_SK = self._apply_gate(up_SN) if self.has_gate else self.act_fn(up_SN)
+    y_SN = linear("down_proj", inner_SK, True)
+    if getattr(self, "has_post_expert_norm", False):
+        y_SN = self.post_expert_norm(y_SN)
+    y_SN = y_SN * top_k_weights.reshape(-1, 1)[routing.order]
+    by_token = torch.empty_like(routing.order)
+    by_token[routing.order] = torch.arange(len(by_token), device=by_token.device)
+    y_TCN = y_SN[by_token].view(*top_k_index.shape, -1)
+    return y_TCN.sum(1).to(hidden_states.dtype)
+
+
+def _register() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, experts_forward)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """True for experts whose forward is one of transformers' ``ExpertsInterface``."""
+    return (
+        hasattr(module, "_apply_gate")
+        and hasattr(module, "is_transposed")
+        and hasattr(type(module).forward, "__wrapped__")
+    )
+
+
+def expert_linears(name: str, module: nn.Module) -> dict[str, ExpertLinear]:
+    """Name → what an adapter can be put on, of this module; empty where it is no experts."""
+    if not is_experts(module):
+        return {}
+    held = {end: module._parameters.get(end) for end in _LINEARS}
+    return {
+        f"{name}.{end}": ExpertLinear(module, end)
+        for end, weight in held.items()
+        if weight is not None and weight.dim() == 3
+    }
+
+
+def why_not_experts(linear: ExpertLinear) -> str | None:
+    """The reason for which these experts cannot be adapted; None where they can."""
+    experts, weight = linear.experts, linear.weight
+    if type(weight) not in (nn.Parameter, FakeTensor) or weight.dtype not in _DTYPES:
+        kind = f"{type(weight).__name__} of {weight.dtype}"
+        return f"its weights are a {kind}; only dense floats in one piece are supported"
+    if nn.utils.parametrize.is_parametrized(experts):
+        return "has a parametrization; remove it first"
+    if getattr(experts, "_is_expert_parallel", False):
+        return "its experts are spread over ranks; load the model without expert parallelism"
+    if hasattr(experts, "_hf_hook"):
+        return "accelerate moves its weights during forward; load the model without offloading"
+    if "forward" in vars(experts):
+        return "its forward has been replaced, so that an adapter would have no effect"
+    return None
+
+
+def choose_forward(experts: Any) -> None:
+    """Let experts with modules among their linears run ``experts_forward``, others as before."""
+    if any(name in experts._modules for name in _LINEARS):
+        if experts.config._experts_implementation != _IMPLEMENTATION:
+            _register()
+            experts._plain_config = experts.config
+            experts.config = copy.copy(experts.config)  # the model's own is that of other layers
+            experts.config._experts_implementation = {"": _IMPLEMENTATION}
+    elif "_plain_config" in vars(experts):
+        experts.config = vars(experts).pop("_plain_config")
+    for name in _LINEARS:  # in their order again, also where one of them came back
+        if name in experts._parameters:
+            experts._parameters[name] = experts._parameters.pop(name)
+
+
+@contextlib.contextmanager
+def standing_in(linears: Mapping[str, nn.Module]) -> Iterator[None]:
+    """While it lasts, the ``ExpertLinear``s among these are modules of the model, which it calls."""
+    placed = {n: module for n, module in linears.items() if isinstance(module, ExpertLinear)}
+    try:
+        for name, module in placed.items():
+            place(module.experts, name.rpartition(".")[2], module)
+        yield
+    finally:
+        for name, module in placed.items():
+            place(module.experts, name.rpartition(".")[2], module.weight)
+
+
+def place(parent: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
+    """Make ``value`` the child or parameter ``name`` of ``parent``, in the place of another."""
+    if name in parent._parameters and isinstance(value, nn.Module):
+        delattr(parent, name)
+    setattr(parent, name, value)
+    if is_experts(parent):
+        choose_forward(parent)
