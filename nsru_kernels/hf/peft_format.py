@@ -205,10 +205,9 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
     config, tensors = read_adapter(path)
     folder, model = Path(path), unwrap(model)
     try:
-        layers, actual = {}, {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            for own, layer in {name: module, **expert_linears(name, module)}.items():
-                layers[plain_name(own)], actual[plain_name(own)] = layer, own
+        found = adaptable_layers(model)
+        actual = {plain_name(name): name for name in found}
+        layers = {plain_name(name): layer for name, layer in found.items()}
         adapters = _adapters(tensors, config, layers)
         ranks, alphas = _sizes(folder / CONFIG, config, adapters, layers)
         for name, (a_RK, b_NR) in adapters.items():
@@ -265,6 +264,15 @@ def copy_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, (a_RK, b_NR) in adapters.items():
         modules[name].lora_A.copy_(a_RK)
         modules[name].lora_B.copy_(b_NR)
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → module, and what stands for the parameters of experts, of a base model."""
+    return {
+        own: layer
+        for name, module in model.named_modules(remove_duplicate=False)
+        for own, layer in {name: module, **expert_linears(name, module)}.items()
+    }
 
 
 def adapted_names(config: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -348,13 +348,14 @@ def choose_forward(experts: Any) -> None:
     elif "_plain_config" in vars(experts):
         experts.config = vars(experts).pop("_plain_config")
     for name in _LINEARS:  # in their order again, also where one of them came back
-        if name in experts._parameters:
-            experts._parameters[name] = experts._parameters.pop(name)
+        for own in (name, f"{name}_bias"):
+            if own in experts._parameters:
+                experts._parameters[own] = experts._parameters.pop(own)
 
 
 @contextlib.contextmanager
 def standing_in(linears: Mapping[str, nn.Module]) -> Iterator[None]:
-    """While it lasts, the ``ExpertLinear``s among these are modules of the model, which it calls."""
+    """While it lasts, the ``ExpertLinear``s among these are modules that their model calls."""
     placed = {n: module for n, module in linears.items() if isinstance(module, ExpertLinear)}
     try:
         for name, module in placed.items():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import nsru_kernels as nk
+from nsru_kernels.nn.experts import NSRUExpertLinear
 from nsru_kernels.nn.swap import looks_linear, replace_module
 from nsru_kernels.nn.wrapped import dense_linear, is_plain, why_not_linear
 
@@ -52,6 +53,11 @@ def quantizing(config: ModelConfig, device: torch.device) -> dict[str, Any]:
 def refuse_wrapped(model: nn.Module, what: str) -> None:
     """Raise ValueError where an adapted layer is no ``nn.Linear``, of whose weight ``what`` is."""
     for name, module in model.named_modules():
+        if isinstance(module, NSRUExpertLinear):
+            raise ValueError(
+                f"{what} needs plain linear layers, and {name} is of fused experts; leave them out "
+                "of subspace.targets, or take another method."
+            )
         if isinstance(module, nk.NSRUWrappedLinear):
             raise ValueError(
                 f"{what} needs plain linear layers, and {name} is a "

@@ -14,7 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsru_kernels.hf.peft_format import SIDECAR, check_fingerprint, read_adapter
+from nsru_kernels.hf.peft_format import (
+    SIDECAR,
+    adaptable_layers,
+    adapted_names,
+    check_fingerprint,
+    read_adapter,
+)
 from nsru_kernels.nn.inputs import evaluating
 from nsru_kernels.nn.wrapped import linear_sizes
 from nsru_kernels.text_table import align_columns
@@ -197,7 +203,7 @@ def verify(
         return report
     model = _load(base) if isinstance(base, (str, Path)) else base
     with evaluating(model):
-        if not report.ask("base model", _check_shapes, model, tensors):
+        if not report.ask("base model", _check_shapes, model, folder, tensors):
             return report
         if not report.ask("base weights", _check_weights, model, folder):
             return report
@@ -241,11 +247,12 @@ def _read_finite(folder: Path, tensors: dict[str, Tensor]) -> str:
     return f"{len(tensors)} tensors in {folder}"
 
 
-def _check_shapes(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> str:
-    modules = dict(model.named_modules())
+def _check_shapes(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]) -> str:
+    modules = adaptable_layers(model)
+    of_experts = adapted_names(read_adapter(folder)[0], modules)
     problems = []
     for match in filter(None, map(_LORA_KEY.fullmatch, tensors)):
-        name, side = match.groups()
+        name, side = of_experts.get(match[1], match[1]), match[2]
         axis = 1 if side == "A" else 0
         sizes = linear_sizes(modules[name])[::-1] if name in modules else (0, 0)
         if not all(sizes):
