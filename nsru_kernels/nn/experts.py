@@ -68,7 +68,9 @@ class ExpertLinear(nn.Module):
         name: of the 3-D parameter.
     """
 
-    def __init__(self, experts: nn.Module, name: str) -> None:
+    weight: nn.Parameter
+
+    def __init__(self, experts: Any, name: str) -> None:
         super().__init__()
         self._experts = (experts,)  # in a tuple it is no child
         self.weight = experts._parameters[name]
@@ -78,7 +80,7 @@ class ExpertLinear(nn.Module):
         self.train(experts.training)
 
     @property
-    def experts(self) -> nn.Module:
+    def experts(self) -> Any:
         return self._experts[0]
 
     def forward(self, x: Tensor, routing: Routing, in_order: bool = False) -> Tensor:
@@ -170,8 +172,10 @@ class NSRUExpertLinear(NSRULinear):
     @torch.no_grad()
     def merged_linear(self, dtype: torch.dtype) -> nn.Parameter:  # type: ignore[override]
         """The plain parameter with the update in it for good, in its own dtype."""
-        self.weight.copy_(self.merged_weight())
-        return self.weight
+        weight = self.weight
+        weight.copy_(self.merged_weight())
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     def _deltas(self) -> Iterator[Tensor]:
         a_RK = self.projected_adapter()
@@ -191,7 +195,9 @@ class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, routing, in_order, w_ENK, a_RK, lora_a, lora_b, basis, adapter):
         y_SN = x.new_empty(len(routing.tokens), w_ENK.shape[1])
-        a_ERK = b_ENR = s_SR = None
+        a_ERK: Any = None
+        b_ENR: Any = None
+        s_SR: Any = None
         if adapter is not None:
             a_ERK, b_ENR = adapter.by_expert(a_RK, lora_b.to(x.dtype))
             b_ENR = b_ENR.contiguous()
@@ -225,9 +231,9 @@ class _ExpertLinear(torch.autograd.Function):
                 db_ENR[e] = (dy_MN.T @ s_SR[start:end]).mul_(ctx.scaling)
                 if dx_MK is not None:
                     dx_MK.addmm_(ds_MR, a_ERK[e])
-            if dx_MK is not None and in_order:
+            if dx is not None and in_order:
                 dx[start:end] = dx_MK
-            elif dx_MK is not None:
+            elif dx is not None:
                 dx.index_add_(0, routing.tokens[start:end], dx_MK)
         if adapter is None:
             return dx, *[None] * 8

@@ -124,7 +124,8 @@ def swap_linears(
     """Replace linear layers in place by ``NSRULinear`` and freeze every other parameter.
 
     Quantised layers, ``Conv1D`` and whatever else computes x Wᵀ + b in a way of its own goes on
-    doing so inside a ``NSRUWrappedLinear``.
+    doing so inside a ``NSRUWrappedLinear``. Fused experts of transformers are 3-D parameters and
+    get an ``NSRUExpertLinear`` for each; PEFT calls these ``target_parameters``.
 
     Save the result with ``save_lora_adapter``, or ``merge_adapters`` and ``save_pretrained``;
     transformers alone would read a swapped model back without its adapters. Weights are taken over,
@@ -135,6 +136,8 @@ def swap_linears(
         model: any ``nn.Module``; for a transformers model the output embedding is left alone.
         targets: "all-linear", or full names ("model.layers.0.self_attn.q_proj"), their ends
             ("q_proj"), or regular expressions for full names (r".*layers\\.[0-3]\\..*q_proj").
+            "experts" names all fused experts, "experts.down_proj" one of their parameters;
+            "all-linear" leaves them out, as in PEFT, and the report gives their share.
         rank: R of every adapter.
         alpha: updates are scaled by alpha / rank.
         rank_pattern: other ranks for some modules, as in PEFT: name, its end, or a regular
@@ -429,7 +432,7 @@ def _match(
         excluded = [t for t in unwanted if means(t, name)]
         if of_experts and not named and not excluded:
             continue  # and reported for the layer
-        reason = why_not_experts(module) if of_experts else _cannot_swap(module)
+        reason = _cannot_swap(module)
         if reason is None and name.endswith(COMPILED):
             reason = "is compiled by itself and would go on as it is; compile after swapping"
         if reason is None and places[id(getattr(module, "experts", module))] > 1:
@@ -551,6 +554,8 @@ def looks_linear(module: nn.Module) -> bool:
 
 
 def _cannot_swap(module: nn.Module) -> str | None:
+    if isinstance(module, ExpertLinear):
+        return why_not_experts(module)
     if nn.utils.parametrize.is_parametrized(module):
         return "has a parametrization; remove it first"
     weight = getattr(module, "weight", None)

@@ -102,7 +102,8 @@ class SubspaceConfig:
     """The retain subspaces. Give at most one of rank, energy and min_editability.
 
     Args:
-        targets: "all-linear", names of linear layers, their ends, or regular expressions.
+        targets: "all-linear", names of linear layers, their ends, or regular expressions; "experts"
+            for fused experts.
         exclude: targets to leave alone, named like them.
         path: folder of subspaces estimated before; none estimates them.
         width: of the sketch: the most directions that can be found.

@@ -62,7 +62,8 @@ def test_the_way_from_estimate_to_merge(family, tmp_path):
     subspaces.save(tmp_path / "subspaces")
     subspaces = type(subspaces).load(tmp_path / "subspaces")
 
-    report = nk.swap_linears(model, targets, rank=2, alpha=4, subspaces=subspaces)
+    patterns = {"rank_pattern": {r"1\.mlp.*down_proj": 3}, "alpha_pattern": {"gate_up_proj": 7}}
+    report = nk.swap_linears(model, targets, rank=2, alpha=4, subspaces=subspaces, **patterns)
     assert names < set(report.swapped)
     assert "fused experts" not in str(report)
     subspaces.check_model(model)
