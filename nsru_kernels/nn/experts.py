@@ -224,7 +224,7 @@ class _ExpertLinear(torch.autograd.Function):
             da_ERK, db_ENR = adapter.by_expert(da_RK, db_NR)
         for e, start, end in routing.spans:
             dy_MN = dy_SN[start:end]
-            dx_MK = None if dx is None else dy_MN @ w_ENK[e].to(x.dtype)
+            dx_MK: Any = None if dx is None else dy_MN @ w_ENK[e].to(x.dtype)
             if adapter is not None:
                 ds_MR = (dy_MN @ b_ENR[e]).mul_(ctx.scaling)
                 da_ERK[e] = ds_MR.T @ _rows(x, routing, in_order, start, end)

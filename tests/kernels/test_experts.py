@@ -152,6 +152,22 @@ def test_outputs_and_gradients_equal_dense_weights_in_float64(family, checkpoint
         torch.testing.assert_close(grad, factor.grad, rtol=1e-6, atol=1e-6 * grad.abs().max())
 
 
+def test_a_step_holds_nothing_of_the_size_of_the_weights():
+    model, saved = tiny_moe("mixtral"), []
+    swap(model)
+    weights = {module.weight.data_ptr() for module in experts_in(model).values()}
+
+    def note(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.model.layers[0].mlp(torch.randn(1, 3, HIDDEN)).square().sum().backward()
+    # Ā and B of all experts are the largest.
+    assert max(saved) <= 4 * EXPERTS * 2 * 2 * INNER < 4 * EXPERTS * INNER * HIDDEN
+
+
 @families
 def test_retain_tokens_stay_and_forget_tokens_move(family):
     model, retain, forget = tiny_moe(family), tokens(1, 5), tokens(1, 5, seed=9)

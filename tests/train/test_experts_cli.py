@@ -36,14 +36,14 @@ def arguments(tmp_path_factory):
         "--subspace.rank=4",
         "--train.steps=8",
         "--train.lr=0.02",
-        "--objective.suppression=npo",
         "--train.batch_size=3",
     ]
 
 
 def test_train_eval_verify_merge(arguments, tmp_path, capsys):
     run = tmp_path / "run"
-    main(["train", *arguments, "--objective.w_suppress=1", f"--out={run}"])
+    objective = ["--objective.w_suppress=1", "--objective.suppression=npo"]
+    main(["train", *arguments, *objective, f"--out={run}"])
     assert "gate_up_proj × 2" in capsys.readouterr().out
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert len(config["target_parameters"]) == 4
