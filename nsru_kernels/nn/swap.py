@@ -558,7 +558,7 @@ def _cannot_swap(module: nn.Module) -> str | None:
         return why_not_experts(module)
     if nn.utils.parametrize.is_parametrized(module):
         return "has a parametrization; remove it first"
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if type(weight).__name__ == "DTensor":
         return "its weight is a DTensor, a shard of a tensor-parallel or FSDP2 model; swap before"
     if torch.nn.parameter.is_lazy(weight):

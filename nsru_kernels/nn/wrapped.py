@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,7 @@ def linear_sizes(module: nn.Module) -> tuple[int, int]:
     return sizes if all(isinstance(size, int) for size in sizes) else (0, 0)  # type: ignore
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """True for an ``nn.Linear`` of an ordinary weight, which ``NSRULinear`` computes itself."""
     return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, FakeTensor)
 
@@ -155,7 +156,7 @@ def affine_map(module: nn.Module) -> tuple[Tensor, Tensor]:
     k, _ = linear_sizes(module)
     device, dtype = place_of(module)
     bias_N = module(torch.zeros(1, k, device=device, dtype=dtype))[0]
-    own = getattr(module, "bias", None)
+    own: Any = getattr(module, "bias", None)
     kept = own.detach().clone() if isinstance(own, Tensor) else None
     try:
         if kept is not None:

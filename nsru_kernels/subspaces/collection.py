@@ -270,6 +270,7 @@ def fingerprint_weights(model: nn.Module, rounded_to: torch.dtype | None = None)
     named = unwrap(model).named_modules()
     experts = {f"{plain_name(n)}.weight" for n, m in named if isinstance(m, NSRUExpertLinear)}
     weights: dict[str, Tensor] = {}
+    weight: Tensor
     for name, weight in unwrap(model).named_parameters():
         if "lora_" in name:
             continue

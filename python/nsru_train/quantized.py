@@ -36,7 +36,7 @@ def quantizing(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     """More options of ``from_pretrained`` for ``model.quantize``."""
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    dtype = config.dtype
+    dtype: str = config.dtype
     if dtype == "auto":
         found = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         dtype = str(found.dtype or torch.float32).removeprefix("torch.")

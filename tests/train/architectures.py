@@ -9,7 +9,6 @@ import copy
 import re
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import peft
@@ -22,10 +21,11 @@ from transformers import (
 )
 
 import nsru_kernels as nk
+from nsru_kernels.nn.experts import is_experts
 from nsru_train.losses.nll import answer_nll
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
-HEAD = '| model_type | layers of "all-linear" | left as they are |\n|---|---|---|\n'
+HEAD = "| model_type | adapted | left as they are |\n|---|---|---|\n"
 ROWS = re.compile(re.escape(HEAD) + r"(\|.*\n)*")
 VOCABULARY = 99
 SIZES = {
@@ -123,7 +123,9 @@ def walk(kind: str, folder: Path) -> nk.SwapReport:
         with torch.no_grad():
             return network(**batch(forget)).logits
 
-    targets = r".*language_model.*" if kind in VISION else "all-linear"
+    targets = [r".*language_model.*" if kind in VISION else "all-linear"]
+    if any(map(is_experts, model.modules())):
+        targets.append("experts")
     subspaces = nk.estimate_retain_subspaces(
         model, [batch(retain)], targets, width=48, rank=3, progress=False
     )
@@ -138,9 +140,8 @@ def walk(kind: str, folder: Path) -> nk.SwapReport:
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    # Experts to which nothing was sent have nothing to learn.
     still = [name for name, p in trained.items() if "lora_B" in name and not p.any()]
-    assert not [name for name in still if ".experts." not in name], still
+    assert not still
     wanted = logits(model)
     moved = (wanted - before).abs().max()
     assert moved > 1e-3, f"training moved the logits by {moved:.1e} alone"
@@ -162,7 +163,9 @@ def walk(kind: str, folder: Path) -> nk.SwapReport:
 
 def row(kind: str, report: nk.SwapReport) -> str:
     """A line of the table."""
-    ends = Counter(name.rpartition(".")[2] for name in report.swapped)
+    ends = dict.fromkeys(
+        "experts" if ".experts." in name else name.rpartition(".")[2] for name in report.swapped
+    )
     left = dict.fromkeys(
         f"{name.rpartition('.')[2]}: {reason}"
         for name, reason in report.skipped.items()

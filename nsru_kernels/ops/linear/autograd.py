@@ -247,20 +247,20 @@ class ProjectedUpdate(torch.autograd.Function):
         scaling, dropout_p, backend = ctx.settings
         x_shape, x_dtype, a_dtype, b_dtype = ctx.likes
         _, need_y, need_x, need_a, need_b = ctx.needs_input_grad
-        dys_MN = [_flatten(_to(dy, x_MK.dtype))]
+        dys_MN: list[Tensor | None] = [_flatten(_to(dy, x_MK.dtype))]
         needs = [need_x, need_a, False, False, need_b]
         with _no_autocast(dy):
             dx, da, *_, db = reference.backward(
                 dys_MN, x_MK, [None], projected, [b_NR], s_MR, [scaling], dropout_p, seed, needs
             )
-            if need_a:
+            if da is not None:
                 da = _project(a_dtype, da, basis, gram_inverse, backend)
         return (
             None,
             dy if need_y else None,
-            _to(dx, x_dtype).reshape(x_shape) if need_x else None,
+            None if dx is None else _to(dx, x_dtype).reshape(x_shape),
             da,
-            _to(db, b_dtype) if need_b else None,
+            None if db is None else _to(db, b_dtype),
         )
 
 
