@@ -86,11 +86,14 @@ def save_lora_adapter(
                 f"save_lora_adapter: {name} is no plain LoRA: lora_B has {module.lora_B.shape[1]} "
                 f"columns and lora_A {len(module.lora_A)} rows. Save it by what put it there."
             )
+    alphas = {name: module.alpha for name, module in modules.items()}
+    alpha = _one_alpha(modules)
     tensors: dict[str, Tensor] = {}
     kept = {**dict(zip(modules, modules, strict=True)), **_names_in_peft(_of_experts(modules))}
     for name, module in modules.items():
         a_RK = module.projected_adapter()
-        for side, tensor in (("A", a_RK), ("B", module.lora_B.detach().to(a_RK.dtype))):
+        b_NR = module.lora_B.detach().to(a_RK.dtype) * (module.alpha / alpha)
+        for side, tensor in (("A", a_RK), ("B", b_NR)):
             tensors[f"{_PREFIX}{kept[name]}.lora_{side}.weight"] = (
                 tensor.cpu().contiguous().resolve_neg()
             )
@@ -104,19 +107,28 @@ def save_lora_adapter(
     sidecar = {
         "schema": 1,
         "leakage": {name: module.leakage() for name, module in modules.items()},
+        "alphas": alphas,
         **(metadata or {}),
     }
     atomic_write_all(
         {
             folder / WEIGHTS: save(tensors, metadata={"format": "pt"}),
             folder / SIDECAR: json.dumps(sidecar, indent=2) + "\n",
-            folder / CONFIG: json.dumps(_config(model, modules), indent=2) + "\n",
+            folder / CONFIG: json.dumps(_config(model, modules, alpha), indent=2) + "\n",
         }
     )
     return folder
 
 
-def _config(model: nn.Module, modules: dict[str, NSRULinear]) -> dict[str, Any]:
+def _one_alpha(modules: Mapping[str, NSRULinear]) -> float:
+    """The ``lora_alpha`` of a folder. B takes up what the modules' own alphas differ by: many who
+    serve adapters know no ``alpha_pattern``."""
+    first = next(iter(modules.values()))
+    alike = all(module.alpha == first.alpha for module in modules.values())
+    return first.alpha if alike and first.alpha else float(first.rank)
+
+
+def _config(model: nn.Module, modules: dict[str, NSRULinear], alpha: float) -> dict[str, Any]:
     first = next(iter(modules.values()))
     config, experts = getattr(model, "config", None), _of_experts(modules)
     return {
@@ -125,12 +137,12 @@ def _config(model: nn.Module, modules: dict[str, NSRULinear]) -> dict[str, Any]:
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "inference_mode": True,
         "r": first.rank,
-        "lora_alpha": first.alpha,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": first.dropout,
         "target_modules": [name for name in modules if name not in experts],
         **({"target_parameters": experts} if experts else {}),
         "rank_pattern": _pattern({n: m.rank for n, m in modules.items()}, first.rank),
-        "alpha_pattern": _pattern({n: m.alpha for n, m in modules.items()}, first.alpha),
+        "alpha_pattern": {},
         "bias": "none",
         "fan_in_fan_out": all(_is_conv1d(module) for module in modules.values()),
         "init_lora_weights": True,
@@ -213,14 +225,15 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
         for name, (a_RK, b_NR) in adapters.items():
             _check_fit(layers, name, a_RK, b_NR)
         check_fingerprint(model, folder / SIDECAR)
+        own = _own_alphas(folder / SIDECAR, alphas)
         first = next(iter(adapters))
         report = swap_linears(
             model,
             [actual[name] for name in adapters],
             rank=ranks[first],
-            alpha=alphas[first],
+            alpha=own[first],
             rank_pattern=_exactly({actual[name]: rank for name, rank in ranks.items()}),
-            alpha_pattern=_exactly({actual[name]: alpha for name, alpha in alphas.items()}),
+            alpha_pattern=_exactly({actual[name]: alpha for name, alpha in own.items()}),
         )
     except ValueError as error:
         raise ValueError(f"adapter: {folder}: {error}") from error
@@ -228,7 +241,7 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
         module = model.get_submodule(actual[name])
         assert isinstance(module, NSRULinear)
         module.lora_A.copy_(a_RK)
-        module.lora_B.copy_(b_NR)
+        module.lora_B.copy_(b_NR * (alphas[name] / own[name]))
     return report
 
 
@@ -240,10 +253,11 @@ def copy_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     the adapter was trained there.
 
     Args:
-        model: has the modules that the adapter names, and no others, of its ranks and alphas.
+        model: has the modules that the adapter names, and no others, of its ranks; where their
+            alphas are others, B makes up for it.
         path: a folder in PEFT's format.
     Raises:
-        ValueError: damaged files, or other modules, ranks or alphas. The model is then as it was.
+        ValueError: damaged files, or other modules or ranks. The model is then as it was.
     """
     config, tensors = read_adapter(path)
     folder, found = Path(path), unwrap(model).named_modules()
@@ -254,16 +268,18 @@ def copy_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if odd := sorted(adapters.keys() ^ modules.keys()):
             raise ValueError(f"it and the model's adapters differ in {odd[0]}; same targets?")
         for name, module in modules.items():
-            if ranks[name] != module.rank or not math.isclose(alphas[name], module.alpha):
+            if ranks[name] != module.rank:
                 raise ValueError(
                     f"{name} has rank {ranks[name]} and alpha {alphas[name]:g}, the model's "
                     f"{module.rank} and {module.alpha:g}; use the settings that it was made with."
                 )
+            if not module.alpha:
+                raise ValueError(f"{name} has alpha 0 in the model, which no update gets past.")
     except ValueError as error:
         raise ValueError(f"adapter: {folder}: {error}") from error
     for name, (a_RK, b_NR) in adapters.items():
         modules[name].lora_A.copy_(a_RK)
-        modules[name].lora_B.copy_(b_NR)
+        modules[name].lora_B.copy_(b_NR * (alphas[name] / modules[name].alpha))
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -351,6 +367,15 @@ def _sizes(
     if config["use_rslora"]:
         alphas = {name: alpha * math.sqrt(ranks[name]) for name, alpha in alphas.items()}
     return ranks, alphas
+
+
+def _own_alphas(sidecar: Path, alphas: dict[str, float]) -> dict[str, float]:
+    """The alphas that the modules had when they were saved, where ``nsru.json`` says so."""
+    found = read_json(sidecar).get("alphas") if sidecar.is_file() else None
+    if found is None:
+        return alphas
+    check_fields(sidecar, {"alphas": found}, {"alphas": dict[str, float]})
+    return {name: float(found.get(name) or alpha) for name, alpha in alphas.items()}
 
 
 def _exactly(values: Mapping[str, Value]) -> dict[str, Value]:

@@ -110,7 +110,9 @@ def test_a_rollback_undoes_the_costliest_entries(run):
     expected = torch.where(undone, 0, torch.cat([p.detach().flatten() for p in factors.values()]))
     rolled, _ = model_of(run, run / "rollback" / "adapters" / "rolled-back-0.01")
     found = torch.cat([p.detach().flatten() for n, p in rolled.named_parameters() if "lora_B" in n])
-    assert (found != expected).sum() <= 2, "entries of equal cost aside"
+    # B is rounded on its way to the one alpha of a folder and back.
+    differ = ~torch.isclose(found, expected, rtol=1e-6, atol=0)
+    assert differ.sum() <= 2, "entries of equal cost aside"
 
 
 def test_fisher_information_is_a_mean_of_squares_also_of_what_takes_no_part():
