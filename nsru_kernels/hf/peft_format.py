@@ -253,11 +253,10 @@ def copy_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     the adapter was trained there.
 
     Args:
-        model: has the modules that the adapter names, and no others, of its ranks; where their
-            alphas are others, B makes up for it.
+        model: has the modules that the adapter names, and no others, of its ranks and alphas.
         path: a folder in PEFT's format.
     Raises:
-        ValueError: damaged files, or other modules or ranks. The model is then as it was.
+        ValueError: damaged files, or other modules, ranks or alphas. The model is then as it was.
     """
     config, tensors = read_adapter(path)
     folder, found = Path(path), unwrap(model).named_modules()
@@ -265,21 +264,20 @@ def copy_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         adapters = _adapters(tensors, config, modules)
         ranks, alphas = _sizes(folder / CONFIG, config, adapters, modules)
+        own = _own_alphas(folder / SIDECAR, alphas)
         if odd := sorted(adapters.keys() ^ modules.keys()):
             raise ValueError(f"it and the model's adapters differ in {odd[0]}; same targets?")
         for name, module in modules.items():
-            if ranks[name] != module.rank:
+            if ranks[name] != module.rank or not math.isclose(own[name], module.alpha):
                 raise ValueError(
-                    f"{name} has rank {ranks[name]} and alpha {alphas[name]:g}, the model's "
+                    f"{name} has rank {ranks[name]} and alpha {own[name]:g}, the model's "
                     f"{module.rank} and {module.alpha:g}; use the settings that it was made with."
                 )
-            if not module.alpha:
-                raise ValueError(f"{name} has alpha 0 in the model, which no update gets past.")
     except ValueError as error:
         raise ValueError(f"adapter: {folder}: {error}") from error
     for name, (a_RK, b_NR) in adapters.items():
         modules[name].lora_A.copy_(a_RK)
-        modules[name].lora_B.copy_(b_NR * (alphas[name] / modules[name].alpha))
+        modules[name].lora_B.copy_(b_NR * (alphas[name] / own[name]))
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import nsru_kernels as nk
 from nsru_kernels.checks import check_range
-from nsru_kernels.files import whole_folder
-from nsru_kernels.hf.peft_format import load_lora_adapter, read_adapter
+from nsru_kernels.files import read_json, whole_folder
+from nsru_kernels.hf.peft_format import SIDECAR, load_lora_adapter, read_adapter
 from nsru_kernels.text_table import align_columns
 from nsru_train.callbacks import GradientError
 from nsru_train.config import LoraConfig
@@ -230,7 +230,8 @@ class Attacker:
             )
         if "relearn" in asked.attacks and victim == OWN:
             saved = read_adapter(run.adapter)[0]
-            ranks, alphas = (saved.get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
+            alphas = read_json(Path(run.adapter) / SIDECAR).get("alphas") or saved["alpha_pattern"]
+            ranks = saved["rank_pattern"]
             own = LoraConfig(saved["r"], saved["lora_alpha"], ranks, alphas, project=False)
             yield (
                 AGAIN,

@@ -147,9 +147,8 @@ def test_an_alpha_of_each_module_goes_the_way_to_disk_and_back(base, llama, tmp_
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["alpha_pattern"] == {}  # which many servers would not read
     assert type(config["lora_alpha"]) is int
-    further = adapt(copy.deepcopy(llama), alpha_pattern={"model.layers.0.mlp.up_proj": 7.0})
+    further = adapt(copy.deepcopy(llama), alpha_pattern={"model.layers.1.mlp.up_proj": 30.0})
     copy_lora_adapter(further, tmp_path)
-    assert further.model.layers[0].mlp.up_proj.alpha == 7.0
     torch.testing.assert_close(logits(further), logits(adapted), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits(again), logits(adapted), rtol=1e-5, atol=1e-6)
     by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path).eval()
