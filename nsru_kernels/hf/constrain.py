@@ -206,8 +206,6 @@ def constrain_peft(
             f"layers, the first {missing[0]!r}. Estimate them on the model before PEFT wraps it, "
             "with the same targets."
         )
-    if hasattr(subspaces, "check_model"):
-        subspaces.check_model(base)
     linears = [layer.lora_A[adapter] for _, adapter, layer in chosen]
     others = [layer.lora_B[adapter] for _, adapter, layer in chosen]
     confined = {id(module.weight) for module in linears + others} | _confined(base)
@@ -218,6 +216,8 @@ def constrain_peft(
                 "(requires_grad_(False)), or leave it out of the LoraConfig (modules_to_save, bias)"
                 ", or name its adapter in adapters."
             )
+    if hasattr(subspaces, "check_model"):
+        subspaces.check_model(base)
     holders: dict = {}
     spaces = []
     for (name, _, _), linear in zip(chosen, linears, strict=True):
@@ -346,7 +346,8 @@ def _before_step(model: weakref.ref[nn.Module], optimizer: torch.optim.Optimizer
     confined = set() if base is None else _confined(base)
     held = {id(p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
     others = held - confined
-    if base is None or not confined or not others:  # merged and unloaded, it is a plain model
+    # Merged and unloaded it is a plain model; with other adapters it is not.
+    if base is None or not others or not (confined or any(map(_is_lora, base.modules()))):
         return
     for name, parameter in base.named_parameters():
         if id(parameter) in others:
@@ -355,6 +356,12 @@ def _before_step(model: weakref.ref[nn.Module], optimizer: torch.optim.Optimizer
                 "was added, or it was unfrozen, after constrain_peft. Freeze it, or call "
                 "constrain_peft(..., adapters=NAME) for the adapter."
             )
+
+
+def _is_lora(module: nn.Module) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_) -> None:

@@ -14,8 +14,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.subspace import RetainSubspace
 
-# Of random inputs; 8-bit activations are off by a hundredth, a nonlinearity by a tenth and more.
-_AFFINE = 0.05
+# Of random inputs: 8-bit activations are off by a hundredth, and in each token alike.
+_AFFINE, _ALIKE = 0.05, 0.02
 _ROWS = 1024  # of the identity that shows W
 _tried: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # and found linear
 
@@ -116,7 +116,8 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 def why_not_linear(module: nn.Module) -> str | None:
     """The reason for which an adapter cannot stand beside this layer; None where it can.
 
-    It is tried: four tokens have to come out as those of x Wᵀ + b would, and gradients to go back.
+    It is tried: tokens have to come out as those of x Wᵀ + b would, in company and alone, and
+    gradients to go back.
     """
     if module in _tried:
         return None
@@ -127,24 +128,35 @@ def why_not_linear(module: nn.Module) -> str | None:
     device, dtype = place_of(module)
     if device.type == "meta":
         return f"{kind} is on no device yet, so that it cannot be tried; load its weights first"
-    x_1K, z_1K = torch.randn(2, 1, k, generator=torch.Generator().manual_seed(0))
-    x_4K = torch.cat([torch.zeros(1, k), x_1K, z_1K, x_1K + z_1K]).to(device, dtype)
+    tokens_BTK = torch.randn(2, 6, k, generator=torch.Generator().manual_seed(0))
+    x_K, z_K = tokens_BTK[0, :2]
+    tokens_BTK[0, 2:] = torch.stack([torch.zeros(k), x_K + z_K, -x_K, 3 * x_K])
+    tokens_BTK = tokens_BTK.to(device, dtype).requires_grad_()
     training = module.training
     try:
+        module.eval()
         with torch.enable_grad():
-            y_4N = module.eval()(x_4K.requires_grad_())
-            if not isinstance(y_4N, Tensor) or y_4N.shape != (4, n):
+            y_BTN = module(tokens_BTK)
+            if not isinstance(y_BTN, Tensor) or y_BTN.shape != (2, 6, n):
                 return f"{kind} gives no output [..., N={n}] of x [..., K={k}]"
-            back = y_4N.requires_grad and torch.autograd.grad(y_4N.sum(), x_4K, allow_unused=True)
+            back = y_BTN.requires_grad and torch.autograd.grad(
+                y_BTN.sum(), tokens_BTK, allow_unused=True
+            )
         if not back or back[0] is None:
             return f"gradients do not pass through {kind}"
-        y_4N = y_4N.detach().double()
+        with torch.no_grad():
+            alone_2N = torch.cat([module(tokens_BTK[0, :1]), module(tokens_BTK[1, 5:])])
+        x, z, zero, both, minus, triple = y_BTN[0].detach().double()
+        beside_2N = torch.stack([x, y_BTN[1, 5].detach().double()])
     except Exception as error:  # of any library
         return f"{kind} cannot compute here ({str(error).partition(chr(10))[0]:.100})"
     finally:
         module.train(training)
-    off = (y_4N[0] + y_4N[3] - y_4N[1] - y_4N[2]).abs().max()
-    if not off <= _AFFINE * (y_4N - y_4N[0]).abs().max():
+    scale = (y_BTN.detach() - zero).abs().max()
+    # Neither its own size nor the other tokens, nor an earlier call, may change what one gives.
+    relations = (x + z - both - zero, x + minus - 2 * zero, triple + 2 * zero - 3 * x)
+    off = torch.stack(relations).abs().max()
+    if not (off <= _AFFINE * scale and (alone_2N - beside_2N).abs().max() <= _ALIKE * scale):
         return f"{kind} does not compute x Wᵀ + b"
     _tried.add(module)
     return None

@@ -30,6 +30,7 @@ from nsru_train.metrics.robustness import relearning_robustness, stability
 from nsru_train.metrics.text import has_words, rouge_l_recall
 from nsru_train.metrics.tofu import harmonic_mean
 from nsru_train.pipeline import load_model, unlearn
+from nsru_train.quantized import dequantize
 from nsru_train.repair import QUESTIONS, FinishedRun
 from nsru_train.report import tables
 from nsru_train.run_config import check_same_run
@@ -117,6 +118,8 @@ def attack(path: str, out: str, settings: AttackSettings, *, resume: bool = Fals
     attacker = Attacker(run, settings, models, base)
     load_lora_adapter(base, run.adapter)
     nk.merge_adapters(base)
+    if getattr(base, "hf_quantizer", None) is not None:
+        dequantize(base)
     with whole_folder(models[OWN]) as folder:
         base.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
@@ -241,10 +244,16 @@ class Attacker:
             )
 
     def load(self, victim: str) -> nn.Module:
-        return load_model(replace(self.run.sections["model"], path=self.models[victim]))[0]
+        plain = {"path": self.models[victim], "quantize": "none"}
+        return load_model(replace(self.run.sections["model"], **plain))[0]
 
     def squeezed(self, victim: str, form: str) -> Found:
-        return self.changed(self.quantised(victim, form)), []
+        model = self.quantised(victim, form)
+        try:
+            return self.changed(model), []
+        except Exception as error:  # of any package, for layers that it does not expect
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{QUANTISED[form]} cannot serve it: {reason:.200}") from error
 
     def quantised(self, victim: str, form: str) -> nn.Module:
         """The model with the weights of its linears in ``form``, one of `QUANTISED`.

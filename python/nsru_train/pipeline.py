@@ -39,7 +39,7 @@ from nsru_train.losses.batch import SAFE
 from nsru_train.measure import PeakMemory
 from nsru_train.methods import Method
 from nsru_train.own_texts import own_texts
-from nsru_train.quantized import check_bitsandbytes, quantizing
+from nsru_train.quantized import check_bitsandbytes, is_quantised, quantizing
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import (
     check_positions,
@@ -191,6 +191,11 @@ def load_model(
         raise ValueError(
             f"model.path: cannot load {config.path!r} as a causal language model: {reason}"
         ) from error
+    if config.quantize != "none" and not any(map(is_quantised, model.modules())):
+        raise ValueError(
+            f"model.quantize: bitsandbytes knows no layer of {config.path!r} "
+            f"({type(model).__name__}), so nothing is in {config.quantize}; leave it at none."
+        )
     # A pad token is often added to a tokenizer without a row in the embedding.
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:

@@ -50,6 +50,11 @@ def quantizing(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": bits, "device_map": {"": device}}
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """True for a layer of bitsandbytes."""
+    return type(module).__module__.partition(".")[0] == "bitsandbytes"
+
+
 def refuse_wrapped(model: nn.Module, what: str) -> None:
     """Raise ValueError where an adapted layer is no ``nn.Linear``, of whose weight ``what`` is."""
     for name, module in model.named_modules():
@@ -82,7 +87,7 @@ def requantization_errors(model: nn.Module) -> dict[str, float]:
 
 def _requantized(module: nk.NSRUWrappedLinear) -> Tensor | None:
     base, weight = module.base_layer, getattr(module.base_layer, "weight", None)
-    if type(base).__module__.partition(".")[0] != "bitsandbytes":
+    if not is_quantised(base):
         return None
     from bitsandbytes import functional as bnb
 
@@ -96,11 +101,22 @@ def _requantized(module: nk.NSRUWrappedLinear) -> Tensor | None:
 
 @torch.no_grad()
 def dequantize(model: PreTrainedModel) -> None:
-    """Make every quantised linear layer an ``nn.Linear`` of what it computes, in model's dtype.
+    """Make every quantised linear layer a plain one of what it computes, in the model's dtype.
 
-    transformers' own way fails where adapters were merged into all of them.
+    transformers' own way fails where adapters were merged into all of them, and leaves an
+    ``nn.Linear`` where GPT-2 has a ``Conv1D``.
     """
+    from transformers.pytorch_utils import Conv1D
+
     for name, module in list(model.named_modules()):
         if looks_linear(module) and not is_plain(module) and why_not_linear(module) is None:
             replace_module(model, name, dense_linear(module, model.dtype))
     model.hf_quantizer.remove_quantization_config(model)
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    for name, module in plain.named_modules():
+        linear = model.get_submodule(name)
+        if isinstance(module, Conv1D) and isinstance(linear, nn.Linear):
+            module.weight = nn.Parameter(linear.weight.T.contiguous(), requires_grad=False)
+            module.bias = linear.bias
+            replace_module(model, name, module)

@@ -642,6 +642,30 @@ def test_what_is_more_than_lora_is_refused(llama, options, match):
     refused(model, bases, match)
 
 
+def test_an_adapter_in_the_place_of_a_deleted_one_is_refused(llama):
+    model = adapted(llama, targets=["q_proj"])
+    constraint = nk.constrain_peft(model, make_bases(model))
+    config = model.peft_config["default"]
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="would be trained outside of the null space"):
+        optimizer.step()
+    constraint.remove()
+    optimizer.step()
+
+
+def test_a_head_that_is_saved_too_is_named_as_the_cause(llama):
+    """Its copy changes the fingerprint of the weights as well."""
+    subspaces = nk.estimate_retain_subspaces(
+        llama, [{"input_ids": ids}], "q_proj", width=8, rank=2, progress=False
+    )
+    model = adapted(llama, targets=["q_proj"], modules_to_save=["lm_head"])
+    refused(model, subspaces, r"lm_head\S* is trained too, outside of the null space")
+
+
 def test_trained_biases_are_refused():
     model = tiny_llama(attention_bias=True).eval()
     for options in ({"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}):

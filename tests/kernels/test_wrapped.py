@@ -235,6 +235,40 @@ class Chatty(nn.Linear):
         return super().forward(input), None
 
 
+def layer_of(function):
+    """A linear layer whose forward is function(linear, x)."""
+
+    class Odd(nn.Linear):
+        calls = 0
+
+        def forward(self, input):
+            self.calls += 1
+            return function(lambda x: F.linear(x, self.weight, self.bias), input, self.calls)
+
+    return Odd(K, N)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda linear, x, _: linear(x + 0.1 * x.mean(-2, keepdim=True)),
+        lambda linear, x, _: linear(x - x.mean(0)) if len(x) > 1 else linear(x),
+        lambda linear, x, _: linear(x.cumsum(1) if x.dim() > 2 else x),
+        lambda linear, x, _: linear(x) + 0.2 * x.square().mean(-1, keepdim=True),
+        lambda linear, x, _: torch.cat([linear(x[..., :4, :]), linear(x[..., 4:, :]).relu()], -2),
+        lambda linear, x, calls: linear(x) * (1 + 0.1 * calls),
+        lambda linear, x, _: linear(x) + 0.1 * torch.randn(N),
+        lambda linear, x, _: linear(x).clamp(-2, 2),
+    ],
+    ids=["mixes tokens", "mean of a batch", "sum of those before", "grows with x", "first four",
+         "counts calls", "random", "bounded"],
+)  # fmt: skip
+def test_what_only_looks_linear_is_left_alone(function):
+    model = nn.ModuleDict({"proj": layer_of(function), "other": nn.Linear(K, K)})
+    with pytest.raises(ValueError, match=r"proj, which cannot be swapped: Odd does not compute x"):
+        nk.swap_linears(model, "proj", rank=R, alpha=6)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

@@ -1,11 +1,12 @@
 """The commands on a base in 4 or 8 bits: train, evaluate, merge, verify."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
 from samples import save_tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import nsru_kernels as nk
 from nsru_train.cli import main
@@ -64,6 +65,48 @@ def test_the_commands(setting, bits, tmp_path, capsys):
         if isinstance(module, nk.NSRULinear):
             wanted = weight_of(module.base_layer) + module.delta_weight()
             torch.testing.assert_close(weights[f"{name}.weight"], wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def other_base(setting, tmp_path):
+    """Saves another kind of model beside the setting's tokenizer."""
+
+    def save(kind, **sizes):
+        tokenizer = AutoTokenizer.from_pretrained(setting[0] / "model")
+        config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+        options = [o for o in setting[1] if not o.startswith("--model.path")]
+        return [*options, f"--model.path={tmp_path / kind}", "--model.quantize=nf4"]
+
+    return save
+
+
+def test_a_merged_gpt2_is_one_again(other_base, tmp_path, capsys):
+    """bitsandbytes puts layers of its own in the place of Conv1D, which are the other way round."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    run = tmp_path / "run"
+    main(["train", *other_base("gpt2", n_embd=64, n_layer=1, n_head=2), f"--out={run}"])
+    main(["merge", str(run)])
+    main(["verify", str(run)])
+    assert "verify passed" in capsys.readouterr().out
+
+
+def test_a_base_that_stays_as_it_was_is_refused(other_base, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with pytest.raises(SystemExit):
+        main(["train", *other_base("falcon", **sizes), f"--out={tmp_path / 'run'}"])
+    assert "so nothing is in nf4; leave it at none" in capsys.readouterr().err
+
+
+def test_an_attack_on_a_run_on_a_quantised_base(setting, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    run = tmp_path / "run"
+    main(["train", *setting[1], "--model.quantize=nf4", f"--out={run}"])
+    main(["attack", str(run), "--attacks=[quantise,prefix]", "--max_new_tokens=4"])
+    rows = json.loads((run / "attack" / "results.json").read_text())["attacks"]
+    assert {"int8", "NF4"} <= {row["attack"] for row in rows}
 
 
 def weight_of(module):
