@@ -17,6 +17,7 @@ from nsru_kernels.files import atomic_write_all, check_fields, read_json, read_t
 from nsru_kernels.nn.experts import ExpertLinear, NSRUExpertLinear, expert_linears
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.names import plain_name, unwrap
+from nsru_kernels.nn.sharded import gathered, on_first_rank
 from nsru_kernels.nn.swap import SwapReport, by_pattern, swap_linears
 from nsru_kernels.nn.wrapped import is_plain, linear_sizes
 
@@ -56,7 +57,8 @@ def save_lora_adapter(
 
     The projection is projected in, so PEFT, vLLM and ``merge_and_unload`` take the folder as it is.
     ``nsru.json`` beside them says how much of each adapter leaks into its retain subspace. An
-    adapter that was there before stays whole when writing fails.
+    adapter that was there before stays whole when writing fails. Of a model that ``fully_shard``
+    has sharded every rank makes the call: modules are gathered one by one, and one rank writes.
 
     Args:
         model: has ``NSRULinear`` modules, none merged. Names are those of the plain model, also
@@ -86,38 +88,47 @@ def save_lora_adapter(
                 f"save_lora_adapter: {name} is no plain LoRA: lora_B has {module.lora_B.shape[1]} "
                 f"columns and lora_A {len(module.lora_A)} rows. Save it by what put it there."
             )
-    alphas = {name: module.alpha for name, module in modules.items()}
-    alpha = _one_alpha(modules)
-    tensors: dict[str, Tensor] = {}
+    alpha, folder = _one_alpha(modules), Path(path)
     kept = {**dict(zip(modules, modules, strict=True)), **_names_in_peft(_of_experts(modules))}
-    for name, module in modules.items():
-        a_RK = module.projected_adapter()
-        b_NR = module.lora_B.detach().to(a_RK.dtype) * (module.alpha / alpha)
-        for side, tensor in (("A", a_RK), ("B", b_NR)):
-            tensors[f"{_PREFIX}{kept[name]}.lora_{side}.weight"] = (
-                tensor.cpu().contiguous().resolve_neg()
+    tensors: dict[str, Tensor] = {}
+    leakage: dict[str, float] = {}
+    with on_first_rank(model) as first:
+        for name, module in modules.items():
+            with gathered(module):
+                if first:
+                    leakage[name] = module.leakage()
+                    tensors |= _tensors(kept[name], module, alpha)
+        if first:
+            _check_finite(tensors)
+            alphas = {name: module.alpha for name, module in modules.items()}
+            sidecar = {"schema": 1, "leakage": leakage, "alphas": alphas, **(metadata or {})}
+            atomic_write_all(
+                {
+                    folder / WEIGHTS: save(tensors, metadata={"format": "pt"}),
+                    folder / SIDECAR: json.dumps(sidecar, indent=2) + "\n",
+                    folder / CONFIG: json.dumps(_config(model, modules, alpha), indent=2) + "\n",
+                }
             )
+    return folder
+
+
+def _tensors(name: str, module: NSRULinear, alpha: float) -> dict[str, Tensor]:
+    """Ā and B of a module on the CPU, by their names in the file, B for ``lora_alpha`` alpha."""
+    a_RK = module.projected_adapter()
+    b_NR = module.lora_B.detach().to(a_RK.dtype) * (module.alpha / alpha)
+    return {
+        f"{_PREFIX}{name}.lora_{side}.weight": tensor.cpu().contiguous().resolve_neg()
+        for side, tensor in (("A", a_RK), ("B", b_NR))
+    }
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(
                 f"save_lora_adapter: {key} holds NaN or infinite values: training diverged. "
                 "Nothing was written."
             )
-    folder = Path(path)
-    sidecar = {
-        "schema": 1,
-        "leakage": {name: module.leakage() for name, module in modules.items()},
-        "alphas": alphas,
-        **(metadata or {}),
-    }
-    atomic_write_all(
-        {
-            folder / WEIGHTS: save(tensors, metadata={"format": "pt"}),
-            folder / SIDECAR: json.dumps(sidecar, indent=2) + "\n",
-            folder / CONFIG: json.dumps(_config(model, modules, alpha), indent=2) + "\n",
-        }
-    )
-    return folder
 
 
 def _one_alpha(modules: Mapping[str, NSRULinear]) -> float:

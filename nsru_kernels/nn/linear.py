@@ -16,6 +16,7 @@ from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.dispatch.precision import full_float32
 from nsru_kernels.nn.group import LinearGroup
 from nsru_kernels.nn.projections import Projections
+from nsru_kernels.nn.sharded import gathering, shards_of
 from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.ops.project import project_adapter
 
@@ -207,6 +208,7 @@ class NSRULinear(nn.Module):
         return F.linear(input, weight, self.bias)
 
     @torch.no_grad()
+    @gathering
     def projected_adapter(self) -> Tensor:
         """Ā [R, K] in float32 (float64 of float64): what a plain LoRA adapter has as its A.
 
@@ -216,6 +218,7 @@ class NSRULinear(nn.Module):
         return project_adapter(a_RK, self.basis, backend=self.backend).clone()
 
     @torch.no_grad()
+    @gathering
     def delta_weight(self) -> Tensor:
         """s B Ā [N, K] in float32 (float64 for float64 adapters)."""
         a_RK = self.projected_adapter()
@@ -226,6 +229,7 @@ class NSRULinear(nn.Module):
             return self.scaling * (b_NR @ a_RK)
 
     @torch.no_grad()
+    @gathering
     def merged_weight(self) -> Tensor:
         """W + s B Ā, summed in float32, rounded once to W's dtype; W itself once it is merged.
 
@@ -248,6 +252,7 @@ class NSRULinear(nn.Module):
         return linear.train(self.training)
 
     @torch.no_grad()
+    @gathering
     def leakage(self) -> float:
         """‖Ā U‖_F / ‖A‖_F, Ā rounded to weight's dtype, then in float64; 0.0 without a basis."""
         if self.basis is None:
@@ -266,6 +271,11 @@ class NSRULinear(nn.Module):
         """W ← round(W + s B Ā), summed in float32. Keeps a copy of W: ``unmerge`` is exact."""
         if self.merged:
             return
+        if shards_of(self):
+            raise ValueError(
+                "NSRULinear: weight is sharded, and a copy of it for unmerge() would be too much; "
+                "merge_adapters(model) merges for good, adapters_disabled(model) shows the base."
+            )
         merged = self.merged_weight()
         self._unmerged_weight = self.weight.detach().clone()
         self.weight.copy_(merged)
@@ -285,6 +295,12 @@ class NSRULinear(nn.Module):
             f"bias={self.bias is not None}, rank={self.rank}, alpha={self.alpha}, "
             f"retain_rank={q}, dropout={self.dropout}"
         )
+
+    def __setattr__(self, name, value):
+        # FSDP gathers into the same tensor again, and keeps its version: Ā is made anew each time.
+        if name == "lora_A" and (group := self.__dict__.get("group")) is not None:
+            group.projected = None
+        super().__setattr__(name, value)
 
     def __setstate__(self, state):
         super().__setstate__(state)

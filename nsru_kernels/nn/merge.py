@@ -7,7 +7,9 @@ from torch import nn
 
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.names import COMPILED, check_module
+from nsru_kernels.nn.sharded import gathered, reshard, shards_of
 from nsru_kernels.nn.swap import replace_module
+from nsru_kernels.nn.wrapped import NSRUWrappedLinear
 
 
 @torch.no_grad()
@@ -16,7 +18,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
     A layer of another kind gets the sum into its own weight where that is dense, as ``Conv1D``'s;
     a quantised one becomes an ``nn.Linear`` in the model's dtype, and what stood for a 3-D
-    parameter of experts that parameter.
+    parameter of experts that parameter. Of a model that ``fully_shard`` has sharded every rank
+    makes the call: modules are gathered one by one, the result is sharded as before.
 
     Args:
         model: changed in place. Weights keep their dtype and stay frozen.
@@ -34,6 +37,13 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         )
     if modules[0][0] == "":
         raise ValueError("merge_adapters: model is an NSRULinear itself; use its merge().")
+    reshard(model)
+    for name, module in modules:
+        if hasattr(module, "reshard"):  # its hooks would go with it
+            raise ValueError(
+                f"merge_adapters: {name} was given to fully_shard by itself; shard the layer that "
+                "holds it instead, or save_lora_adapter and merge in a process by itself."
+            )
     for name, module in modules:  # computed twice, so that a refusal leaves the model whole
         try:
             module.merged_weight()
@@ -41,9 +51,37 @@ def merge_adapters(model: nn.Module) -> nn.Module:
             raise ValueError(f"merge_adapters: {name}: {error}") from error
     dtype = _dtype_of(model, modules[0][1].dtype)
     for name, module in modules:
-        # A compiled layer goes on calling what it was made of.
-        replace_module(model, name.removesuffix(COMPILED), module.merged_linear(dtype))
+        sharded = bool(shards_of(module))
+        with gathered(module, write=True):
+            linear = module.merged_linear(dtype)
+        if sharded and not isinstance(module, NSRUWrappedLinear):
+            _become_linear(module)
+        else:
+            # A compiled layer goes on calling what it was made of.
+            replace_module(model, name.removesuffix(COMPILED), linear)
     return model
+
+
+class _ShardedLinear(nn.Linear):
+    """What ``fully_shard`` knows as an adapted linear, merged: it hands A and B on to nobody."""
+
+    def __setattr__(self, name, value):
+        if name in ("lora_A", "lora_B"):
+            self.__dict__[name] = value  # where it is no parameter of the model
+        else:
+            super().__setattr__(name, value)
+
+
+def _become_linear(module: NSRULinear) -> None:
+    """Make the module itself a linear, because ``fully_shard`` goes on gathering into it."""
+    plain = nn.Linear(module.in_features, module.out_features, device="meta")
+    adapter = {name: module._parameters.pop(name) for name in ("lora_A", "lora_B")}
+    module._modules.clear()
+    module._buffers.clear()
+    for name in module.__dict__.keys() - plain.__dict__.keys():
+        del module.__dict__[name]
+    module.__class__ = _ShardedLinear  # type: ignore[assignment]
+    module.__dict__ |= adapter
 
 
 def _dtype_of(model: nn.Module, default: torch.dtype) -> torch.dtype:

@@ -1,0 +1,109 @@
+"""Modules whose parameters ``fully_shard`` has spread over ranks, whole for a while, one by one.
+
+What holds here for many ranks is a collective call: every rank has to make it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def is_shard(tensor: Tensor | None) -> bool:
+    """True for a DTensor, of which this rank holds a part."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def shards_of(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """(the dict that holds it, its name there, itself) for every sharded parameter."""
+    return [
+        (owner._parameters, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if is_shard(parameter)
+    ]
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up what ``fully_shard`` keeps whole after a forward, as the root's own parameters."""
+    if dist.is_available() and dist.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module, *, write: bool = False) -> Iterator[None]:
+    """In the block the sharded parameters of ``module`` are whole, on every rank.
+
+    Args:
+        write: what the block did to them goes into the shards, each rank its own part.
+    """
+    shards = shards_of(module)
+    try:
+        for held, name, shard in shards:
+            # Shards that were offloaded to the CPU travel as those of the mesh's device.
+            on_mesh = shard.detach().to(shard.device_mesh.device_type)
+            held[name] = nn.Parameter(on_mesh.full_tensor(), requires_grad=shard.requires_grad)
+        yield
+        for held, name, shard in shards if write else ():
+            _scatter(held[name].detach(), shard)
+    finally:
+        for held, name, shard in shards:
+            held[name] = shard
+
+
+def gathering(method: Function) -> Function:
+    """A method of a module that reads its parameters whole; every rank has to call it."""
+
+    @functools.wraps(method)
+    def whole(self, *args, **kwargs):
+        with gathered(self):
+            return method(self, *args, **kwargs)
+
+    return whole  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def on_first_rank(model: nn.Module) -> Iterator[bool]:
+    """True in the block on one rank of those that share a sharded model; always if it is not.
+
+    Ranks leave it together. Raises: RuntimeError: on the others, where the block failed on one.
+    """
+    reshard(model)
+    shard = next((shard for _, _, shard in shards_of(model)), None)
+    if shard is None:
+        yield True
+        return
+    mesh, error = shard.device_mesh, None
+    try:
+        yield not any(mesh.get_coordinate())
+    except Exception as caught:  # told after the others know
+        error = caught
+    failed = torch.tensor(float(error is not None), device=mesh.device_type)
+    for group in mesh.get_all_groups():
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("another rank of the sharded model failed; its error says why.")
+
+
+def _scatter(whole: Tensor, shard: Any) -> None:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = shard.device_mesh
+    everywhere = [Replicate()] * mesh.ndim
+    spread = DTensor.from_local(whole, mesh, everywhere, run_check=False)
+    with torch.no_grad():
+        shard.to_local().copy_(spread.redistribute(placements=shard.placements).to_local())

@@ -1,0 +1,170 @@
+"""Models that fully_shard has spread over two ranks train, save and merge as whole ones do."""
+
+import copy
+import functools
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from linear_cases import tiny_llama
+from ranks import Ranks
+from safetensors.torch import load_file
+from torch import nn
+
+import nsru_kernels as nk
+from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, WEIGHTS
+
+ids = torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(1))
+OPTIMIZERS = {
+    "adamw": functools.partial(torch.optim.AdamW, lr=1e-2),
+    "sgd": functools.partial(torch.optim.SGD, lr=0.5),
+}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    two = Ranks()
+    yield two
+    two.stop()
+
+
+def tiny_gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0))
+
+
+KINDS = {"llama": (tiny_llama, "all-linear"), "gpt2": (tiny_gpt2, ["c_attn", "c_fc", "c_proj"])}
+
+
+def layers_of(model):
+    return model.model.layers if hasattr(model, "model") else model.transformer.h
+
+
+def adapted(kind="llama", **options):
+    """A model whose q, k and v are one group, with B beside zero."""
+    make, targets = KINDS[kind]
+    model = make()
+    subspaces = nk.estimate_retain_subspaces(
+        model, [{"input_ids": ids + 1 - ids.max() % 2}], targets, rank=5, width=8, progress=False
+    )
+    torch.manual_seed(3)
+    nk.swap_linears(model, targets, rank=4, alpha=8, subspaces=subspaces, **options)
+    for module in linears_of(model):
+        nn.init.normal_(module.lora_B, std=0.1)
+    return model
+
+
+def linears_of(model):
+    return [module for module in model.modules() if isinstance(module, nk.NSRULinear)]
+
+
+def shard(model, **options):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def train(model, rows, optimizer, steps=3):
+    """Losses over all ranks, and norms of gradients, of each step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, logged = OPTIMIZERS[optimizer](trained), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(trained, 0.5)
+        optimizer.step()
+        logged.append((mean_of(loss.detach()), float(getattr(norm, "full_tensor", lambda: norm)())))
+    return logged
+
+
+def mean_of(value):
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return float(value)
+
+
+def rows_of(rank):
+    return ids.chunk(2)[rank]
+
+
+def tensors_in(folder):
+    return load_file(folder / WEIGHTS)
+
+
+def assert_adapters_close(folder, expected, rtol=1e-4, atol=1e-6):
+    found, wanted = tensors_in(folder), tensors_in(expected)
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key], tensor, rtol=rtol, atol=atol, msg=key)
+
+
+def train_sharded(rank, folder, kind, optimizer, checkpointing):
+    model = adapted(kind)
+    if checkpointing is not None:
+        use_checkpointing(model, checkpointing)
+    shard(model)
+    logged = train(model, rows_of(rank), optimizer)
+    nk.save_lora_adapter(model, folder / "sharded", metadata={"note": 1})
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        assert nk.merge_adapters(model) is model
+        assert not linears_of(model)
+        assert not [name for name, _ in model.named_parameters() if "lora_" in name]
+        after = model(input_ids=ids).logits
+    assert not [name for name in model.state_dict() if "lora_" in name or "basis" in name]
+    weights = {name: p.full_tensor() for name, p in model.state_dict().items()}
+    return logged, before, after, weights
+
+
+def use_checkpointing(model, reentrant):
+    model.train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "checkpointing"),
+    [
+        ("llama", "adamw", None),
+        ("llama", "sgd", None),
+        ("llama", "adamw", False),
+        ("llama", "adamw", True),
+        ("gpt2", "adamw", None),
+    ],
+)
+def test_two_ranks_train_save_and_merge_as_one(ranks, tmp_path, kind, optimizer, checkpointing):
+    peft = pytest.importorskip("peft")
+    results = ranks.run(train_sharded, tmp_path, kind, optimizer, checkpointing)
+    model = adapted(kind)
+    wanted = train(model, ids, optimizer)
+    nk.save_lora_adapter(model, tmp_path / "whole", metadata={"note": 1})
+    assert_adapters_close(tmp_path / "sharded", tmp_path / "whole")
+    config, expected = (
+        json.loads((tmp_path / name / CONFIG).read_text()) for name in ("sharded", "whole")
+    )
+    assert config == expected
+    sidecar = json.loads((tmp_path / "sharded" / SIDECAR).read_text())
+    assert sidecar["note"] == 1
+    assert max(sidecar["leakage"].values()) < 1e-5
+    by_peft = peft.PeftModel.from_pretrained(KINDS[kind][0](), tmp_path / "sharded").eval()
+    with torch.no_grad():
+        logits, peft_logits = model.eval()(input_ids=ids).logits, by_peft(input_ids=ids).logits
+        merged = nk.merge_adapters(model)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    close(peft_logits, logits)
+    for logged, before, after, weights in results:
+        torch.testing.assert_close(torch.tensor(logged), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+        close(before, logits)
+        close(after, logits)
+        for name, tensor in merged.state_dict().items():
+            close(weights[name], tensor)
