@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nsru_kernels.checks import check_dense
 from nsru_kernels.nn.projections import Projections, projection_key, steps
+from nsru_kernels.nn.sharded import refuse_shards
 from nsru_kernels.ops.linear import compute_dtype, projected_linears, projected_update
 
 if TYPE_CHECKING:
@@ -183,6 +184,8 @@ class LinearGroup:
                     continue
                 # FSDP and ZeRO hold shards, or nothing, until the module itself is called.
                 if type(tensor) not in _PLAIN or tensor.shape != shape:
+                    if module is asked:
+                        refuse_shards(module)
                     return "weights are sharded"
                 if tensor.is_inference():
                     return "edits of weights made in inference mode are not counted"

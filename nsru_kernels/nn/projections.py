@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from nsru_kernels.dispatch.choice import choose
+from nsru_kernels.nn.sharded import refuse_shards
 from nsru_kernels.ops.project import project_adapters
 from nsru_kernels.ops.project.autograd import GradientBatch
 from nsru_kernels.ops.project.backends import PROJECT, query
@@ -84,6 +85,8 @@ class Projections:
 
     def refresh(self, asked: LinearGroup, dtype: torch.dtype) -> Projected:
         """Project ``asked`` in ``dtype``, and with it every other group that needs it too."""
+        for module in asked.modules():
+            refuse_shards(module)
         stale = [g for g in self._groups if g is asked or _stale_alike(asked, g, dtype)]
         modules = [module for group in stale for module in group.modules()]
         # Not in inference mode, even when asked there: a later training step saves the projection

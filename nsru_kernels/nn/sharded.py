@@ -42,6 +42,16 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
+def refuse_shards(module: nn.Module) -> None:
+    """Raise TypeError where a forward would multiply by shards."""
+    for _, name, _ in shards_of(module):
+        raise TypeError(
+            f"NSRULinear: {name} is a DTensor while the module is called: it is tensor parallel, "
+            "which is not supported, or its layer was called past fully_shard. Call the model that "
+            "fully_shard was given."
+        )
+
+
 @contextlib.contextmanager
 def gathered(module: nn.Module, *, write: bool = False) -> Iterator[None]:
     """In the block the sharded parameters of ``module`` are whole, on every rank.

@@ -168,3 +168,169 @@ def test_two_ranks_train_save_and_merge_as_one(ranks, tmp_path, kind, optimizer,
         close(after, logits)
         for name, tensor in merged.state_dict().items():
             close(weights[name], tensor)
+
+
+def edit_shards(rank):
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    model = shard(adapted())
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        # As an allocator does that gives the same memory again.
+        patch.setattr(_fsdp_param, "free_storage", lambda tensor: None)
+        model(input_ids=ids)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for name in state:
+            if "lora_A" in name:
+                state[name] = 2 * state[name]
+        model.load_state_dict(state)
+        return model(input_ids=ids).logits
+
+
+def test_an_edit_of_the_shards_is_seen(ranks):
+    model = adapted()
+    with torch.no_grad():
+        for module in linears_of(model):
+            module.lora_A *= 2
+        wanted = model(input_ids=ids).logits
+    for logits in ranks.run(edit_shards):
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def train_by_policy(rank, folder):
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=False)
+    model = shard(adapted(), mp_policy=policy, offload_policy=offload)
+    bases = {module.basis.dtype for module in linears_of(model)}
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    logged = train(model, rows_of(rank), "adamw")
+    nk.save_lora_adapter(model, folder / "sharded")
+    return bases, logits, logged
+
+
+def test_mixed_precision_and_offloading(ranks, tmp_path):
+    results = ranks.run(train_by_policy, tmp_path)
+    with torch.no_grad():
+        rounded = adapted()
+        for parameter in rounded.parameters():  # and no buffer
+            parameter.data = parameter.to(torch.bfloat16)
+        rounded = rounded(input_ids=ids).logits
+    wanted = torch.tensor(train(adapted(), ids, "adamw"))
+    for bases, logits, logged in results:
+        assert bases == {torch.float32}
+        torch.testing.assert_close(logits, rounded)
+        torch.testing.assert_close(torch.tensor(logged)[:, 0], wanted[:, 0], rtol=1e-2, atol=0)
+    sidecar = json.loads((tmp_path / "sharded" / SIDECAR).read_text())
+    assert max(sidecar["leakage"].values()) < 1e-6
+    assert {t.dtype for t in tensors_in(tmp_path / "sharded").values()} == {torch.float32}
+
+
+def shard_root_only(rank, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(adapted())
+    with torch.no_grad():
+        model(input_ids=ids)  # the root stays gathered
+    nk.save_lora_adapter(model, folder / "sharded")
+    with torch.no_grad():
+        model(input_ids=ids)
+        nk.merge_adapters(model)
+        return model(input_ids=ids).logits
+
+
+def test_a_root_that_is_still_gathered_is_saved_and_merged(ranks, tmp_path):
+    results = ranks.run(shard_root_only, tmp_path)
+    model = adapted()
+    nk.save_lora_adapter(model, tmp_path / "whole")
+    assert_adapters_close(tmp_path / "sharded", tmp_path / "whole")
+    with torch.no_grad():
+        for logits in results:
+            torch.testing.assert_close(logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def shard_each_linear(rank, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted()
+    for module in linears_of(model):
+        fully_shard(module)
+    fully_shard(model)
+    logged = train(model, rows_of(rank), "sgd")
+    nk.save_lora_adapter(model, folder / "sharded")
+    with pytest.raises(ValueError, match=r"merge_adapters: .*q_proj was given to fully_shard by"):
+        nk.merge_adapters(model)
+    return logged
+
+
+def test_linears_sharded_by_themselves_train_and_save(ranks, tmp_path):
+    results = ranks.run(shard_each_linear, tmp_path)
+    model = adapted()
+    wanted = train(model, ids, "sgd")
+    nk.save_lora_adapter(model, tmp_path / "whole")
+    assert_adapters_close(tmp_path / "sharded", tmp_path / "whole")
+    for logged in results:
+        torch.testing.assert_close(torch.tensor(logged), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+
+
+def fail_to_save_or_merge(rank, folder):
+    model = shard(adapted())
+    module = linears_of(model)[0]
+    with pytest.raises(ValueError, match="merge_adapters"):
+        module.merge()
+    (folder / "file").touch()
+    with pytest.raises(OSError if rank == 0 else RuntimeError):
+        nk.save_lora_adapter(model, folder / "file")
+    before = {name: p.full_tensor() for name, p in model.named_parameters() if "lora_" not in name}
+    with torch.no_grad():
+        module.lora_B.fill_(float("nan"))
+    with pytest.raises(ValueError if rank == 0 else RuntimeError, match="NaN|another rank"):
+        nk.save_lora_adapter(model, folder / "new")
+    with pytest.raises(ValueError, match=r"merge_adapters: .*NaN"):
+        nk.merge_adapters(model)
+    after = dict(model.named_parameters())
+    return all(torch.equal(after[name].full_tensor(), tensor) for name, tensor in before.items())
+
+
+def test_a_failure_reaches_all_ranks_and_changes_nothing(ranks, tmp_path):
+    assert ranks.run(fail_to_save_or_merge, tmp_path) == [True, True]
+    assert not (tmp_path / "new").exists()
+
+
+def refuse_dtensors(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight, mesh, [Shard(0)]))
+    with pytest.raises(ValueError, match="DTensor, a shard of a tensor-parallel or FSDP2 model"):
+        nk.swap_linears(model, "0", rank=2, alpha=4)
+    model = shard(adapted())
+    layer, x = layers_of(model)[0], torch.randn(1, 3, 32)
+    for module in (layer.self_attn.q_proj, layer.self_attn.o_proj):  # of a group, by itself
+        with pytest.raises(TypeError, match=r"is a DTensor.* tensor parallel.* fully_shard"):
+            module(x)
+
+
+def test_what_is_tensor_parallel_or_not_gathered_is_refused(ranks):
+    ranks.run(refuse_dtensors)
+
+
+def train_by_ddp(rank, folder):
+    model = adapted()
+    logged = train(nn.parallel.DistributedDataParallel(model), rows_of(rank), "adamw")
+    if rank == 0:  # alone: nothing is gathered
+        nk.save_lora_adapter(model, folder / "ddp")
+    return logged
+
+
+def test_ddp_trains_as_one(ranks, tmp_path):
+    results = ranks.run(train_by_ddp, tmp_path)
+    model = adapted()
+    wanted = train(model, ids, "adamw")
+    nk.save_lora_adapter(model, tmp_path / "whole")
+    assert_adapters_close(tmp_path / "ddp", tmp_path / "whole")
+    for logged in results:
+        torch.testing.assert_close(torch.tensor(logged), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
