@@ -22,6 +22,26 @@ def is_shard(tensor: Tensor | None) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
+def whole(tensor: Any) -> Any:
+    """A DTensor gathered on every rank; anything else as it is."""
+    if not is_shard(tensor):
+        return tensor
+    # Shards that were offloaded to the CPU travel as those of the mesh's device.
+    return tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+
+
+def shards_like(tensor: Tensor, like: Any) -> Any:
+    """``tensor`` as a DTensor that is spread as ``like`` is, if that is one; every rank has all."""
+    if not is_shard(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    everywhere = [Replicate()] * mesh.ndim
+    copies = DTensor.from_local(tensor.to(mesh.device_type), mesh, everywhere, run_check=False)
+    return copies.redistribute(placements=like.placements).to(like.device)
+
+
 def shards_of(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
     """(the dict that holds it, its name there, itself) for every sharded parameter."""
     return [
@@ -62,12 +82,11 @@ def gathered(module: nn.Module, *, write: bool = False) -> Iterator[None]:
     shards = shards_of(module)
     try:
         for held, name, shard in shards:
-            # Shards that were offloaded to the CPU travel as those of the mesh's device.
-            on_mesh = shard.detach().to(shard.device_mesh.device_type)
-            held[name] = nn.Parameter(on_mesh.full_tensor(), requires_grad=shard.requires_grad)
+            held[name] = nn.Parameter(whole(shard), requires_grad=shard.requires_grad)
         yield
         for held, name, shard in shards if write else ():
-            _scatter(held[name].detach(), shard)
+            with torch.no_grad():
+                shard.copy_(shards_like(held[name].detach(), shard))
     finally:
         for held, name, shard in shards:
             held[name] = shard
@@ -107,13 +126,3 @@ def on_first_rank(model: nn.Module) -> Iterator[bool]:
         raise error
     if failed:
         raise RuntimeError("another rank of the sharded model failed; its error says why.")
-
-
-def _scatter(whole: Tensor, shard: Any) -> None:
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = shard.device_mesh
-    everywhere = [Replicate()] * mesh.ndim
-    spread = DTensor.from_local(whole, mesh, everywhere, run_check=False)
-    with torch.no_grad():
-        shard.to_local().copy_(spread.redistribute(placements=shard.placements).to_local())

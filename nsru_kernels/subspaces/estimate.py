@@ -29,6 +29,9 @@ from nsru_kernels.subspaces.collection import InputDiagnostics, SubspaceSet, fin
 from nsru_kernels.subspaces.distributed import communication_device
 from nsru_kernels.subspaces.sketch import MIN_ENERGY, RetainSketch, lifted
 
+# Names of modules by their input, and the reasons by name of those that are read elsewhere.
+Agreed = tuple[list[list[str]], dict[str, str]]
+
 
 def estimate_retain_subspaces(
     model: nn.Module,
@@ -96,7 +99,10 @@ def estimate_retain_subspaces(
             linears = dict(match_linears(model, targets, exclude, elsewhere))
         stack.enter_context(standing_in(linears))
         stream = ActivationStream(model, linears)
-        groups = _agree_on_groups(None if first is None else stream.group_by_input(first))
+        groups, elsewhere = _agree(
+            None if first is None else (stream.group_by_input(first), elsewhere)
+        )
+        linears = {name: linears[name] for name in linears if name not in elsewhere}
         sketches = {
             modules[0]: RetainSketch(
                 linear_sizes(linears[modules[0]])[0],
@@ -219,15 +225,15 @@ def _truncate(
     return subspace
 
 
-def _agree_on_groups(groups: list[list[str]] | None) -> list[list[str]]:
-    """The groups of the first rank that has batches; all ranks see the same model."""
+def _agree(found: Agreed | None) -> Agreed:
+    """What the first rank found that has batches; all ranks see the same model."""
     if is_distributed():
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, groups)
-        groups = next((theirs for theirs in everyone if theirs is not None), None)
-    if groups is None:
+        dist.all_gather_object(everyone, found)
+        found = next((theirs for theirs in everyone if theirs is not None), None)
+    if found is None:
         raise ValueError("retain set is empty: batches yields nothing.")
-    return groups
+    return found
 
 
 def _check_request(

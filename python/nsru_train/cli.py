@@ -194,8 +194,10 @@ def train(
         out: run folder.
         resume: go on from the last checkpoint in ``out``.
     """
+    from accelerate import PartialState
     from transformers.trainer_utils import get_last_checkpoint
 
+    from nsru_kernels.nn.sharded import shards_of
     from nsru_kernels.subspaces.collection import fingerprint_weights
     from nsru_train.alternatives import add_alternatives
     from nsru_train.evaluate import before_and_after, probability_sets, quick_probabilities
@@ -210,6 +212,7 @@ def train(
     )
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder
+    from nsru_train.trainer import inside_forward
 
     objective.check_weights()
     _check_reporting(train.report_to)
@@ -246,6 +249,8 @@ def train(
         print(f"resume: going on from {last}.")
     started = time.perf_counter()
     base, tokenizer = load_model(model, data)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=base.device.type == "cpu")  # makes the process group
     loaded = without_long(loaded, tokenizer, data)
     loaded.forget = add_alternatives(
         base, tokenizer, loaded.forget, data, [objective], run.path / "alternatives.jsonl",
@@ -274,6 +279,7 @@ def train(
         if run.writes:
             subspaces.save(own)
         print(subspaces.table())
+    fingerprint = fingerprint_weights(base)  # before they are sharded
     outcome = unlearn(
         base,
         tokenizer,
@@ -295,10 +301,18 @@ def train(
         eval_steps=train.eval_steps or 10,
     )
     print(outcome)
+    sharded = bool(shards_of(base))  # then every process takes part
+    if not (run.writes or sharded):
+        return
+    objective.save(base, run.adapter_dir, {"fingerprint": fingerprint})
+    if sharded:
+        before, after = inside_forward(
+            base, lambda model: before_and_after(model, tokenizer, asked)
+        )
+    else:
+        before, after = before_and_after(base, tokenizer, asked)
     if not run.writes:
         return
-    objective.save(base, run.adapter_dir, {"fingerprint": fingerprint_weights(base)})
-    before, after = before_and_after(base, tokenizer, asked)
     run.write_results(
         {
             "kind": "train",

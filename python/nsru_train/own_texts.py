@@ -24,6 +24,7 @@ def own_texts(
     new_tokens: int = 128,
     batch_size: int = 64,
     seed: int = 0,
+    part: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> Iterator[dict[str, Tensor]]:
     """Sample texts from the model at temperature 1, in batches of model inputs.
@@ -36,6 +37,7 @@ def own_texts(
         count: number of texts.
         new_tokens: tokens sampled for each.
         batch_size: texts sampled together; of each only the KV cache is held.
+        part: (i, n): only every n-th batch from batch i on, for the i-th of n processes.
         seed: of the sampling; the global random state is left as it was.
 
     Yields:
@@ -56,7 +58,10 @@ def own_texts(
         )
     devices = [device] if device.type == "cuda" else []
     for start in tqdm(
-        range(0, count, batch_size), "the model's own texts", disable=not progress, leave=False
+        range(0, count, batch_size)[part[0] :: part[1]],
+        "the model's own texts",
+        disable=not progress,
+        leave=False,
     ):
         begun = opening.expand(min(batch_size, count - start), -1)
         with (

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import nsru_kernels as nk
 from nsru_kernels.dispatch import default_device
 from nsru_kernels.hf.peft_format import copy_lora_adapter
+from nsru_kernels.nn.inputs import is_distributed
 from nsru_kernels.nn.swap import match_linears, take_all
 from nsru_kernels.subspaces.estimate import SubspaceSet
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
@@ -301,6 +303,8 @@ def find_subspaces(
 ) -> SubspaceSet:
     """The retain subspaces of a run: loaded from config.path, else estimated on the retain set.
 
+    In an initialised process group each process streams its share of the sets.
+
     Raises:
         ValueError: they come from another base model, or more than one rank rule is given.
     """
@@ -318,15 +322,20 @@ def find_subspaces(
         )
         for records in (retain, forget)
     )  # fmt: skip
+    rank, world = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
     count = config.own_texts
-    own = own_texts(model, tokenizer, count, seed=seed, progress=progress) if count else ()
+    own = (
+        own_texts(model, tokenizer, count, seed=seed, part=(rank, world), progress=progress)
+        if count
+        else ()
+    )
     subspaces = nk.estimate_retain_subspaces(
         model,
-        [*retain_batches, *own],
+        [*retain_batches[rank::world], *own],
         config.targets,
         exclude=config.exclude,
         width=config.width,
-        forget_batches=forget_batches,
+        forget_batches=forget_batches[rank::world],
         unit_tokens=True,
         seed=seed,
         progress=progress,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
+from torch.utils._pytree import tree_map
 from transformers import Trainer
 from transformers.trainer import (
     OPTIMIZER_NAME,
@@ -23,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from nsru_kernels.files import check_fields
+from nsru_kernels.nn.sharded import shards_like, whole
 from nsru_train.checkpoints import (
     blaming,
     check_alike,
@@ -108,15 +110,32 @@ class ResumableTrainer(Trainer):
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate(run_dir, limit, run_dir / name, best)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self.accelerator.is_fsdp2:
+            self._save(output_dir)  # Trainer would gather all weights
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """The optimizer's state whole, as an unsharded run writes it."""
+        if not self.accelerator.is_fsdp2:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = tree_map(whole, self._torch_optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
     def _save(self, output_dir=None, state_dict=None):
         """Trainable tensors and the reference NLL, nothing frozen."""
+        trained = dict(trainable(self.accelerator.unwrap_model(self.model)))
+        if state_dict is None:
+            state_dict = {name: whole(parameter) for name, parameter in trained.items()}
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        trained = dict(trainable(self.accelerator.unwrap_model(self.model)))
-        source = trained if state_dict is None else state_dict
-        tensors = {k: v.detach().contiguous().cpu() for k, v in source.items() if k in trained}
+        tensors = {k: v.detach().contiguous().cpu() for k, v in state_dict.items() if k in trained}
         metadata = {"format": "pt", **self._belongs_to}
         if self._state:
             metadata[STATE_KEY] = json.dumps(self._state)
@@ -125,7 +144,7 @@ class ResumableTrainer(Trainer):
         (folder / REFERENCE_FILE).write_text(json.dumps(self.train_dataset.ref_nll))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled:  # shards, which accelerate saved beside the trainable tensors
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:  # shards, which accelerate saved beside the trainable tensors
             if self._state:
                 raise ValueError(
                     f"resume_from_checkpoint: shards do not hold {', '.join(self._state)}, which "
@@ -153,21 +172,44 @@ class ResumableTrainer(Trainer):
             self._state = state
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
+                parameter.copy_(shards_like(saved[name], parameter))
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+
+    @property
+    def _engine_saves(self) -> bool:
+        """Whether checkpoints hold shards in the format of FSDP1 or DeepSpeed."""
+        fsdp1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
+        return fsdp1 or self.is_deepspeed_enabled
+
+    def _load_whole(self, folder: Path) -> None:
+        """Optimizer and scheduler of a sharded model from a checkpoint."""
+        optimizer = self._torch_optimizer
+        read = functools.partial(torch.load, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(read(folder / OPTIMIZER_NAME))
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    state[name] = shards_like(value, parameter)
+        self.lr_scheduler.load_state_dict(read(folder / SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if checkpoint is None or self._engine_saves:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        # accelerate wraps it
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer = self._torch_optimizer
         groups = [
             {name: value for name, value in group.items() if name != "params"}
             for group in optimizer.param_groups
         ]
         schedule = self.lr_scheduler.state_dict()
         with self._blaming(checkpoint, f"{OPTIMIZER_NAME} or {SCHEDULER_NAME}"):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if self.accelerator.is_fsdp2:
+                self._load_whole(Path(checkpoint))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
             check_optimizer(optimizer, groups)
             check_alike(self.lr_scheduler.state_dict(), schedule, "schedule")
 
@@ -185,7 +227,7 @@ class ResumableTrainer(Trainer):
 
     def _checkpoint_files(self) -> list[str]:
         """What a checkpoint must hold; shards are the engine's, which looks for them itself."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._engine_saves:
             return [TRAINER_STATE_NAME]
         scaler = [SCALER_NAME] if getattr(self.accelerator, "scaler", None) is not None else []
         return [

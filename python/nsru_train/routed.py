@@ -17,6 +17,7 @@ import nsru_kernels as nk
 from nsru_kernels.files import atomic_write_all, check_fields, read_json, read_tensors
 from nsru_kernels.hf.peft_format import check_fingerprint
 from nsru_kernels.nn.inputs import evaluating
+from nsru_kernels.nn.sharded import on_first_rank, whole
 from nsru_kernels.nn.swap import replace_module
 from nsru_train.data.encode import Encoded, collate, encode_prompt, length_batches, pad_token_id
 from nsru_train.losses.hidden import decoder_layers, layer_states
@@ -247,8 +248,7 @@ def save_routed(model: nn.Module, folder: Path, metadata: Mapping[str, Any]) -> 
     tensors = {"router.weight": router.weight, "router.bias": router.bias}
     for name, module in modules.items():
         tensors |= {f"{name}.lora_A": module.projected_adapter(), f"{name}.lora_B": module.lora_B}
-    tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
-    _check_finite(tensors, "training diverged. Nothing was written.")
+    tensors = {n: whole(t).detach().float().cpu().contiguous() for n, t in tensors.items()}
     config = {
         "schema": 1,
         "layer": router.layer,
@@ -258,7 +258,10 @@ def save_routed(model: nn.Module, folder: Path, metadata: Mapping[str, Any]) -> 
         **metadata,
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    atomic_write_all({folder / WEIGHTS: save(tensors), folder / CONFIG: text})
+    with on_first_rank(model) as first:
+        if first:
+            _check_finite(tensors, "training diverged. Nothing was written.")
+            atomic_write_all({folder / WEIGHTS: save(tensors), folder / CONFIG: text})
 
 
 def load_routed(model: nn.Module, path: str | os.PathLike[str]) -> None:

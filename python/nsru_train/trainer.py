@@ -18,6 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 import nsru_kernels as nk
 from nsru_kernels.nn.inputs import ActivationStream, evaluating
+from nsru_kernels.nn.sharded import whole
 from nsru_train.callbacks import (
     EarlyStopCallback,
     EvalHookCallback,
@@ -175,6 +176,9 @@ class NSRUTrainer(ResumableTrainer):
                 data_collator=RowCollator(pad_token_id(tokenizer, model)),
                 train_dataset=train_dataset,
             )
+        if self.is_fsdp_enabled:
+            # It cannot spread buffers such as the retain bases, and each process has all weights.
+            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         self.model_accepts_loss_kwargs = False  # no token count to gather across ranks every step
         self.objective = objective.prepare(model)
         self._state = self.objective.start()
@@ -227,11 +231,14 @@ class NSRUTrainer(ResumableTrainer):
     def _evaluated(self, step: int, model: nn.Module) -> Mapping[str, float]:
         """The hook's results with the update as it is applied; the best adapters are kept."""
         assert self._on_eval is not None
+        hook = functools.partial(self._on_eval, step)
         with scaled_updates(model, self.objective.applied):
-            results = self._on_eval(step, model)
-        if self.objective.keeps_best and self.args.should_save:
+            results = inside_forward(model, hook) if self.accelerator.is_fsdp2 else hook(model)
+        if self.objective.keeps_best:
+            tensors = {name: whole(parameter.detach()) for name, parameter in trainable(model)}
             start = self.evaluations[0] if self.evaluations else results
-            self._best.consider(model, step, self.objective.score(start, results))
+            if self.args.should_save:
+                self._best.consider(tensors, step, self.objective.score(start, results))
         return results
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -368,6 +375,12 @@ def _as_forward(model: nn.Module, function: Callable) -> Iterator[None]:
             del model.forward
         else:
             model.forward = own
+
+
+def inside_forward(model: nn.Module, function: Callable[[nn.Module], Any]) -> Any:
+    """function(model), while ``fully_shard`` holds the root's own weights gathered."""
+    with _as_forward(model, function):
+        return model()
 
 
 @contextmanager

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 import nsru_kernels as nk
 from nsru_kernels.files import atomic_write, read_tensors
+from nsru_kernels.nn.sharded import shards_like
 
 
 def scale_updates(model: nn.Module, factor: float) -> None:
@@ -51,11 +52,11 @@ class BestAdapters:
     def clear(self) -> None:
         self.path.unlink(missing_ok=True)
 
-    def consider(self, model: nn.Module, step: int, score: float | None) -> None:
-        """Keep the model's trained tensors if ``score`` is above the one that is kept."""
+    def consider(self, tensors: Mapping[str, Tensor], step: int, score: float | None) -> None:
+        """Keep the trained tensors of a model if ``score`` is above the one that is kept."""
         if score is None or (self.path.exists() and score <= float(self._read()[1]["score"])):
             return
-        tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model)}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         atomic_write(self.path, save(tensors, {"step": str(step), "score": repr(score)}))
 
     def restore(self, model: nn.Module) -> int | None:
@@ -65,7 +66,7 @@ class BestAdapters:
         tensors, metadata = self._read()
         with torch.no_grad():
             for name, parameter in trainable(model):
-                parameter.copy_(tensors[name])
+                parameter.copy_(shards_like(tensors[name], parameter))
         return int(metadata["step"])
 
     def _read(self):

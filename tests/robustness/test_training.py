@@ -542,7 +542,7 @@ def test_processes_look_for_unused_parameters_only_where_some_may_be(tmp_path, t
     assert not _all_take_part(model, data)
 
 
-def torchrun(folder, *arguments):
+def torchrun(folder, *arguments, script=("-m", "nsru_train.cli"), **environment):
     """What nsru prints in two processes, which both must end well."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -550,8 +550,8 @@ def torchrun(folder, *arguments):
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "nsru_train.cli", *arguments],
-            env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            [sys.executable, *script, *arguments],
+            env={**os.environ, **common, **environment, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -564,17 +564,23 @@ def torchrun(folder, *arguments):
     return printed[0], silent[0]
 
 
-def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
-    samples.save_tiny(tmp_path / "model", samples.RECORDS)
+def save_tiny_sets(folder):
+    samples.save_tiny(folder / "model", samples.RECORDS)
     for name, records in (("forget", samples.FORGET), ("retain", samples.RETAIN)):
-        save_records(tmp_path / f"{name}.jsonl", records)
-    printed, silent = torchrun(
-        tmp_path,
-        *("train", "--model.path", "model", "--out", "run"),
-        *("--data.forget", "forget.jsonl", "--data.retain", "retain.jsonl"),
-        *("--train.steps", "2", "--train.batch_size", "2", "--train.save_steps", "2"),
-        *("--subspace.rank", "4", "--subspace.width", "16"),
-    )
+        save_records(folder / f"{name}.jsonl", records)
+
+
+TINY = (
+    *("train", "--model.path", "model"),
+    *("--data.forget", "forget.jsonl", "--data.retain", "retain.jsonl"),
+    *("--train.batch_size", "2", "--train.save_steps", "2"),
+    *("--subspace.rank", "4", "--subspace.width", "16"),
+)
+
+
+def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
+    save_tiny_sets(tmp_path)
+    printed, silent = torchrun(tmp_path, *TINY, "--out", "run", "--train.steps", "2")
     assert "next: nsru eval run" in printed
     assert silent == ""
     assert not list((tmp_path / "run").rglob(".*"))
@@ -584,6 +590,51 @@ def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
     printed, silent = torchrun(tmp_path, "eval", "run", "--generate=false")
     assert "next: nsru verify run" in printed
     assert silent == ""
+
+
+def test_fsdp2_trains_evaluates_saves_and_resumes_as_ddp(tmp_path):
+    """Of accelerate's launcher only the environment that it sets counts."""
+    save_tiny_sets(tmp_path)
+    arguments = (*TINY, "--train.steps", "4", "--train.eval_steps", "2", "--subspace.own_texts=3")
+    printed, _ = torchrun(tmp_path, *arguments, "--out", "ddp")
+    fsdp = {
+        "script": [str(Path(__file__).with_name("fsdp2.py"))],
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # accelerate's own default
+    }
+    sharded, silent = torchrun(tmp_path, *arguments, "--out", "fsdp2", **fsdp)
+    assert silent == ""
+    assert sharded == printed.replace("ddp", "fsdp2")
+    runs = [RunFolder(tmp_path / name) for name in ("ddp", "fsdp2")]
+    assert_same_run(*runs)
+    files = [{path.name for path in (run.path / "checkpoint-2").iterdir()} for run in runs]
+    assert files[0] == files[1]
+    shutil.rmtree(tmp_path / "fsdp2" / "checkpoint-4")
+    printed, _ = torchrun(tmp_path, *arguments, "--out", "fsdp2", "--resume=true", **fsdp)
+    assert "going on from fsdp2/checkpoint-2" in printed
+    assert_same_run(*runs)
+
+
+def assert_same_run(run, other):
+    """But for times and rounding."""
+    rows, wanted = other.read_metrics(), run.read_metrics()
+    assert len(rows) == len(wanted)
+    for row, expected in zip(rows, wanted, strict=True):
+        own = {name: value for name, value in expected.items() if "second" not in name}
+        assert {name: row[name] for name in own} == pytest.approx(own, rel=1e-3, abs=1e-6)
+    found, expected = other.read_results(), run.read_results()
+    for one, two in zip(found["methods"], expected["methods"], strict=True):
+        assert one["forget_prob"] == pytest.approx(two["forget_prob"], rel=1e-4)
+    assert len(found["leakage"]) == 14
+    tensors, wanted = (load_file(r.adapter_dir / "adapter_model.safetensors") for r in (other, run))
+    assert tensors.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=1e-5)
+    sidecars = [json.loads((r.adapter_dir / "nsru.json").read_text()) for r in (run, other)]
+    assert sidecars[0]["fingerprint"] == sidecars[1]["fingerprint"]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
