@@ -17,7 +17,7 @@ from nsru_kernels.files import atomic_write_all, check_fields, read_json, read_t
 from nsru_kernels.nn.experts import ExpertLinear, NSRUExpertLinear, expert_linears
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.names import plain_name, unwrap
-from nsru_kernels.nn.sharded import gathered, on_first_rank
+from nsru_kernels.nn.sharded import gathered, on_first_rank, refuse_parts
 from nsru_kernels.nn.swap import SwapReport, by_pattern, swap_linears
 from nsru_kernels.nn.wrapped import is_plain, linear_sizes
 
@@ -68,7 +68,9 @@ def save_lora_adapter(
     Returns:
         the folder.
     Raises:
-        ValueError: no ``NSRULinear``, one is merged, or one holds NaN or infinite values.
+        ValueError: no ``NSRULinear``, one is merged or sharded by FSDP1 or ZeRO-3, or one holds NaN
+            or infinite values.
+        RuntimeError: another rank of a sharded model could not write.
         TypeError: metadata cannot be written as JSON.
         OSError: the disk is full or the folder cannot be written; files there before are unharmed.
     """
@@ -83,6 +85,7 @@ def save_lora_adapter(
     if merged := [name for name, module in modules.items() if module.merged]:
         raise ValueError(f"save_lora_adapter: {merged[0]} is merged; call unmerge() first.")
     for name, module in modules.items():
+        refuse_parts(name, module)
         if module.lora_B.shape[1] != len(module.lora_A):
             raise ValueError(
                 f"save_lora_adapter: {name} is no plain LoRA: lora_B has {module.lora_B.shape[1]} "

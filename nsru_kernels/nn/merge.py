@@ -26,8 +26,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     Returns:
         model, for chaining.
     Raises:
-        ValueError: the model has no ``NSRULinear``, is one itself, or a merged weight would hold
-            NaN or infinite values; nothing is then changed.
+        ValueError: the model has no ``NSRULinear``, is one itself, is sharded otherwise, or a
+            merged weight would hold NaN or infinite values; nothing is then changed.
     """
     check_module(model)
     modules = [(n, m) for n, m in model.named_modules() if isinstance(m, NSRULinear)]
@@ -37,6 +37,14 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         )
     if modules[0][0] == "":
         raise ValueError("merge_adapters: model is an NSRULinear itself; use its merge().")
+    if hasattr(modules[0][1].lora_A, "ds_id") or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    ):
+        raise ValueError(
+            "merge_adapters: the model is sharded by FSDP1 or ZeRO-3, which would go on gathering "
+            "what was merged. save_lora_adapter and merge in a process by itself, as `nsru merge` "
+            "does, or shard by fully_shard."
+        )
     reshard(model)
     for name, module in modules:
         if hasattr(module, "reshard"):  # its hooks would go with it

@@ -185,10 +185,11 @@ def _alike(asked: LinearGroup, other: LinearGroup) -> bool:
     if not members or other.backend != asked.backend:
         return False
     device, basis = asked.modules()[0].lora_A.device, members[0].basis
-    for a_RK in [m.lora_A for m in members]:
-        # FSDP holds shards of A until its layer is called.
+    for module in members:
+        a_RK = module.lora_A
+        # FSDP and ZeRO hold shards of A, or nothing, until its layer is called.
         if type(a_RK) not in (Tensor, nn.Parameter) or a_RK.device != device:
             return False
-        if a_RK.is_inference():
+        if a_RK.shape != (module.rank, module.in_features) or a_RK.is_inference():
             return False
     return basis is None or basis.device == device

@@ -72,6 +72,17 @@ def refuse_shards(module: nn.Module) -> None:
         )
 
 
+def refuse_parts(name: str, module: Any) -> None:
+    """Raise ValueError where FSDP1 or ZeRO-3 holds A in parts that are no DTensors."""
+    if module.lora_A.shape != (module.rank, module.in_features):
+        raise ValueError(
+            f"save_lora_adapter: {name}: lora_A must be [R={module.rank}, K={module.in_features}], got "
+            f"{tuple(module.lora_A.shape)}, a part of FSDP1 or ZeRO-3. Call it inside "
+            "FullyShardedDataParallel.summon_full_params(model) or deepspeed.zero."
+            "GatheredParameters of the trainable parameters, or shard by fully_shard."
+        )
+
+
 @contextlib.contextmanager
 def gathered(module: nn.Module, *, write: bool = False) -> Iterator[None]:
     """In the block the sharded parameters of ``module`` are whole, on every rank.

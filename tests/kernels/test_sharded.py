@@ -331,3 +331,93 @@ def test_ddp_trains_as_one(ranks, tmp_path):
     assert_adapters_close(tmp_path / "ddp", tmp_path / "whole")
     for logged in results:
         torch.testing.assert_close(torch.tensor(logged), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+
+
+def train_by_fsdp1(rank, folder):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    model = adapted()
+    wrapped = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy({type(layers_of(model)[0])}),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    optimizer = OPTIMIZERS["sgd"]([p for p in wrapped.parameters() if p.requires_grad])
+    losses, rows = [], rows_of(rank)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = wrapped(input_ids=rows, labels=rows).loss
+        loss.backward()
+        wrapped.clip_grad_norm_(0.5)
+        optimizer.step()
+        losses.append(mean_of(loss.detach()))
+    with pytest.raises(ValueError, match=r"save_lora_adapter.*summon_full_params"):
+        nk.save_lora_adapter(wrapped, folder / f"refused{rank}")
+    with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+        nk.save_lora_adapter(wrapped, folder / f"sharded{rank}")
+        with pytest.raises(ValueError, match=r"merge_adapters: .*FSDP1 or ZeRO-3.*`nsru merge`"):
+            nk.merge_adapters(wrapped)
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore:.*requires_grad")
+def test_fsdp1_trains_and_saves_what_it_gathers(ranks, tmp_path):
+    results = ranks.run(train_by_fsdp1, tmp_path)
+    model = adapted()
+    wanted = [loss for loss, _ in train(model, ids, "sgd")]
+    nk.save_lora_adapter(model, tmp_path / "whole")
+    for rank, losses in enumerate(results):
+        assert losses == pytest.approx(wanted, rel=1e-5)
+        assert_adapters_close(tmp_path / f"sharded{rank}", tmp_path / "whole")
+
+
+class Partitioned:
+    """ZeRO-3 of one rank, emulated: parameters are empty but while their module computes."""
+
+    def __init__(self, model):
+        self.whole = {}
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.ds_id = len(self.whole)
+                    self.whole[parameter] = parameter.data
+                    parameter.data = torch.empty(0)
+            if module._parameters:
+                module.register_forward_pre_hook(lambda module, _: self.gather(module))
+                module.register_forward_hook(lambda module, *_: self.release(module))
+                module.register_full_backward_pre_hook(lambda module, _: self.gather(module))
+
+    def gather(self, module):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.data = self.whole[parameter]
+
+    def release(self, module):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.data = torch.empty(0)
+
+
+def test_zero_3_trains_as_a_whole_model(tmp_path):
+    whole, model = adapted(), adapted()
+    rows = ids.clone()
+    loss = whole(input_ids=rows, labels=rows).loss
+    loss.backward()
+    zero = Partitioned(model)
+    with pytest.raises(ValueError, match=r"save_lora_adapter: .* \(0,\).*GatheredParameters"):
+        nk.save_lora_adapter(model, tmp_path / "new")
+    with pytest.raises(ValueError, match="merge_adapters: .*ZeRO-3"):
+        nk.merge_adapters(model)
+    assert not (tmp_path / "new").exists()
+    for _ in range(2):  # also with what is kept of the step before
+        model.zero_grad()
+        got = model(input_ids=rows, labels=rows).loss
+        got.backward()
+        torch.testing.assert_close(got, loss)
+        for (name, parameter), own in zip(whole.named_parameters(), zero.whole, strict=True):
+            if parameter.requires_grad:
+                torch.testing.assert_close(own.grad, parameter.grad, msg=name)
+        for module in model.modules():
+            zero.release(module)
