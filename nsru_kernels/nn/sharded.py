@@ -76,10 +76,10 @@ def refuse_parts(name: str, module: Any) -> None:
     """Raise ValueError where FSDP1 or ZeRO-3 holds A in parts that are no DTensors."""
     if module.lora_A.shape != (module.rank, module.in_features):
         raise ValueError(
-            f"save_lora_adapter: {name}: lora_A must be [R={module.rank}, K={module.in_features}], got "
-            f"{tuple(module.lora_A.shape)}, a part of FSDP1 or ZeRO-3. Call it inside "
-            "FullyShardedDataParallel.summon_full_params(model) or deepspeed.zero."
-            "GatheredParameters of the trainable parameters, or shard by fully_shard."
+            f"save_lora_adapter: {name}: lora_A must be [R={module.rank}, "
+            f"K={module.in_features}], got {tuple(module.lora_A.shape)}, a part of FSDP1 or "
+            "ZeRO-3. Call it inside FullyShardedDataParallel.summon_full_params(model) or "
+            "deepspeed.zero.GatheredParameters of what is trained, or shard by fully_shard."
         )
 
 

@@ -560,7 +560,10 @@ def _cannot_swap(module: nn.Module) -> str | None:
         return "has a parametrization; remove it first"
     weight: Any = getattr(module, "weight", None)
     if type(weight).__name__ == "DTensor":
-        return "its weight is a DTensor, a shard of a tensor-parallel or FSDP2 model; swap before"
+        return (
+            "its weight is a DTensor, a shard of a tensor-parallel or FSDP2 model; estimate and "
+            "swap before"
+        )
     if torch.nn.parameter.is_lazy(weight):
         return "its weight has no size yet; run the model once"
     if is_plain(module) and (weight.layout is not torch.strided or not weight.is_floating_point()):

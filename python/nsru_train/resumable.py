@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -144,7 +145,8 @@ class ResumableTrainer(Trainer):
         (folder / REFERENCE_FILE).write_text(json.dumps(self.train_dataset.ref_nll))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:  # shards, which accelerate saved beside the trainable tensors
+        # Shards, which accelerate saved beside the trainable tensors.
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             if self._state:
                 raise ValueError(
                     f"resume_from_checkpoint: shards do not hold {', '.join(self._state)}, which "
@@ -175,7 +177,7 @@ class ResumableTrainer(Trainer):
                 parameter.copy_(shards_like(saved[name], parameter))
 
     @property
-    def _torch_optimizer(self) -> torch.optim.Optimizer:
+    def _torch_optimizer(self) -> Any:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
 
     @property

@@ -1,6 +1,5 @@
 """Models that fully_shard has spread over two ranks train, save and merge as whole ones do."""
 
-import copy
 import functools
 import json
 
@@ -14,6 +13,7 @@ from torch import nn
 
 import nsru_kernels as nk
 from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, WEIGHTS
+from nsru_kernels.nn.sharded import whole
 
 ids = torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(1))
 OPTIMIZERS = {
@@ -82,7 +82,7 @@ def train(model, rows, optimizer, steps=3):
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
-        logged.append((mean_of(loss.detach()), float(getattr(norm, "full_tensor", lambda: norm)())))
+        logged.append((mean_of(loss.detach()), float(whole(norm))))
     return logged
 
 
@@ -282,7 +282,7 @@ def fail_to_save_or_merge(rank, folder):
     before = {name: p.full_tensor() for name, p in model.named_parameters() if "lora_" not in name}
     with torch.no_grad():
         module.lora_B.fill_(float("nan"))
-    with pytest.raises(ValueError if rank == 0 else RuntimeError, match="NaN|another rank"):
+    with pytest.raises(ValueError if rank == 0 else RuntimeError, match=r"NaN|another rank"):
         nk.save_lora_adapter(model, folder / "new")
     with pytest.raises(ValueError, match=r"merge_adapters: .*NaN"):
         nk.merge_adapters(model)
@@ -304,6 +304,8 @@ def refuse_dtensors(rank):
     model[0].weight = nn.Parameter(distribute_tensor(model[0].weight, mesh, [Shard(0)]))
     with pytest.raises(ValueError, match="DTensor, a shard of a tensor-parallel or FSDP2 model"):
         nk.swap_linears(model, "0", rank=2, alpha=4)
+    with pytest.raises(ValueError, match="estimate and swap before"):
+        nk.estimate_retain_subspaces(model, [torch.randn(4, 8)], "0", rank=2, width=4)
     model = shard(adapted())
     layer, x = layers_of(model)[0], torch.randn(1, 3, 32)
     for module in (layer.self_attn.q_proj, layer.self_attn.o_proj):  # of a group, by itself
@@ -313,6 +315,31 @@ def refuse_dtensors(rank):
 
 def test_what_is_tensor_parallel_or_not_gathered_is_refused(ranks):
     ranks.run(refuse_dtensors)
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.called(x) @ self.read.weight
+
+
+def estimate_without_batches(rank):
+    torch.manual_seed(0)
+    model, batches = ReadsWeight(), [torch.randn(20, 8)]
+    mine = batches if rank == 0 else []
+    subspaces = nk.estimate_retain_subspaces(model, mine, "all-linear", rank=2, width=4)
+    nk.swap_linears(model, "all-linear", rank=2, alpha=4, subspaces=subspaces)
+    return subspaces.read_elsewhere, [type(m).__name__ for m in model.children()]
+
+
+def test_a_rank_without_batches_knows_what_is_read_elsewhere(ranks):
+    first, second = ranks.run(estimate_without_batches)
+    assert first == second
+    assert list(first[0]) == ["read"]
+    assert first[1] == ["NSRULinear", "Linear"]
 
 
 def train_by_ddp(rank, folder):
@@ -401,14 +428,14 @@ class Partitioned:
 
 
 def test_zero_3_trains_as_a_whole_model(tmp_path):
-    whole, model = adapted(), adapted()
+    plain, model = adapted(), adapted()
     rows = ids.clone()
-    loss = whole(input_ids=rows, labels=rows).loss
+    loss = plain(input_ids=rows, labels=rows).loss
     loss.backward()
     zero = Partitioned(model)
     with pytest.raises(ValueError, match=r"save_lora_adapter: .* \(0,\).*GatheredParameters"):
         nk.save_lora_adapter(model, tmp_path / "new")
-    with pytest.raises(ValueError, match="merge_adapters: .*ZeRO-3"):
+    with pytest.raises(ValueError, match=r"merge_adapters: .*ZeRO-3"):
         nk.merge_adapters(model)
     assert not (tmp_path / "new").exists()
     for _ in range(2):  # also with what is kept of the step before
@@ -416,7 +443,7 @@ def test_zero_3_trains_as_a_whole_model(tmp_path):
         got = model(input_ids=rows, labels=rows).loss
         got.backward()
         torch.testing.assert_close(got, loss)
-        for (name, parameter), own in zip(whole.named_parameters(), zero.whole, strict=True):
+        for (name, parameter), own in zip(plain.named_parameters(), zero.whole, strict=True):
             if parameter.requires_grad:
                 torch.testing.assert_close(own.grad, parameter.grad, msg=name)
         for module in model.modules():

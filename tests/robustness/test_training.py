@@ -551,7 +551,14 @@ def torchrun(folder, *arguments, script=("-m", "nsru_train.cli"), **environment)
     processes = [
         subprocess.Popen(
             [sys.executable, *script, *arguments],
-            env={**os.environ, **common, **environment, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                **common,
+                **environment,
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "OMP_NUM_THREADS": "1",
+            },
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -578,13 +585,16 @@ TINY = (
 )
 
 
-def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
+def test_under_torchrun_the_first_process_writes_and_prints(tmp_path, tokenizer):
     save_tiny_sets(tmp_path)
     printed, silent = torchrun(tmp_path, *TINY, "--out", "run", "--train.steps", "2")
     assert "next: nsru eval run" in printed
     assert silent == ""
     assert not list((tmp_path / "run").rglob(".*"))
     assert len(RunFolder(tmp_path / "run").read_metrics()) == 2
+    pairs = [encode_qa(tokenizer, qa.question, qa.answer) for qa in samples.RETAIN]
+    streamed = {row["tokens"] for row in RunFolder(tmp_path / "run").read_results()["subspaces"]}
+    assert streamed == {sum(map(len, pairs))}, "every token by one process"
     checkpoint = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
     assert checkpoint == {*CHECKPOINT[:-1], "rng_state_0.pth", "rng_state_1.pth"}
     printed, silent = torchrun(tmp_path, "eval", "run", "--generate=false")
