@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import nsru_kernels as nk
 from nsru_kernels import files
@@ -585,13 +586,14 @@ TINY = (
 )
 
 
-def test_under_torchrun_the_first_process_writes_and_prints(tmp_path, tokenizer):
+def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
     save_tiny_sets(tmp_path)
     printed, silent = torchrun(tmp_path, *TINY, "--out", "run", "--train.steps", "2")
     assert "next: nsru eval run" in printed
     assert silent == ""
     assert not list((tmp_path / "run").rglob(".*"))
     assert len(RunFolder(tmp_path / "run").read_metrics()) == 2
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     pairs = [encode_qa(tokenizer, qa.question, qa.answer) for qa in samples.RETAIN]
     streamed = {row["tokens"] for row in RunFolder(tmp_path / "run").read_results()["subspaces"]}
     assert streamed == {sum(map(len, pairs))}, "every token by one process"
