@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from nsru_kernels.dispatch.choice import choose
-from nsru_kernels.nn.sharded import refuse_shards
+from nsru_kernels.nn.sharded import in_parts, refuse_shards
 from nsru_kernels.ops.project import project_adapters
 from nsru_kernels.ops.project.autograd import GradientBatch
 from nsru_kernels.ops.project.backends import PROJECT, query
@@ -190,6 +190,6 @@ def _alike(asked: LinearGroup, other: LinearGroup) -> bool:
         # FSDP and ZeRO hold shards of A, or nothing, until its layer is called.
         if type(a_RK) not in (Tensor, nn.Parameter) or a_RK.device != device:
             return False
-        if a_RK.shape != (module.rank, module.in_features) or a_RK.is_inference():
+        if in_parts(module) or a_RK.is_inference():
             return False
     return basis is None or basis.device == device

@@ -72,9 +72,15 @@ def refuse_shards(module: nn.Module) -> None:
         )
 
 
+def in_parts(module: Any) -> bool:
+    """True where FSDP1 or ZeRO-3 holds A in parts that are no DTensors, or nothing of it."""
+    shape, k = module.lora_A.shape, module.in_features
+    return len(shape) != 2 or shape[1] != k or not shape[0] or shape[0] % module.rank > 0
+
+
 def refuse_parts(name: str, module: Any) -> None:
-    """Raise ValueError where FSDP1 or ZeRO-3 holds A in parts that are no DTensors."""
-    if module.lora_A.shape != (module.rank, module.in_features):
+    """Raise ValueError where A is ``in_parts``."""
+    if in_parts(module):
         raise ValueError(
             f"save_lora_adapter: {name}: lora_A must be [R={module.rank}, "
             f"K={module.in_features}], got {tuple(module.lora_A.shape)}, a part of FSDP1 or "
