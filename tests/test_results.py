@@ -34,6 +34,21 @@ def test_tofu_does_at_most_a_third_of_the_damage(tofu):
         assert last["nsru", seed] <= last["lora", seed]
 
 
+def test_the_present_defaults_do_what_their_page_says():
+    folder = RESULTS / "tofu-cpu-defaults"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["examples"] == []
+    assert [reached for *_, reached in goals(results["methods"])] == [True, True, True]
+    matched = matched_damage(results)
+    assert matched == results["matched"]
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    for method in ("nsru", "lora"):
+        damage = [row[f"{method}_damage"] for row in matched]
+        assert f"{fmean(damage):.4f} ({min(damage):.4f} to {max(damage):.4f})" in page
+    assert "0.40, 0.52 and 0.46" in page
+    assert [round(row["ratio"], 2) for row in matched] == [0.40, 0.52, 0.46]
+
+
 def test_tofu_texts_are_not_in_the_results(tofu):
     assert tofu["examples"] == []
 
