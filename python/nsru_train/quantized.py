@@ -95,7 +95,7 @@ def _requantized(module: nk.NSRUWrappedLinear) -> Tensor | None:
     if state := getattr(weight, "quant_state", None):
         options: Mapping[str, Any] = {"quant_type": state.quant_type, "blocksize": state.blocksize}
         return bnb.dequantize_4bit(*bnb.quantize_4bit(merged, **options)).to(merged.dtype)
-    scales_N1 = merged.abs().amax(1, keepdim=True) / 127
+    scales_N1 = merged.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
     return (merged / scales_N1).round() * scales_N1
 
 

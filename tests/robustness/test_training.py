@@ -604,6 +604,7 @@ def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
     assert silent == ""
 
 
+@pytest.mark.slow
 def test_fsdp2_trains_evaluates_saves_and_resumes_as_ddp(tmp_path):
     """Of accelerate's launcher only the environment that it sets counts."""
     save_tiny_sets(tmp_path)
