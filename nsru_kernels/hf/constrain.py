@@ -21,11 +21,11 @@ from torch.optim.optimizer import (
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsru_kernels.dispatch.config import requested_backend
-from nsru_kernels.hf.peft_format import _PLAIN_STARTS
+from nsru_kernels.hf.peft_format import PLAIN_STARTS
 from nsru_kernels.nn.names import plain_name, unwrap
 from nsru_kernels.nn.projections import projection_key, steps
 from nsru_kernels.nn.subspace import RetainSubspace
-from nsru_kernels.nn.swap import _holder, names_in
+from nsru_kernels.nn.swap import holder_of, names_in
 from nsru_kernels.ops.project import check_projection, project_adapter, project_adapters
 
 # Their A is no matrix that every x of one linear layer is multiplied by.
@@ -222,7 +222,7 @@ def constrain_peft(
     spaces = []
     for (name, _, _), linear in zip(chosen, linears, strict=True):
         try:
-            subspace = _holder(subspaces[name], linear, holders)
+            subspace = holder_of(subspaces[name], linear, holders)
             check_projection("basis", linear.weight.detach(), subspace.basis)
         except (TypeError, ValueError) as error:
             raise type(error)(f"constrain_peft: {name}: {error}") from error
@@ -280,7 +280,7 @@ def _cannot_constrain(layer: Any, adapter: str, config: Any) -> str | None:
     if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__
         return f"is a {variant}, which is more than x Aᵀ Bᵀ; use plain LoRA."
-    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+    if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
         return (
             f"began with init_lora_weights={start!r}, which moves part of W into A and B, where a "
             "projection would lose it; use True."

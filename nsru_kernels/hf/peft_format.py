@@ -46,7 +46,7 @@ _UNSUPPORTED = (
     "use_dora", "use_qalora", "modules_to_save", "layer_replication", "alora_invocation_tokens",
 )  # fmt: skip
 # PEFT starts from other base weights with any other name.
-_PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -362,7 +362,7 @@ def _sizes(
         if config.get(option):
             raise ValueError(f"{option}={config[option]!r} is not supported; load it with PEFT.")
     start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+    if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
         raise ValueError(f"init_lora_weights={start!r} is not supported; load it with PEFT.")
     if config["bias"] != "none":
         raise ValueError("trained biases are not supported; load it with PEFT.")

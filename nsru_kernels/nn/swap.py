@@ -27,6 +27,7 @@ from nsru_kernels.nn.inputs import ActivationStream, Batch, evaluating
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.names import COMPILED, unwrap
 from nsru_kernels.nn.projections import Projections
+from nsru_kernels.nn.sharded import is_shard
 from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.nn.wrapped import (
     NSRUWrappedLinear,
@@ -202,7 +203,7 @@ def swap_linears(
     for name, linear in linears:
         trainable_before = [p for p in linear.parameters() if p.requires_grad]
         try:
-            holder = None if subspaces is None else _holder(subspaces[name], linear, holders)
+            holder = None if subspaces is None else holder_of(subspaces[name], linear, holders)
             module = _adapt(linear)(
                 linear, ranks[name], alpha=alphas[name], dropout=dropout, backend=backend
             )
@@ -341,7 +342,7 @@ def _join(modules: Mapping[str, NSRULinear], families: list[list[str]]) -> list[
     return groups
 
 
-def _holder(
+def holder_of(
     subspace: Any, linear: nn.Module, holders: dict[int, tuple[Any, RetainSubspace]]
 ) -> RetainSubspace:
     """The one holder of this subspace's basis, on the device of the first linear that asks."""
@@ -559,7 +560,7 @@ def _cannot_swap(module: nn.Module) -> str | None:
     if nn.utils.parametrize.is_parametrized(module):
         return "has a parametrization; remove it first"
     weight: Any = getattr(module, "weight", None)
-    if type(weight).__name__ == "DTensor":
+    if is_shard(weight):
         return (
             "its weight is a DTensor, a shard of a tensor-parallel or FSDP2 model; estimate and "
             "swap before"

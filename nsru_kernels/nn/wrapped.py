@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from nsru_kernels.nn.linear import NSRULinear
+from nsru_kernels.nn.linear import NSRULinear, finite_weight
 from nsru_kernels.nn.subspace import RetainSubspace
 
 # Of random inputs: 8-bit activations are off by a hundredth, and in each token alike.
@@ -87,16 +87,15 @@ class NSRUWrappedLinear(NSRULinear):
     @torch.no_grad()
     def merged_linear(self, dtype: torch.dtype) -> nn.Module:
         """base_layer where its own weight can take the update, else an ``nn.Linear`` in dtype."""
-        w_NK, _ = affine_map(self.base_layer)
+        w_NK, bias_N = affine_map(self.base_layer)
+        merged = finite_weight(self.delta_weight().add_(w_NK).to(self.dtype))
         own = getattr(self.base_layer, "weight", None)
         if type(own) is nn.Parameter and own.is_floating_point():
             for view_NK in (own.data, own.data.T):
                 if view_NK.shape == w_NK.shape and torch.equal(view_NK, w_NK.to(own.dtype)):
-                    view_NK.copy_(self.merged_weight())
+                    view_NK.copy_(merged)
                     return self.base_layer
-        linear = dense_linear(self.base_layer, dtype)
-        linear.weight.copy_(self.merged_weight())
-        return linear
+        return _linear_like(self.base_layer, merged, bias_N, dtype)
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
@@ -184,10 +183,13 @@ def affine_map(module: nn.Module) -> tuple[Tensor, Tensor]:
     return torch.cat(rows).T, bias_N
 
 
-@torch.no_grad()
 def dense_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
     """An ``nn.Linear`` in ``dtype`` of what a layer that computes x Wᵀ + b computes; frozen."""
-    w_NK, bias_N = affine_map(module)
+    return _linear_like(module, *affine_map(module), dtype)
+
+
+@torch.no_grad()
+def _linear_like(module: nn.Module, w_NK: Tensor, bias_N: Tensor, dtype: torch.dtype) -> nn.Linear:
     (n, k), has_bias = w_NK.shape, getattr(module, "bias", None) is not None or bias_N.any()
     linear = nn.Linear(k, n, bias=bool(has_bias), device=w_NK.device, dtype=dtype)
     linear.weight.copy_(w_NK)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import nsru_kernels as nk
 from nsru_kernels.checks import check_range
 from nsru_kernels.files import read_json, whole_folder
-from nsru_kernels.hf.peft_format import SIDECAR, load_lora_adapter, read_adapter
+from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, load_lora_adapter
 from nsru_kernels.text_table import align_columns
 from nsru_train.callbacks import GradientError
 from nsru_train.config import LoraConfig
@@ -30,12 +30,12 @@ from nsru_train.metrics.robustness import relearning_robustness, stability
 from nsru_train.metrics.text import has_words, rouge_l_recall
 from nsru_train.metrics.tofu import harmonic_mean
 from nsru_train.pipeline import load_model, unlearn
-from nsru_train.quantized import dequantize
+from nsru_train.quantized import bits_config, dequantize
 from nsru_train.repair import QUESTIONS, FinishedRun
 from nsru_train.report import tables
 from nsru_train.run_config import check_same_run
 from nsru_train.run_folder import RunFolder
-from nsru_train.scoring import greedy_answers, quick_probabilities
+from nsru_train.scoring import greedy_answers
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ class Attacker:
                 ),
             )
         if "relearn" in asked.attacks and victim == OWN:
-            saved = read_adapter(run.adapter)[0]
+            saved = read_json(Path(run.adapter) / CONFIG)
             alphas = read_json(Path(run.adapter) / SIDECAR).get("alphas") or saved["alpha_pattern"]
             ranks = saved["rank_pattern"]
             own = LoraConfig(saved["r"], saved["lora_alpha"], ranks, alphas, project=False)
@@ -264,7 +264,7 @@ class Attacker:
         package = QUANTISED[form]
         if find_spec(package) is None:
             raise ValueError(f"{package} is not installed: pip install {package}")
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+        from transformers import AutoModelForCausalLM, TorchAoConfig
 
         logging.getLogger(package).setLevel(logging.ERROR)  # which warns at each product
         try:
@@ -275,12 +275,7 @@ class Attacker:
                 int4 = getattr(torch, "int4")  # noqa: B009, which torch's stubs lack
                 how: Any = TorchAoConfig(IntxWeightOnlyConfig(int4, PerGroup(32)))
             else:
-                how = BitsAndBytesConfig(
-                    load_in_8bit=form == "int8",
-                    load_in_4bit=form == "NF4",
-                    bnb_4bit_quant_type="nf4",
-                    bnb_4bit_compute_dtype=self.dtype,
-                )
+                how = bits_config(form.lower(), self.dtype)
             return AutoModelForCausalLM.from_pretrained(
                 self.models[victim],
                 dtype=self.dtype,
@@ -328,8 +323,7 @@ class Attacker:
         run, asked, train = self.run, self.settings, self.run.sections["train"]
 
         def probe(step: int, model: nn.Module) -> dict[str, float]:
-            longest = max(4096, run.max_length)
-            return quick_probabilities(model, run.tokenizer, self.curve, max_tokens=longest)
+            return run.probe(model, self.curve)
 
         outcome = unlearn(
             model,

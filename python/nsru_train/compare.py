@@ -385,8 +385,10 @@ def best_lr(
     return min(own, key=lambda point: point["forget_prob"])["lr"]
 
 
-def read_logs(logs: Mapping[str, str], data: Data) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row for each of OpenUnlearning's logs, and what has to be said of them.
+def read_logs(
+    paths: Mapping[str, str], data: Data
+) -> tuple[dict[str, Mapping[str, Any]], list[dict[str, Any]], list[str]]:
+    """OpenUnlearning's logs by name, a row for each, and what has to be said of them.
 
     Raises:
         ValueError: one is damaged, or of another forget set.
@@ -395,11 +397,12 @@ def read_logs(logs: Mapping[str, str], data: Data) -> tuple[list[dict[str, Any]]
         name: [(qa.question, qa.answer) for qa in getattr(data, name)]
         for name in ("forget", "retain")
     }
+    logs: dict[str, Mapping[str, Any]] = {}
     rows: list[dict[str, Any]] = []
     notes = []
-    for name, path in logs.items():
+    for name, path in paths.items():
         try:
-            log = open_unlearning.read_log(path)
+            log = logs[name] = open_unlearning.read_log(path)
             rows.append({"method": name, **open_unlearning.comparison_row(log, records)})
         except ValueError as error:
             raise ValueError(f"logs: {name}: {error}") from error
@@ -410,15 +413,17 @@ def read_logs(logs: Mapping[str, str], data: Data) -> tuple[list[dict[str, Any]]
                 f"{name}: its retain questions are not, or not known to be, those compared here. "
                 "Its model_utility is of its own sets, and its retain answers are left out."
             )
-    return rows, notes
+    return logs, rows, notes
 
 
-def of_other_models(logs: Mapping[str, str], tokenizer: Any, question: str) -> list[str]:
+def of_other_models(
+    logs: Mapping[str, Mapping[str, Any]], tokenizer: Any, question: str
+) -> list[str]:
     """A note on each of OpenUnlearning's logs whose prompts this tokenizer does not write."""
     own = tokenizer.decode(encode_prompt(tokenizer, question), skip_special_tokens=True)
     notes = []
-    for name, path in logs.items():
-        for prompt, _ in open_unlearning.texts(open_unlearning.read_log(path), "forget")[:1]:
+    for name, log in logs.items():
+        for prompt, _ in open_unlearning.texts(log, "forget")[:1]:
             if prompt != question and "".join(prompt.split()) != "".join(own.split()):
                 notes.append(
                     f"{name}: it asks by {prompt[:60]!r}, this model by {own[:60]!r}: a log of "
@@ -488,7 +493,7 @@ def run_compare(
         raise ValueError(f"logs: {clash[0]!r} is the name of another row; give another one.")
     loaded = load_data(data)
     digests = loaded.digests()
-    log_rows, notes = read_logs(logs, loaded)
+    found_logs, log_rows, notes = read_logs(logs, loaded)
     if "retain_unseen" not in loaded.more:
         if len(loaded.retain) < 2:
             raise ValueError("data.retain: expected two questions or more, one of them unseen.")
@@ -508,7 +513,7 @@ def run_compare(
     if resume:
         check_same_run(run.config_path, config, growing="methods")
     base, tokenizer = load_model(model, data)
-    notes += of_other_models(logs, tokenizer, loaded.forget[0].question)
+    notes += of_other_models(found_logs, tokenizer, loaded.forget[0].question)
     for note in notes:
         logger.warning("logs: %s", note)
     loaded = without_long(loaded, tokenizer, data)

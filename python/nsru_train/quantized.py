@@ -32,21 +32,26 @@ def check_bitsandbytes(quantize: str) -> None:
         )
 
 
+def bits_config(quantize: str, dtype: Any) -> Any:
+    """What transformers is told: nf4 or int8, and the dtype that NF4 computes in."""
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
 def quantizing(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     """More options of ``from_pretrained`` for ``model.quantize``."""
-    from transformers import AutoConfig, BitsAndBytesConfig
+    from transformers import AutoConfig
 
     dtype: str = config.dtype
     if dtype == "auto":
         found = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         dtype = str(found.dtype or torch.float32).removeprefix("torch.")
-    bits = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if config.quantize == "int8"
-        else BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    )
+    bits = bits_config(config.quantize, dtype)
     return {"quantization_config": bits, "device_map": {"": device}}
 
 
@@ -78,21 +83,20 @@ def requantization_errors(model: nn.Module) -> dict[str, float]:
     """
     errors = {}
     for name, module in model.named_modules():
-        if isinstance(module, nk.NSRUWrappedLinear) and (again := _requantized(module)) is not None:
+        if isinstance(module, nk.NSRUWrappedLinear) and is_quantised(module.base_layer):
             change = module.delta_weight().norm()
             if change:
-                errors[name] = float((again - module.merged_weight()).norm() / change)
+                merged = module.merged_weight().float()
+                again = _requantized(module.base_layer, merged)
+                errors[name] = float((again - merged).norm() / change)
     return errors
 
 
-def _requantized(module: nk.NSRUWrappedLinear) -> Tensor | None:
-    base, weight = module.base_layer, getattr(module.base_layer, "weight", None)
-    if not is_quantised(base):
-        return None
+def _requantized(base_layer: nn.Module, merged: Tensor) -> Tensor:
+    """A weight [N, K] as ``base_layer`` would hold it."""
     from bitsandbytes import functional as bnb
 
-    merged = module.merged_weight().float()
-    if state := getattr(weight, "quant_state", None):
+    if state := getattr(base_layer.weight, "quant_state", None):
         options: Mapping[str, Any] = {"quant_type": state.quant_type, "blocksize": state.blocksize}
         return bnb.dequantize_4bit(*bnb.quantize_4bit(merged, **options)).to(merged.dtype)
     scales_N1 = merged.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127

@@ -26,6 +26,7 @@ from nsru_kernels.subspaces.collection import SubspaceSet, fingerprint_weights
 from nsru_kernels.text_table import align_columns
 from nsru_train.adapters import check_plain
 from nsru_train.alternatives import add_alternatives
+from nsru_train.data.encode import Encoded
 from nsru_train.evaluate import probability_sets
 from nsru_train.losses.batch import RETAIN, Batch
 from nsru_train.losses.nll import answer_nll
@@ -113,10 +114,12 @@ class FinishedRun:
             return self._loaded.pop()
         return load_model(self.sections["model"])[0]
 
-    def probe(self, model: nn.Module) -> dict[str, float]:
-        """Mean answer probabilities of the sets."""
-        longest = max(4096, self.max_length)
-        return quick_probabilities(model, self.tokenizer, self._asked, max_tokens=longest)
+    def probe(
+        self, model: nn.Module, asked: Mapping[str, Sequence[Encoded]] | None = None
+    ) -> dict[str, float]:
+        """Mean answer probabilities of the sets, or of others."""
+        longest, asked = max(4096, self.max_length), self._asked if asked is None else asked
+        return quick_probabilities(model, self.tokenizer, asked, max_tokens=longest)
 
     def write(
         self, kind: str, setup: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], **more: Any

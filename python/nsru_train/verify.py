@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsru_kernels.files import read_json
 from nsru_kernels.hf.peft_format import (
+    CONFIG,
     SIDECAR,
     adaptable_layers,
     adapted_names,
@@ -249,7 +251,7 @@ def _read_finite(folder: Path, tensors: dict[str, Tensor]) -> str:
 
 def _check_shapes(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]) -> str:
     modules = adaptable_layers(model)
-    of_experts = adapted_names(read_adapter(folder)[0], modules)
+    of_experts = adapted_names(read_json(folder / CONFIG), modules)
     problems = []
     for match in filter(None, map(_LORA_KEY.fullmatch, tensors)):
         name, side = of_experts.get(match[1], match[1]), match[2]

@@ -295,6 +295,17 @@ def test_a_layer_without_a_size_stays_so():
     assert nn.parameter.is_lazy(model.proj.weight)
 
 
+def unlearn(model, forget):
+    """Three steps of gradient ascent."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        (-model(input_ids=forget, labels=forget).loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
 def test_gpt2_from_estimate_to_peft(tmp_path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -308,13 +319,8 @@ def test_gpt2_from_estimate_to_peft(tmp_path):
     report = nk.swap_linears(model, "all-linear", rank=R, alpha=6, subspaces=subspaces)
     assert len(report.swapped) == 8
     assert fingerprint_weights(model) == fingerprint_weights(base) == subspaces.fingerprint
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
-        (-model(input_ids=forget, labels=forget).loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    wanted = model.eval()(input_ids=forget).logits.detach()
+    unlearn(model, forget)
+    wanted = model(input_ids=forget).logits.detach()
     assert (wanted - base(input_ids=forget).logits).abs().max() > 0.1
     nk.save_lora_adapter(model, tmp_path)
     served = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
@@ -374,13 +380,7 @@ def test_quantised_models(kind, tmp_path):
     )
     nk.swap_linears(model, "all-linear", rank=R, alpha=6, subspaces=subspaces)
     assert fingerprint_weights(model) == subspaces.fingerprint
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
-        (-model(input_ids=forget, labels=forget).loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
+    unlearn(model, forget)
     assert max(m.leakage() for m in model.modules() if isinstance(m, nk.NSRULinear)) < 1e-6
     with nk.adapters_disabled(model):
         torch.testing.assert_close(model(input_ids=forget).logits, before)
