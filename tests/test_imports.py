@@ -35,7 +35,7 @@ LAYERS = (
     ("compare", "repair"),
     ("attack",),
     ("demo.run",),
-    ("cli",),
+    ("cli", "commands"),
 )
 
 

@@ -8,6 +8,7 @@ import shutil
 import socket
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
+from functools import wraps
 
 import docstring_parser
 import pytest
@@ -18,9 +19,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, CLIPConfig, T5Config
 
 import nsru_kernels as nk
-from nsru_train import cli, pipeline
+from nsru_train import cli, config, pipeline, run_config
 from nsru_train.demo.tiny_model import make_llama, train_tokenizer
-from nsru_train.run_config import run_sections
 from nsru_train.trainer import CheckpointError, NSRUTrainer
 
 
@@ -190,7 +190,7 @@ OUT_OF_RANGE = {
 def test_every_number_of_a_section_has_a_range():
     assert OUT_OF_RANGE.keys() == {
         f"{section}.{field.name}"
-        for section, kind in cli.SECTIONS.items()
+        for section, kind in run_config.SECTIONS.items()
         for field in fields(kind)
         if re.search(r"\b(int|float)\b", field.type)
     }
@@ -204,12 +204,12 @@ def test_a_number_out_of_range_is_no_setting(name):
     pattern = name.endswith("pattern")
     for value in OUT_OF_RANGE[name] + [{"q": value} if pattern else value for value in odd]:
         with pytest.raises(ValueError, match=rf"^{name}\b.* must (not )?be .*; give a"):
-            cli.SECTIONS[section](**given, **{field: value})
+            run_config.SECTIONS[section](**given, **{field: value})
 
 
-@pytest.mark.parametrize("section", cli.SECTIONS)
+@pytest.mark.parametrize("section", run_config.SECTIONS)
 def test_an_empty_value_is_refused_where_there_is_no_none(section):
-    kind, given = cli.SECTIONS[section], {"model": {"path": "m"}}.get(section, {})
+    kind, given = run_config.SECTIONS[section], {"model": {"path": "m"}}.get(section, {})
     given = {"forget": "f", "retain": "r"} if section == "data" else given
     for field in fields(kind):
         options = {**given, field.name: None}
@@ -235,17 +235,17 @@ def test_weights_that_train_nothing_are_refused_first(capsys, tmp_path):
 
 
 def test_settings_beside_a_path_are_said_to_have_no_effect(caplog, tmp_path):
-    pipeline.warn_of_unused(cli.SubspaceConfig(path=str(tmp_path), rank=5, width=64))
+    pipeline.warn_of_unused(config.SubspaceConfig(path=str(tmp_path), rank=5, width=64))
     assert "subspace.width, subspace.rank has no effect" in caplog.text
     caplog.clear()
-    pipeline.warn_of_unused(cli.SubspaceConfig(path=str(tmp_path)))
-    pipeline.warn_of_unused(cli.SubspaceConfig(rank=5))
+    pipeline.warn_of_unused(config.SubspaceConfig(path=str(tmp_path)))
+    pipeline.warn_of_unused(config.SubspaceConfig(rank=5))
     assert not caplog.text
 
 
 def test_more_directions_than_the_sketch_has_are_refused():
     with pytest.raises(ValueError, match=r"subspace\.rank must be at most subspace\.width, 512"):
-        cli.SubspaceConfig(rank=513)
+        config.SubspaceConfig(rank=513)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_one_target_is_a_plain_value(capsys, value):
     with pytest.raises(SystemExit):
         cli.main([*TRAIN, "--subspace.targets", value, "--print_config"])
     assert yaml.safe_load(capsys.readouterr().out)["subspace"]["targets"] in ("q_proj", ["q_proj"])
-    assert cli.SubspaceConfig(targets="q_proj").targets == ["q_proj"]
+    assert config.SubspaceConfig(targets="q_proj").targets == ["q_proj"]
 
 
 def test_variables_of_the_chat_template_are_flags(capsys):
@@ -285,7 +285,7 @@ def test_variables_of_the_chat_template_are_flags(capsys):
     assert data["chat_template_kwargs"] == {"enable_thinking": False}
 
 
-@pytest.mark.parametrize("kind", cli.SECTIONS.values(), ids=cli.SECTIONS)
+@pytest.mark.parametrize("kind", run_config.SECTIONS.values(), ids=run_config.SECTIONS)
 def test_every_field_has_a_help_text(kind):
     described = {p.arg_name for p in docstring_parser.parse(kind.__doc__).params if p.description}
     assert {field.name for field in fields(kind)} <= described
@@ -369,12 +369,12 @@ def saved_run(folder, model):
     folder.mkdir(exist_ok=True)
     (folder / "checkpoint-3").mkdir(exist_ok=True)
     parts = {
-        "model": cli.ModelConfig(str(model)),
-        "data": cli.DataConfig("authors:forget", "authors:retain"),
-        "subspace": cli.SubspaceConfig(),
-        "lora": cli.LoraConfig(),
-        "objective": cli.Objective(),
-        "train": cli.TrainConfig(steps=7),
+        "model": config.ModelConfig(str(model)),
+        "data": config.DataConfig("authors:forget", "authors:retain"),
+        "subspace": config.SubspaceConfig(),
+        "lora": config.LoraConfig(),
+        "objective": config.Objective(),
+        "train": config.TrainConfig(steps=7),
     }
     text = yaml.safe_dump({name: asdict(part) for name, part in parts.items()})
     (folder / "config.yaml").write_text(text)
@@ -408,8 +408,8 @@ def test_settings_of_a_run_before_a_new_one_was_there(model, tmp_path):
     for name in ("truncate", "system_prompt", "chat_template_kwargs"):
         del saved["data"][name]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
-    _, data = run_sections(str(tmp_path), None, None)
-    assert data == cli.DataConfig("authors:forget", "authors:retain")
+    _, data = run_config.run_sections(str(tmp_path), None, None)
+    assert data == config.DataConfig("authors:forget", "authors:retain")
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def test_damaged_settings_of_a_run_are_named(tmp_path, data):
     path = tmp_path / "config.yaml"
     path.write_bytes(text)
     with only_errors_that_name(path):
-        found = run_sections(str(tmp_path), None, None)
+        found = run_config.run_sections(str(tmp_path), None, None)
         assert isinstance(found[0].path, str)
         assert isinstance(found[1].max_length, int)
 
@@ -713,3 +713,40 @@ def test_the_next_merge_removes_what_a_killed_one_left(capsys, model, tmp_path):
     left.parent.mkdir()
     assert "is in use by process" in fails(capsys, "merge", tmp_path)
     assert left.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "left", "wanted"),
+    [
+        ("train", None, "no checkpoint yet"),
+        ("train", "subspaces/index.json", "--subspace.path=OUT/subspaces"),
+        ("train", "checkpoint-5/trainer_state.json", "OUT/checkpoint-5 is kept."),
+        ("compare", None, "What was finished is kept. To go on: nsru compare"),
+        ("subspace", None, "the same command starts again"),
+    ],
+)
+def test_an_interrupt_says_what_is_kept(
+    model, tmp_path, monkeypatch, capsys, command, left, wanted
+):
+    @wraps(cli.COMMANDS[command])
+    def interrupted(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, command, interrupted)
+    if left is not None:
+        (tmp_path / left).parent.mkdir()
+        (tmp_path / left).write_text("{}")
+    sets = [f"--model.path={model}", "--data.forget=authors:forget", "--data.retain=authors:retain"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, *sets, f"--out={tmp_path}"])
+    assert stop.value.code == 130
+    said = capsys.readouterr().err
+    assert wanted.replace("OUT", str(tmp_path)) in said
+    assert "Traceback" not in said
+    if command != "subspace" and (left is None or "checkpoint" in left):
+        assert said.rstrip().endswith("--resume=true") == (command == "compare" or bool(left))
+
+
+def test_nsru_alone_says_where_to_begin(capsys):
+    cli.main([])
+    assert "nsru demo          begin here" in capsys.readouterr().out

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from samples import save_tiny
 
-from nsru_train.cli import main, train
+from nsru_train.cli import main
+from nsru_train.commands import train
 from nsru_train.config import DataConfig, ModelConfig, SubspaceConfig
 from nsru_train.demo.authors import author_splits
 from nsru_train.methods import METHODS

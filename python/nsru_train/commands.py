@@ -1,0 +1,765 @@
+"""The commands of ``nsru``, a function each: its parameters are the options."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from nsru_kernels.checks import check_range
+from nsru_train.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    Objective,
+    SubspaceConfig,
+    TrainConfig,
+)
+from nsru_train.methods import run_name
+from nsru_train.run_config import check_same_run, run_sections, say_changed_sets
+
+# Of one set: enough for means that hold to about a percent, at the cost of a few training steps.
+QUESTIONS_BEFORE_AND_AFTER = 200
+
+
+def env() -> None:
+    """Versions, devices, and which backend serves which op and why: paste it into bug reports."""
+    from nsru_kernels.environment import describe_environment, format_environment
+
+    print(format_environment(describe_environment()))
+
+
+def demo(
+    out: str = "runs/demo",
+    model: str | None = None,
+    data_dir: str | None = None,
+    seeds: int = 3,
+    lrs: dict[str, list[float]] = {},  # noqa: B006
+    stop: float | None = None,
+    probed: int | None = None,
+    resume: bool = False,
+    subspace: SubspaceConfig = SubspaceConfig(),  # noqa: B008
+    lora: LoraConfig = LoraConfig(),  # noqa: B008
+    objective: Objective = Objective(),  # noqa: B008
+    train: TrainConfig = TrainConfig(),  # noqa: B008
+    examples: int = 6,
+    max_seconds: float = 3600,
+) -> None:
+    """The whole way on a small model made on the spot, on a CPU, with a report.
+
+    Args:
+        out: run folder.
+        model: folder of a model and its questions, as `make smollm2` makes them, instead.
+        data_dir: folder with TOFU's files; none makes fictitious authors.
+        seeds: how often both methods are run.
+        lrs: method: learning rates to try at seed 0, such as '{nsru: [5e-4, 1e-3], lora: [5e-4]}';
+            the one that costs unseen answers least at equal forgetting is used for all seeds.
+            train.lr where a method has none.
+        stop: stop a run once forget_prob is at most this and safe_prob at least one minus this;
+            none trains all steps.
+        probed: most questions of a set at each evaluation while training; none takes all.
+        resume: keep what an earlier, interrupted call has finished in ``out``.
+        subspace: the retain subspaces.
+        lora: the adapters, of both methods.
+        objective: what is optimised, by both methods.
+        train: how; save_steps, eval_steps and seed are not used.
+        examples: forget questions whose answers before and after are kept in the report.
+        max_seconds: for the model to memorise the questions.
+    """
+    from nsru_train.demo.run import run_demo
+
+    _check_reporting(train.report_to)
+    _check_schedule(train)
+    run_demo(
+        out,
+        model=model,
+        data_dir=data_dir,
+        seeds=seeds,
+        lrs=lrs,
+        stop=stop,
+        probed=probed,
+        resume=resume,
+        subspace=subspace,
+        lora=lora,
+        objective=objective,
+        train=train,
+        examples=examples,
+        max_seconds=max_seconds,
+        command=shlex.join(["nsru", *sys.argv[1:]]),
+    )
+    _finish([f"{out}/report.html", f"{out}/results.json", f"{out}/adapter"], "verify", out)
+
+
+def subspace(
+    model: ModelConfig,
+    data: DataConfig,
+    subspace: SubspaceConfig = SubspaceConfig(),  # noqa: B008
+    out: str = "runs/subspaces",
+    seed: int = 0,
+) -> None:
+    """Estimate the retain subspaces of a model and show how much room they leave for forgetting.
+
+    Args:
+        model: the base model.
+        data: its retain set is streamed, its forget set measures the editability.
+        subspace: which layers, how wide, and how the rank is chosen.
+        out: run folder; the subspaces go to its folder subspaces.
+        seed: of the random test matrix.
+    """
+    from nsru_train.pipeline import find_subspaces, load_data, load_model, without_long
+    from nsru_train.run_folder import RunFolder
+
+    check_range("seed", seed, "must be from 0 to 2³² - 1", whole=True)
+    loaded = load_data(data)
+    run = RunFolder(out).lock()
+    if run.metrics_path.exists():
+        raise ValueError(f"out: {out} holds a training run; give another folder.")
+    base, tokenizer = load_model(model, data)
+    loaded = without_long(loaded, tokenizer, data)
+    run.write_environment()
+    found = find_subspaces(
+        base, tokenizer, loaded.forget, loaded.retain, subspace,
+        max_length=data.max_length, seed=seed,
+    )  # fmt: skip
+    if run.writes:
+        found.save(run.path / "subspaces")
+    print(found.table())
+    run.write_config({"model": asdict(model), "data": asdict(data), "subspace": asdict(subspace)})
+    _finish(
+        [f"{out}/subspaces"],
+        *("train", "--config", f"{out}/config.yaml", "--subspace.path", f"{out}/subspaces"),
+        *("--out", "runs/nsru"),
+    )
+
+
+def train(
+    model: ModelConfig,
+    data: DataConfig,
+    subspace: SubspaceConfig = SubspaceConfig(),  # noqa: B008
+    lora: LoraConfig = LoraConfig(),  # noqa: B008
+    method: str = "nsru",
+    objective: Objective = Objective(),  # noqa: B008
+    train: TrainConfig = TrainConfig(),  # noqa: B008
+    out: str = "runs/nsru",
+    resume: bool = False,
+) -> None:
+    """Unlearn: train adapters in the null space of the retain subspaces and export plain LoRA.
+
+    The report opens with the mean probabilities of forgotten, safe and retained answers before and
+    after, of at most 200 questions a set. In results.json they are forget_prob, safe_prob,
+    retain_prob and one for each set of data.more, in the rows "before" and "nsru" ("lora" without
+    projection; other methods by name) of "methods"; "setup" says of how many questions.
+
+    Args:
+        model: the base model.
+        data: what to forget and what to retain.
+        subspace: the retain subspaces.
+        lora: the adapters; project says whether in the null space, whatever the method.
+        method: nsru, alter, altpo, ceu, dpo, eco, ga, graddiff, idk, ihl, kl, lune, npo, rmu,
+            satimp, simnpo, pdu, task_vector, undial or wga, or package.module:Class of your own.
+        objective: settings of the method; `nsru train --method NAME --help` lists them.
+        train: how.
+        out: run folder.
+        resume: go on from the last checkpoint in ``out``.
+    """
+    from accelerate import PartialState
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from nsru_kernels.nn.sharded import shards_of
+    from nsru_kernels.subspaces.collection import fingerprint_weights
+    from nsru_train.alternatives import add_alternatives
+    from nsru_train.evaluate import before_and_after, probability_sets, quick_probabilities
+    from nsru_train.pipeline import (
+        check_layers,
+        find_subspaces,
+        load_data,
+        load_model,
+        unlearn,
+        warn_of_unused,
+        without_long,
+    )
+    from nsru_train.report import write_report
+    from nsru_train.run_folder import RunFolder
+    from nsru_train.trainer import inside_forward
+
+    objective.check_weights()
+    _check_reporting(train.report_to)
+    _check_schedule(train)
+    warn_of_unused(subspace)
+    loaded = load_data(data)
+    digests = loaded.digests()
+    run = RunFolder(out).lock()
+    last = get_last_checkpoint(run.path)
+    if last is not None and not resume:
+        raise ValueError(
+            f"out: {out} holds checkpoints of an earlier run; add --resume true to go on from "
+            f"{Path(last).name}, or give another folder."
+        )
+    if last is None and run.results_path.exists():
+        raise ValueError(
+            f"out: {out} holds a finished run without checkpoints; give another folder, or remove "
+            f"{run.results_path} to replace it."
+        )
+    if resume and last is None:
+        print(f"resume: {out} has no checkpoint yet; starting from the beginning.")
+    config = {
+        "model": asdict(model),
+        "data": asdict(data),
+        "subspace": asdict(subspace),
+        "lora": asdict(lora),
+        "method": method,
+        "objective": asdict(objective),
+        "train": asdict(train),
+        "out": out,
+    }
+    if last is not None:
+        check_same_run(run.config_path, config)
+        print(f"resume: going on from {last}.")
+    started = time.perf_counter()
+    base, tokenizer = load_model(model, data)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=base.device.type == "cpu")  # makes the process group
+    loaded = without_long(loaded, tokenizer, data)
+    loaded.forget = add_alternatives(
+        base, tokenizer, loaded.forget, data, [objective], run.path / "alternatives.jsonl",
+        progress=run.writes,
+    )  # fmt: skip
+    asked = probability_sets(
+        tokenizer,
+        loaded.splits(),
+        loaded.safe,
+        max_length=data.max_length,
+        limit=QUESTIONS_BEFORE_AND_AFTER,
+    )
+    longest = max(4096, data.max_length)
+    check_layers(base, subspace, lora)
+    run.write_config(config)
+    run.write_environment()
+    subspaces = None
+    if lora.project and objective.trains:
+        own = run.path / "subspaces"
+        if last is not None and (own / "index.json").is_file():
+            subspace.path = str(own)
+        subspaces = find_subspaces(
+            base, tokenizer, loaded.forget, loaded.retain, subspace,
+            max_length=data.max_length, progress=run.writes,
+        )  # fmt: skip
+        if run.writes:
+            subspaces.save(own)
+        print(subspaces.table())
+    fingerprint = fingerprint_weights(base)  # before they are sharded
+    outcome = unlearn(
+        base,
+        tokenizer,
+        loaded,
+        run.path,
+        targets=subspace.targets,
+        exclude=subspace.exclude,
+        subspaces=subspaces,
+        lora=lora,
+        objective=objective,
+        train=train,
+        max_length=data.max_length,
+        resume=last is not None,
+        on_eval=(
+            (lambda _, model: quick_probabilities(model, tokenizer, asked, max_tokens=longest))
+            if train.eval_steps or objective.keeps_best
+            else None
+        ),
+        eval_steps=train.eval_steps or 10,
+    )
+    print(outcome)
+    sharded = bool(shards_of(base))  # then every process takes part
+    if not (run.writes or sharded):
+        return
+    objective.save(base, run.adapter_dir, {"fingerprint": fingerprint})
+    if sharded:
+        before, after = inside_forward(
+            base, lambda model: before_and_after(model, tokenizer, asked)
+        )
+    else:
+        before, after = before_and_after(base, tokenizer, asked)
+    if not run.writes:
+        return
+    run.write_results(
+        {
+            "kind": "train",
+            "seconds": time.perf_counter() - started,
+            "setup": {
+                "questions": {n.removesuffix("_prob"): len(asked[n]) for n in asked},
+                "sets": digests,
+            },
+            "methods": [
+                {"method": "before", "seed": train.seed, **before},
+                {
+                    "method": run_name(method, lora.project and objective.trains),
+                    "seed": train.seed,
+                    **after,
+                    **outcome.results(),
+                },
+            ],
+            "subspaces": [asdict(row) for row in subspaces.inputs] if subspaces is not None else [],
+            "leakage": outcome.leakage,
+        }
+    )
+    write_report(run.path)
+    _finish([f"{out}/adapter", f"{out}/results.json", f"{out}/report.html"], "eval", out)
+
+
+def compare(
+    model: ModelConfig,
+    data: DataConfig,
+    subspace: SubspaceConfig = SubspaceConfig(),  # noqa: B008
+    lora: LoraConfig = LoraConfig(),  # noqa: B008
+    methods: list[str] = ["nsru", "lora"],  # noqa: B006
+    settings: dict[str, dict[str, Any]] = {},  # noqa: B006
+    lrs: list[float] = [],  # noqa: B006
+    seeds: int = 3,
+    train: TrainConfig = TrainConfig(),  # noqa: B008
+    stop: float | None = None,
+    probed: int | None = 50,
+    examples: int = 6,
+    logs: dict[str, str] = {},  # noqa: B006
+    out: str = "runs/compare",
+    resume: bool = False,
+) -> None:
+    """Compare methods on one model and its data: one table, one frontier, one report.
+
+    Every method is tuned alike, with seed 0 at each of ``lrs``: the rate that costs unseen retain
+    answers least where the answers are forgotten (forget_prob 0.1) is used for all seeds; the rate
+    that forgets most where none does. A rate at which a method diverges at once is left out.
+
+    Args:
+        model: the base model.
+        data: what to forget and to retain. data.more's retain_unseen are questions that the
+            subspaces see and the retain loss does not; without it, every other retain question.
+        subspace: the retain subspaces.
+        lora: the adapters; each method says whether they are projected.
+        methods: names as --method of nsru train, unprojected, or "NAME projected"; nsru is
+            projected, and lora is nsru unprojected.
+        settings: of a method: '{npo: {beta: 0.5}}'.
+        lrs: learning rates to try, the same for all; train.lr where there is none.
+        seeds: how often each method is run.
+        train: how; save_steps and seed are not used.
+        stop: stop a run once forget_prob is at most this and safe_prob at least one minus this;
+            none trains all steps.
+        probed: most questions of a set at each evaluation while training; none takes all.
+        examples: forget questions whose answers before and after are kept in the report.
+        logs: NAME: FOLDER of evaluations by OpenUnlearning (TOFU_EVAL.json) of the same questions,
+            a row each beside the methods: '{retain90: saves/eval/retain90}'.
+        out: run folder.
+        resume: keep the runs that an earlier, interrupted call has finished in ``out``.
+    """
+    from nsru_train.compare import run_compare
+
+    run_compare(
+        out,
+        model=model,
+        data=data,
+        subspace=subspace,
+        lora=lora,
+        methods=methods,
+        settings=settings,
+        lrs=lrs,
+        seeds=seeds,
+        train=train,
+        stop=stop,
+        probed=probed,
+        examples=examples,
+        logs=logs,
+        resume=resume,
+        command=shlex.join(["nsru", *sys.argv[1:]]),
+    )
+    _finish([f"{out}/report.html", f"{out}/results.json"], "report", out)
+
+
+def eval(
+    run: str,
+    model: ModelConfig | None = None,
+    data: DataConfig | None = None,
+    adapter: str | None = None,
+    base: bool = False,
+    retain_log: str | None = None,
+    out: str | None = None,
+    max_new_tokens: int = 200,
+    generate: bool = True,
+    format: Literal["nsru", "open-unlearning"] = "nsru",
+) -> None:
+    """All metrics of a model on its sets: a table, and results.json.
+
+    The report has the base model's answers beside the new ones: the same model, adapters off.
+
+    Args:
+        run: run folder; its config.yaml says model and data, its adapter or guard is evaluated.
+        model: another model than the run's.
+        data: other sets than the run's.
+        adapter: another folder of an adapter, or of a guard.
+        base: evaluate the base model without adapter.
+        retain_log: results.json of a model trained on the retain data only, for forget quality and
+            privleak; its TOFU_EVAL.json, or the folder of it, where format is open-unlearning.
+        out: folder for results.json, report and config.yaml; default RUN/eval, or RUN/eval-base.
+        max_new_tokens: longest generated answer.
+        generate: false leaves out generated answers, and ROUGE with them.
+        format: open-unlearning also writes TOFU_EVAL.json and TOFU_SUMMARY.json, its metrics under
+            its names.
+    """
+    import nsru_kernels as nk
+    from nsru_kernels.files import atomic_write
+    from nsru_train.adapters import is_plain, load_adapter
+    from nsru_train.evaluate import add_base_answers, evaluate, format_table, to_results
+    from nsru_train.membership import add_attack_scores
+    from nsru_train.metrics import open_unlearning
+    from nsru_train.metrics.tofu import load_log, load_reference_auc
+    from nsru_train.pipeline import load_data, load_model, without_long
+    from nsru_train.report import write_report
+    from nsru_train.run_folder import RunFolder, to_json
+
+    check_range("max_new_tokens", max_new_tokens, "must be ≥ 1", whole=True)
+    if base and adapter is not None:
+        raise ValueError(
+            f"adapter: {adapter} has no part in --base true, the model without one; leave one out."
+        )
+    of_run = data is None
+    model, data = run_sections(run, model, data)
+    loaded = load_data(data)
+    if of_run:
+        say_changed_sets(run, loaded.digests())
+    theirs = format == "open-unlearning"
+    log = load_log(retain_log) if retain_log and not theirs else None
+    their_log = open_unlearning.read_log(retain_log) if retain_log and theirs else None
+    reference_auc = load_reference_auc(retain_log) if retain_log and not theirs else None
+    if out and Path(out, "metrics.jsonl").exists():
+        raise ValueError(f"out: {out} holds a training run; give another folder.")
+    network, tokenizer = load_model(model, data)
+    loaded = without_long(loaded, tokenizer, data)
+    if their_log is not None:
+        open_unlearning.check_retain_log(
+            their_log,
+            [(qa.question, qa.answer) for qa in loaded.forget],
+            ratios=all(qa.perturbed_answers for qa in loaded.forget),
+            holdout=len(loaded.more.get("holdout", ())),
+        )
+    adapter = None if base else adapter or f"{run}/adapter"
+    if adapter is not None:
+        load_adapter(network, adapter, tokenizer)
+    folder = RunFolder(out or f"{run}/{'eval-base' if base else 'eval'}")
+    evaluation = evaluate(
+        network.eval(),
+        tokenizer,
+        loaded.splits(),
+        safe=loaded.safe,
+        retain_log=log,
+        reference_auc=reference_auc,
+        max_length=data.max_length,
+        max_new_tokens=max_new_tokens,
+        generate=generate,
+    )
+    if adapter is not None and generate:
+        add_base_answers(evaluation, network, tokenizer, max_new_tokens=max_new_tokens)
+    results = to_results(evaluation)
+    if theirs:
+        plain = adapter is None or is_plain(adapter)
+        if adapter is not None and plain:
+            nk.merge_adapters(network)  # their attack reads gradients of weights
+        if not plain:
+            evaluation.notes.append("mia_gradnorm: left out, what was trained is no plain LoRA")
+        add_attack_scores(
+            evaluation.rows, network, tokenizer, max_length=data.max_length, gradients=plain
+        )
+        whole = open_unlearning.to_log(evaluation.rows, their_log)
+        for name, content in (("EVAL", whole), ("SUMMARY", open_unlearning.summary(whole))):
+            atomic_write(folder.path / f"TOFU_{name}.json", to_json(content, indent=2))
+    folder.write_config(
+        {
+            "model": asdict(model),
+            "data": asdict(data),
+            "adapter": adapter,
+            "retain_log": retain_log,
+            "max_new_tokens": max_new_tokens,
+            "generate": generate,
+            "format": format,
+        }
+    )
+    folder.write_environment()
+    folder.write_results(results)
+    write_report(folder.path)
+    print(format_table(results))
+    _finish(
+        [str(folder.results_path), str(folder.report_path)],
+        "eval" if base else "verify" if adapter is None or is_plain(adapter) else "report",
+        run,
+    )
+
+
+def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None) -> None:
+    """Merge a run's adapter into its base model, in float32, and save an ordinary model.
+
+    Args:
+        run: run folder; the merged model goes to its folder merged.
+        model: another base model than the run's.
+        adapter: another adapter folder than the run's.
+    """
+    import nsru_kernels as nk
+    from nsru_kernels.files import whole_folder
+    from nsru_kernels.hf.peft_format import load_lora_adapter
+    from nsru_train.adapters import check_plain
+    from nsru_train.pipeline import load_model
+    from nsru_train.quantized import dequantize, requantization_errors
+    from nsru_train.run_folder import RunFolder
+
+    adapter = adapter or f"{run}/adapter"
+    check_plain(adapter)
+    model, _ = run_sections(run, model, None, need_data=False)
+    locked = RunFolder(run).lock()  # which removes what a killed merge left
+    network, tokenizer = load_model(model)
+    load_lora_adapter(network, adapter)
+    errors = requantization_errors(network)
+    nk.merge_adapters(network)
+    if getattr(network, "hf_quantizer", None) is not None:
+        dequantize(network)  # the layers without an adapter, and the model's config
+        print(f"The base is quantised; {run}/merged is in {network.dtype}.")
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        print(
+            f"Quantised again it would be off by {statistics.fmean(errors.values()):.0%} of the "
+            f"update on average, and by {errors[worst]:.0%} in {worst}: serve it as it is, or the "
+            "adapter on the quantised base."
+        )
+    with whole_folder(f"{run}/merged") as folder:
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    locked.unlock()
+    _finish([f"{run}/merged"], "verify", run)
+
+
+def verify(
+    run: str,
+    model: ModelConfig | None = None,
+    data: DataConfig | None = None,
+    adapter: str | None = None,
+    merged: str | None = None,
+) -> None:
+    """Compare base, adapter and merged model; fail loudly when the adapter does nothing.
+
+    Args:
+        run: run folder.
+        model: another base model than the run's.
+        data: other sets than the run's.
+        adapter: another adapter folder than the run's.
+        merged: merged model; default RUN/merged where it exists.
+    """
+    from nsru_train.adapters import check_plain
+    from nsru_train.pipeline import load_data, load_model, without_long
+    from nsru_train.verify import verify as compare
+
+    adapter = adapter or f"{run}/adapter"
+    check_plain(adapter)
+    of_run = data is None
+    model, data = run_sections(run, model, data)
+    loaded = load_data(data)
+    if of_run:
+        say_changed_sets(run, loaded.digests())
+    base, tokenizer = load_model(model, data)
+    loaded = without_long(loaded, tokenizer, data)
+    if merged is None and Path(run, "merged").is_dir():
+        merged = f"{run}/merged"
+    report = compare(
+        base,
+        adapter,
+        merged,
+        tokenizer,
+        loaded.forget,
+        loaded.retain,
+        max_length=data.max_length,
+    )
+    print(report.text())
+    if not report.passed:
+        raise SystemExit(1)
+    _finish([], "merge" if merged is None else "report", run)
+
+
+def report(run: str) -> None:
+    """Write report.html and figures/ of a run from its results.json and metrics.jsonl.
+
+    Args:
+        run: run folder.
+    """
+    from nsru_train.report import write_report
+
+    if not Path(run).is_dir():
+        raise ValueError(f"run: no folder {run}; give the --out of nsru train.")
+    _finish([str(write_report(Path(run)))], "eval", run)
+
+
+def refresh(
+    run: str,
+    steps: int = 20,
+    lr: float | None = None,
+    eval_steps: int = 5,
+    seed: int = 0,
+    control: bool = True,
+    out: str | None = None,
+) -> None:
+    """Bring retain answers back: a few steps on them alone, in the null space that the run had.
+
+    Args:
+        run: run folder of nsru train; it stays as it is.
+        steps: retain-only steps, 3 to 20.
+        lr: peak learning rate; the run's where none.
+        eval_steps: steps between two evaluations.
+        seed: of the order.
+        control: train the run's own method as many steps more, beside it, and compare.
+        out: folder for adapter, results.json and report; default RUN/refresh.
+    """
+    from nsru_train.repair import refresh as refresh_run
+
+    out = out or f"{run}/refresh"
+    refresh_run(run, out, steps=steps, lr=lr, eval_steps=eval_steps, seed=seed, control=control)
+    _finish([f"{out}/adapter", f"{out}/report.html"], "eval", run, "--adapter", f"{out}/adapter")
+
+
+def rollback(
+    run: str,
+    shares: list[float] = [0.001, 0.005, 0.01],  # noqa: B006
+    rho: float = 1.0,
+    items: int = 128,
+    seed: int = 0,
+    out: str | None = None,
+) -> None:
+    """Bring retain answers back without training: undo the entries of B that cost them most.
+
+    An entry costs half its Fisher information of the retain answers times its square.
+
+    Args:
+        run: run folder of nsru train; it stays as it is.
+        shares: of all entries that are undone, each beside as many entries drawn at random.
+        rho: how far, 0 to 1.
+        items: retain questions that the Fisher information is estimated on.
+        seed: of the draws.
+        out: folder for adapters, results.json and report; default RUN/rollback.
+    """
+    from nsru_train.repair import rollback as roll_back
+
+    out = out or f"{run}/rollback"
+    roll_back(run, out, shares=shares, rho=rho, items=items, seed=seed)
+    most = f"{out}/adapters/rolled-back-{max(shares):.3g}"
+    _finish([f"{out}/adapters", f"{out}/report.html"], "eval", run, "--adapter", most)
+
+
+def attack(
+    run: str,
+    attacks: list[str] = ["relearn", "quantise", "paraphrase", "prefix", "tokens", "sample"],  # noqa: B006
+    steps: int = 100,
+    lr: float | None = None,
+    share: float = 1.0,
+    samples: int = 8,
+    max_new_tokens: int = 64,
+    retain_model: str | None = None,
+    seed: int = 0,
+    out: str | None = None,
+    resume: bool = False,
+) -> None:
+    """See what a finished run still knows: relearn it, quantise it, ask it in other ways.
+
+    Relearning trains the merged model's new LoRA, and the run's own, on forget answers alone.
+    Quantisation is that of the merged model: int8 and NF4 by bitsandbytes, int4 by torchao.
+    `nsru compare --resume true` shows the robustness of attacked runs/NAME of its own.
+
+    Args:
+        run: run folder of nsru train, or runs/NAME of nsru compare; it stays as it is.
+        attacks: relearn; quantise; paraphrase asks the records' paraphrased_question; prefix begins
+            the answer with "Sure, here is the answer:"; tokens lets it go on four times as long;
+            sample draws several answers and takes the best.
+        steps: of relearning.
+        lr: of relearning; the run's where none.
+        share: of the forget questions that are relearnt; how far the others come back is shown too.
+        samples: drawn answers to each question.
+        max_new_tokens: longest generated answer.
+        retain_model: a model trained on the retain data alone, attacked beside the run.
+        seed: of relearning and of the samples.
+        out: folder for results.json and report; default RUN/attack.
+        resume: keep the attacks that an earlier, interrupted call has finished in ``out``.
+    """
+    from nsru_train.attack import AttackSettings
+    from nsru_train.attack import attack as attack_run
+
+    out = out or f"{run}/attack"
+    settings = AttackSettings(
+        attacks, steps, lr, share, samples, max_new_tokens, retain_model, seed
+    )
+    attack_run(run, out, settings, resume=resume)
+    _finish([f"{out}/results.json", f"{out}/report.html"], "report", out)
+
+
+def bench(options: list[str]) -> None:
+    """Time kernels, sketch, loss and whole steps against every peer; `nsru bench --help`.
+
+    Args:
+        options: those of nsru_bench.bench.
+    """
+    from nsru_bench.bench import main as run_benchmarks
+
+    run_benchmarks(options, prog="nsru bench")
+
+
+COMMANDS: dict[str, Any] = {
+    "env": env,
+    "demo": demo,
+    "subspace": subspace,
+    "train": train,
+    "compare": compare,
+    "eval": eval,
+    "merge": merge,
+    "verify": verify,
+    "report": report,
+    "refresh": refresh,
+    "rollback": rollback,
+    "attack": attack,
+    "bench": bench,
+}
+
+
+def _finish(written: list[str], *following: str) -> None:
+    for path in written:
+        print(f"wrote {path}")
+    print(f"next: {shlex.join(['nsru', *following])}")
+
+
+def _check_reporting(names: Sequence[str]) -> None:
+    """Raise ValueError where transformers cannot report to one of them, or not to all together."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    available = [*get_available_reporting_integrations(), "all", "none"]
+    if missing := sorted(set(names) - set(available)):
+        remedy = f": pip install {missing[0]}" if missing[0] in INTEGRATION_TO_CALLBACK else ""
+        raise ValueError(
+            f"train.report_to: {missing[0]!r} is unknown or its package is not installed{remedy}; "
+            f"available: {', '.join(available)}."
+        )
+    if len(names) > 1 and (alone := sorted({"all", "none"} & set(names))):
+        raise ValueError(
+            f"train.report_to: {alone[0]!r} goes with no other name, got {', '.join(names)}; give "
+            "it alone, or leave it out."
+        )
+
+
+def _check_schedule(train: TrainConfig) -> None:
+    """Raise ValueError where the scheduler does not take its settings."""
+    import torch
+    from transformers import get_scheduler
+
+    kwargs = train.lr_scheduler_kwargs
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        get_scheduler(train.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"train.lr_scheduler_kwargs: {train.lr_scheduler_type} does not take {kwargs}: {error}"
+        ) from error
