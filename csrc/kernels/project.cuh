@@ -311,7 +311,8 @@ __device__ Share<ROW_TILES> product(ProjectMemory& memory, const ProjectMatrix& 
     __syncthreads();  // addresses of rows are there, and the rings are read no more
     for (int step = 0; step < kStages - 1; ++step) load(step);
     float sum[ROW_TILES][8][4] = {};
-    for (int step = 0; range.start + (step * kProjectWarps + warp) * kProjectStep < range.stop; ++step) {
+    for (int step = 0; range.start + (step * kProjectWarps + warp) * kProjectStep < range.stop;
+         ++step) {
         wait_for_copies<kStages - 2>();
         __syncwarp();  // the copies of all lanes; and the stage to fill next is read no more
         load(step + kStages - 1);
@@ -320,7 +321,8 @@ __device__ Share<ROW_TILES> product(ProjectMemory& memory, const ProjectMatrix& 
 
     // An odd number of 16-byte words, so that eight rows lie in different banks.
     constexpr int kWidth = kProjectColumns + 4, kSize = 16 * ROW_TILES * kWidth;
-    static_assert(kProjectWarps * kSize * 4 <= kProjectWarps * kProjectRing, "sums fit into the rings");
+    static_assert(kProjectWarps * kSize * 4 <= kProjectWarps * kProjectRing,
+                  "sums fit into the rings");
     float* const sums_smem = reinterpret_cast<float*>(memory.rings);
     wait_for_copies<0>();
     __syncthreads();
@@ -503,7 +505,8 @@ struct WriteTableParams {
     int64_t values[kTableValues];
 };
 
-__global__ void __launch_bounds__(kProjectThreads) write_table_kernel(const WriteTableParams params) {
+__global__ void __launch_bounds__(kProjectThreads)
+    write_table_kernel(const WriteTableParams params) {
     for (int i = threadIdx.x; i < params.size; i += kProjectThreads) {
         params.table_gmem[i] = params.values[i];
     }

@@ -5,9 +5,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "../host/project_plan.h"
 #include "../host/kext_plan.h"
 #include "../host/narrow_plan.h"
+#include "../host/project_plan.h"
 #include "../host/sketch_plan.h"
 
 using namespace nsru;

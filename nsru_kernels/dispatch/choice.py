@@ -88,6 +88,7 @@ def choose(
         requested: from ``requested_backend``.
         table, function, sizes, dtypes: as in ``Query``.
         threads: of PyTorch on the CPU, ``torch.get_num_threads()``.
+
     Raises:
         BackendUnavailable: the named backend cannot serve this op, here or in these dtypes.
     """

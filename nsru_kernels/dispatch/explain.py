@@ -72,11 +72,13 @@ def explain(op: str, *args: object) -> Explanation:
         op: a public name: "nsru_linear", "nsru_linear_group", "project_adapter",
             "project_adapters" or "RetainSketch.update".
         args: the arguments of that call; their device decides. None: the default device.
+
     Raises:
         ValueError: unknown op.
 
-    >>> explain("nsru_linear", torch.randn(2, 8)).backend
-    'eager'
+    Examples:
+        >>> explain("nsru_linear", torch.randn(2, 8)).backend
+        'eager'
     """
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}.")

@@ -167,8 +167,10 @@ def constrain_peft(
             every LoRA layer.
         adapters: names of adapters. None: the active ones.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
+
     Returns:
         the constraint: ``remove()``, or the end of a with block, undoes it.
+
     Raises:
         ValueError: there is no such adapter, a subspace is missing, of another size or from another
             model; a layer is merged, sharded, constrained already or no plain LoRA on a linear
@@ -177,14 +179,15 @@ def constrain_peft(
         TypeError: ``subspaces`` is no mapping, or an entry has no basis tensor.
         BackendUnavailable: a backend named explicitly cannot run here.
 
-    >>> from peft import LoraConfig, get_peft_model
-    >>> config = LoraConfig(target_modules=["0"])
-    >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 4)), config)
-    >>> u = torch.linalg.qr(torch.randn(8, 2)).Q
-    >>> with constrain_peft(model, {"0": u}):
-    ...     a = model.base_model.model[0].lora_A["default"].weight
-    >>> bool((a @ u).norm() < 1e-6)
-    True
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 4)), config)
+        >>> u = torch.linalg.qr(torch.randn(8, 2)).Q
+        >>> with constrain_peft(model, {"0": u}):
+        ...     a = model.base_model.model[0].lora_A["default"].weight
+        >>> bool((a @ u).norm() < 1e-6)
+        True
     """
     requested_backend(backend)
     if not isinstance(subspaces, Mapping):

@@ -65,8 +65,10 @@ def save_lora_adapter(
             where it or its layers are wrapped by ``torch.compile`` and the like.
         path: folder, made if need be.
         metadata: more entries for ``nsru.json``, e.g. the base model's fingerprint.
+
     Returns:
         the folder.
+
     Raises:
         ValueError: no ``NSRULinear``, one is merged or sharded by FSDP1 or ZeRO-3, or one holds NaN
             or infinite values.
@@ -222,8 +224,10 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
     Args:
         model: the base model, changed in place.
         path: a folder in PEFT's format, by ``save_lora_adapter`` or PEFT.
+
     Returns:
         the swap report.
+
     Raises:
         ValueError: damaged files, values that are not finite, unsupported LoRA variants, or an
             adapter of another model. The model is then as it was.
@@ -269,6 +273,7 @@ def copy_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: has the modules that the adapter names, and no others, of its ranks and alphas.
         path: a folder in PEFT's format.
+
     Raises:
         ValueError: damaged files, or other modules, ranks or alphas. The model is then as it was.
     """

@@ -98,6 +98,7 @@ class NSRUExpertLinear(NSRULinear):
 
     Args:
         linear: where it comes from. The others are as for ``NSRULinear``.
+
     Raises:
         ValueError: as for ``NSRULinear``, or there is dropout: PEFT adds s B_e Ā_e to W_e and so
             refuses it.
@@ -274,6 +275,7 @@ def experts_forward(
         self: the module that holds the experts.
         hidden_states: [T, K].
         top_k_index, top_k_weights: [T, C], the experts of each token and their weights.
+
     Returns: [T, K] in the dtype of hidden_states.
     """
     routing = Routing.of(top_k_index, self.num_experts)

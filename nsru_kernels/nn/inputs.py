@@ -104,6 +104,7 @@ class ActivationStream:
 
         Args:
             label: of the progress bar; None for no bar.
+
         Raises: ValueError: whatever a consumer refuses, with the module's name in front.
         """
 

@@ -39,14 +39,16 @@ class NSRULinear(nn.Module):
         bias: whether there is a bias.
         dropout: LoRA dropout on x. With p > 0 the null-space property holds in expectation only.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
+
     Raises:
         ValueError: rank < 1, alpha NaN or infinite, dropout outside [0, 1], unknown backend, a
             basis of another size, or one with NaN or infinite values.
         TypeError: basis is neither of the two.
 
-    >>> layer = NSRULinear.from_linear(nn.Linear(32, 16), rank=4, alpha=8)
-    >>> layer(torch.randn(2, 32)).shape
-    torch.Size([2, 16])
+    Examples:
+        >>> layer = NSRULinear.from_linear(nn.Linear(32, 16), rank=4, alpha=8)
+        >>> layer(torch.randn(2, 32)).shape
+        torch.Size([2, 16])
     """
 
     bias: nn.Parameter | None
@@ -336,6 +338,9 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """In the block every ``NSRULinear`` of ``model`` acts as its frozen linear, merged or not.
 
     In every thread of the process: another one that calls the model meanwhile gets base outputs.
+
+    Args:
+        model: any module; what is inside and no ``NSRULinear`` is left alone.
     """
     modules = [m for m in model.modules() if isinstance(m, NSRULinear)]
     before = [m.enabled for m in modules]

@@ -23,8 +23,10 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
     Args:
         model: changed in place. Weights keep their dtype and stay frozen.
+
     Returns:
         model, for chaining.
+
     Raises:
         ValueError: the model has no ``NSRULinear``, is one itself, is sharded otherwise, or a
             merged weight would hold NaN or infinite values; nothing is then changed.

@@ -34,8 +34,9 @@ class RetainSubspace(nn.Module):
         rank_limited: the rank or energy asked for could not be reached with the directions that the
             sketch held.
 
-    Raises: ValueError: shapes do not fit, entries are NaN or infinite, eigenvalues negative or not
-        falling, trace or tokens negative.
+    Raises:
+        ValueError: shapes do not fit, entries are NaN or infinite, eigenvalues negative or not
+            falling, trace or tokens negative.
     """
 
     basis: Tensor

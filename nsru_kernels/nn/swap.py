@@ -157,8 +157,10 @@ def swap_linears(
             ``estimate_retain_subspaces``, which know both; of a transformers model its own
             dummy_inputs show the second.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
+
     Returns:
         the report; print it.
+
     Raises:
         ValueError: a target matches nothing (the closest names are given) or a layer that cannot be
             swapped, a key of a pattern fits none of them, a subspace is missing or of another size
@@ -241,6 +243,7 @@ def match_linears(
 
     Args:
         elsewhere: of ``ActivationStream.read_elsewhere``: linears that cannot be swapped.
+
     Raises:
         ValueError: a target matches no linear layer that can be swapped.
     """

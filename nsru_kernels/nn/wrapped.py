@@ -28,9 +28,16 @@ class NSRUWrappedLinear(NSRULinear):
     itself; ``weight`` and ``bias`` are what it computes with, read off its outputs.
 
     Args:
-        base_layer: the layer; see ``why_not_linear`` for what can be one. The others are as for
-            ``NSRULinear``.
-    Raises: ValueError, TypeError: as for ``NSRULinear``.
+        base_layer: the layer; see ``why_not_linear`` for what can be one.
+        rank: R ≥ 1.
+        alpha: the update is scaled by alpha / rank.
+        basis: U [K, Q] or a ``RetainSubspace``. None: plain LoRA.
+        dropout: as for ``NSRULinear``.
+        backend: likewise.
+
+    Raises:
+        ValueError: as for ``NSRULinear``.
+        TypeError: likewise.
     """
 
     base_layer: nn.Module

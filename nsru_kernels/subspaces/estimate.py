@@ -63,7 +63,8 @@ def estimate_retain_subspaces(
             `attention_mask` [B, T] keeps padding out. An optional `token_mask` [B, T] is not passed
             to the model and takes the mask's place here, for instance to leave out an attention
             sink, whose massive norm dominates energy thresholds. `labels` are dropped.
-        targets, exclude: as for `swap_linears`.
+        targets: as for `swap_linears`.
+        exclude: likewise.
         width: L of each sketch; at least `rank`, better rank + 64.
         rank: the same rank for every input.
         energy: for every input the smallest rank with this certified share of the energy.
@@ -73,7 +74,8 @@ def estimate_retain_subspaces(
             least 1, so that no input is left unprotected.
         unit_tokens: scale every token to norm 1 first. One token with a massive activation, often
             the first of a sequence, can otherwise hold all but a thousandth of an input's energy.
-        refresh_every, seed: as for `RetainSketch`.
+        refresh_every: as for `RetainSketch`.
+        seed: likewise.
         progress: show progress bars (needs tqdm).
 
     Returns: a SubspaceSet, module name → RetainSubspace, with `.inputs` and `.table()`.

@@ -55,7 +55,7 @@ class RetainSketch:
         seed: of the random test matrix.
         device: where activations will arrive; None means CPU.
 
-    Example:
+    Examples:
         >>> sketch = RetainSketch(256, 32)
         >>> sketch.update(torch.randn(8, 100, 256), mask=torch.rand(8, 100) > 0.1)
         >>> sketch.finalize(rank=16).basis.shape
@@ -237,8 +237,9 @@ class RetainSketch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the state by one from `state_dict()` of a sketch made with the same arguments.
 
-        Raises: ValueError: missing or unknown entries, another configuration, or wrong shapes. The
-            sketch is then as it was before the call.
+        Raises:
+            ValueError: missing or unknown entries, another configuration, or wrong shapes. The
+                sketch is then as it was before the call.
         """
         mine = self.state_dict()
         if mine.keys() != state.keys():

@@ -71,7 +71,7 @@ class EcoGuard:
         adapter: folder of a LoRA adapter for flagged rows.
         fingerprint: of the weights that it is made for; None is not checked.
 
-    Example:
+    Examples:
         >>> guard = EcoGuard.load("runs/eco/adapter")  # doctest: +SKIP
         >>> ids = tokenizer("Question: Who is Ann?", return_tensors="pt")  # doctest: +SKIP
         >>> with guard.attach(model, tokenizer):  # doctest: +SKIP

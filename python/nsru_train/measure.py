@@ -12,10 +12,11 @@ _INTERVAL_SECONDS = 0.02
 class PeakMemory:
     """Peak bytes in a ``with`` block: allocated on a GPU, or resident in RAM (sampled) on a CPU.
 
-    >>> with PeakMemory(torch.device("cpu")) as peak:
-    ...     x = torch.ones(10)
-    >>> peak.bytes > 0
-    True
+    Examples:
+        >>> with PeakMemory(torch.device("cpu")) as peak:
+        ...     x = torch.ones(10)
+        >>> peak.bytes > 0
+        True
     """
 
     def __init__(self, device: torch.device):

@@ -78,7 +78,7 @@ class RunFolder:
     Args:
         path: the folder; made when absent.
 
-    Example:
+    Examples:
         >>> run = RunFolder("runs/first")
         >>> run.log_metrics({"step": 10, "loss": 0.7})
         >>> run.write_results({"kind": "train", "seconds": 12.5}).name

@@ -126,7 +126,7 @@ class NSRUTrainer(ResumableTrainer):
     Raises:
         ValueError: nothing to train.
 
-    Example:
+    Examples:
         >>> ref = reference_nll(model, tokenizer, forget)  # doctest: +SKIP
         >>> safe = SafeTargets.from_file()  # doctest: +SKIP
         >>> data = make_train_dataset(tokenizer, forget, retain, safe, ref)  # doctest: +SKIP

@@ -53,21 +53,25 @@ def nsru_linear(
         dropout_p: probability of zeroing an element of x on its way to Ā. With p > 0 the null-space
             property holds in expectation only.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
+
     Returns:
         y [..., N] in x's dtype. Under autocast, a float32 x (or weight) is first cast to the
         autocast dtype, as ``nn.Linear`` does.
+
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
         TypeError: one is no dense tensor, or weight is a DTensor.
         RuntimeError: dropout_p > 0 while a CUDA graph is captured.
         BackendUnavailable: a backend named explicitly cannot run here.
+
     Source: design after arXiv 2606.10989; the projected form is exact because x P Aᵀ = x (A P)ᵀ.
 
-    >>> x, w = torch.randn(5, 32), torch.randn(16, 32)
-    >>> a, b, u = torch.randn(4, 32), torch.randn(16, 4), torch.linalg.qr(torch.randn(32, 8)).Q
-    >>> y = nsru_linear(x, w, a, b, u, scaling=2.0)
-    >>> bool(torch.allclose(y, x @ w.T + 2 * (x - x @ u @ u.T) @ a.T @ b.T, atol=1e-4))
-    True
+    Examples:
+        >>> x, w = torch.randn(5, 32), torch.randn(16, 32)
+        >>> a, b, u = torch.randn(4, 32), torch.randn(16, 4), torch.linalg.qr(torch.randn(32, 8)).Q
+        >>> y = nsru_linear(x, w, a, b, u, scaling=2.0)
+        >>> bool(torch.allclose(y, x @ w.T + 2 * (x - x @ u @ u.T) @ a.T @ b.T, atol=1e-4))
+        True
     """
     check_dense(
         "nsru_linear", x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, basis=basis, bias=bias
@@ -108,21 +112,25 @@ def nsru_linear_group(
         biases: b_i [N_i] in x's dtype or None, one for each. None: no bias anywhere.
         scalings: s_i = alpha_i / R_i.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
+
     Returns:
         y_i [..., N_i] in x's dtype, in order; under autocast as ``nsru_linear``.
+
     Raises:
         ValueError: the lists are empty or differ in length, or shapes, dtypes or devices do not
             fit; the message names the index.
         TypeError: one is no dense tensor, or a weight is a DTensor.
         BackendUnavailable: a backend named explicitly cannot run here.
+
     Source: design after arXiv 2606.10989; derivation in this folder's README.
 
-    >>> import torch
-    >>> x, (wq, wk) = torch.randn(5, 32), (torch.randn(16, 32), torch.randn(8, 32))
-    >>> a, b = torch.randn(2, 4, 32), (torch.randn(16, 4), torch.randn(8, 4))
-    >>> q, k = nsru_linear_group(x, [wq, wk], list(a), b, scalings=[2.0, 2.0])
-    >>> bool(torch.allclose(k, x @ wk.T + 2 * x @ a[1].T @ b[1].T, atol=1e-4))
-    True
+    Examples:
+        >>> import torch
+        >>> x, (wq, wk) = torch.randn(5, 32), (torch.randn(16, 32), torch.randn(8, 32))
+        >>> a, b = torch.randn(2, 4, 32), (torch.randn(16, 4), torch.randn(8, 4))
+        >>> q, k = nsru_linear_group(x, [wq, wk], list(a), b, scalings=[2.0, 2.0])
+        >>> bool(torch.allclose(k, x @ wk.T + 2 * x @ a[1].T @ b[1].T, atol=1e-4))
+        True
     """
     biases = [None] * len(weights) if biases is None else biases
     lists = {"lora_as": lora_as, "lora_bs": lora_bs, "biases": biases, "scalings": scalings}

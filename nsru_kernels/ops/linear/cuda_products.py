@@ -18,10 +18,11 @@ SWIZZLES = (1, 2, 4, 8)
 def gemm_choice(tiles: str) -> dict[str, int]:
     """``config`` and ``swizzle`` of ``kext_gemm`` as plan tables name them; none for other names.
 
-    >>> gemm_choice("128x128x64_2x1_pingpong/4")
-    {'config': 1, 'swizzle': 4}
-    >>> gemm_choice("of a later version")
-    {}
+    Examples:
+        >>> gemm_choice("128x128x64_2x1_pingpong/4")
+        {'config': 1, 'swizzle': 4}
+        >>> gemm_choice("of a later version")
+        {}
     """
     name, _, swizzle = tiles.partition("/")
     if name not in CONFIGS or swizzle not in map(str, SWIZZLES):
@@ -50,6 +51,7 @@ def kext_gemm(
         after_narrow: the narrow product that makes P was enqueued last, and nothing else that is
             read here is younger: the GEMM starts on X and W while that product ends. Kernels that
             read and write nothing of the operands may lie between.
+
     Raises:
         ValueError: naming the argument and its value.
     """

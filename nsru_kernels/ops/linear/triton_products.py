@@ -26,8 +26,9 @@ def _tiles(m: int, n: int, k: int, warps: int, stages: int, group: int = 8) -> C
 def config_name(config: Config) -> str:
     """A GEMM's configuration as plan tables name it: tile, rows of tiles at a time, warps, stages.
 
-    >>> config_name(_tiles(128, 256, 64, 8, 3))
-    '128x256x64g8w8s3'
+    Examples:
+        >>> config_name(_tiles(128, 256, 64, 8, 3))
+        '128x256x64g8w8s3'
     """
     m, n, k, group = config.blocks.values()
     return f"{m}x{n}x{k}g{group}w{config.num_warps}s{config.num_stages}"

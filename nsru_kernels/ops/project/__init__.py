@@ -27,17 +27,20 @@ def project_adapter(lora_a: Tensor, basis: Tensor | None, *, backend: str = "aut
             orthonormal; the inverse Gram matrix then restores an exact projector. None: no
             projection.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
+
     Returns:
         Ā [R, K] in lora_a's dtype; computed in float32 (float64 for float64) and rounded once.
         Differentiable in lora_a.
+
     Raises:
         ValueError: shapes or devices do not fit, or basis requires a gradient.
         BackendUnavailable: a backend named explicitly cannot run here.
 
-    >>> import torch
-    >>> a, u = torch.randn(4, 32), torch.linalg.qr(torch.randn(32, 8)).Q
-    >>> bool((project_adapter(a, u) @ u).abs().max() < 1e-5)
-    True
+    Examples:
+        >>> import torch
+        >>> a, u = torch.randn(4, 32), torch.linalg.qr(torch.randn(32, 8)).Q
+        >>> bool((project_adapter(a, u) @ u).abs().max() < 1e-5)
+        True
     """
     return project_adapters([lora_a], [basis], backend=backend)[0]
 
@@ -52,8 +55,10 @@ def project_adapters(
         bases: U_i [K_i, Q_i] or None, one per adapter. The same tensor may stand for several
             adapters.
         backend: "auto", "eager", "cpu", "triton" or "cuda".
+
     Returns:
         Ā_i [R_i, K_i] in the dtype of A_i, in order. Differentiable in every A_i.
+
     Raises:
         ValueError: the lists differ in length, or a pair does not fit.
     """

@@ -59,7 +59,7 @@ def update_sketch(
     Source: Tropp, Yurtsever, Udell, Cevher, "Fixed-rank approximation of a positive-semidefinite
         matrix from streaming data", 2017 (one pass, fixed test matrix).
 
-    Example:
+    Examples:
         >>> x = torch.eye(4)
         >>> y, h = torch.zeros(4, 2), torch.zeros(2, 2)
         >>> update_sketch(x, torch.eye(4, 2), y, h)

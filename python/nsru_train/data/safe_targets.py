@@ -44,7 +44,7 @@ class SafeTargets:
     Raises:
         ValueError: unknown parts, no variants at all, or a variant that is not text.
 
-    Example:
+    Examples:
         >>> templates = SafeTargets({"decline": ("I cannot speak about {topic}.",)})
         >>> templates.target(QA("Who is Ann?", "A poet.", topic="Ann"))
         'I cannot speak about Ann.'

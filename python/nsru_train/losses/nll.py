@@ -114,7 +114,7 @@ def answer_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, T
     Raises:
         ValueError: batch has no input_ids or labels.
 
-    Example:
+    Examples:
         >>> nll, rows = answer_nll(model, batch)  # doctest: +SKIP
         >>> torch.zeros(len(batch["labels"])).index_add_(0, rows, nll)  # doctest: +SKIP
     """

@@ -15,7 +15,7 @@ def rouge_l_recall(reference: str, prediction: str) -> float:
 
     Source: Lin 2004 (ROUGE), as implemented by the rouge_score package with its Porter stemmer.
 
-    Example:
+    Examples:
         >>> rouge_l_recall("He was born in Quito.", "Born in Quito")
         0.6
     """
