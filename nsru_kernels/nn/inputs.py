@@ -115,7 +115,7 @@ class ActivationStream:
                 raise ValueError(f"input of {name}: {error}") from error
 
         with _hooks({name: self.linears[name] for name in consume}, hand_on):
-            for batch in batches if label is None else _with_progress(batches, label):
+            for batch in batches if label is None else with_progress(batches, label):
                 self._forward(batch)
 
     def _forward(self, batch: Batch) -> None:
@@ -361,10 +361,11 @@ def _hooks(
         yield
 
 
-def _with_progress(batches: Iterable[Any], label: str) -> Iterable[Any]:
+def with_progress(items: Iterable[Any], label: str, unit: str = "batch") -> Iterable[Any]:
+    """The items with a bar and the time left, on the first rank, where tqdm is installed."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        return batches
+        return items
     quiet = is_distributed() and dist.get_rank() != 0
-    return tqdm(batches, desc=label, unit="batch", disable=quiet)
+    return tqdm(items, desc=label, unit=unit, disable=quiet)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nsru_kernels.nn.inputs import with_progress
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.names import COMPILED, check_module
 from nsru_kernels.nn.sharded import gathered, reshard, shards_of
@@ -13,7 +14,7 @@ from nsru_kernels.nn.wrapped import NSRUWrappedLinear
 
 
 @torch.no_grad()
-def merge_adapters(model: nn.Module) -> nn.Module:
+def merge_adapters(model: nn.Module, *, progress: bool = False) -> nn.Module:
     """Replace every ``NSRULinear`` by ``nn.Linear`` with W + s B Ā, summed in fp32, rounded once.
 
     A layer of another kind gets the sum into its own weight where that is dense, as ``Conv1D``'s;
@@ -23,6 +24,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
     Args:
         model: changed in place. Weights keep their dtype and stay frozen.
+        progress: show a progress bar (needs tqdm).
 
     Returns:
         model, for chaining.
@@ -60,7 +62,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         except ValueError as error:
             raise ValueError(f"merge_adapters: {name}: {error}") from error
     dtype = _dtype_of(model, modules[0][1].dtype)
-    for name, module in modules:
+    for name, module in with_progress(modules, "merge", "layer") if progress else modules:
         sharded = bool(shards_of(module))
         with gathered(module, write=True):
             linear = module.merged_linear(dtype)

@@ -520,7 +520,7 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     network, tokenizer = load_model(model)
     load_lora_adapter(network, adapter)
     errors = requantization_errors(network)
-    nk.merge_adapters(network)
+    nk.merge_adapters(network, progress=True)
     if getattr(network, "hf_quantizer", None) is not None:
         dequantize(network)  # the layers without an adapter, and the model's config
         print(f"The base is quantised; {run}/merged is in {network.dtype}.")
