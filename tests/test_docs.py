@@ -60,6 +60,18 @@ def test_the_reference_has_every_command_and_section(reference):
     assert "`0.0005`" in reference
 
 
+def test_messages_that_are_explained_are_said():
+    folders = (ROOT / "nsru_kernels", ROOT / "python" / "nsru_train")
+    files = (path for folder in folders for path in folder.rglob("*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # texts that go over several lines
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| (`.*?`) \|", page.split("| what you see")[0], re.MULTILINE)
+    parts = [part.strip() for part in re.split("[`…]|, `", "".join(messages))]
+    assert len(messages) >= 10
+    assert not [part for part in parts if len(part) > 2 and part not in source]
+
+
 def test_links_become_those_of_the_site():
     text = "[a](../../benchmarks/results/smollm2/README.md) [b](../concepts.md#x) [c](#here)"
     assert site.relinked(text, "howto/sizes.md") == (
