@@ -21,7 +21,7 @@ LAYERS = (
         "demo.sets",
         "demo.smollm2",
         "demo.tiny_model",
-        "evaluate",
+        "evaluation",
         "membership",
         "resumable",
         "run_config",

@@ -1,1 +1,87 @@
-"""NSRU unlearning: data, trainer, evaluation, command line and report."""
+"""NSRU unlearning: data, trainer, evaluation, command line and report.
+
+``import nsru_train`` gives what a script needs, each name imported when it is first used.
+"""
+
+from typing import TYPE_CHECKING
+
+__all__ = [
+    "QA",
+    "Data",
+    "DataConfig",
+    "Evaluation",
+    "ForgetRetain",
+    "Guarded",
+    "LoraConfig",
+    "Method",
+    "ModelConfig",
+    "NSRUTrainer",
+    "Objective",
+    "Outcome",
+    "SafeTargets",
+    "SubspaceConfig",
+    "TrainConfig",
+    "UnlearnDataset",
+    "before_and_after",
+    "evaluate",
+    "find_method",
+    "find_subspaces",
+    "format_table",
+    "greedy_answers",
+    "load_adapter",
+    "load_model",
+    "load_records",
+    "prepare_dataset",
+    "probability_sets",
+    "save_adapter",
+    "save_records",
+    "to_results",
+    "unlearn",
+]
+
+if TYPE_CHECKING:
+    from nsru_train.adapters import load_adapter, save_adapter
+    from nsru_train.config import (
+        DataConfig,
+        LoraConfig,
+        ModelConfig,
+        Objective,
+        SubspaceConfig,
+        TrainConfig,
+    )
+    from nsru_train.data import QA, SafeTargets
+    from nsru_train.eval_results import Evaluation, format_table, to_results
+    from nsru_train.evaluation import before_and_after, evaluate, probability_sets
+    from nsru_train.methods import ForgetRetain, Method, find_method
+    from nsru_train.pipeline import Data, Guarded, Outcome, find_subspaces, load_model, unlearn
+    from nsru_train.scoring import greedy_answers
+    from nsru_train.sources import load_records, save_records
+    from nsru_train.trainer import NSRUTrainer, prepare_dataset
+    from nsru_train.unlearn_dataset import UnlearnDataset
+else:
+    # From light to heavy: a name is looked up in these until one has it.
+    _MODULES = (
+        "data",
+        "sources",
+        "config",
+        "methods",
+        "eval_results",
+        "scoring",
+        "adapters",
+        "evaluation",
+        "trainer",
+        "pipeline",
+    )
+
+    def __getattr__(name):
+        from importlib import import_module
+
+        for module in _MODULES if name in __all__ else ():
+            home = import_module(f"nsru_train.{module}")
+            if hasattr(home, name):
+                globals()[name] = getattr(home, name)
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -9,14 +9,50 @@ from typing import Any
 from torch import nn
 
 from nsru_kernels.hf.peft_format import load_lora_adapter
+from nsru_kernels.subspaces.collection import fingerprint_weights
 from nsru_train.guard import WEIGHT, EcoGuard
+from nsru_train.methods import Method
 from nsru_train.routed import CONFIG, load_routed
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    method: Method | None = None,
+    *,
+    fingerprint: str | None = None,
+) -> Path:
+    """Write what was trained for `load_adapter`: a folder of plain LoRA, as PEFT and vLLM read it.
+
+    The files appear whole or not at all. A method with adapters of its own form, or with a guard,
+    writes these instead.
+
+    Args:
+        model: has the adapters, float32, A [R, K] and B [N, R] for each layer; none is merged.
+        path: folder, made if need be.
+        method: that trained them; None writes plain LoRA.
+        fingerprint: of the base weights, by which another base model is refused later; None takes
+            it of ``model``, which must then not be sharded.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: there is nothing to save, it is no plain LoRA, or it holds NaN or infinite
+            values.
+        OSError: the folder cannot be written; an adapter that was there before is unharmed.
+    """
+    folder, fingerprint = Path(path), fingerprint or fingerprint_weights(model)
+    (method or Method()).save(model, folder, {"fingerprint": fingerprint})
+    return folder
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
     """Put what a run saved in ``path`` into its base model, which is changed in place.
 
     Args:
+        model: the base model, without adapters.
+        path: folder of `save_adapter`, or RUN/adapter of `nsru train`.
         tokenizer: of the model; a guard reads prompts by it, others need none.
 
     Raises:

@@ -23,7 +23,7 @@ from nsru_kernels.text_table import align_columns
 from nsru_train.callbacks import GradientError
 from nsru_train.config import LoraConfig
 from nsru_train.data.records import QA
-from nsru_train.evaluate import evaluate, probability_sets, spread
+from nsru_train.evaluation import evaluate, probability_sets, spread
 from nsru_train.losses.batch import FORGET, Batch
 from nsru_train.methods.method import Method, mean
 from nsru_train.metrics.robustness import relearning_robustness, stability

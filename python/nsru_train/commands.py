@@ -173,8 +173,9 @@ def train(
 
     from nsru_kernels.nn.sharded import shards_of
     from nsru_kernels.subspaces.collection import fingerprint_weights
+    from nsru_train.adapters import save_adapter
     from nsru_train.alternatives import add_alternatives
-    from nsru_train.evaluate import before_and_after, probability_sets, quick_probabilities
+    from nsru_train.evaluation import before_and_after, probability_sets, quick_probabilities
     from nsru_train.pipeline import (
         check_layers,
         find_subspaces,
@@ -278,7 +279,7 @@ def train(
     sharded = bool(shards_of(base))  # then every process takes part
     if not (run.writes or sharded):
         return
-    objective.save(base, run.adapter_dir, {"fingerprint": fingerprint})
+    save_adapter(base, run.adapter_dir, objective, fingerprint=fingerprint)
     if sharded:
         before, after = inside_forward(
             base, lambda model: before_and_after(model, tokenizer, asked)
@@ -412,7 +413,7 @@ def eval(
     import nsru_kernels as nk
     from nsru_kernels.files import atomic_write
     from nsru_train.adapters import is_plain, load_adapter
-    from nsru_train.evaluate import add_base_answers, evaluate, format_table, to_results
+    from nsru_train.evaluation import add_base_answers, evaluate, format_table, to_results
     from nsru_train.membership import add_attack_scores
     from nsru_train.metrics import open_unlearning
     from nsru_train.metrics.tofu import load_log, load_reference_auc

@@ -16,12 +16,12 @@ from torch import nn
 from nsru_kernels.checks import check_range
 from nsru_kernels.files import check_fields
 from nsru_kernels.subspaces.collection import SubspaceSet
-from nsru_train.adapters import load_adapter
+from nsru_train.adapters import load_adapter, save_adapter
 from nsru_train.alternatives import add_alternatives
 from nsru_train.callbacks import GradientError
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import encode_prompt
-from nsru_train.evaluate import evaluate, probability_sets
+from nsru_train.evaluation import evaluate, probability_sets
 from nsru_train.methods import Method, find_method, run_name
 from nsru_train.metrics import open_unlearning
 from nsru_train.pipeline import (
@@ -187,8 +187,12 @@ class Comparison:
                 progress=self.progress,
             )
             label = {"method": contender.name, "lr": lr, "seed": seed}
-            metadata = {"fingerprint": self.subspaces.fingerprint}
-            contender.method.save(adapted, folder.adapter_dir, metadata)
+            save_adapter(
+                adapted,
+                folder.adapter_dir,
+                contender.method,
+                fingerprint=self.subspaces.fingerprint,
+            )
             folder.write_results(
                 {
                     **label,

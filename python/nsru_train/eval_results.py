@@ -59,6 +59,12 @@ def to_results(evaluation: Evaluation) -> dict[str, Any]:
     """The content of results.json: schema 1, kind "eval". `load_log` reads its log back.
 
     In "examples", "before" is the base model's answer and "after" that of the evaluated model.
+
+    Args:
+        evaluation: from `evaluate`.
+
+    Returns:
+        What can be written as JSON.
     """
     return {
         "schema": SCHEMA,
@@ -85,6 +91,12 @@ def to_results(evaluation: Evaluation) -> dict[str, Any]:
 
 def format_table(results: Mapping[str, Any]) -> str:
     """Results of kind "eval" as text: one line a split, then the overall numbers and notes.
+
+    Args:
+        results: from `to_results`.
+
+    Returns:
+        The table, without a line break at its end.
 
     Raises:
         ValueError: another kind or schema.

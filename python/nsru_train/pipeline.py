@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +35,10 @@ from nsru_train.data.encode import (
 )
 from nsru_train.data.records import QA, check_disjoint
 from nsru_train.data.safe_targets import SafeTargets
-from nsru_train.evaluate import SPLITS
+from nsru_train.evaluation import SPLITS
 from nsru_train.guard import EcoGuard
-from nsru_train.losses.batch import SAFE
 from nsru_train.measure import PeakMemory
-from nsru_train.methods import Method
+from nsru_train.methods import Method, Objective
 from nsru_train.own_texts import own_texts
 from nsru_train.quantized import check_bitsandbytes, is_quantised, quantizing
 from nsru_train.run_folder import RunFolder
@@ -62,12 +61,28 @@ MORE_SPLITS = tuple(name for name in SPLITS if name not in ("forget", "retain"))
 
 @dataclass
 class Data:
-    """The sets of a run, checked."""
+    """The sets of a run, checked.
+
+    Args:
+        forget: questions with the answers to forget.
+        retain: questions with the answers to keep.
+        more: further sets for evaluation, by a name out of retain_unseen, holdout, real_authors and
+            world_facts.
+        safe: gives each forget question the answer wanted instead.
+
+    Raises:
+        ValueError: forget or retain is empty, a name in more is unknown, or sets share questions
+            that they must not share.
+    """
 
     forget: list[QA]
     retain: list[QA]
-    more: dict[str, list[QA]]
-    safe: SafeTargets
+    more: dict[str, list[QA]] = field(default_factory=dict)
+    safe: SafeTargets = field(default_factory=SafeTargets)
+
+    def __post_init__(self) -> None:
+        check_names(self.more)
+        check_disjoint(self.forget, self.retain, self.more)
 
     def splits(self) -> dict[str, list[QA]]:
         """Every set by its name in evaluations."""
@@ -78,16 +93,21 @@ class Data:
         return {name: digest(records) for name, records in self.splits().items()}
 
 
+def check_names(more: Mapping[str, Any]) -> None:
+    """Raise ValueError for a set that evaluations do not know."""
+    if unknown := sorted(more.keys() - set(MORE_SPLITS)):
+        raise ValueError(
+            f"data.more: names must be out of {', '.join(MORE_SPLITS)}, got {', '.join(unknown)}."
+        )
+
+
 def load_data(config: DataConfig) -> Data:
     """Read every set.
 
     Raises:
         ValueError: one is unreadable or empty, or shares questions that it must not share.
     """
-    if unknown := sorted(config.more.keys() - set(MORE_SPLITS)):
-        raise ValueError(
-            f"data.more: names must be out of {', '.join(MORE_SPLITS)}, got {', '.join(unknown)}."
-        )
+    check_names(config.more)
 
     def read(spec: str) -> list[QA]:
         return load_records(
@@ -105,7 +125,6 @@ def load_data(config: DataConfig) -> Data:
             "name, or leave it out."
         )
     more = {name: read(spec) for name, spec in config.more.items()}
-    check_disjoint(forget, retain, more)
     return Data(forget, retain, more, SafeTargets.from_file(config.safe_targets))
 
 
@@ -157,15 +176,24 @@ def _warn_of_unknown(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def load_model(
-    config: ModelConfig, data: DataConfig | None = None
+    config: ModelConfig | str, data: DataConfig | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model, tokenizer), in eval mode; the tokenizer writes texts as ``data`` says.
+    """A causal language model of transformers and its tokenizer, ready for this package.
+
+    Args:
+        config: says where it is, or that place itself: a folder or a hub id.
+        data: how the tokenizer writes texts: system prompt, chat template's variables, truncation;
+            None leaves these out.
+
+    Returns:
+        (model, tokenizer), the model in eval mode, on the GPU where there is one.
 
     Raises:
         ValueError: transformers cannot load them, or the chat template cannot write the texts.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    config = ModelConfig(config) if isinstance(config, str) else config
     device = _device(config.device)
     _check_folder(config.path)
     if config.quantize != "none":
@@ -202,18 +230,18 @@ def load_model(
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
+    text_format = TextFormat(end_tokens=end_tokens(model), max_length=position_limit(model))
     if data is not None:
-        text_format = TextFormat(
+        text_format = replace(
+            text_format,
             system_prompt=data.system_prompt,
             template_kwargs=data.chat_template_kwargs,
-            end_tokens=end_tokens(model),
-            max_length=position_limit(model),
             truncate=data.truncate,
         )
-        try:
-            use_format(tokenizer, text_format)
-        except ValueError as error:
-            raise ValueError(f"data: {error}") from error
+    try:
+        use_format(tokenizer, text_format)
+    except ValueError as error:
+        raise ValueError(f"data: {error}") from error
     # Quantised weights are where they were made, and not all of them can move.
     return (model if model.device == device else model.to(device)).eval(), tokenizer
 
@@ -295,7 +323,7 @@ def find_subspaces(
     tokenizer,
     forget: Sequence[QA],
     retain: Sequence[QA],
-    config: SubspaceConfig,
+    config: SubspaceConfig | None = None,
     *,
     max_length: int = 512,
     seed: int = 0,
@@ -303,11 +331,28 @@ def find_subspaces(
 ) -> SubspaceSet:
     """The retain subspaces of a run: loaded from config.path, else estimated on the retain set.
 
-    In an initialised process group each process streams its share of the sets.
+    One forward of every question with its answer, in one pass. In an initialised process group each
+    process streams its share of the sets.
+
+    Args:
+        model: the base model, without adapters.
+        tokenizer: of the model.
+        forget: questions with the answers to forget, on which the room left for edits is measured.
+        retain: questions with the answers to keep: what their tokens excite is protected.
+        config: which layers, how wide, how the rank is chosen; None takes all linear layers and the
+            largest rank that leaves a share of 0.05 of the forget answers' activations open.
+        max_length: most tokens of a question with its answer.
+        seed: of the random test matrix.
+        progress: show progress bars.
+
+    Returns:
+        Module name -> `nsru_kernels.RetainSubspace`, whose basis is [K, Q] float32; print its
+        ``table()``, keep it with ``save(folder)``.
 
     Raises:
         ValueError: they come from another base model, or more than one rank rule is given.
     """
+    config = config or SubspaceConfig()
     if config.path is not None:
         subspaces = SubspaceSet.load(config.path)
         subspaces.check_model(model)
@@ -366,7 +411,18 @@ def _check_room(subspaces: SubspaceSet) -> None:
 
 @dataclass
 class Outcome:
-    """Results of ``unlearn`` beside the changed model."""
+    """Results of ``unlearn`` beside the changed model.
+
+    Attributes:
+        swap: which layers got adapters, which did not and why.
+        evaluations: of on_eval, each with its step.
+        step_seconds: median time of an optimizer step.
+        peak_bytes: most memory in use while training: of the GPU, or of the process on a CPU.
+        seconds: of all.
+        early_stop: why training stopped before its last step; None where it did not.
+        kept_step: the step whose adapters were kept, of a method that keeps the best.
+        leakage: for each module ‖Ā U‖_F / ‖A‖_F and what rounding alone can cause.
+    """
 
     swap: nk.SwapReport
     evaluations: list[dict[str, float]]
@@ -395,7 +451,17 @@ class Outcome:
 
 @dataclass
 class Guarded:
-    """Results of ``unlearn`` by a method that trains nothing: the model is guarded."""
+    """Results of ``unlearn`` by a method that trains nothing: the model is guarded.
+
+    Attributes:
+        guard: attached to the model.
+        evaluations: of on_eval, each with its step.
+        flagged: share of each set's questions that the guard acts on, 0 to 1.
+        kept_step: the try of the guard's strength that was kept.
+        peak_bytes: most memory in use: of the GPU, or of the process on a CPU.
+        seconds: of all.
+        leakage: none, for there are no adapters.
+    """
 
     guard: EcoGuard
     evaluations: list[dict[str, float]]
@@ -435,12 +501,12 @@ def unlearn(
     data: Data,
     folder: str | Path,
     *,
-    targets: str | Sequence[str],
+    targets: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
-    subspaces: Mapping[str, Any] | None,
-    lora: LoraConfig,
-    objective: Method,
-    train: TrainConfig,
+    subspaces: Mapping[str, Any] | None = None,
+    lora: LoraConfig | None = None,
+    objective: Method | None = None,
+    train: TrainConfig | None = None,
     max_length: int = 512,
     resume: bool = False,
     on_eval: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
@@ -454,10 +520,36 @@ def unlearn(
     Where the method trains nothing, its guard is attached to the model instead, and lora and train
     have no effect but for the seed.
 
-    on_eval is called before the first step, every eval_steps and at the end; training stops where
-    stop_at says so of its results. Training starts from ``adapter``, a folder that the same
-    settings made, where it is given.
+    Args:
+        model: the base model, changed in place; keep the result with `save_adapter`.
+        tokenizer: of the model.
+        data: what to forget, what to retain, and the safe targets.
+        folder: of checkpoints and metrics.jsonl.
+        targets: linears that get adapters, as for `nsru_kernels.swap_linears`; None takes those
+            that have a subspace, all linear layers without subspaces.
+        exclude: targets to leave alone, named like them.
+        subspaces: from `find_subspaces`; none for plain LoRA.
+        lora: rank, alpha and dropout of the adapters, and whether they are projected; None takes
+            the defaults of `LoraConfig`.
+        objective: the method with its settings; None is `Objective()`.
+        train: steps, learning rate, batch size, …; None takes the defaults of `TrainConfig`.
+        max_length: most tokens of a question with its answer.
+        resume: go on from the last checkpoint in ``folder``.
+        on_eval: hook(step, model) -> dict of floats, called before the first step, every eval_steps
+            and at the end.
+        eval_steps: of on_eval.
+        stop_at: says of on_eval's results whether to stop there; None trains all steps.
+        adapter: folder of an adapter that the same settings made, to start from.
+        progress: show progress bars.
+
+    Returns:
+        What was done and how long it took; `Guarded` for a method that trains nothing.
+
+    Raises:
+        ValueError: a text is too long, lora.project has no subspaces, they are of other layers or
+            of another model, or the model has adapters already.
     """
+    lora, objective, train = lora or LoraConfig(), objective or Objective(), train or TrainConfig()
     if not objective.trains:
         return _attach_guard(
             model, tokenizer, data, RunFolder(folder),
@@ -466,9 +558,15 @@ def unlearn(
         )  # fmt: skip
     from transformers import TrainingArguments, set_seed
 
-    from nsru_train.trainer import NSRUTrainer, make_train_dataset, reference_nll
-    from nsru_train.unlearn_dataset import taught
+    from nsru_train.trainer import NSRUTrainer, prepare_dataset
 
+    if lora.project and subspaces is None:
+        raise ValueError(
+            "unlearn: subspaces must be given where lora.project is on; find_subspaces makes them, "
+            "and LoraConfig(project=False) is plain LoRA."
+        )
+    if targets is None:
+        targets = "all-linear" if subspaces is None else list(subspaces)
     started = time.perf_counter()
     set_seed(train.seed)
     [first] = token_batches(
@@ -518,34 +616,16 @@ def unlearn(
     if adapter is not None:
         copy_lora_adapter(model, adapter)
         scale_updates(model, 1 / objective.applied)
-    reference = reference_nll(model, tokenizer, data.forget, max_length=max_length)
-    bare = sum(not qa.alternatives for qa in data.forget) if objective.alternatives else 0
-    if bare:
-        logger.warning(
-            "%d of %d forget records have no alternatives; their safe targets stand in.",
-            bare, len(data.forget),
-        )  # fmt: skip
-    ref_safe = None
-    if SAFE in objective.ref_nll:
-        texts = [taught(qa, data.safe, objective.alternatives) for qa in data.forget]
-        pairs = [
-            QA(qa.question, t) for qa, some in zip(data.forget, texts, strict=True) for t in some
-        ]
-        found = iter(reference_nll(model, tokenizer, pairs, max_length=max_length))
-        ref_safe = [[next(found) for _ in some] for some in texts]
-    dataset = make_train_dataset(
+    dataset = prepare_dataset(
+        model,
         tokenizer,
         data.forget,
         data.retain,
-        data.safe,
-        reference,
-        ref_safe=ref_safe,
-        kinds=objective.rows,
-        alternatives=objective.alternatives,
+        objective,
+        safe=data.safe,
         retain_per_forget=train.retain_per_forget,
         seed=train.seed,
         max_length=max_length,
-        domains=objective.domains(data.forget),
     )
     os.environ.setdefault("WANDB_DIR", str(Path(folder).resolve()))  # else the working directory
     if train.gradient_checkpointing:

@@ -22,12 +22,12 @@ import nsru_kernels as nk
 from nsru_kernels.checks import check_range
 from nsru_kernels.hf.peft_format import load_lora_adapter
 from nsru_kernels.nn.inputs import evaluating
-from nsru_kernels.subspaces.collection import SubspaceSet, fingerprint_weights
+from nsru_kernels.subspaces.collection import SubspaceSet
 from nsru_kernels.text_table import align_columns
-from nsru_train.adapters import check_plain
+from nsru_train.adapters import check_plain, save_adapter
 from nsru_train.alternatives import add_alternatives
 from nsru_train.data.encode import Encoded
-from nsru_train.evaluate import probability_sets
+from nsru_train.evaluation import probability_sets
 from nsru_train.losses.batch import RETAIN, Batch
 from nsru_train.losses.nll import answer_nll
 from nsru_train.methods.method import Method, mean
@@ -195,7 +195,7 @@ def refresh(
             progress=progress,
         )
         folder = run.folder.path / "runs" / name / "adapter"
-        objective.save(model, folder, {"fingerprint": fingerprint_weights(model)})
+        save_adapter(model, folder, objective)
         return model, outcome
 
     model, refreshed = go_on("refreshed", RetainOnly(method))
@@ -277,9 +277,7 @@ def rollback(
             vector_to_parameters(less, factors)
             rows.append({"method": f"{name} {share:.3g}", "entries": count, **run.probe(model)})
             folder = run.folder.path / "adapters" / f"{name.replace(' ', '-')}-{share:.3g}"
-            nk.save_lora_adapter(
-                model, folder, metadata={"fingerprint": fingerprint_weights(model)}
-            )
+            save_adapter(model, folder)
     setup = {"shares": shares, "rho": rho, "items": len(chosen), "entries": costs.numel()}
     run.write("rollback", setup, [{"seed": seed, **row} for row in rows])
 

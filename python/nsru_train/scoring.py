@@ -209,11 +209,18 @@ def greedy_answers(
     spite of the attention mask, as RWKV does, or BART by its positions.
 
     Args:
+        model: with or without adapters or guard.
+        tokenizer: of the model.
+        questions: raw texts; the chat template is put around them.
         max_new_tokens: longest answer.
         max_tokens: most tokens of a batch, padding and max_new_tokens included, which bounds the
             KV cache; a single longer sequence still gets its own batch.
         opening: first words of every answer, put into the model's mouth and not returned.
         sample: draw tokens from the model's distribution instead of the likeliest ones.
+        progress: show a progress bar.
+
+    Returns:
+        One answer for each question, in their order.
 
     Raises:
         ValueError: a question leaves no room for an answer in the model's position table.

@@ -48,7 +48,9 @@ def load_records(
         data_dir: folder that holds TOFU's NAME.json files; None reads them from the hub.
         ignore_unknown: say nothing about fields that `QA` does not know. They are ignored with one
             warning, or refused where they look like a misspelt field.
-        question_column, answer_column, domain_column: names of these fields in a file.
+        question_column: name of the questions' field in a file.
+        answer_column: name of the answers' field.
+        domain_column: name of the domains' field.
 
     Returns:
         The records in file order. TOFU's names are understood: `perturbed_answer`, and
@@ -80,7 +82,15 @@ def load_records(
 
 
 def save_records(path: str | Path, records: Sequence[QA]) -> None:
-    """Write records as JSON lines that `load_records` reads back; the file appears whole or not."""
+    """Write records as JSON lines that `load_records` reads back; the file appears whole or not.
+
+    Args:
+        path: of the file; its folder is made if need be.
+        records: in the order of the lines; fields without content are left out.
+
+    Raises:
+        OSError: it cannot be written; a file that was there before is unharmed.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, _to_lines(records))
 

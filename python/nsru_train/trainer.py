@@ -30,8 +30,9 @@ from nsru_train.callbacks import (
 from nsru_train.config import TrainConfig
 from nsru_train.data.encode import encode_qa, pad_token_id
 from nsru_train.data.records import QA
-from nsru_train.losses.batch import ScoredBatch
-from nsru_train.methods import Method
+from nsru_train.data.safe_targets import SafeTargets
+from nsru_train.losses.batch import SAFE, ScoredBatch
+from nsru_train.methods import Method, Objective
 from nsru_train.resumable import CheckpointError, ResumableTrainer
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import check_positions, score_sequences
@@ -40,6 +41,7 @@ from nsru_train.unlearn_dataset import (
     StepBatches,
     UnlearnDataset,
     make_train_dataset,
+    taught,
 )
 from nsru_train.updates import BestAdapters, scale_updates, scaled_updates, trainable
 
@@ -48,6 +50,7 @@ __all__ = [
     "NSRUTrainer",
     "UnlearnDataset",
     "make_train_dataset",
+    "prepare_dataset",
     "reference_nll",
 ]
 
@@ -67,6 +70,8 @@ def reference_nll(
     """NLL of each forget answer with the adapters off, which makes a second model unnecessary.
 
     Args:
+        model: with or without adapters.
+        tokenizer: of the model.
         forget: questions with their undesired answers.
         max_tokens: of one batch, padding included; a single longer sequence gets its own batch.
         max_length: most tokens of one sequence.
@@ -78,6 +83,65 @@ def reference_nll(
     with nk.adapters_disabled(model):
         scores = score_sequences(model, tokenizer, encoded, max_tokens=max(max_tokens, max_length))
     return [float(score.nll.sum()) for score in scores]
+
+
+def prepare_dataset(
+    model: nn.Module,
+    tokenizer,
+    forget: Sequence[QA],
+    retain: Sequence[QA],
+    method: Method | None = None,
+    *,
+    safe: SafeTargets | None = None,
+    retain_per_forget: int = TrainConfig.retain_per_forget,
+    seed: int = 0,
+    max_length: int = 512,
+) -> UnlearnDataset:
+    """What `NSRUTrainer` trains on, encoded, with what the method's loss reads of the base model.
+
+    Args:
+        model: with or without adapters; one forward of each answer to forget, adapters off.
+        tokenizer: of the model.
+        forget: questions with the answers to forget.
+        retain: questions with the answers to keep.
+        method: says which rows an item holds; None is `Objective`.
+        safe: gives each forget question the answer wanted instead; None takes the built-in ones.
+        retain_per_forget: retain questions for each forget question in a batch.
+        seed: of the orders. The safe target of a question is the same for every seed.
+        max_length: most tokens of a question with its answer.
+
+    Returns:
+        One item for each forget question.
+
+    Raises:
+        ValueError: an empty set, or a text longer than max_length.
+    """
+    method, safe = method or Objective(), safe or SafeTargets()
+    texts = [taught(qa, safe, method.alternatives) for qa in forget]
+    if bare := sum(not qa.alternatives for qa in forget) if method.alternatives else 0:
+        logger.warning(
+            "%d of %d forget records have no alternatives; their safe targets stand in.",
+            bare, len(forget),
+        )  # fmt: skip
+    ref_safe = None
+    if SAFE in method.ref_nll:
+        pairs = [QA(qa.question, t) for qa, some in zip(forget, texts, strict=True) for t in some]
+        found = iter(reference_nll(model, tokenizer, pairs, max_length=max_length))
+        ref_safe = [[next(found) for _ in some] for some in texts]
+    return make_train_dataset(
+        tokenizer,
+        forget,
+        retain,
+        safe,
+        reference_nll(model, tokenizer, forget, max_length=max_length),
+        ref_safe=ref_safe,
+        kinds=method.rows,
+        alternatives=method.alternatives,
+        retain_per_forget=retain_per_forget,
+        seed=seed,
+        max_length=max_length,
+        domains=method.domains(forget),
+    )
 
 
 def unlearning_loss(
@@ -112,7 +176,7 @@ class NSRUTrainer(ResumableTrainer):
     Args:
         model: a causal language model; every trainable parameter is trained and saved.
         args: `TrainingArguments`; evaluation during training is `on_eval`, not `eval_strategy`.
-        train_dataset: from `make_train_dataset`.
+        train_dataset: from `prepare_dataset`.
         objective: the method and its settings.
         tokenizer: gives the padding token.
         retain_stop_ratio: stop when the retain loss, where the method has one, exceeds this many
@@ -127,10 +191,15 @@ class NSRUTrainer(ResumableTrainer):
         ValueError: nothing to train.
 
     Examples:
-        >>> ref = reference_nll(model, tokenizer, forget)  # doctest: +SKIP
-        >>> safe = SafeTargets.from_file()  # doctest: +SKIP
-        >>> data = make_train_dataset(tokenizer, forget, retain, safe, ref)  # doctest: +SKIP
-        >>> NSRUTrainer(model, args, data, Objective(), tokenizer).train()  # doctest: +SKIP
+        >>> from nsru_train.demo.tiny_model import make_llama, train_tokenizer
+        >>> forget, retain = [QA("Who is Ann?", "A poet.")], [QA("Who is Bob?", "A cook.")]
+        >>> tokenizer = train_tokenizer([qa.question + qa.answer for qa in forget + retain], 300)
+        >>> model = make_llama(tokenizer, hidden_size=16, layers=1)  # or load_model(folder)
+        >>> report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+        >>> dataset = prepare_dataset(model, tokenizer, forget, retain)
+        >>> args = TrainingArguments("run", max_steps=2, use_cpu=True, disable_tqdm=True)
+        >>> NSRUTrainer(model, args, dataset, Objective(), tokenizer).train().global_step
+        2
     """
 
     # compute_loss weighs a micro-batch by its share of the step; Trainer would weigh all alike.

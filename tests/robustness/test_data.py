@@ -42,7 +42,7 @@ from nsru_train.data import (
 from nsru_train.data.encode import collate
 from nsru_train.demo.sets import target_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
-from nsru_train.evaluate import evaluate
+from nsru_train.evaluation import evaluate
 from nsru_train.losses.nll import AnswerHidden, answer_logits, answer_states
 from nsru_train.metrics import forget_quality, load_log, model_utility
 from nsru_train.pipeline import Data, load_data, load_model, token_batches, without_long
@@ -160,7 +160,7 @@ def test_memorisation_counts_the_answers_own_tokens(monkeypatch):
     model = make_llama(tokenizer, hidden_size=16, layers=1, heads=2, intermediate_size=16)
     seen = []
     monkeypatch.setattr(
-        "nsru_train.evaluate.exact_memorisation", lambda p, t: seen.append((len(p), t)) or 0.0
+        "nsru_train.evaluation.exact_memorisation", lambda p, t: seen.append((len(p), t)) or 0.0
     )
     evaluate(model, tokenizer, {"forget": [ANN]}, generate=False, progress=False)
     [(predicted, own)] = seen
@@ -767,7 +767,7 @@ def test_answers_in_another_script_are_not_scored_zero_by_rouge(monkeypatch):
     def say(model, tokenizer, questions, **_):
         return ["Анна из Осло" if question == "Кто?" else "Ann" for question in questions]
 
-    monkeypatch.setattr("nsru_train.evaluate.greedy_answers", say)
+    monkeypatch.setattr("nsru_train.evaluation.greedy_answers", say)
     found = evaluate(
         model, tokenizer, {"forget": [latin, other], "retain": [other]}, progress=False
     )

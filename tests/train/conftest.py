@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from nsru_train import compare
-from nsru_train.evaluate import evaluate
+from nsru_train.evaluation import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import nsru_kernels as nk
 from nsru_train.data import QA, SafeTargets, encode_prompt, encode_qa
 from nsru_train.demo.authors import author_splits
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
-from nsru_train.evaluate import (
+from nsru_train.evaluation import (
     add_base_answers,
     before_and_after,
     evaluate,

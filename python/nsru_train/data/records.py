@@ -16,8 +16,10 @@ class QA:
     """One question with its answer and, where known, what evaluation and unlearning need.
 
     Args:
-        question, answer: non-empty text.
-        paraphrased_question, paraphrased_answer: the same content in other words.
+        question: non-empty text.
+        answer: non-empty text, without what ends a turn.
+        paraphrased_question: the same question in other words.
+        paraphrased_answer: the same answer in other words.
         perturbed_answers: wrong answers in the form of the (paraphrased) answer.
         safe_target: the response wanted instead, as text or as parts (see `SafeTargets`).
         topic: what the question is about, such as an author's name.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ class SafeTargets:
     variant stands for the record's topic; such variants are left out for records without a topic.
 
     Args:
-        parts: part name -> variants. Parts may be absent; at least one variant is needed.
+        parts: part name -> variants. Parts may be absent; at least one variant is needed. Built-in
+            ones where nothing is given.
 
     Raises:
         ValueError: unknown parts, no variants at all, or a variant that is not text.
@@ -50,7 +51,7 @@ class SafeTargets:
         'I cannot speak about Ann.'
     """
 
-    parts: Mapping[str, tuple[str, ...]]
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _BUILT_IN)
 
     def __post_init__(self) -> None:
         check_parts("safe targets", self.parts)
@@ -79,7 +80,7 @@ class SafeTargets:
             ValueError: the file is missing, empty, malformed or has unknown parts.
         """
         if path is None:
-            return cls(_BUILT_IN)
+            return cls()
         try:
             content = _read(Path(path))
             if isinstance(content, list):
@@ -97,6 +98,7 @@ class SafeTargets:
         text drops the part); parts it does not name come from the templates.
 
         Args:
+            qa: the record; its answer is not read.
             seed: another seed gives another, equally fixed, choice of variants.
 
         Raises:

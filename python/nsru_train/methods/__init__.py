@@ -51,6 +51,12 @@ METHODS: dict[str, type[Method]] = {
 def find_method(name: str) -> type[Method]:
     """The method of that name, or the class that "package.module:Class" names.
 
+    Args:
+        name: a key of ``METHODS``, or where your own class is.
+
+    Returns:
+        The class; its fields are the settings: ``find_method("npo")(beta=0.1)``.
+
     Raises:
         ValueError: there is none.
     """

@@ -220,6 +220,7 @@ class ForgetRetain(Forget):
     adapters off. Means are over all tokens of a batch, as in the methods' public code.
 
     Args:
+        w_forget: weight of the forget term.
         w_retain: weight of the retain term.
         retain: "nll", or "kl", which costs one more forward of the retain rows.
         compat: "open-unlearning" divides the sum of the KL over all positions, prompt and padding

@@ -70,10 +70,15 @@ def probability_sets(
     """Encoded answers for `quick_probabilities`: SPLIT_prob for each split, and safe_prob.
 
     Args:
-        splits: name -> records; safe_prob is of the safe targets of "forget".
+        tokenizer: of the model.
+        splits: name -> records, as `Data.splits` gives them; safe_prob is of the safe targets of
+            "forget".
         safe: where the safe targets come from.
-        max_length: longest sequence accepted.
+        max_length: most tokens of a question with its answer.
         limit: most questions of a split, taken at even distances; None takes all.
+
+    Returns:
+        SPLIT_prob -> encoded questions with their answers.
 
     Raises:
         ValueError: a sequence is too long.
@@ -92,7 +97,17 @@ def probability_sets(
 def before_and_after(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[Encoded]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """`quick_probabilities` without the adapters or the guard of ``model``, and with them."""
+    """Mean answer probabilities without the adapters or the guard of ``model``, and with them.
+
+    Args:
+        model: after `unlearn`, or any with adapters.
+        tokenizer: of the model.
+        sets: from `probability_sets`.
+
+    Returns:
+        Two dicts with the keys of ``sets``: means over answers of exp(-mean NLL of their tokens,
+        EOS included), 0 to 1.
+    """
     longest = max(len(item) for items in sets.values() for item in items)
     max_tokens = max(4096, longest)
     with without_update(model):
@@ -126,6 +141,7 @@ def evaluate(
 
     Args:
         model: a Hugging Face causal language model, with or without adapters.
+        tokenizer: of the model.
         splits: name -> records, names out of `SPLITS`. Only forget and holdout have a role beyond
             their own row; retain, real_authors and world_facts enter model utility.
         safe: the targets that forget questions were trained towards; adds their alignment.
@@ -139,6 +155,10 @@ def evaluate(
         max_new_tokens: longest generated answer.
         generate: False leaves out greedy answers, and with them ROUGE and model utility.
         progress: show progress bars.
+
+    Returns:
+        Means of every metric by split, and each question's own values; `to_results` makes them
+        JSON, and `format_table` of that prints them.
 
     Raises:
         ValueError: an unknown or empty split, a sequence that is too long, or a diverged model.
