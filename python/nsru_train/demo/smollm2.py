@@ -2,7 +2,7 @@
 
     python -m nsru_train.demo.smollm2 --out runs/smollm2 --data-dir FOLDER
 
-OUT/base is the instruction-tuned model; OUT/target knows twelve authors by heart, two of them to
+OUT/base is the instruction-tuned model, and all that --base-only makes; OUT/target knows twelve authors by heart, two of them to
 forget, and has its questions in OUT/target/data, as `nsru demo --model OUT/target` reads them. A
 killed run goes on from its last checkpoint.
 """
@@ -13,6 +13,7 @@ import argparse
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,14 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--data-dir", help="folder with TOFU's files; none takes them from the hub")
+    parser.add_argument("--base-only", action="store_true", help="no target, which needs TOFU")
     args = parser.parse_args()
-    groups = tofu_groups(args.data_dir)
+    groups = {} if args.base_only else tofu_groups(args.data_dir)
     if not (args.out / "base" / "config.json").exists():
         make_base(args.out)
+    if args.base_only:
+        print(f"{args.out}/base is there; next: sh examples/unlearn_cli.sh {args.out}/base")
+        return
     train_target(args.out, groups)
     print(f"next: nsru demo --model {args.out}/target --out runs/smollm2-demo")
 
@@ -67,7 +72,12 @@ def make_base(out: Path) -> None:
 
     The weights were quantised to four bits: fine to learn and to forget with, but not SmolLM2's
     own figures.
+
+    Raises:
+        ImportError: no gguf package, which transformers reads the file by.
     """
+    if find_spec("gguf") is None:
+        raise ImportError("The model comes as a GGUF file: pip install 'gguf>=0.17'")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     wheels = out / "wheel"

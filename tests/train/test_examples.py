@@ -1,0 +1,124 @@
+"""The scripts of examples/ run as their docstrings say, on a tiny model that knows the questions."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from samples import make_tokenizer
+
+from nsru_train.cli import main
+from nsru_train.demo.tiny_model import make_llama, memorise
+from nsru_train.sources import load_records
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+SETS = ("forget", "retain", "retain_unseen")
+
+pytestmark = pytest.mark.usefixtures("module_without_figures")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder in place of SmolLM2's."""
+    folder = tmp_path_factory.mktemp("model")
+    records = [qa for name in SETS for qa in load_records(EXAMPLES / "paris" / f"{name}.jsonl")]
+    tokenizer = make_tokenizer(records, 600)
+    tiny = make_llama(tokenizer, hidden_size=64, layers=1, intermediate_size=128)
+    quick = {"epochs": 80, "lr": 5e-3, "target_nll": 0.03, "batch_size": 16, "progress": False}
+    assert memorise(tiny, tokenizer, records, **quick)["reached"]
+    for part in (tiny, tokenizer):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def run_script(monkeypatch, capsys, name, *arguments):
+    """What the script prints."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    monkeypatch.syspath_prepend(EXAMPLES)  # as Python does for a script
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """The run of the shell script, with an `nsru` of this checkout."""
+    folder = tmp_path_factory.mktemp("cli")
+    nsru = folder / "nsru"
+    nsru.write_text(f'#!/bin/sh\nexec {sys.executable} -m nsru_train.cli "$@"\n')
+    nsru.chmod(0o755)
+    subprocess.run(
+        ["sh", EXAMPLES / "unlearn_cli.sh", model, folder / "run", "--train.lr", "5e-3"],
+        env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"},
+        check=True,
+    )
+    return folder / "run"
+
+
+def forgets(row_before, row_after):
+    assert row_before["forget_prob"] > 0.9
+    assert row_after["forget_prob"] < 0.1
+    assert row_after["retain_prob"] > 0.8
+
+
+def test_the_command_line(run):
+    forgets(*json.loads((run / "results.json").read_text())["methods"])
+    metrics = json.loads((run / "eval" / "results.json").read_text())["metrics"]
+    assert metrics["retain_unseen"]["count"] == 12
+    assert metrics["forget"]["reworded_probability"] < 0.5
+
+
+def test_export_and_serve(run, monkeypatch, capsys):
+    printed = run_script(monkeypatch, capsys, "export_and_serve.py", run)
+    found = {
+        name: float(difference)
+        for name, difference in re.findall(r"^  (\w+) +logits differ .*? by (\S+)", printed, re.M)
+    }
+    assert found.pop("base") > 0.1
+    assert found.keys() == {"PEFT", "transformers", "merged"}
+    assert max(found.values()) < 1e-3
+
+
+def test_python(model, monkeypatch, capsys, tmp_path):
+    given = ("--model", model, "--out", tmp_path, "--lr", "5e-3")
+    printed = run_script(monkeypatch, capsys, "unlearn_python.py", *given)
+    (before, after) = (
+        {f"{name}_prob": float(numbers[i]) for name, *numbers in found}
+        for found in [re.findall(r"^  (\w+)_prob +(\S+) -> (\S+)$", printed, re.M)]
+        for i in (0, 1)
+    )
+    forgets(before, after)
+    assert "before: The capital of France is Paris." in printed
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_own_method(model, monkeypatch, capsys, tmp_path):
+    flags = (f"--model.path={model}", f"--out={tmp_path}", "--train.lr=2e-3")
+    run_script(monkeypatch, capsys, "own_method.py", *flags, "--objective.ceiling=4")
+    before, after = json.loads((tmp_path / "results.json").read_text())["methods"]
+    assert after["method"] == "Ceiling projected"
+    assert after["forget_prob"] < 0.5 * before["forget_prob"]
+    assert after["retain_prob"] > 2 * after["forget_prob"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert -4 <= min(line["forget"] for line in lines if "forget" in line) < -2, "up to the ceiling"
+
+
+def test_compare(model, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    config = EXAMPLES / "compare.yaml"
+    flags = (f"--model.path={model}", f"--out={tmp_path}", "--lrs=[5e-3]", "--examples=1")
+    main(["compare", f"--config={config}", *flags])
+    rows = json.loads((tmp_path / "results.json").read_text())["methods"]
+    wanted = yaml.safe_load(config.read_text())["methods"]
+    assert [row["method"] for row in rows] == ["before", *wanted]
+
+
+def test_the_table_names_every_script():
+    table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh", ".yaml")}
+    assert {name for name in scripts if f"`{name}`" not in table and name not in table} == set()
