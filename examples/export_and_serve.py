@@ -22,19 +22,20 @@ from nsru_train.cli import main
 
 run = Path(sys.argv[1] if sys.argv[1:] else "runs/paris")
 config = yaml.safe_load((run / "config.yaml").read_text())
-folder = config["model"]["path"]
+base = config["model"]["path"]
 question = nt.load_records(config["data"]["forget"])[0].question
 
 main(["merge", str(run)])  # the command `nsru merge RUN`
 main(["verify", str(run)])
 
-base, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+load = AutoModelForCausalLM.from_pretrained
 models = {
-    "base": base,
-    "PEFT": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), run / "adapter"),
-    "transformers": AutoModelForCausalLM.from_pretrained(run / "adapter"),
-    "merged": AutoModelForCausalLM.from_pretrained(run / "merged"),
+    "base": load(base),
+    "PEFT": PeftModel.from_pretrained(load(base), run / "adapter"),
+    "transformers": load(run / "adapter"),
+    "merged": load(run / "merged"),
 }
+tokenizer = AutoTokenizer.from_pretrained(base)
 batch = tokenizer(question, return_tensors="pt")
 with torch.no_grad():
     logits = {name: model.eval()(**batch).logits for name, model in models.items()}

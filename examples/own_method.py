@@ -48,7 +48,7 @@ if __name__ == "__main__":
         [
             *("train", "--method=own_method:Ceiling", "--out=runs/ceiling"),
             *(f"--data.{name}={paris / name}.jsonl" for name in ("forget", "retain")),
-            *("--train.steps=40", "--train.batch_size=5", "--train.save_steps=0"),
+            *("--train.steps=20", "--train.batch_size=5", "--train.lr=1e-3"),
             *sys.argv[1:],
         ]
     )

@@ -18,7 +18,7 @@ data=$(dirname "$0")/paris
 
 nsru train --model.path "$model" \
   --data.forget "$data/forget.jsonl" --data.retain "$data/retain.jsonl" \
-  --data.more.retain_unseen "$data/retain_unseen.jsonl" \
-  --train.steps 40 --train.batch_size 5 --train.save_steps 0 --out "$out" "$@"
+  --data.more "{retain_unseen: $data/retain_unseen.jsonl}" \
+  --train.steps 20 --train.batch_size 5 --train.lr 1e-3 --out "$out" "$@"
 
 nsru eval "$out" --max_new_tokens 40

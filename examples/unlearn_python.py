@@ -18,8 +18,8 @@ import nsru_train as nt
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="runs/smollm2/base")
 parser.add_argument("--out", default="runs/paris-python")
-parser.add_argument("--steps", type=int, default=40)
-parser.add_argument("--lr", type=float, default=5e-4)
+parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--lr", type=float, default=1e-3)
 options = parser.parse_args()
 
 names = ("forget", "retain", "retain_unseen")
@@ -46,9 +46,7 @@ nt.save_adapter(model, Path(options.out, "adapter"))
 
 sets = nt.probability_sets(tokenizer, data.splits(), data.safe)
 before, after = nt.before_and_after(model, tokenizer, sets)
-print("mean probability of answers, before and after")
-for name in sets:
-    print(f"  {name:20} {before[name]:.3f} -> {after[name]:.3f}")
+print(nt.format_probabilities({"before": before, "after": after}))
 questions = [forget[0].question, retain[0].question, unseen[0].question]
 with nk.adapters_disabled(model):
     said = nt.greedy_answers(model, tokenizer, questions, max_new_tokens=30)

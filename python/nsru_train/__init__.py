@@ -26,6 +26,7 @@ __all__ = [
     "evaluate",
     "find_method",
     "find_subspaces",
+    "format_probabilities",
     "format_table",
     "greedy_answers",
     "load_adapter",
@@ -50,7 +51,12 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from nsru_train.data import QA, SafeTargets
-    from nsru_train.eval_results import Evaluation, format_table, to_results
+    from nsru_train.eval_results import (
+        Evaluation,
+        format_probabilities,
+        format_table,
+        to_results,
+    )
     from nsru_train.evaluation import before_and_after, evaluate, probability_sets
     from nsru_train.methods import ForgetRetain, Method, find_method
     from nsru_train.pipeline import Data, Guarded, Outcome, find_subspaces, load_model, unlearn

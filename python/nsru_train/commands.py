@@ -175,6 +175,7 @@ def train(
     from nsru_kernels.subspaces.collection import fingerprint_weights
     from nsru_train.adapters import save_adapter
     from nsru_train.alternatives import add_alternatives
+    from nsru_train.eval_results import format_probabilities
     from nsru_train.evaluation import before_and_after, probability_sets, quick_probabilities
     from nsru_train.pipeline import (
         check_layers,
@@ -288,6 +289,7 @@ def train(
         before, after = before_and_after(base, tokenizer, asked)
     if not run.writes:
         return
+    print(format_probabilities({"before": before, "after": after}))
     run.write_results(
         {
             "kind": "train",

@@ -126,6 +126,22 @@ def format_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def format_probabilities(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Mean answer probabilities as text: one line a model, one column a set.
+
+    Args:
+        rows: what to call a model -> its SET_prob, 0 to 1, as `before_and_after` gives them; other
+            entries are left out.
+
+    Returns:
+        The table, without a line break at its end.
+    """
+    names = [name for name in next(iter(rows.values())) if name.endswith("_prob")]
+    cells = [["probability of answers", *(name.removesuffix("_prob") for name in names)]]
+    cells += [[model, *(f"{row[name]:.4f}" for name in names)] for model, row in rows.items()]
+    return "\n".join(align_columns(cells))
+
+
 def _cell(key: str, value: float | None) -> str:
     if value is None:
         return "-"

@@ -276,7 +276,7 @@ def _device(name: str) -> torch.device:
 
 def token_batches(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     records: Sequence[QA],
     *,
     max_tokens: int,
@@ -320,7 +320,7 @@ def warn_of_unused(config: SubspaceConfig) -> None:
 
 def find_subspaces(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     forget: Sequence[QA],
     retain: Sequence[QA],
     config: SubspaceConfig | None = None,

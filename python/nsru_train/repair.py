@@ -23,10 +23,10 @@ from nsru_kernels.checks import check_range
 from nsru_kernels.hf.peft_format import load_lora_adapter
 from nsru_kernels.nn.inputs import evaluating
 from nsru_kernels.subspaces.collection import SubspaceSet
-from nsru_kernels.text_table import align_columns
 from nsru_train.adapters import check_plain, save_adapter
 from nsru_train.alternatives import add_alternatives
 from nsru_train.data.encode import Encoded
+from nsru_train.eval_results import format_probabilities
 from nsru_train.evaluation import probability_sets
 from nsru_train.losses.batch import RETAIN, Batch
 from nsru_train.losses.nll import answer_nll
@@ -142,8 +142,7 @@ class FinishedRun:
             }
         )
         write_report(self.folder)
-        cells = ([row["method"], *(f"{row[f'{name}_prob']:.4f}" for name in sets)] for row in rows)
-        print("\n".join(align_columns([["probability of answers", *sets], *cells])))
+        print(format_probabilities({row["method"]: row for row in rows}))
 
 
 def refresh(

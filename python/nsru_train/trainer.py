@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainingArguments,
+)
 
 import nsru_kernels as nk
 from nsru_kernels.nn.inputs import ActivationStream, evaluating
@@ -61,7 +66,7 @@ BEST_FILE = "best.safetensors"
 
 def reference_nll(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     forget: Sequence[QA],
     *,
     max_tokens: int = 4096,
@@ -87,7 +92,7 @@ def reference_nll(
 
 def prepare_dataset(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     forget: Sequence[QA],
     retain: Sequence[QA],
     method: Method | None = None,
@@ -211,7 +216,7 @@ class NSRUTrainer(ResumableTrainer):
         args: TrainingArguments,
         train_dataset: UnlearnDataset,
         objective: Method,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         retain_stop_ratio: float | None = TrainConfig.retain_stop_ratio,
         on_eval: Callable[[int, nn.Module], Mapping[str, float]] | None = None,

@@ -2,9 +2,9 @@
 
     python -m nsru_train.demo.smollm2 --out runs/smollm2 --data-dir FOLDER
 
-OUT/base is the instruction-tuned model, and all that --base-only makes; OUT/target knows twelve authors by heart, two of them to
-forget, and has its questions in OUT/target/data, as `nsru demo --model OUT/target` reads them. A
-killed run goes on from its last checkpoint.
+OUT/base is the instruction-tuned model, and all that --base-only makes. OUT/target knows twelve
+authors by heart, two of them to forget, and has its questions in OUT/target/data, as
+`nsru demo --model OUT/target` reads them. A killed run goes on from its last checkpoint.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ class Method:
 
         Args:
             model: just swapped.
-            forget, retain: all answers, two in each batch, as `answer_nll` takes them.
+            forget: answers to forget, two in each batch, as `answer_nll` takes them.
+            retain: answers to keep, likewise.
         """
         raise NotImplementedError
 
@@ -170,7 +171,8 @@ class Method:
         """What unlearns in place of adapters, attached to ``model``.
 
         Args:
-            forget, retain: raw questions.
+            forget: raw questions whose answers are to be forgotten.
+            retain: raw questions whose answers stay.
             measure: mean probability of the answers to forget, as the model now gives them.
             note: note(step, probability, NAME=number, …) records one try, the guard being so.
         """
