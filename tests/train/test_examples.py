@@ -1,5 +1,6 @@
 """The scripts of examples/ run as they are, on a tiny model that knows the questions."""
 
+import contextlib
 import json
 import os
 import re
@@ -61,11 +62,12 @@ def called(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    """The run of the shell script."""
+    """The run of the shell script, with what was printed beside it."""
     folder = tmp_path_factory.mktemp("cli")
-    for program, *arguments in called(folder, model, folder / "run", "--train.lr", "4e-3"):
-        assert program == "nsru"
-        main(arguments)
+    with (folder / "printed").open("w") as printed, contextlib.redirect_stdout(printed):
+        for program, *arguments in called(folder, model, folder / "run", "--train.lr", "4e-3"):
+            assert program == "nsru"
+            main(arguments)
     return folder / "run"
 
 
@@ -84,7 +86,12 @@ def test_the_shell_script_gets_the_default_model_first(tmp_path):
 
 
 def test_the_command_line(run):
-    forgets(*json.loads((run / "results.json").read_text())["methods"])
+    rows = json.loads((run / "results.json").read_text())["methods"]
+    forgets(*rows)
+    printed = (run.parent / "printed").read_text()
+    for name, row in zip(("before", "after"), rows, strict=True):
+        shown = [f"{row[f'{part}_prob']:.4f}" for part in (*SETS, "safe")]
+        assert re.search(rf"^{name} +{' +'.join(shown)}$", printed, re.MULTILINE)
     metrics = json.loads((run / "eval" / "results.json").read_text())["metrics"]
     assert metrics["retain_unseen"]["count"] == 12
     assert metrics["forget"]["reworded_probability"] < 0.5
