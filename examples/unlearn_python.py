@@ -2,9 +2,12 @@
 
     python examples/unlearn_python.py [--model MODEL] [--out OUT]
 
-The questions and the model are those of unlearn_cli.sh, which says how to get the model. Whoever
-needs no trainer of his own writes `nt.unlearn(model, tokenizer, data, out, subspaces=subspaces)` in
-place of what stands between the two blank lines around "train".
+Questions and model are those of unlearn_cli.sh, which says what they are and how to get the model.
+In place of swap_linears, TrainingArguments and NSRUTrainer the one call
+
+    nt.unlearn(model, tokenizer, data, options.out, subspaces=subspaces, train=nt.TrainConfig(…))
+
+does the same, for every method and with the settings of the command line.
 """
 
 import argparse
@@ -18,14 +21,15 @@ import nsru_train as nt
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="runs/smollm2/base")
 parser.add_argument("--out", default="runs/paris-python")
-parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--steps", type=int, default=24)
 parser.add_argument("--lr", type=float, default=1e-3)
 options = parser.parse_args()
 
 names = ("forget", "retain", "retain_unseen")
 folder = Path(__file__).parent / "paris"
 forget, retain, unseen = (nt.load_records(folder / f"{name}.jsonl") for name in names)
-data = nt.Data(forget, retain, {"retain_unseen": unseen})
+safe = nt.SafeTargets.from_file(folder / "safe_targets.txt")  # what to answer instead
+data = nt.Data(forget, retain, {"retain_unseen": unseen}, safe)
 model, tokenizer = nt.load_model(options.model)
 
 subspaces = nt.find_subspaces(model, tokenizer, forget, retain)
@@ -40,11 +44,11 @@ arguments = TrainingArguments(
     save_strategy="no",
     report_to="none",
 )
-dataset = nt.prepare_dataset(model, tokenizer, forget, retain)
+dataset = nt.prepare_dataset(model, tokenizer, forget, retain, safe=safe)
 nt.NSRUTrainer(model, arguments, dataset, nt.Objective(), tokenizer).train()
 nt.save_adapter(model, Path(options.out, "adapter"))
 
-sets = nt.probability_sets(tokenizer, data.splits(), data.safe)
+sets = nt.probability_sets(tokenizer, data.splits(), safe)
 before, after = nt.before_and_after(model, tokenizer, sets)
 print(nt.format_probabilities({"before": before, "after": after}))
 questions = [forget[0].question, retain[0].question, unseen[0].question]
