@@ -145,12 +145,11 @@ def _one_alpha(modules: Mapping[str, NSRULinear]) -> float:
 
 
 def _config(model: nn.Module, modules: dict[str, NSRULinear], alpha: float) -> dict[str, Any]:
-    first = next(iter(modules.values()))
-    config, experts = getattr(model, "config", None), _of_experts(modules)
+    first, experts = next(iter(modules.values())), _of_experts(modules)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
-        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "base_model_name_or_path": _base_name(model),
         "inference_mode": True,
         "r": first.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -166,6 +165,13 @@ def _config(model: nn.Module, modules: dict[str, NSRULinear], alpha: float) -> d
         "use_dora": False,
         "modules_to_save": None,
     }
+
+
+def _base_name(model: nn.Module) -> str | None:
+    """Hub id of a model, also of one from a snapshot in the hub's cache; else its folder."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
+    snapshot = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$", name)
+    return snapshot[1].replace("--", "/", 1) if snapshot else name or None
 
 
 def _of_experts(modules: Mapping[str, nn.Module]) -> list[str]:

@@ -138,6 +138,23 @@ def test_load_gives_the_same_model_and_can_be_saved_again(base, llama, tmp_path)
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("org/name", "org/name"),
+        ("/home/me/.cache/huggingface/hub/models--org--na--me/snapshots/0123abcd", "org/na--me"),
+        ("/data/models/name", "/data/models/name"),
+        ("", None),
+    ],
+)
+def test_the_base_is_named_by_its_hub_id_where_there_is_one(base, tmp_path, name, said):
+    base.config._name_or_path = name
+    nk.save_lora_adapter(adapt(base, ["v_proj"], alpha=16.0), tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == said
+    assert (type(config["lora_alpha"]), config["lora_alpha"]) == (int, 16)
+
+
 def test_an_alpha_of_each_module_goes_the_way_to_disk_and_back(base, llama, tmp_path):
     adapted = adapt(base, alpha_pattern={"model.layers.1.mlp.up_proj": 30.0})
     nk.save_lora_adapter(adapted, tmp_path)
