@@ -94,15 +94,15 @@ class NSRUWrappedLinear(NSRULinear):
     @torch.no_grad()
     def merged_linear(self, dtype: torch.dtype) -> nn.Module:
         """base_layer where its own weight can take the update, else an ``nn.Linear`` in dtype."""
-        w_NK, bias_N = affine_map(self.base_layer)
-        merged = finite_weight(self.delta_weight().add_(w_NK).to(self.dtype))
+        w_NK, bias_N = affine_map(self.base_layer, dtype)
+        merged = self.delta_weight().add_(w_NK)
         own = getattr(self.base_layer, "weight", None)
         if type(own) is nn.Parameter and own.is_floating_point():
             for view_NK in (own.data, own.data.T):
                 if view_NK.shape == w_NK.shape and torch.equal(view_NK, w_NK.to(own.dtype)):
-                    view_NK.copy_(merged)
+                    view_NK.copy_(finite_weight(merged.to(own.dtype)))
                     return self.base_layer
-        return _linear_like(self.base_layer, merged, bias_N, dtype)
+        return _linear_like(self.base_layer, finite_weight(merged.to(dtype)), bias_N, dtype)
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
@@ -169,10 +169,10 @@ def why_not_linear(module: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def affine_map(module: nn.Module) -> tuple[Tensor, Tensor]:
+def affine_map(module: nn.Module, model_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(W [N, K], b [N]) of a layer that computes x Wᵀ + b, read off its outputs, in its dtype."""
     k, _ = linear_sizes(module)
-    device, dtype = place_of(module)
+    device, dtype = place_of(module, model_dtype)
     bias_N = module(torch.zeros(1, k, device=device, dtype=dtype))[0]
     own: Any = getattr(module, "bias", None)
     kept = own.detach().clone() if isinstance(own, Tensor) else None
@@ -192,7 +192,7 @@ def affine_map(module: nn.Module) -> tuple[Tensor, Tensor]:
 
 def dense_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
     """An ``nn.Linear`` in ``dtype`` of what a layer that computes x Wᵀ + b computes; frozen."""
-    return _linear_like(module, *affine_map(module), dtype)
+    return _linear_like(module, *affine_map(module, dtype), dtype)
 
 
 @torch.no_grad()
@@ -205,10 +205,20 @@ def _linear_like(module: nn.Module, w_NK: Tensor, bias_N: Tensor, dtype: torch.d
     return linear.requires_grad_(False).train(module.training)
 
 
-def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """The device of a layer, and the dtype that it computes in, float32 where nothing says."""
+def place_of(
+    module: nn.Module, model_dtype: torch.dtype | None = None
+) -> tuple[torch.device, torch.dtype]:
+    """The device of a layer, and the dtype that it computes in.
+
+    That is what it says itself, else its model's, whose activations it is given; else that of its
+    scales, which GPTQ keeps in float16 everywhere; float32 where nothing says.
+    """
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
-    dtypes = [getattr(module, "compute_dtype", None), *[t.dtype for t in tensors]]
+    own = (
+        getattr(module, "compute_dtype", None),
+        getattr(getattr(module, "weight", None), "dtype", None),
+    )
+    dtypes = (*own, model_dtype, *[tensor.dtype for tensor in tensors])
     floating = (d for d in dtypes if isinstance(d, torch.dtype) and d.is_floating_point)
     return device, next(floating, torch.float32)

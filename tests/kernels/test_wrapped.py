@@ -153,6 +153,31 @@ def test_merged_it_is_its_own_kind_or_a_plain_linear(case):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+class HalfScales(InBytes):
+    """As GPTQ's and AWQ's layers are, which compute in the dtype of their input."""
+
+    def __init__(self):
+        super().__init__(bias=False)
+        self.scales = self.scales.half()
+
+    def forward(self, x):
+        return F.linear(x, self.codes.to(x.dtype) * self.scales.to(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_it_is_rounded_to_the_dtype_of_the_model_alone(dtype):
+    model = nn.ModuleDict({"proj": HalfScales(), "other": nn.Linear(K, K, dtype=dtype)})
+    exact_NK = model["proj"].codes.double() * model["proj"].scales.double()
+    nk.swap_linears(model, "proj", rank=R, alpha=6)
+    nn.init.normal_(model["proj"].lora_B)
+    exact_NK += model["proj"].delta_weight().double()
+    nk.merge_adapters(model)
+    weight = model["proj"].weight.detach()
+    assert weight.dtype == dtype
+    off = (weight.double() - exact_NK).abs().max() / exact_NK.abs().max()
+    assert off < torch.finfo(dtype).eps
+
+
 def test_dropout_keeps_the_mean_and_its_mask_in_backward():
     torch.manual_seed(0)
     model = nn.Module()
