@@ -422,7 +422,7 @@ def _read(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
-# Kind → (what loads such a model, how far a merged one may be off: LLM.int8 rounds activations too).
+# Kind → (what loads such a model, how far a merged one may be off: LLM.int8 rounds x too).
 QUANTISED = {
     "nf4": (lambda _: _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"), 1e-5),
     "int8": (lambda _: _bitsandbytes(load_in_8bit=True), 0.03),
