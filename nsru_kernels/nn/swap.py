@@ -424,6 +424,7 @@ def _match(
     shared = _shared_memory(model)
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
+    text = _text_part(model)
     matched: list[tuple[str, nn.Module]] = []
     skipped: dict[str, str] = {}
     hits: Counter[str] = Counter()
@@ -453,6 +454,8 @@ def _match(
             reason = "not among the targets"
         elif not named and module is head:
             reason = "output embedding; name it to swap it"
+        elif not named and text is not None and module not in text:
+            reason = "outside of the text part; name it to swap it"
         elif reason and named:
             raise ValueError(
                 f"target {named[0]!r} matches {name}, which cannot be swapped: {reason}."
@@ -474,6 +477,14 @@ def _match(
     if not matched:
         raise ValueError(f"exclude={unwanted} leaves none of the targets {wanted}.")
     return matched, skipped
+
+
+def _text_part(model: nn.Module) -> set[nn.Module] | None:
+    """The modules of a vision-language model that read and write text; None of other models."""
+    config = getattr(model, "config", None)
+    if getattr(config, "text_config", None) is None or not hasattr(model, "get_decoder"):
+        return None
+    return set(model.get_decoder().modules())
 
 
 def _shared_memory(model: nn.Module) -> set[int]:

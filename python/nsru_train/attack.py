@@ -24,6 +24,7 @@ from nsru_train.callbacks import GradientError
 from nsru_train.config import LoraConfig
 from nsru_train.data.records import QA
 from nsru_train.evaluation import evaluate, probability_sets, spread
+from nsru_train.language_models import load_language_model
 from nsru_train.losses.batch import FORGET, Batch
 from nsru_train.methods.method import Method, mean
 from nsru_train.metrics.robustness import relearning_robustness, stability
@@ -264,7 +265,7 @@ class Attacker:
         package = QUANTISED[form]
         if find_spec(package) is None:
             raise ValueError(f"{package} is not installed: pip install {package}")
-        from transformers import AutoModelForCausalLM, TorchAoConfig
+        from transformers import TorchAoConfig
 
         logging.getLogger(package).setLevel(logging.ERROR)  # which warns at each product
         try:
@@ -276,7 +277,7 @@ class Attacker:
                 how: Any = TorchAoConfig(IntxWeightOnlyConfig(int4, PerGroup(32)))
             else:
                 how = bits_config(form.lower(), self.dtype)
-            return AutoModelForCausalLM.from_pretrained(
+            return load_language_model(
                 self.models[victim],
                 dtype=self.dtype,
                 quantization_config=how,

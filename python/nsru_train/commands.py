@@ -512,6 +512,7 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     from nsru_kernels.files import whole_folder
     from nsru_kernels.hf.peft_format import load_lora_adapter
     from nsru_train.adapters import check_plain
+    from nsru_train.language_models import copy_processor
     from nsru_train.pipeline import load_model
     from nsru_train.quantized import dequantize, requantization_errors
     from nsru_train.run_folder import RunFolder
@@ -537,6 +538,7 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     with whole_folder(f"{run}/merged") as folder:
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        copy_processor(network, folder)
     locked.unlock()
     _finish([f"{run}/merged"], "verify", run)
 

@@ -22,7 +22,8 @@ class ModelConfig:
     """The base model.
 
     Args:
-        path: local folder or hub id of a causal language model of transformers.
+        path: local folder or hub id of a language model of transformers; of a vision-language one
+            the text part is trained.
         dtype: of the weights; auto takes what the checkpoint says.
         device: "auto" is the GPU where there is one, else the CPU.
         trust_remote_code: run code that comes with the model.

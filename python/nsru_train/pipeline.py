@@ -37,6 +37,7 @@ from nsru_train.data.records import QA, check_disjoint
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluation import SPLITS
 from nsru_train.guard import EcoGuard
+from nsru_train.language_models import load_language_model
 from nsru_train.measure import PeakMemory
 from nsru_train.methods import Method, Objective
 from nsru_train.own_texts import own_texts
@@ -191,7 +192,7 @@ def load_model(
     Raises:
         ValueError: transformers cannot load them, or the chat template cannot write the texts.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     config = ModelConfig(config) if isinstance(config, str) else config
     device = _device(config.device)
@@ -202,7 +203,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, trust_remote_code=config.trust_remote_code
         )
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_language_model(
             config.path,
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
@@ -212,14 +213,11 @@ def load_model(
         reason = str(error).partition("\n")[0] or type(error).__name__
         if "Unrecognized configuration class" in reason:
             kind = reason.partition("'")[2].partition("'")[0].rpartition(".")[2] or "another kind"
-            reason = (
-                f"it is of {kind}, and of no causal language model such as Llama or GPT-2. "
-                "Encoder-decoder and vision-language models are not supported"
-            )
+            reason = f"it is of {kind}, and of no language model such as Llama, T5 or Qwen2-VL"
         elif not Path(config.path).exists():
             reason = f"there is no such folder here, and the hub does not give it: {reason}"
         raise ValueError(
-            f"model.path: cannot load {config.path!r} as a causal language model: {reason}"
+            f"model.path: cannot load {config.path!r} as a language model: {reason}"
         ) from error
     if config.quantize != "none" and not any(map(is_quantised, model.modules())):
         raise ValueError(

@@ -28,6 +28,7 @@ from nsru_kernels.nn.wrapped import linear_sizes
 from nsru_kernels.text_table import align_columns
 from nsru_train.data.encode import collate, encode_qa, pad_token_id
 from nsru_train.data.records import QA
+from nsru_train.language_models import load_language_model
 from nsru_train.losses.nll import AnswerLogits, answer_logits, unmasked
 from nsru_train.scoring import greedy_answers
 
@@ -376,9 +377,7 @@ def _check_merged(found: Mapping[tuple[str, str], Comparison], dtype: torch.dtyp
 
 
 def _load(path: str | Path) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    return load_language_model(path, dtype="auto").eval()
 
 
 def _load_merged(folder: str | Path, base: PreTrainedModel) -> PreTrainedModel:

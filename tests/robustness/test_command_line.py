@@ -326,7 +326,9 @@ def make_unusable(kind, model, folder):
     if kind in (T5Config, CLIPConfig):
         copy(model, folder, without=["config.json"])
         kind().save_pretrained(folder)
-        return [kind.__name__, "no causal language model", "not supported"]
+        return [
+            {T5Config: "an encoder-decoder", CLIPConfig: "CLIPConfig, and of no language"}[kind]
+        ]
     if kind == "no folder":
         return [f"no folder {folder}"]
     if kind == "no config":

@@ -123,7 +123,7 @@ def walk(kind: str, folder: Path) -> nk.SwapReport:
         with torch.no_grad():
             return network(**batch(forget)).logits
 
-    targets = [r".*language_model.*" if kind in VISION else "all-linear"]
+    targets = ["all-linear"]
     if any(map(is_experts, model.modules())):
         targets.append("experts")
     subspaces = nk.estimate_retain_subspaces(
@@ -169,7 +169,7 @@ def row(kind: str, report: nk.SwapReport) -> str:
     left = dict.fromkeys(
         f"{name.rpartition('.')[2]}: {reason}"
         for name, reason in report.skipped.items()
-        if not reason.startswith(("output embedding", "not among the targets"))
+        if not reason.startswith(("output embedding", "not among", "outside of the text part"))
     )
     which = f"{kind} (text part)" if kind in VISION else kind
     return f"| {which} | {', '.join(ends)} | {'; '.join(left)} |\n"
