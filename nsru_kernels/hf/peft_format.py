@@ -148,7 +148,7 @@ def _config(model: nn.Module, modules: dict[str, NSRULinear], alpha: float) -> d
     first, experts = next(iter(modules.values())), _of_experts(modules)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "task_type": _task(model),
         "base_model_name_or_path": _base_name(model),
         "inference_mode": True,
         "r": first.rank,
@@ -165,6 +165,13 @@ def _config(model: nn.Module, modules: dict[str, NSRULinear], alpha: float) -> d
         "use_dora": False,
         "modules_to_save": None,
     }
+
+
+def _task(model: nn.Module) -> str | None:
+    if not hasattr(model, "generate"):
+        return None
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if both else "CAUSAL_LM"
 
 
 def _base_name(model: nn.Module) -> str | None:

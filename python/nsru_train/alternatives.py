@@ -15,6 +15,7 @@ from nsru_kernels.nn.inputs import evaluating
 from nsru_train.config import DataConfig
 from nsru_train.data.encode import encode_prompt, is_too_long, pad_token_id
 from nsru_train.data.records import QA, normalise
+from nsru_train.language_models import refuse_encoder_decoder
 from nsru_train.methods import Method
 from nsru_train.scoring import end_tokens, generation_config, position_limit
 from nsru_train.sources import load_records, save_records
@@ -68,6 +69,7 @@ def write_alternatives(
     """
     from tqdm.auto import tqdm
 
+    refuse_encoder_decoder(model, "data.write_alternatives")
     found, device = [], next(model.parameters()).device
     with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsru_train.data.encode import IGNORE_INDEX
 
 
 def load_language_model(path: str | os.PathLike[str], **options: Any) -> Any:
@@ -21,23 +28,62 @@ def load_language_model(path: str | os.PathLike[str], **options: Any) -> Any:
         AutoConfig,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
     )
 
-    try:
+    config = None
+    with contextlib.suppress(OSError, ValueError):  # a folder of an adapter, which names its base
         trusted = options.get("trust_remote_code", False)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
-        # BART would load as a causal model too, without its encoder.
-        seq2seq = getattr(config, "is_encoder_decoder", False)
-    except (OSError, ValueError):  # such as a folder of an adapter, which names its base
-        seq2seq = False
-    if seq2seq:
-        raise ValueError("it is an encoder-decoder, which trains from Python, not by a command")
+    # BART would load as a causal model too, without its encoder.
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM.from_pretrained(path, **options)
     try:
         return AutoModelForCausalLM.from_pretrained(path, **options)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
     return AutoModelForImageTextToText.from_pretrained(path, **options)
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a model reads the prompt by an encoder and writes the answer by a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def refuse_encoder_decoder(model: Any, what: str) -> None:
+    """Raise ValueError where ``what`` needs a model that reads prompt and answer in one go."""
+    if is_encoder_decoder(model):
+        raise ValueError(
+            f"{what} needs a decoder that reads the prompt itself, and {type(model).__name__} is "
+            "an encoder-decoder; leave it out, or take another method, such as nsru."
+        )
+
+
+def split_for_decoder(model: Any, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Prompts for the encoder and answers for the decoder of a batch that holds both in a row.
+
+    Args:
+        batch: of `collate`: input_ids, attention_mask and labels [B, S].
+
+    Returns:
+        input_ids and attention_mask [B, P] of the prompts, decoder_input_ids [B, N]; and labels
+        [B, N], each at the place that predicts it.
+    """
+    answer_BS = batch["labels"] != IGNORE_INDEX
+    starts_B1 = answer_BS.int().argmax(1, keepdim=True)
+    prompt, longest = int(starts_B1.max()), int(answer_BS.sum(1).max())
+    steps_N = torch.arange(longest, device=starts_B1.device)
+    labels_BN = F.pad(batch["labels"], (0, longest), value=IGNORE_INDEX).gather(
+        1, starts_B1 + steps_N
+    )
+    mask_BS = batch["attention_mask"] * ~answer_BS
+    inputs = {
+        "input_ids": batch["input_ids"][:, :prompt],
+        "attention_mask": mask_BS[:, :prompt],
+        "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels_BN),
+    }
+    return inputs, labels_BN
 
 
 def copy_processor(model: Any, folder: str | os.PathLike[str]) -> None:

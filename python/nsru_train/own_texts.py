@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nsru_kernels.nn.inputs import evaluating
 from nsru_train.data.encode import encode_opening, pad_token_id
+from nsru_train.language_models import refuse_encoder_decoder
 from nsru_train.scoring import generation_config, position_limit
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def own_texts(
     """
     from tqdm.auto import tqdm
 
+    refuse_encoder_decoder(model, "subspace.own_texts")
     device = next(model.parameters()).device
     opening = torch.tensor([encode_opening(tokenizer)], device=device)
     length = opening.shape[1] + new_tokens

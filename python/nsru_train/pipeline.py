@@ -37,7 +37,12 @@ from nsru_train.data.records import QA, check_disjoint
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluation import SPLITS
 from nsru_train.guard import EcoGuard
-from nsru_train.language_models import load_language_model
+from nsru_train.language_models import (
+    is_encoder_decoder,
+    load_language_model,
+    refuse_encoder_decoder,
+    split_for_decoder,
+)
 from nsru_train.measure import PeakMemory
 from nsru_train.methods import Method, Objective
 from nsru_train.own_texts import own_texts
@@ -228,7 +233,11 @@ def load_model(
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
-    text_format = TextFormat(end_tokens=end_tokens(model), max_length=position_limit(model))
+    text_format = TextFormat(
+        end_tokens=end_tokens(model),
+        max_length=position_limit(model),
+        apart=is_encoder_decoder(model),
+    )
     if data is not None:
         text_format = replace(
             text_format,
@@ -283,7 +292,8 @@ def token_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """Questions with their answers as model inputs, batched by length.
 
-    answers_only adds a token_mask of the positions that predict an answer's token or EOS.
+    answers_only adds a token_mask of the positions that predict an answer's token or EOS. For an
+    encoder-decoder, where one mask cannot stand for both parts, each is a batch, and all counts.
     """
     encoded = [
         encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in records
@@ -291,9 +301,13 @@ def token_batches(
     check_positions(model, encoded)
     device, pad = next(model.parameters()).device, pad_token_id(tokenizer, model)
     batches = []
-    for ids in length_batches(encoded, max(max_tokens, max_length)):
+    apart = is_encoder_decoder(model)
+    rows = [[i] for i in range(len(encoded))]
+    for ids in rows if apart else length_batches(encoded, max(max_tokens, max_length)):
         batch = collate([encoded[i] for i in ids], pad)
-        if answers_only:
+        if apart:
+            batch, _ = split_for_decoder(model, batch)
+        elif answers_only:
             batch["token_mask"] = F.pad(batch["labels"][:, 1:] != IGNORE_INDEX, (0, 1))
         batches.append({name: tensor.to(device) for name, tensor in batch.items()})
     return batches
@@ -595,6 +609,7 @@ def unlearn(
             module.alpha *= factors[name]
     swap = objective.adapt(model, swap, tokenizer, data.forget, data.retain)
     if objective.starts_elsewhere:
+        refuse_encoder_decoder(model, "adapters that do not start at zero")
         if train.weight_decay:
             raise ValueError(
                 "train.weight_decay must be 0 for adapters that do not start at zero, got "
@@ -700,6 +715,7 @@ def _attach_guard(
 ) -> Guarded:
     from tqdm.auto import tqdm
 
+    refuse_encoder_decoder(model, "a guard of prompts")
     started, longest = time.perf_counter(), max(4096, max_length)
     answers = [encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length)
                for qa in data.forget]  # fmt: skip

@@ -23,6 +23,7 @@ from nsru_train.data.encode import (
     length_batches,
     pad_token_id,
 )
+from nsru_train.language_models import is_encoder_decoder
 from nsru_train.losses.nll import answer_states
 
 if TYPE_CHECKING:
@@ -227,7 +228,11 @@ def greedy_answers(
     """
     if hasattr(model, "get_base_model"):  # PEFT's adapters live in the base model's modules
         model = model.get_base_model()
-    prompts = {question: _opened(tokenizer, question, opening) for question in questions}
+    apart = is_encoder_decoder(model)
+    begun = _decoder_start(model, tokenizer, opening) if apart else None
+    prompts = {
+        question: _opened(tokenizer, question, "" if apart else opening) for question in questions
+    }
     order = sorted(prompts, key=lambda question: -len(prompts[question]))
     if not order:
         return []
@@ -238,7 +243,7 @@ def greedy_answers(
     answers: dict[str, str] = {}
     with evaluating(model), _bar(len(order), "answering", progress) as bar:
         mixed = len(prompts[order[0]]) == len(prompts[order[-1]]) or _masks_padding(
-            model, prompts[order[-1]], pad
+            model, prompts[order[-1]], pad, begun
         )
         while order:
             width = len(prompts[order[0]])
@@ -246,11 +251,12 @@ def greedy_answers(
             if not mixed:
                 rows = min(rows, sum(len(prompts[question]) == width for question in order))
             batch, order = order[:rows], order[rows:]
-            inputs = _left_padded([prompts[question] for question in batch], pad, width)
+            inputs = _left_padded([prompts[question] for question in batch], pad, width, begun)
             new_tokens = int(min(max_new_tokens, limit - width))
             with generation_config(model, new_tokens, sorted(stop), pad, do_sample=sample):
                 output = model.generate(**{k: v.to(_device(model)) for k, v in inputs.items()})
-            for question, ids in zip(batch, output[:, width:].tolist(), strict=True):
+            past = width if begun is None else begun.shape[1]
+            for question, ids in zip(batch, output[:, past:].tolist(), strict=True):
                 end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
                 answers[question] = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
             bar.update(len(batch))
@@ -265,13 +271,25 @@ def _opened(tokenizer: PreTrainedTokenizerBase, question: str, opening: str) -> 
     return encoded.input_ids[: len(encoded) - encoded.closing]
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int, width: int) -> dict[str, Tensor]:
+def _decoder_start(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opening: str
+) -> Tensor:
+    """What an encoder-decoder's answers begin with, [1, N]: its start token, and their opening."""
+    words = encode_qa(tokenizer, "?", opening, max_length=1 << 30).answer if opening else []
+    labels = torch.tensor([[*words, tokenizer.eos_token_id]])
+    return model.prepare_decoder_input_ids_from_labels(labels=labels)
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], pad: int, width: int, begun: Tensor | None
+) -> dict[str, Tensor]:
     input_ids = torch.full((len(prompts), width), pad)
     attention_mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(prompts):
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         attention_mask[row, width - len(ids) :] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    answers = {} if begun is None else {"decoder_input_ids": begun.repeat(len(prompts), 1)}
+    return {"input_ids": input_ids, "attention_mask": attention_mask, **answers}
 
 
 def _stop_tokens(
@@ -292,13 +310,15 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
 _masking: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-def _masks_padding(model: PreTrainedModel, prompt: Sequence[int], pad: int) -> bool:
+def _masks_padding(
+    model: PreTrainedModel, prompt: Sequence[int], pad: int, begun: Tensor | None
+) -> bool:
     """Whether padding, whatever tokens it holds, makes no difference to a prompt's answer."""
     if model not in _masking:
         logits = []
         other = next((token for token in prompt if token != pad), prompt[0])
         for padding in ([], [pad] * 8, [other] * 8):
-            inputs = _left_padded([prompt], pad, len(padding) + len(prompt))
+            inputs = _left_padded([prompt], pad, len(padding) + len(prompt), begun)
             inputs["input_ids"][0, : len(padding)] = torch.tensor(padding)
             with generation_config(model, 1, None, pad):
                 output = model.generate(
@@ -307,8 +327,10 @@ def _masks_padding(model: PreTrainedModel, prompt: Sequence[int], pad: int) -> b
                     output_logits=True,
                 )
             logits.append(output.logits[0].float())
-        ids = torch.tensor([list(prompt)], device=_device(model))
-        logits.append(type(model).forward(model, input_ids=ids).logits[:, -1].float())
+        whole = _left_padded([prompt], pad, len(prompt), begun)
+        del whole["attention_mask"]
+        whole = {name: value.to(_device(model)) for name, value in whole.items()}
+        logits.append(type(model).forward(model, **whole).logits[:, -1].float())
         alone, *padded, scored = (values[logits[0].isfinite()] for values in logits)
 
         def alike(values: Tensor) -> bool:
@@ -346,12 +368,14 @@ def generation_config(
     from transformers import GenerationConfig
 
     own = model.generation_config
+    start = getattr(own, "decoder_start_token_id", None)
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=do_sample,
         top_k=0 if do_sample else None,
         use_cache=True,
         eos_token_id=stop,
+        decoder_start_token_id=start,
         pad_token_id=pad,
     )
     try:

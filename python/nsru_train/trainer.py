@@ -36,6 +36,7 @@ from nsru_train.config import TrainConfig
 from nsru_train.data.encode import encode_qa, pad_token_id
 from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
+from nsru_train.language_models import is_encoder_decoder
 from nsru_train.losses.batch import SAFE, ScoredBatch
 from nsru_train.methods import Method, Objective
 from nsru_train.resumable import CheckpointError, ResumableTrainer
@@ -478,6 +479,7 @@ def _all_take_part(model: nn.Module, dataset: UnlearnDataset) -> bool:
     reached: set[str] = set()
     consumers = {name: lambda *_, name=name: reached.add(name) for name in adapted}
     token = torch.tensor([dataset.forget[0].input_ids[:1]])
+    names = ["input_ids", *["decoder_input_ids"] * is_encoder_decoder(model)]
     with evaluating(model):
-        ActivationStream(model, adapted).feed([{"input_ids": token}], consumers, None)
+        ActivationStream(model, adapted).feed([dict.fromkeys(names, token)], consumers, None)
     return reached == adapted.keys()

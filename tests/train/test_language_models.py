@@ -4,30 +4,80 @@ import json
 
 import architectures
 import pytest
+import torch
+from architectures import SEQ2SEQ
 from samples import FORGET, RETAIN, make_tokenizer
 
 import nsru_kernels as nk
 from nsru_train.cli import main
+from nsru_train.data.encode import TextFormat, collate, encode_prompt, encode_qa, use_format
 from nsru_train.language_models import load_language_model
+from nsru_train.losses.nll import answer_nll
+from nsru_train.scoring import greedy_answers, score_sequences
 from nsru_train.sources import save_records
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
 
-@pytest.fixture(params=["llava", "qwen2_vl"])
+def make(kind, tokenizer, monkeypatch):
+    """A tiny model of this kind for the tokenizer."""
+    sizes = {"vocab_size": len(tokenizer) + 1, "max_position_embeddings": 256}
+    sizes = {**architectures.SIZES, **sizes, "initializer_range": 0.1}
+    monkeypatch.setattr(architectures, "SIZES", sizes)
+    options = architectures.FAMILIES[kind]
+    if "text_config" in options:
+        image = {f"image_token_{end}": len(tokenizer) for end in ("id", "index")}
+        text = {"text_config": {**options["text_config"], **sizes}}
+        monkeypatch.setitem(architectures.FAMILIES, kind, {**options, **image, **text})
+    return architectures.make(kind)
+
+
+@pytest.mark.parametrize("kind", SEQ2SEQ)
+def test_an_encoder_reads_the_question_and_a_decoder_writes_the_answer(kind, monkeypatch):
+    tokenizer = make_tokenizer()
+    model = make(kind, tokenizer, monkeypatch)
+    use_format(tokenizer, TextFormat(apart=True))
+    encoded = [encode_qa(tokenizer, qa.question, qa.answer) for qa in FORGET]
+    nll, rows = answer_nll(model, collate(encoded, 0))
+    scores = score_sequences(model, tokenizer, encoded)
+    for row, item in enumerate(encoded):
+        prompt, answer = item.input_ids[: item.answer_start], item.input_ids[item.answer_start :]
+        assert prompt == encode_prompt(tokenizer, FORGET[row].question)
+        assert answer == [*tokenizer(FORGET[row].answer).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            own = model(input_ids=torch.tensor([prompt]), labels=torch.tensor([answer])).loss
+        torch.testing.assert_close(nll[rows == row].mean(), own)
+        assert scores[row].loss == pytest.approx(own.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", SEQ2SEQ)
+def test_greedy_answers_are_those_of_each_question_alone(kind, monkeypatch):
+    tokenizer = make_tokenizer()
+    model = make(kind, tokenizer, monkeypatch)
+    model.generation_config.forced_eos_token_id = None
+    if hasattr(model, "final_logits_bias"):  # a random BART says what it has just read: EOS
+        model.final_logits_bias[0, tokenizer.all_special_ids] = -50
+    use_format(tokenizer, TextFormat(apart=True))
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
+    questions = [*(qa.question for qa in FORGET), "Who?"]
+    answers = greedy_answers(model, tokenizer, questions, max_new_tokens=6)
+    assert any(answers)
+    for question, answer in zip(questions, answers, strict=True):
+        ids = torch.tensor([encode_prompt(tokenizer, question)])
+        own = model.generate(ids, **how)[0, 1:]
+        assert answer == tokenizer.decode(own, skip_special_tokens=True).strip()
+    words = tokenizer("In Aar", add_special_tokens=False).input_ids
+    begun = torch.tensor([[model.config.decoder_start_token_id, *words]])
+    own = model.generate(ids, decoder_input_ids=begun, **how)[0, begun.shape[1] :]
+    [answer] = greedy_answers(model, tokenizer, ["Who?"], max_new_tokens=6, opening="In Aar")
+    assert answer == tokenizer.decode(own, skip_special_tokens=True).strip()
+
+
+@pytest.fixture(params=["llava", "qwen2_vl", *SEQ2SEQ])
 def base(request, tmp_path, monkeypatch):
     """A folder of a tiny model of this kind, and its class."""
     tokenizer = make_tokenizer()
-    sizes = {**architectures.SIZES, "vocab_size": len(tokenizer) + 1, "initializer_range": 0.1}
-    monkeypatch.setattr(architectures, "SIZES", sizes)
-    options = architectures.FAMILIES[request.param]
-    if "text_config" in options:
-        text = {**options["text_config"], **sizes}
-        token = {f"image_token_{end}": len(tokenizer) for end in ("id", "index")}
-        monkeypatch.setitem(
-            architectures.FAMILIES, request.param, {**options, **token, "text_config": text}
-        )
-    model = architectures.make(request.param)
+    model = make(request.param, tokenizer, monkeypatch)
     folder = tmp_path / "base"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -35,22 +85,38 @@ def base(request, tmp_path, monkeypatch):
     return folder, type(model)
 
 
+def train(base, folder):
+    """The command that trains this model into folder/run."""
+    for name, records in (("forget", FORGET), ("retain", RETAIN)):
+        save_records(folder / f"{name}.jsonl", records)
+    return [
+        "train",
+        f"--model.path={base}",
+        *[f"--data.{name}={folder / name}.jsonl" for name in ("forget", "retain")],
+        "--subspace.rank=4",
+        "--lora.rank=2",
+        "--train.steps=8",
+        "--train.lr=0.02",
+        "--train.batch_size=3",
+        f"--out={folder / 'run'}",
+    ]
+
+
 def test_train_eval_merge_verify(base, tmp_path, capsys):
     folder, kind = base
-    for name, records in (("forget", FORGET), ("retain", RETAIN)):
-        save_records(tmp_path / f"{name}.jsonl", records)
     run = tmp_path / "run"
-    main(
-        ["train", f"--model.path={folder}", f"--out={run}", "--subspace.rank=4"]
-        + [f"--data.{name}={tmp_path / name}.jsonl" for name in ("forget", "retain")]
-        + ["--lora.rank=2", "--train.steps=8", "--train.lr=0.02", "--train.batch_size=3"]
-        + ["--objective.w_suppress=1", "--objective.suppression=npo"]
-    )
+    main([*train(folder, tmp_path), "--objective.w_suppress=1", "--objective.suppression=npo"])
     said = capsys.readouterr().out
-    assert "(outside of the text part; name it to swap it)" in said
-    targets = json.loads((run / "adapter" / "adapter_config.json").read_text())["target_modules"]
-    assert len(targets) == 14
-    assert all(".language_model." in name for name in targets)
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    targets = config["target_modules"]
+    apart = load_language_model(folder).config.is_encoder_decoder
+    if apart:
+        assert config["task_type"] == "SEQ_2_SEQ_LM"
+        assert all(any(f"{part}." in name for name in targets) for part in ("encoder", "decoder"))
+    else:
+        assert "(outside of the text part; name it to swap it)" in said
+        assert len(targets) == 14
+        assert all(".language_model." in name for name in targets)
     main(["eval", str(run), "--max_new_tokens=4"])
     main(["merge", str(run)])
     main(["verify", str(run)])
@@ -60,4 +126,25 @@ def test_train_eval_merge_verify(base, tmp_path, capsys):
     merged = load_language_model(run / "merged")
     assert type(merged) is kind
     assert not any(isinstance(module, nk.NSRULinear) for module in merged.modules())
-    assert (run / "merged" / "preprocessor_config.json").read_text() == '{"size": 28}'
+    assert (run / "merged" / "preprocessor_config.json").is_file() is not apart
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--method=rmu", "a method of the states after one layer"),
+        ("--method=undial --objective.compat=open-unlearning", "a loss of all positions"),
+        ("--method=alter", "a method of the states after one layer"),
+        ("--method=eco", "a guard of prompts"),
+        ("--subspace.own_texts=2", "subspace.own_texts"),
+    ],
+)
+def test_what_needs_one_decoder_is_refused_by_name(options, reason, tmp_path, monkeypatch, capsys):
+    tokenizer = make_tokenizer()
+    for part in (make("t5", tokenizer, monkeypatch), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    with pytest.raises(SystemExit):
+        main([*train(tmp_path / "base", tmp_path), *options.split()])
+    said = capsys.readouterr().err
+    assert reason in said
+    assert "T5ForConditionalGeneration is an encoder-decoder" in said

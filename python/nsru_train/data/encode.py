@@ -51,6 +51,7 @@ class TextFormat:
             generation_config.
         max_length: most tokens that the model can take; None for no limit but encode_qa's own.
         truncate: cut answers that are too long instead of refusing them.
+        apart: prompt and answer are texts of their own, as an encoder-decoder reads them.
     """
 
     system_prompt: str | None = None
@@ -58,6 +59,7 @@ class TextFormat:
     end_tokens: frozenset[int] = frozenset()
     max_length: int | None = None
     truncate: bool = False
+    apart: bool = False
 
 
 class TooLongError(ValueError):
@@ -185,6 +187,14 @@ def _encode_whole(tokenizer: PreTrainedTokenizerBase, question: str, answer: str
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("tokenizer has no eos_token; set one, an answer must end with it")
+    if _format_of(tokenizer).apart:
+        prompt = encode_prompt(tokenizer, question)
+        own = list(tokenizer(text_target=answer).input_ids)
+        if own[-1:] != [eos]:
+            own.append(eos)
+        if eos in own[:-1]:
+            raise ValueError(_ended_inside(tokenizer, answer, eos))
+        return Encoded(prompt + own, len(prompt))
     before, after = _around_answer(tokenizer, question)
     text = _render(tokenizer, question, answer)
     answered = text.removesuffix(after)
@@ -213,10 +223,7 @@ def _encode_whole(tokenizer: PreTrainedTokenizerBase, question: str, answer: str
     # Chat templates often go on with a line break that no generation would reach.
     closing = [*closing, eos] if stop is None else closing[: stop + 1]
     if inside := (ends | {closing[-1]}) & set(full[start:end]):
-        raise ValueError(
-            f"answer {answer[:60]!r} holds {tokenizer.decode(sorted(inside)[:1])!r}, which would "
-            "end it there; remove it from the text"
-        )
+        raise ValueError(_ended_inside(tokenizer, answer, min(inside)))
     return Encoded(full[:end] + closing, start, len(closing))
 
 
@@ -240,6 +247,13 @@ def _around_answer(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[s
 def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Special and other added tokens, but not the line breaks among Gemma's."""
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+
+
+def _ended_inside(tokenizer: PreTrainedTokenizerBase, answer: str, token: int) -> str:
+    return (
+        f"answer {answer[:60]!r} holds {tokenizer.decode([token])!r}, which would end it there; "
+        "remove it from the text"
+    )
 
 
 def _not_a_prefix(question: str, border: str = "") -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import nsru_kernels as nk
 from nsru_kernels.nn.inputs import evaluating
 from nsru_train.data.encode import IGNORE_INDEX
+from nsru_train.language_models import refuse_encoder_decoder
 from nsru_train.losses.hidden import layer_states
 from nsru_train.losses.nll import AnswerHidden, AnswerLogits, answer_states
 
@@ -238,6 +239,7 @@ class ScoredBatch:
         return self._layers[layer][rows, places]
 
     def _everywhere(self, chosen: Tensor) -> Everywhere:
+        refuse_encoder_decoder(self._model, "a loss of all positions, prompts among them,")
         inputs = self._own_inputs(chosen)
         labels = inputs.pop("labels")
         # A position is scored by the token after it: one more behind the last, and all are scored.

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nsru_train.language_models import refuse_encoder_decoder
+
 
 class _Reached(Exception):  # noqa: N818
     """The layer has its output; nothing above it is needed."""
@@ -16,8 +18,9 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and modules of a causal language model's decoder layers: its longest list of modules.
 
     Raises:
-        ValueError: the model has no list of modules.
+        ValueError: the model has no list of modules, or is an encoder-decoder.
     """
+    refuse_encoder_decoder(model, "a method of the states after one layer")
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     if not lists:
         raise ValueError(f"{type(model).__name__} has no decoder layers: no nn.ModuleList.")

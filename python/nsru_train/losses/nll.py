@@ -1,4 +1,4 @@
-"""Answer NLL of a causal language model: one forward of the backbone, the head on answers only."""
+"""Answer NLL of a language model: one forward of the backbone, the head on answers only."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nsru_kernels.nn.inputs import evaluating
 from nsru_train.data.encode import IGNORE_INDEX
+from nsru_train.language_models import is_encoder_decoder, split_for_decoder
 from nsru_train.losses.head import CHUNK_ELEMENTS, Head, gap, token_kl, token_nll, token_score
 
 __all__ = [
@@ -103,10 +104,11 @@ def answer_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, T
     """-log p of every labelled token; only their positions go through the head.
 
     Args:
-        model: a Hugging Face causal language model, with or without (PEFT or NSRU) adapters. One
+        model: a Hugging Face language model, with or without (PEFT or NSRU) adapters. One
             with an attribute reads_prompt = True also gets prompt_mask [B, S].
         batch: input_ids [B, S], attention_mask [B, S], labels [B, S] with -100 outside the answer;
-            further entries go to the model. A label at position t is predicted from position t-1.
+            further entries go to the model. A label at position t is predicted from position t-1;
+            an encoder-decoder reads what precedes the answers, and predicts them by its decoder.
 
     Returns:
         nll [T] fp32, differentiable, and rows [T] long (each token's batch row), in reading order.
@@ -151,6 +153,10 @@ def _take_apart(
             raise ValueError(f"answer_nll: batch must hold {name!r}, got {sorted(batch)}.")
     # PEFT changes its base model in place.
     causal = getattr(model, "get_base_model", lambda: model)()
+    if is_encoder_decoder(causal):
+        inputs, labels_BN = split_for_decoder(causal, batch)
+        rows, positions = (labels_BN != IGNORE_INDEX).nonzero(as_tuple=True)
+        return causal, inputs, rows, positions, labels_BN[rows, positions]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if getattr(causal, "reads_prompt", False):
         inputs["prompt_mask"] = batch["labels"] == IGNORE_INDEX
@@ -221,7 +227,8 @@ def _first_tokens(inputs: Mapping[str, Tensor], count: int = 16) -> dict[str, Te
     if (mask := inputs.get("attention_mask")) is not None:
         ids = ids[mask[0].bool()]
     ids = ids[:count].unsqueeze(0)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    answers = {k: v[:1, :count] for k, v in inputs.items() if k == "decoder_input_ids"}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **answers}
 
 
 def _forms_in_config(config: Any) -> list[dict[str, Any]]:
