@@ -17,7 +17,7 @@ from nsru_kernels.files import atomic_write_all, check_fields, read_json, read_t
 from nsru_kernels.nn.experts import ExpertLinear, NSRUExpertLinear, expert_linears
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.names import plain_name, unwrap
-from nsru_kernels.nn.sharded import gathered, on_first_rank, refuse_parts
+from nsru_kernels.nn.sharded import gathered, on_first_rank, refuse_parts, reshard, shards_like
 from nsru_kernels.nn.swap import SwapReport, by_pattern, swap_linears
 from nsru_kernels.nn.wrapped import is_plain, linear_sizes
 
@@ -281,7 +281,8 @@ def copy_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Give the ``NSRULinear``s of a model A and B of a plain LoRA adapter, to train it further.
 
     Unlike `load_lora_adapter` it keeps their retain subspaces; A is in their null space already if
-    the adapter was trained there.
+    the adapter was trained there. Of a model that ``fully_shard`` has sharded every rank makes the
+    call.
 
     Args:
         model: has the modules that the adapter names, and no others, of its ranks and alphas.
@@ -307,9 +308,11 @@ def copy_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 )
     except ValueError as error:
         raise ValueError(f"adapter: {folder}: {error}") from error
+    reshard(unwrap(model))
     for name, (a_RK, b_NR) in adapters.items():
-        modules[name].lora_A.copy_(a_RK)
-        modules[name].lora_B.copy_(b_NR * (alphas[name] / own[name]))
+        module = modules[name]
+        module.lora_A.copy_(shards_like(a_RK, module.lora_A))
+        module.lora_B.copy_(shards_like(b_NR * (alphas[name] / own[name]), module.lora_B))
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:

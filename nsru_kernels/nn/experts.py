@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from nsru_kernels.nn.linear import NSRULinear, finite_weight
 from nsru_kernels.nn.projections import projection_key
+from nsru_kernels.nn.sharded import gathering
 from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.ops.linear import compute_dtype
 from nsru_kernels.ops.project import project_adapter
@@ -153,11 +154,13 @@ class NSRUExpertLinear(NSRULinear):
         return a_ERK, b_NR.view(self.out_features, self.rank, self.num_experts).permute(2, 0, 1)
 
     @torch.no_grad()
+    @gathering
     def delta_weight(self) -> Tensor:
         """s B_e Ā_e, laid out as ``weight``, in float32 (float64 for float64 adapters)."""
         return torch.stack(list(self._deltas()))
 
     @torch.no_grad()
+    @gathering
     def merged_weight(self) -> Tensor:
         """W_e + s B_e Ā_e, summed in float32 expert by expert, rounded once to W's dtype.
 

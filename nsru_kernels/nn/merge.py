@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nsru_kernels.nn.experts import ExpertLinear, NSRUExpertLinear
 from nsru_kernels.nn.inputs import with_progress
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.names import COMPILED, check_module
@@ -74,7 +75,7 @@ def merge_adapters(model: nn.Module, *, progress: bool = False) -> nn.Module:
     return model
 
 
-class _ShardedLinear(nn.Linear):
+class _Sharded(nn.Module):
     """What ``fully_shard`` knows as an adapted linear, merged: it hands A and B on to nobody."""
 
     def __setattr__(self, name, value):
@@ -84,15 +85,28 @@ class _ShardedLinear(nn.Linear):
             super().__setattr__(name, value)
 
 
+class _ShardedLinear(_Sharded, nn.Linear):
+    pass
+
+
+class _ShardedExpertLinear(_Sharded, ExpertLinear):
+    """Stays where a parameter of experts was, and is saved under that parameter's name."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix.removesuffix(".")] = self.weight if keep_vars else self.weight.detach()
+
+
 def _become_linear(module: NSRULinear) -> None:
     """Make the module itself a linear, because ``fully_shard`` goes on gathering into it."""
+    of_experts = isinstance(module, NSRUExpertLinear)
     plain = nn.Linear(module.in_features, module.out_features, device="meta")
     adapter = {name: module._parameters.pop(name) for name in ("lora_A", "lora_B")}
     module._modules.clear()
     module._buffers.clear()
-    for name in module.__dict__.keys() - plain.__dict__.keys():
+    kept = {*plain.__dict__, "num_experts", "is_transposed"}
+    for name in module.__dict__.keys() - kept:
         del module.__dict__[name]
-    module.__class__ = _ShardedLinear  # type: ignore[assignment]
+    module.__class__ = _ShardedExpertLinear if of_experts else _ShardedLinear  # type: ignore
     module.__dict__ |= adapter
 
 

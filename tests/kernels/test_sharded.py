@@ -6,13 +6,14 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
+from expert_cases import tiny_moe
 from linear_cases import tiny_llama
 from ranks import Ranks
 from safetensors.torch import load_file
 from torch import nn
 
 import nsru_kernels as nk
-from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, WEIGHTS
+from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, WEIGHTS, copy_lora_adapter
 from nsru_kernels.nn.sharded import whole
 
 ids = torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(1))
@@ -37,7 +38,12 @@ def tiny_gpt2():
     return GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0))
 
 
-KINDS = {"llama": (tiny_llama, "all-linear"), "gpt2": (tiny_gpt2, ["c_attn", "c_fc", "c_proj"])}
+KINDS = {
+    "llama": (tiny_llama, "all-linear"),
+    "gpt2": (tiny_gpt2, ["c_attn", "c_fc", "c_proj"]),
+    "mixtral": (functools.partial(tiny_moe, "mixtral"), ["all-linear", "experts"]),
+    "gpt_oss": (functools.partial(tiny_moe, "gpt_oss"), ["all-linear", "experts"]),
+}
 
 
 def layers_of(model):
@@ -140,6 +146,9 @@ def use_checkpointing(model, reentrant):
         ("llama", "adamw", False),
         ("llama", "adamw", True),
         ("gpt2", "adamw", None),
+        ("mixtral", "adamw", None),
+        ("mixtral", "adamw", False),
+        ("gpt_oss", "sgd", None),
     ],
 )
 def test_two_ranks_train_save_and_merge_as_one(ranks, tmp_path, kind, optimizer, checkpointing):
@@ -168,6 +177,28 @@ def test_two_ranks_train_save_and_merge_as_one(ranks, tmp_path, kind, optimizer,
         close(after, logits)
         for name, tensor in merged.state_dict().items():
             close(weights[name], tensor)
+
+
+def copy_into_shards(rank, folder):
+    base = shard(tiny_moe("mixtral"))
+    with pytest.raises(ValueError, match=r"DTensor, a shard .*FSDP2.*swap before"):
+        nk.load_lora_adapter(base, folder)
+    model = shard(adapted("mixtral"))
+    with torch.no_grad():
+        for module in linears_of(model):
+            module.lora_B.zero_()
+        model(input_ids=ids)
+        copy_lora_adapter(model, folder)
+        return model(input_ids=ids).logits
+
+
+def test_an_adapter_is_copied_into_a_sharded_model(ranks, tmp_path):
+    model = adapted("mixtral")
+    nk.save_lora_adapter(model, tmp_path)
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    for logits in ranks.run(copy_into_shards, tmp_path):
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 def edit_shards(rank):
