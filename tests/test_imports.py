@@ -22,6 +22,7 @@ LAYERS = (
         "demo.smollm2",
         "demo.tiny_model",
         "evaluation",
+        "harness",
         "membership",
         "resumable",
         "run_config",

@@ -393,6 +393,12 @@ def eval(
     max_new_tokens: int = 200,
     generate: bool = True,
     format: Literal["nsru", "open-unlearning"] = "nsru",
+    tasks: str | None = None,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    limit: float | None = None,
+    batch_size: int = 16,
 ) -> None:
     """All metrics of a model on its sets: a table, and results.json.
 
@@ -411,11 +417,19 @@ def eval(
         generate: false leaves out generated answers, and ROUGE with them.
         format: open-unlearning also writes TOFU_EVAL.json and TOFU_SUMMARY.json, its metrics under
             its names.
+        tasks: of lm-eval, base model and evaluated model side by side: wmdp_bio,mmlu. Their data
+            come from the hub. The options below are lm-eval's.
+        include_path: folder with tasks of your own, in lm-eval's YAML.
+        num_fewshot: examples before each question of a task; the task's own number where none.
+        apply_chat_template: ask the tasks' questions in the model's chat template.
+        limit: questions of each task; below 1 a share of them; none takes all.
+        batch_size: of the tasks.
     """
     import nsru_kernels as nk
     from nsru_kernels.files import atomic_write
     from nsru_train.adapters import is_plain, load_adapter
     from nsru_train.evaluation import add_base_answers, evaluate, format_table, to_results
+    from nsru_train.harness import Tasks, TaskSettings
     from nsru_train.membership import add_attack_scores
     from nsru_train.metrics import open_unlearning
     from nsru_train.metrics.tofu import load_log, load_reference_auc
@@ -424,6 +438,7 @@ def eval(
     from nsru_train.run_folder import RunFolder, to_json
 
     check_range("max_new_tokens", max_new_tokens, "must be ≥ 1", whole=True)
+    asked = TaskSettings(tasks, include_path, num_fewshot, apply_chat_template, limit, batch_size)
     if base and adapter is not None:
         raise ValueError(
             f"adapter: {adapter} has no part in --base true, the model without one; leave one out."
@@ -439,8 +454,11 @@ def eval(
     reference_auc = load_reference_auc(retain_log) if retain_log and not theirs else None
     if out and Path(out, "metrics.jsonl").exists():
         raise ValueError(f"out: {out} holds a training run; give another folder.")
+    harness = Tasks(asked) if tasks is not None else None
     network, tokenizer = load_model(model, data)
     loaded = without_long(loaded, tokenizer, data)
+    if harness is not None:
+        harness.check_template(tokenizer)
     if their_log is not None:
         open_unlearning.check_retain_log(
             their_log,
@@ -465,6 +483,8 @@ def eval(
     )
     if adapter is not None and generate:
         add_base_answers(evaluation, network, tokenizer, max_new_tokens=max_new_tokens)
+    if harness is not None:
+        evaluation.tasks = harness.evaluate(network, tokenizer, base=adapter is not None)
     results = to_results(evaluation)
     if theirs:
         plain = adapter is None or is_plain(adapter)
@@ -487,6 +507,7 @@ def eval(
             "max_new_tokens": max_new_tokens,
             "generate": generate,
             "format": format,
+            **asdict(asked),
         }
     )
     folder.write_environment()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,9 @@ METRICS = {
     "safe_rougeL_recall": "safe ROUGE-L",
 }
 
+# Column of a task's metrics -> its heading.
+TASKS = {"before": "base model", "after": "evaluated"}
+
 Row = dict[str, Any]
 
 
@@ -43,6 +46,7 @@ class Evaluation:
         utility_splits: the splits that entered model_utility.
         notes: what was not computed, and why.
         rows: split -> one record a question, with its own values and texts.
+        tasks: metrics of lm-eval's tasks, as `nsru_train.harness.Tasks.evaluate` gives them.
         seconds: wall time.
     """
 
@@ -52,13 +56,15 @@ class Evaluation:
     utility_splits: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     rows: dict[str, list[Row]] = field(default_factory=dict)
+    tasks: list[Row] = field(default_factory=list)
     seconds: float = 0.0
 
 
 def to_results(evaluation: Evaluation) -> dict[str, Any]:
     """The content of results.json: schema 1, kind "eval". `load_log` reads its log back.
 
-    In "examples", "before" is the base model's answer and "after" that of the evaluated model.
+    In "examples", "before" is the base model's answer and "after" that of the evaluated model; so
+    are those numbers in "tasks", the metrics of lm-eval's tasks where there are some.
 
     Args:
         evaluation: from `evaluate`.
@@ -86,6 +92,7 @@ def to_results(evaluation: Evaluation) -> dict[str, Any]:
             for row in rows[:EXAMPLES_PER_SPLIT]
         ],
         "log": evaluation.log,
+        **({"tasks": evaluation.tasks} if evaluation.tasks else {}),
     }
 
 
@@ -122,6 +129,9 @@ def format_table(results: Mapping[str, Any]) -> str:
             text += f"  from {', '.join(results['model_utility_splits'])}"
             text += f" (without {', '.join(missing)}: not TOFU's number)" if missing else ""
         lines.append(text)
+    if asked := [row for row in results.get("tasks", ()) if "group" not in row]:
+        head, *rows = align_columns(task_cells(asked))
+        lines += ["", head, "-" * len(head), *rows, ""]
     lines += [f"note: {note}" for note in results["notes"]]
     return "\n".join(lines)
 
@@ -140,6 +150,22 @@ def format_probabilities(rows: Mapping[str, Mapping[str, Any]]) -> str:
     cells = [["probability of answers", *(name.removesuffix("_prob") for name in names)]]
     cells += [[model, *(f"{row[name]:.4f}" for name in names)] for model, row in rows.items()]
     return "\n".join(align_columns(cells))
+
+
+def task_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Heads and cells of a table of "tasks", each number with its standard error."""
+    columns = [key for key in TASKS if any(key in row for row in rows)]
+    cells = [["task", "metric", *(TASKS[key] for key in columns), "questions"]]
+    for row in rows:
+        shown = [_with_error(row.get(key), row.get(f"{key}_stderr")) for key in columns]
+        cells.append([str(row["task"]), str(row["metric"]), *shown, str(row["questions"])])
+    return cells
+
+
+def _with_error(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
 def _cell(key: str, value: float | None) -> str:

@@ -40,6 +40,8 @@ _ROWS: dict[str, dict[str, Any]] = {
     "frontier": _RUN,
     "examples": {"split": str},
     "attacks": {"name": str},
+    "tasks": {"task": str, "metric": str, "questions": int, "group": str}
+    | dict.fromkeys(("before", "before_stderr", "after", "after_stderr"), float),
     "subspaces": {"name": str, "modules": list[str], "rank": int, "spectrum": list[float | None]},
     "leakage": {"module": str, "method": str, "rounding": float},
 }

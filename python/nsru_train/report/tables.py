@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from nsru_train.eval_results import METRICS
+from nsru_train.eval_results import METRICS, task_cells
 
 from . import summary
 from .summary import (
@@ -158,6 +158,8 @@ def numbers(results: Row) -> list[Table]:
             ["split", *(METRICS.get(key, _name(key)) for key in columns)],
             [[split, *(_show(row.get(key)) for key in columns)] for split, row in splits.items()],
         ),
+        tasks(results, parts=False),
+        tasks(results, parts=True),
         Table(
             ["over all splits", "value"],
             [[_name(k), _show(v)] for k, v in metrics.items() if number(v) is not None],
@@ -172,6 +174,13 @@ def numbers(results: Row) -> list[Table]:
         ),
     ]
     return [table for table in found if table.rows]
+
+
+def tasks(results: Row, *, parts: bool) -> Table:
+    """Metrics of lm-eval's tasks that were asked for, or of those that make up groups of them."""
+    rows = [row for row in results.get("tasks") or [] if ("group" in row) == parts]
+    head, *cells = task_cells(rows)
+    return Table(head, cells, "Numbers of every task in a group" if parts else "")
 
 
 def attacks(rows: Sequence[Row]) -> Table:
