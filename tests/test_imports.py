@@ -24,6 +24,7 @@ LAYERS = (
         "evaluation",
         "harness",
         "membership",
+        "muse",
         "resumable",
         "run_config",
         "unlearn_dataset",

@@ -399,6 +399,9 @@ def eval(
     apply_chat_template: bool = False,
     limit: float | None = None,
     batch_size: int = 16,
+    muse: Literal["news", "books"] | None = None,
+    muse_dir: str | None = None,
+    muse_retain_log: str | None = None,
 ) -> None:
     """All metrics of a model on its sets: a table, and results.json.
 
@@ -424,6 +427,12 @@ def eval(
         apply_chat_template: ask the tasks' questions in the model's chat template.
         limit: questions of each task; below 1 a share of them; none takes all.
         batch_size: of the tasks.
+        muse: VerbMem, KnowMem and PrivLeak on MUSE-News or MUSE-Books, by the benchmark's rules and
+            by OpenUnlearning's, base model and evaluated model side by side; writes MUSE_EVAL.json
+            and MUSE_SUMMARY.json too.
+        muse_dir: folder with MUSE's files, such as verbmem/forget.json; none means the hub.
+        muse_retain_log: MUSE_EVAL.json of a model trained on the retain data only, or its folder,
+            for PrivLeak.
     """
     import nsru_kernels as nk
     from nsru_kernels.files import atomic_write
@@ -433,6 +442,7 @@ def eval(
     from nsru_train.membership import add_attack_scores
     from nsru_train.metrics import open_unlearning
     from nsru_train.metrics.tofu import load_log, load_reference_auc
+    from nsru_train.muse import Muse
     from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder, to_json
@@ -455,6 +465,9 @@ def eval(
     if out and Path(out, "metrics.jsonl").exists():
         raise ValueError(f"out: {out} holds a training run; give another folder.")
     harness = Tasks(asked) if tasks is not None else None
+    if muse is None and (muse_dir or muse_retain_log):
+        raise ValueError("muse_dir, muse_retain_log: have no effect without muse; give --muse too.")
+    texts = None if muse is None else Muse(muse, muse_dir, muse_retain_log)
     network, tokenizer = load_model(model, data)
     loaded = without_long(loaded, tokenizer, data)
     if harness is not None:
@@ -484,8 +497,12 @@ def eval(
     if adapter is not None and generate:
         add_base_answers(evaluation, network, tokenizer, max_new_tokens=max_new_tokens)
     if harness is not None:
-        evaluation.tasks = harness.evaluate(network, tokenizer, base=adapter is not None)
+        evaluation.tasks += harness.evaluate(network, tokenizer, base=adapter is not None)
+    if texts is not None:
+        evaluation.tasks += texts.evaluate(network, tokenizer, base=adapter is not None)
+        evaluation.notes += texts.notes
     results = to_results(evaluation)
+    their_logs = {} if texts is None else {"MUSE": texts.log}
     if theirs:
         plain = adapter is None or is_plain(adapter)
         if adapter is not None and plain:
@@ -495,9 +512,10 @@ def eval(
         add_attack_scores(
             evaluation.rows, network, tokenizer, max_length=data.max_length, gradients=plain
         )
-        whole = open_unlearning.to_log(evaluation.rows, their_log)
-        for name, content in (("EVAL", whole), ("SUMMARY", open_unlearning.summary(whole))):
-            atomic_write(folder.path / f"TOFU_{name}.json", to_json(content, indent=2))
+        their_logs["TOFU"] = open_unlearning.to_log(evaluation.rows, their_log)
+    for name, whole in their_logs.items():
+        for part, content in (("EVAL", whole), ("SUMMARY", open_unlearning.summary(whole))):
+            atomic_write(folder.path / f"{name}_{part}.json", to_json(content, indent=2))
     folder.write_config(
         {
             "model": asdict(model),
@@ -508,6 +526,9 @@ def eval(
             "generate": generate,
             "format": format,
             **asdict(asked),
+            "muse": muse,
+            "muse_dir": muse_dir,
+            "muse_retain_log": muse_retain_log,
         }
     )
     folder.write_environment()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, overload
@@ -226,21 +226,60 @@ def greedy_answers(
     Raises:
         ValueError: a question leaves no room for an answer in the model's position table.
     """
-    if hasattr(model, "get_base_model"):  # PEFT's adapters live in the base model's modules
-        model = model.get_base_model()
+    if not questions:
+        return []
+    model = _causal(model)
     apart = is_encoder_decoder(model)
-    begun = _decoder_start(model, tokenizer, opening) if apart else None
     prompts = {
         question: _opened(tokenizer, question, "" if apart else opening) for question in questions
     }
-    order = sorted(prompts, key=lambda question: -len(prompts[question]))
-    if not order:
-        return []
+    shortest = min(prompts, key=lambda question: len(prompts[question]))
+    answers = continuations(
+        model,
+        tokenizer,
+        prompts,
+        stop=_stop_tokens(model, tokenizer, shortest),
+        begun=_decoder_start(model, tokenizer, opening) if apart else None,
+        max_new_tokens=max_new_tokens,
+        max_tokens=max_tokens,
+        sample=sample,
+        progress=progress,
+    )
+    texts = {
+        question: tokenizer.decode(ids, skip_special_tokens=True).strip()
+        for question, ids in answers.items()
+    }
+    return [texts[question] for question in questions]
+
+
+def _causal(model: PreTrainedModel) -> PreTrainedModel:
+    # PEFT's adapters live in the base model's modules.
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Sequence[int]],
+    *,
+    stop: Collection[int],
+    begun: Tensor | None = None,
+    max_new_tokens: int,
+    max_tokens: int = 4096,
+    sample: bool = False,
+    progress: bool = False,
+) -> dict[str, list[int]]:
+    """The tokens that follow each prompt's, up to the first that is in ``stop``, left out.
+
+    ``begun`` [1, n] begins what an encoder-decoder writes. Other arguments and errors are those of
+    `greedy_answers`.
+    """
+    model = _causal(model)
+    order = sorted(prompts, key=lambda name: -len(prompts[name]))
     check_positions(model, [Encoded([*prompts[order[0]], 0], 0)])
     limit = position_limit(model) or float("inf")
     pad = pad_token_id(tokenizer, model)
-    stop = _stop_tokens(model, tokenizer, order[-1])
-    answers: dict[str, str] = {}
+    found: dict[str, list[int]] = {}
     with evaluating(model), _bar(len(order), "answering", progress) as bar:
         mixed = len(prompts[order[0]]) == len(prompts[order[-1]]) or _masks_padding(
             model, prompts[order[-1]], pad, begun
@@ -249,18 +288,18 @@ def greedy_answers(
             width = len(prompts[order[0]])
             rows = max(1, max_tokens // (width + max_new_tokens))
             if not mixed:
-                rows = min(rows, sum(len(prompts[question]) == width for question in order))
+                rows = min(rows, sum(len(prompts[name]) == width for name in order))
             batch, order = order[:rows], order[rows:]
-            inputs = _left_padded([prompts[question] for question in batch], pad, width, begun)
+            inputs = _left_padded([prompts[name] for name in batch], pad, width, begun)
             new_tokens = int(min(max_new_tokens, limit - width))
             with generation_config(model, new_tokens, sorted(stop), pad, do_sample=sample):
                 output = model.generate(**{k: v.to(_device(model)) for k, v in inputs.items()})
             past = width if begun is None else begun.shape[1]
-            for question, ids in zip(batch, output[:, past:].tolist(), strict=True):
+            for name, ids in zip(batch, output[:, past:].tolist(), strict=True):
                 end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
-                answers[question] = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+                found[name] = ids[:end]
             bar.update(len(batch))
-    return [answers[question] for question in questions]
+    return found
 
 
 def _opened(tokenizer: PreTrainedTokenizerBase, question: str, opening: str) -> list[int]:

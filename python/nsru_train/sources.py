@@ -78,7 +78,7 @@ def load_records(
         if column in names:
             raise ValueError(f"{names[column]}_column and {field}_column are both {column!r}")
         names[column] = field
-    return _parse_rows(_read_rows(path), str(path), ignore_unknown, names)
+    return _parse_rows(read_rows(path), str(path), ignore_unknown, names)
 
 
 def save_records(path: str | Path, records: Sequence[QA]) -> None:
@@ -105,7 +105,7 @@ def _to_lines(records: Sequence[QA]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line or item number, parsed object)."""
     if path.suffix == ".parquet":
         yield from enumerate(_read_parquet(path), 1)
@@ -286,7 +286,7 @@ def _load_tofu(name: str, data_dir: str | Path | None, ignore_unknown: bool) -> 
         if not path.is_file():
             found = ", ".join(sorted(p.stem for p in Path(data_dir).glob("*.json"))) or "no *.json"
             raise ValueError(f"tofu:{name}: {path} does not exist; {data_dir} has: {found}")
-        return _parse_rows(_read_rows(path), str(path), ignore_unknown)
+        return _parse_rows(read_rows(path), str(path), ignore_unknown)
     try:
         from datasets import load_dataset
     except ImportError:

@@ -24,7 +24,7 @@ def rouge_l_recall(reference: str, prediction: str) -> float:
 
 def rouge_scores(reference: str, prediction: str) -> dict[str, float]:
     """rouge1_recall, rougeL_f1 and rougeL_recall, as `rouge_l_recall` reads words."""
-    found = _scorer().score(reference, prediction)
+    found = _scorer(True).score(reference, prediction)
     return {
         "rouge1_recall": float(found["rouge1"].recall),
         "rougeL_f1": float(found["rougeL"].fmeasure),
@@ -37,8 +37,13 @@ def has_words(reference: str) -> bool:
     return re.search("[a-z0-9]", reference.lower()) is not None
 
 
-@lru_cache(maxsize=1)
-def _scorer() -> Any:
+def rouge_l_f1(reference: str, prediction: str, *, stemmer: bool = True) -> float:
+    """F-measure of `rouge_l_recall` and its precision; without stemmer words count as they are."""
+    return float(_scorer(stemmer).score(reference, prediction)["rougeL"].fmeasure)
+
+
+@lru_cache
+def _scorer(stemmer: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=stemmer)
