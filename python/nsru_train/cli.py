@@ -36,6 +36,7 @@ KNOWN_AS = {
     "output_dir": "out",
     "resume_from_checkpoint": "resume",
 }
+TOGETHER = ("train", "eval")  # what several processes do; all else one of them does
 # By these a process knows that it has others beside it, and would wait for them.
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 WELCOME = """nsru makes a language model forget named knowledge, and keeps what it must keep.
@@ -58,9 +59,9 @@ def main(args: list[str] | None = None) -> None:
         print(WELCOME)
         return
     first = os.environ.get("RANK", "0") == "0"  # under torchrun
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _command(given) != "train":
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _command(given) not in TOGETHER:
         if not first:
-            return  # all but training is done by one process
+            return
         for name in LAUNCHED:
             os.environ.pop(name, None)
     try:

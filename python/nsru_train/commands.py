@@ -446,6 +446,7 @@ def eval(
     from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder, to_json
+    from nsru_train.shares import launched
 
     check_range("max_new_tokens", max_new_tokens, "must be ≥ 1", whole=True)
     asked = TaskSettings(tasks, include_path, num_fewshot, apply_chat_template, limit, batch_size)
@@ -464,10 +465,12 @@ def eval(
     reference_auc = load_reference_auc(retain_log) if retain_log and not theirs else None
     if out and Path(out, "metrics.jsonl").exists():
         raise ValueError(f"out: {out} holds a training run; give another folder.")
-    harness = Tasks(asked) if tasks is not None else None
     if muse is None and (muse_dir or muse_retain_log):
         raise ValueError("muse_dir, muse_retain_log: have no effect without muse; give --muse too.")
     texts = None if muse is None else Muse(muse, muse_dir, muse_retain_log)
+    harness = Tasks(asked) if tasks is not None else None
+    shares = launched()
+    together: Any = {"progress": shares.rank == 0, "shares": shares}
     network, tokenizer = load_model(model, data)
     loaded = without_long(loaded, tokenizer, data)
     if harness is not None:
@@ -493,13 +496,15 @@ def eval(
         max_length=data.max_length,
         max_new_tokens=max_new_tokens,
         generate=generate,
+        **together,
     )
-    if adapter is not None and generate:
+    based = adapter is not None
+    if based and generate and shares.rank == 0:
         add_base_answers(evaluation, network, tokenizer, max_new_tokens=max_new_tokens)
     if harness is not None:
-        evaluation.tasks += harness.evaluate(network, tokenizer, base=adapter is not None)
+        evaluation.tasks += harness.evaluate(network, tokenizer, base=based, shares=shares)
     if texts is not None:
-        evaluation.tasks += texts.evaluate(network, tokenizer, base=adapter is not None)
+        evaluation.tasks += texts.evaluate(network, tokenizer, base=based, **together)
         evaluation.notes += texts.notes
     results = to_results(evaluation)
     their_logs = {} if texts is None else {"MUSE": texts.log}
@@ -510,9 +515,16 @@ def eval(
         if not plain:
             evaluation.notes.append("mia_gradnorm: left out, what was trained is no plain LoRA")
         add_attack_scores(
-            evaluation.rows, network, tokenizer, max_length=data.max_length, gradients=plain
+            evaluation.rows,
+            network,
+            tokenizer,
+            max_length=data.max_length,
+            gradients=plain,
+            **together,
         )
         their_logs["TOFU"] = open_unlearning.to_log(evaluation.rows, their_log)
+    if shares.rank:
+        return  # the first process writes
     for name, whole in their_logs.items():
         for part, content in (("EVAL", whole), ("SUMMARY", open_unlearning.summary(whole))):
             atomic_write(folder.path / f"{name}_{part}.json", to_json(content, indent=2))

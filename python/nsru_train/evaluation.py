@@ -39,7 +39,14 @@ from nsru_train.metrics.tofu import (
     truth_ratio,
     truth_ratio_score,
 )
-from nsru_train.scoring import Score, greedy_answers, quick_probabilities, score_sequences
+from nsru_train.scoring import (
+    Score,
+    answer_share,
+    greedy_answers,
+    quick_probabilities,
+    score_share,
+)
+from nsru_train.shares import Shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,6 +143,7 @@ def evaluate(
     max_new_tokens: int = 200,
     generate: bool = True,
     progress: bool = True,
+    shares: Shares = Shares(),  # noqa: B008
 ) -> Evaluation:
     """Score a model on question-answer splits.
 
@@ -155,12 +163,15 @@ def evaluate(
         max_new_tokens: longest generated answer.
         generate: False leaves out greedy answers, and with them ROUGE and model utility.
         progress: show progress bars.
+        shares: of the processes that evaluate together, each of which gets the whole evaluation,
+            the same as of one process.
 
     Returns:
         Means of every metric by split, and each question's own values; `to_results` makes them
         JSON, and `format_table` of that prints them.
 
     Raises:
+        ChildProcessError: another of them failed.
         ValueError: an unknown or empty split, a sequence that is too long, or a diverged model.
     """
     start = time.perf_counter()
@@ -178,21 +189,36 @@ def evaluate(
         for sequence in dict.fromkeys(s for pair in flat for s in _sequences(*pair))
     }
     own = {(qa.question, qa.answer) for qa, _ in flat}
-    found = score_sequences(
-        model,
-        tokenizer,
-        list(encoded.values()),
-        predict=[sequence in own for sequence in encoded],
-        max_tokens=max(max_tokens, max_length),
-        progress=progress,
-    )
-    scores = dict(zip(encoded, found, strict=True))
+
+    def share() -> tuple[dict[int, Score], dict[str, str]]:
+        found = score_share(
+            shares,
+            model,
+            tokenizer,
+            list(encoded.values()),
+            predict=[sequence in own for sequence in encoded],
+            max_tokens=max(max_tokens, max_length),
+            progress=progress,
+        )
+        return found, answer_share(
+            shares,
+            model,
+            tokenizer,
+            [qa.question for qa, _ in flat] if generate else [],
+            max_new_tokens=max_new_tokens,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+
+    parts = shares.gather(share)
+    found = {index: score for scored, _ in parts for index, score in scored.items()}
+    scores = {sequence: found[index] for index, sequence in enumerate(encoded)}
     rows = {
         split: [_row(qa, target, encoded, scores, split, mean) for qa, target in pairs]
         for split, pairs in asked.items()
     }
     if generate:
-        _add_answers(rows, model, tokenizer, max_new_tokens, max_tokens, progress)
+        _add_answers(rows, {q: text for _, answers in parts for q, text in answers.items()})
     result = Evaluation(rows=rows)
     for split, split_rows in rows.items():
         result.metrics[split] = _means(split, split_rows, result.notes)
@@ -254,25 +280,9 @@ def _row(
     return row
 
 
-def _add_answers(
-    rows: Mapping[str, list[Row]],
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    max_tokens: int,
-    progress: bool,
-) -> None:
-    flat = [row for split_rows in rows.values() for row in split_rows]
-    answers = greedy_answers(
-        model,
-        tokenizer,
-        [row["question"] for row in flat],
-        max_new_tokens=max_new_tokens,
-        max_tokens=max_tokens,
-        progress=progress,
-    )
-    for row, text in zip(flat, answers, strict=True):
-        row["generated"] = text
+def _add_answers(rows: Mapping[str, list[Row]], answers: Mapping[str, str]) -> None:
+    for row in (row for split_rows in rows.values() for row in split_rows):
+        row["generated"] = text = answers[row["question"]]
         for key, reference in (("rougeL_recall", "answer"), ("safe_rougeL_recall", "safe_target")):
             if reference in row and has_words(row[reference]):
                 row[key] = rouge_l_recall(row[reference], text)

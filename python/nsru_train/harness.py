@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ from torch import nn
 from nsru_kernels.checks import check_range
 from nsru_train.guard import guard_of, without_update
 from nsru_train.routed import RoutedLinear
+from nsru_train.shares import Shares
 
 Row = dict[str, Any]
 
@@ -118,7 +119,14 @@ class Tasks:
                 "apply_chat_template: the tokenizer has no chat template; leave it out."
             )
 
-    def evaluate(self, model: nn.Module, tokenizer: Any, *, base: bool) -> list[Row]:
+    def evaluate(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        base: bool,
+        shares: Shares = Shares(),  # noqa: B008
+    ) -> list[Row]:
         """Each metric of each task, of the model as it is and, if ``base``, of its base model.
 
         Returns:
@@ -126,18 +134,40 @@ class Tasks:
             "before_stderr". The tasks that were asked for come first; others have the "group" that
             they belong to.
         """
-        found = self._pass("after", model, tokenizer)
+        found = self._pass("after", model, tokenizer, shares)
         if base:
             with without_update(model):
-                before = self._pass("before", model, tokenizer)
+                before = self._pass("before", model, tokenizer, shares)
             found = {key: before[key] | row for key, row in found.items()}
         first = {name: i for i, name in enumerate(self.names)}
         return sorted(found.values(), key=lambda row: first.get(row["task"], len(first)))
 
-    def _pass(self, label: str, model: Any, tokenizer: Any) -> dict[tuple[str, str], Row]:
+    def _pass(
+        self, label: str, model: Any, tokenizer: Any, shares: Shares
+    ) -> dict[tuple[str, str], Row]:
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
         from transformers import set_seed
+
+        class Shared(HFLM):
+            """Every process asks its share of the questions and knows all answers."""
+
+            def _loglikelihood_tokens(self, requests, **options):
+                # lm-eval scores one-token answers in one row with their question.
+                rows = [tuple(context + answer[:-1]) for _, context, answer in requests]
+                return shared(super()._loglikelihood_tokens, requests, rows, **options)
+
+            def generate_until(self, requests, **options):
+                return shared(super().generate_until, requests, range(len(requests)), **options)
+
+        def shared(ask: Any, requests: Any, rows: Sequence[Any], **options: Any) -> list[Any]:
+            turns = {row: i % shares.world for i, row in enumerate(dict.fromkeys(rows))}
+            ranks = [turns[row] for row in rows]
+            own = [one for one, rank in zip(requests, ranks, strict=True) if rank == shares.rank]
+            options["disable_tqdm"] = options.get("disable_tqdm", False) or shares.rank > 0
+            parts = shares.gather(lambda: ask(own, **options) if own else [])
+            answers = [iter(part) for part in parts]
+            return [next(answers[rank]) for rank in ranks]
 
         set_seed(SEED)
         # lm-eval pads without a mask, by which guards and routed experts know what they read.
@@ -145,7 +175,7 @@ class Tasks:
             isinstance(module, RoutedLinear) for module in model.modules()
         )
         with _quiet():
-            served = HFLM(
+            served = Shared(
                 pretrained=model,
                 tokenizer=tokenizer,
                 backend="causal",

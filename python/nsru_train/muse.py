@@ -21,7 +21,8 @@ from nsru_train.metrics.muse import (
     to_log,
 )
 from nsru_train.metrics.privacy import min_k
-from nsru_train.scoring import continuations, end_tokens, score_sequences
+from nsru_train.scoring import continuations, end_tokens, score_share
+from nsru_train.shares import Shares
 from nsru_train.sources import read_rows
 
 # Configuration of the data set, split -> columns that are read.
@@ -75,14 +76,24 @@ class Muse:
             )
 
     def evaluate(
-        self, model: nn.Module, tokenizer: Any, *, base: bool, progress: bool = True
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        base: bool,
+        progress: bool = True,
+        shares: Shares = Shares(),  # noqa: B008
     ) -> list[Row]:
         """Both conventions' numbers, rows as `nsru_train.harness.Tasks.evaluate` gives them."""
+
+        def numbers() -> dict[str, tuple[float, float]]:
+            return self._numbers(self.items(model, tokenizer, progress=progress, shares=shares))
+
         found: dict[str, dict[str, tuple[float, float]]] = {}
         if base:
             with without_update(model):
-                found["before"] = self._numbers(self.items(model, tokenizer, progress=progress))
-        found["after"] = self._numbers(self.items(model, tokenizer, progress=progress))
+                found["before"] = numbers()
+        found["after"] = numbers()
         task = f"MUSE-{self.corpus.title()}"
         return [
             {
@@ -95,64 +106,80 @@ class Muse:
             for name, asked in ASKED.items()
         ]
 
-    def items(self, model: nn.Module, tokenizer: Any, *, progress: bool = False) -> Items:
+    def items(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        progress: bool = False,
+        shares: Shares = Shares(),  # noqa: B008
+    ) -> Items:
         """What the model generates and how likely it finds the texts: see `metrics.muse.Items`."""
-        items: dict[str, Any] = {}
-        rows = self.sets["verbmem", "forget"]
-        texts = self._generate(model, tokenizer, "verbmem", [p for p, _ in rows], progress)
-        items["verbmem_f"] = [
-            {
-                "generated": texts[prompt],
-                "truth": _continuation(tokenizer, prompt, truth),
-                "short": _decode(tokenizer, _ids(tokenizer, truth)[: NEW_TOKENS["verbmem"]]),
-            }
-            for prompt, truth in rows
-        ]
+        asked = {"verbmem_f": self.sets["verbmem", "forget"]}
         for name in ("knowmem_f", "knowmem_r"):
             split = ASKED[name][1]
             shots = self.sets["knowmem", f"{split}_icl"]
             before = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in shots)
-            asked = [
+            asked[name] = [
                 (f"{before}Question: {question}\nAnswer: ", answer)
                 for question, answer in self.sets["knowmem", split]
             ]
-            texts = self._generate(model, tokenizer, "knowmem", [p for p, _ in asked], progress)
-            items[name] = [
-                {"generated": first_answer(texts[prompt]), "truth": answer}
-                for prompt, answer in asked
-            ]
-        opening = len(_ids(tokenizer, ""))
-        for split in ("forget", "holdout"):
-            encoded = [
-                Encoded(_ids(tokenizer, text), 1) for (text,) in self.sets["privleak", split]
-            ]
-            scores = score_sequences(
+        encoded = {
+            (side, i): Encoded(_ids(tokenizer, text), 1)
+            for side in ("forget", "holdout")
+            for i, (text,) in enumerate(self.sets["privleak", side])
+        }
+        # The first token has no probability; where none opens the text, that is one of its own.
+        last = len(_ids(tokenizer, "")) + MOST_TOKENS - 1
+
+        def share() -> tuple[dict[tuple[str, str], str], dict[int, Any]]:
+            texts = {
+                (name, prompt): _decode(tokenizer, ids)
+                for name, rows in asked.items()
+                for prompt, ids in continuations(
+                    shares,
+                    model,
+                    tokenizer,
+                    {prompt: _ids(tokenizer, prompt) for prompt, _ in rows},
+                    stop={tokenizer.eos_token_id, *end_tokens(model)},
+                    max_new_tokens=NEW_TOKENS[ASKED[name][0]],
+                    progress=progress,
+                ).items()
+            }
+            scores = score_share(
+                shares,
                 model,
                 tokenizer,
-                encoded,
-                max_tokens=max(4096, *map(len, encoded)),
+                [*encoded.values()],
+                max_tokens=max(4096, *map(len, encoded.values())),
                 progress=progress,
             )
-            # The first token has no probability; where none opens the text, that is one of its own.
-            last = opening + MOST_TOKENS - 1
-            items[split] = [
-                {"min_k": min_k(score.nll), "min_k_cut": min_k(score.nll[:last][:-1])}
-                for score in scores
-            ]
-        return items
+            return texts, {
+                i: {"min_k": min_k(one.nll), "min_k_cut": min_k(one.nll[:last][:-1])}
+                for i, one in scores.items()
+            }
 
-    def _generate(
-        self, model: Any, tokenizer: Any, kind: str, prompts: Sequence[str], progress: bool
-    ) -> dict[str, str]:
-        found = continuations(
-            model,
-            tokenizer,
-            {prompt: _ids(tokenizer, prompt) for prompt in prompts},
-            stop={tokenizer.eos_token_id, *end_tokens(model)},
-            max_new_tokens=NEW_TOKENS[kind],
-            progress=progress,
-        )
-        return {prompt: _decode(tokenizer, ids) for prompt, ids in found.items()}
+        parts = shares.gather(share)
+        said = {key: text for texts, _ in parts for key, text in texts.items()}
+        likely = {i: row for _, rows in parts for i, row in rows.items()}
+        items: dict[str, Any] = {
+            name: [
+                {"generated": first_answer(said[name, prompt]), "truth": truth}
+                for prompt, truth in asked[name]
+            ]
+            for name in ("knowmem_f", "knowmem_r")
+        }
+        items["verbmem_f"] = [
+            {
+                "generated": said["verbmem_f", prompt],
+                "truth": _continuation(tokenizer, prompt, truth),
+                "short": _decode(tokenizer, _ids(tokenizer, truth)[: NEW_TOKENS["verbmem"]]),
+            }
+            for prompt, truth in asked["verbmem_f"]
+        ]
+        for side in ("forget", "holdout"):
+            items[side] = [likely[i] for i, (own, _) in enumerate(encoded) if own == side]
+        return items
 
     def _numbers(self, items: Items) -> dict[str, tuple[float, float]]:
         """Of each metric the benchmark's and OpenUnlearning's value."""

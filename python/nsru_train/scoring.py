@@ -25,6 +25,7 @@ from nsru_train.data.encode import (
 )
 from nsru_train.language_models import is_encoder_decoder
 from nsru_train.losses.nll import answer_states
+from nsru_train.shares import Shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,12 +122,33 @@ def score_sequences(
         ValueError: a sequence is longer than max_tokens or than the model's position table, or
             its NLL is not finite.
     """
+    found = score_share(
+        Shares(), model, tokenizer, encoded, predict=predict, max_tokens=max_tokens,
+        progress=progress,
+    )  # fmt: skip
+    return [found[i] for i in range(len(encoded))]
+
+
+def score_share(
+    shares: Shares,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Encoded],
+    *,
+    predict: Sequence[bool] | None = None,
+    max_tokens: int = 4096,
+    progress: bool = False,
+) -> dict[int, Score]:
+    """Index -> score of the sequences in this process's batches, each as one process has it.
+
+    Args, Raises: as in `score_sequences`.
+    """
     check_positions(model, encoded)
     predict = [False] * len(encoded) if predict is None else predict
-    scores: list[Score | None] = [None] * len(encoded)
-    device = _device(model)
-    with evaluating(model), _bar(len(encoded), "scoring", progress) as bar:
-        for indices in length_batches(encoded, max_tokens):
+    scores: dict[int, Score] = {}
+    device, batches = _device(model), shares.of(length_batches(encoded, max_tokens))
+    with evaluating(model), _bar(sum(map(len, batches)), "scoring", progress) as bar:
+        for indices in batches:
             items = [encoded[i] for i in indices]
             batch = collate(items, pad_token_id(tokenizer, model))
             states = answer_states(model, {k: v.to(device) for k, v in batch.items()})
@@ -143,7 +165,7 @@ def score_sequences(
                     )
                 scores[i] = Score(values, chosen if predict[i] else _NOT_ASKED)
             bar.update(len(indices))
-    return [score for score in scores if score is not None]
+    return scores
 
 
 @overload
@@ -226,8 +248,31 @@ def greedy_answers(
     Raises:
         ValueError: a question leaves no room for an answer in the model's position table.
     """
+    texts = answer_share(
+        Shares(), model, tokenizer, questions, max_new_tokens=max_new_tokens,
+        max_tokens=max_tokens, opening=opening, sample=sample, progress=progress,
+    )  # fmt: skip
+    return [texts[question] for question in questions]
+
+
+def answer_share(
+    shares: Shares,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    *,
+    max_new_tokens: int = 200,
+    max_tokens: int = 4096,
+    opening: str = "",
+    sample: bool = False,
+    progress: bool = False,
+) -> dict[str, str]:
+    """Question -> answer of those in this process's batches, each as one process has it.
+
+    Args, Raises: as in `greedy_answers`.
+    """
     if not questions:
-        return []
+        return {}
     model = _causal(model)
     apart = is_encoder_decoder(model)
     prompts = {
@@ -235,6 +280,7 @@ def greedy_answers(
     }
     shortest = min(prompts, key=lambda question: len(prompts[question]))
     answers = continuations(
+        shares,
         model,
         tokenizer,
         prompts,
@@ -245,11 +291,10 @@ def greedy_answers(
         sample=sample,
         progress=progress,
     )
-    texts = {
+    return {
         question: tokenizer.decode(ids, skip_special_tokens=True).strip()
         for question, ids in answers.items()
     }
-    return [texts[question] for question in questions]
 
 
 def _causal(model: PreTrainedModel) -> PreTrainedModel:
@@ -258,6 +303,7 @@ def _causal(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def continuations(
+    shares: Shares,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Mapping[str, Sequence[int]],
@@ -271,8 +317,8 @@ def continuations(
 ) -> dict[str, list[int]]:
     """The tokens that follow each prompt's, up to the first that is in ``stop``, left out.
 
-    ``begun`` [1, n] begins what an encoder-decoder writes. Other arguments and errors are those of
-    `greedy_answers`.
+    Of the prompts in this process's batches. ``begun`` [1, n] begins what an encoder-decoder
+    writes. Other arguments and errors are those of `greedy_answers`.
     """
     model = _causal(model)
     order = sorted(prompts, key=lambda name: -len(prompts[name]))
@@ -280,26 +326,46 @@ def continuations(
     limit = position_limit(model) or float("inf")
     pad = pad_token_id(tokenizer, model)
     found: dict[str, list[int]] = {}
-    with evaluating(model), _bar(len(order), "answering", progress) as bar:
+    with evaluating(model):
         mixed = len(prompts[order[0]]) == len(prompts[order[-1]]) or _masks_padding(
             model, prompts[order[-1]], pad, begun
         )
-        while order:
-            width = len(prompts[order[0]])
-            rows = max(1, max_tokens // (width + max_new_tokens))
-            if not mixed:
-                rows = min(rows, sum(len(prompts[name]) == width for name in order))
-            batch, order = order[:rows], order[rows:]
-            inputs = _left_padded([prompts[name] for name in batch], pad, width, begun)
-            new_tokens = int(min(max_new_tokens, limit - width))
-            with generation_config(model, new_tokens, sorted(stop), pad, do_sample=sample):
-                output = model.generate(**{k: v.to(_device(model)) for k, v in inputs.items()})
-            past = width if begun is None else begun.shape[1]
-            for name, ids in zip(batch, output[:, past:].tolist(), strict=True):
-                end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
-                found[name] = ids[:end]
-            bar.update(len(batch))
+        batches = shares.of(_prompt_batches(prompts, order, max_tokens, max_new_tokens, mixed))
+        with _bar(sum(map(len, batches)), "answering", progress) as bar:
+            for batch in batches:
+                width = len(prompts[batch[0]])
+                inputs = _left_padded([prompts[name] for name in batch], pad, width, begun)
+                new_tokens = int(min(max_new_tokens, limit - width))
+                with generation_config(model, new_tokens, sorted(stop), pad, do_sample=sample):
+                    output = model.generate(**{k: v.to(_device(model)) for k, v in inputs.items()})
+                past = width if begun is None else begun.shape[1]
+                for name, ids in zip(batch, output[:, past:].tolist(), strict=True):
+                    end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
+                    found[name] = ids[:end]
+                bar.update(len(batch))
     return found
+
+
+def _prompt_batches(
+    prompts: Mapping[str, Sequence[int]],
+    order: Sequence[str],
+    max_tokens: int,
+    max_new_tokens: int,
+    mixed: bool,
+) -> list[Sequence[str]]:
+    """Prompts of falling length in batches of at most max_tokens, new ones included.
+
+    Not ``mixed``, those of a batch have one length.
+    """
+    batches = []
+    while order:
+        width = len(prompts[order[0]])
+        rows = max(1, max_tokens // (width + max_new_tokens))
+        if not mixed:
+            rows = min(rows, sum(len(prompts[name]) == width for name in order))
+        batches.append(order[:rows])
+        order = order[rows:]
+    return batches
 
 
 def _opened(tokenizer: PreTrainedTokenizerBase, question: str, opening: str) -> list[int]:

@@ -543,35 +543,6 @@ def test_processes_look_for_unused_parameters_only_where_some_may_be(tmp_path, t
     assert not _all_take_part(model, data)
 
 
-def torchrun(folder, *arguments, script=("-m", "nsru_train.cli"), **environment):
-    """What nsru prints in two processes, which both must end well."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *script, *arguments],
-            env={
-                **os.environ,
-                **common,
-                **environment,
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "OMP_NUM_THREADS": "1",
-            },
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    printed, silent = (process.communicate(timeout=600) for process in processes)
-    assert [process.returncode for process in processes] == [0, 0], printed[1] + silent[1]
-    return printed[0], silent[0]
-
-
 def save_tiny_sets(folder):
     samples.save_tiny(folder / "model", samples.RECORDS)
     for name, records in (("forget", samples.FORGET), ("retain", samples.RETAIN)):
@@ -588,7 +559,7 @@ TINY = (
 
 def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
     save_tiny_sets(tmp_path)
-    printed, silent = torchrun(tmp_path, *TINY, "--out", "run", "--train.steps", "2")
+    printed, silent = samples.torchrun(tmp_path, *TINY, "--out", "run", "--train.steps", "2")
     assert "next: nsru eval run" in printed
     assert silent == ""
     assert not list((tmp_path / "run").rglob(".*"))
@@ -599,7 +570,7 @@ def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
     assert streamed == {sum(map(len, pairs))}, "every token by one process"
     checkpoint = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
     assert checkpoint == {*CHECKPOINT[:-1], "rng_state_0.pth", "rng_state_1.pth"}
-    printed, silent = torchrun(tmp_path, "eval", "run", "--generate=false")
+    printed, silent = samples.torchrun(tmp_path, "eval", "run", "--generate=false")
     assert "next: nsru verify run" in printed
     assert silent == ""
 
@@ -609,7 +580,7 @@ def test_fsdp2_trains_evaluates_saves_and_resumes_as_ddp(tmp_path):
     """Of accelerate's launcher only the environment that it sets counts."""
     save_tiny_sets(tmp_path)
     arguments = (*TINY, "--train.steps", "4", "--train.eval_steps", "2", "--subspace.own_texts=3")
-    printed, _ = torchrun(tmp_path, *arguments, "--out", "ddp")
+    printed, _ = samples.torchrun(tmp_path, *arguments, "--out", "ddp")
     fsdp = {
         "script": [str(Path(__file__).with_name("fsdp2.py"))],
         "ACCELERATE_USE_FSDP": "true",
@@ -618,7 +589,7 @@ def test_fsdp2_trains_evaluates_saves_and_resumes_as_ddp(tmp_path):
         "FSDP_RESHARD_AFTER_FORWARD": "true",
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # accelerate's own default
     }
-    sharded, silent = torchrun(tmp_path, *arguments, "--out", "fsdp2", **fsdp)
+    sharded, silent = samples.torchrun(tmp_path, *arguments, "--out", "fsdp2", **fsdp)
     assert silent == ""
     assert sharded == printed.replace("ddp", "fsdp2")
     runs = [RunFolder(tmp_path / name) for name in ("ddp", "fsdp2")]
@@ -626,7 +597,7 @@ def test_fsdp2_trains_evaluates_saves_and_resumes_as_ddp(tmp_path):
     files = [{path.name for path in (run.path / "checkpoint-2").iterdir()} for run in runs]
     assert files[0] == files[1]
     shutil.rmtree(tmp_path / "fsdp2" / "checkpoint-4")
-    printed, _ = torchrun(tmp_path, *arguments, "--out", "fsdp2", "--resume=true", **fsdp)
+    printed, _ = samples.torchrun(tmp_path, *arguments, "--out", "fsdp2", "--resume=true", **fsdp)
     assert "going on from fsdp2/checkpoint-2" in printed
     assert_same_run(*runs)
 
@@ -652,11 +623,11 @@ def assert_same_run(run, other):
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize("command", ["demo", "subspace", "train", "eval", "merge", "verify"])
-def test_only_training_takes_several_processes(monkeypatch, command, rank):
+def test_only_training_and_evaluation_take_several_processes(monkeypatch, command, rank):
     """The others end at once, and the first one does not wait for them."""
     ran = []
     monkeypatch.setitem(cli.COMMANDS, command, lambda: ran.append(os.environ.get("WORLD_SIZE")))
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     cli.main([command])
-    assert ran == (["2"] if command == "train" else [None] if rank == "0" else [])
+    assert ran == (["2"] if command in ("train", "eval") else [None] if rank == "0" else [])

@@ -5,6 +5,8 @@ python samples.py OUTPUT_DIR [kill]
 
 import os
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -95,6 +97,35 @@ def resumable(output_dir, **arguments):
     """Five forget questions, two a step: an epoch is three steps, and its last batch is short."""
     model = make_model(make_tokenizer(), attention_dropout=0.2)
     return make_trainer(output_dir, model=model, save_strategy="steps", save_steps=4, **arguments)
+
+
+def torchrun(folder, *arguments, script=("-m", "nsru_train.cli"), codes=(0, 0), **environment):
+    """What nsru prints in two processes, both channels of each where one shall not end well."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *script, *arguments],
+            env={
+                **os.environ,
+                **common,
+                **environment,
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "OMP_NUM_THREADS": "1",
+            },
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    printed, silent = (process.communicate(timeout=600) for process in processes)
+    assert [process.returncode for process in processes] == [*codes], printed[1] + silent[1]
+    return (printed[0], silent[0]) if codes == (0, 0) else (printed, silent)
 
 
 class KillInSecondSave(TrainerCallback):
