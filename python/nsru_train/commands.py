@@ -441,7 +441,7 @@ def eval(
     from nsru_train.harness import Tasks, TaskSettings
     from nsru_train.membership import add_attack_scores
     from nsru_train.metrics import open_unlearning
-    from nsru_train.metrics.tofu import load_log, load_reference_auc
+    from nsru_train.metrics.tofu import check_retain_log, load_log, load_reference_auc
     from nsru_train.muse import Muse
     from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.report import write_report
@@ -475,6 +475,13 @@ def eval(
     loaded = without_long(loaded, tokenizer, data)
     if harness is not None:
         harness.check_template(tokenizer)
+    if log is not None and retain_log is not None:
+        compared = {"forget": loaded.forget, "holdout": loaded.more.get("holdout")}
+        check_retain_log(
+            retain_log,
+            {n: [(qa.question, qa.answer) for qa in own] for n, own in compared.items() if own},
+            ratios=all(qa.perturbed_answers for qa in loaded.forget),
+        )
     if their_log is not None:
         open_unlearning.check_retain_log(
             their_log,

@@ -65,7 +65,10 @@ class Muse:
             (config, split): _texts(corpus, folder, config, split, columns)
             for (config, split), columns in SETS.items()
         }
-        self.retain_log = None if retain_log is None else _read_log(retain_log)
+        self.retain_log = None
+        if retain_log is not None:
+            answers = [answer for _, answer in self.sets["knowmem", "forget_qa"]]
+            self.retain_log = _read_log(retain_log, answers)
         self.log: dict[str, Any] = {}  # of the model evaluated last
         self.notes: list[str] = []
         if self.retain_log is None:
@@ -243,7 +246,7 @@ def _texts(
     return rows
 
 
-def _read_log(path: str) -> dict[str, Any]:
+def _read_log(path: str, answers: Sequence[str]) -> dict[str, Any]:
     file = Path(path, "MUSE_EVAL.json") if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ValueError(f"muse_retain_log: no file {file}; give a folder with MUSE_EVAL.json.")
@@ -253,5 +256,16 @@ def _read_log(path: str) -> dict[str, Any]:
     if not isinstance(auc, float) or not 0 <= auc < 1:
         raise ValueError(
             f"muse_retain_log: {file} has no mia_min_k with an agg_value in [0, 1), got {auc!r}."
+        )
+    rows = (log.get(GENERATED["knowmem_f"]) or {}).get("value_by_index") or {}
+    theirs = [row.get("ground_truth") for row in rows.values() if isinstance(row, Mapping)]
+    # White space does not count: tokenizers clean it up.
+    if theirs and ["".join(str(t).split()) for t in theirs] != [
+        "".join(a.split()) for a in answers
+    ]:
+        raise ValueError(
+            f"muse_retain_log: {file} is of other questions: {len(theirs)}, the first one answered "
+            f"{theirs[0]!r:.60}, not {len(answers)} and {answers[0]!r:.60}; give that of the same "
+            "corpus."
         )
     return log

@@ -337,6 +337,37 @@ def test_privleak_is_against_the_retain_log(run, tmp_path):
     assert not any(note.startswith("privleak") for note in second["notes"])
 
 
+def test_a_retain_log_of_other_questions_is_named_before_any_is_asked(
+    setting, run, tmp_path, capsys, monkeypatch
+):
+    main(["eval", str(run), "--generate=false", f"--out={tmp_path / 'first'}"])
+    path = tmp_path / "first" / "results.json"
+    results = json.loads(path.read_text())
+    monkeypatch.setattr(
+        "nsru_train.evaluation.score_share", lambda *_, **__: pytest.fail("too late")
+    )
+
+    def refused(change):
+        changed = json.loads(json.dumps(results))
+        change(changed)
+        path.write_text(json.dumps(changed))
+        options = [f"--retain_log={path}", f"--out={tmp_path / 'no'}"]
+        error = fails(capsys, ["eval", str(run), *options])
+        assert not (tmp_path / "no").exists()
+        return error
+
+    def rename(split):
+        def change(found):
+            next(row for row in found["examples"] if row["split"] == split)["question"] = "Who?"
+
+        return change
+
+    assert "of another forget set: 6 questions, the first one 'Who?'" in refused(rename("forget"))
+    assert "of another holdout set: 6 questions" in refused(rename("holdout"))
+    few = refused(lambda found: found["metrics"]["holdout"].update(count=5))
+    assert "of another holdout set: 5 questions" in few
+
+
 def test_adapter_of_another_base(setting, run, tmp_path, capsys):
     other = other_model(setting, tmp_path)
     for command in ("eval", "merge", "verify"):

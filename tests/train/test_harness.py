@@ -1,10 +1,8 @@
 """`nsru eval --tasks`: lm-eval's numbers against a scorer of our own, on tasks made here."""
 
 import json
-import os
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,12 +34,9 @@ OWN = [
 ]
 
 
-def world_facts():
+def world_facts(folder):
     """TOFU's questions on the real world: one right answer among four, the first more often."""
-    folder = Path(os.environ.get("TOFU_DATA", "../shared/data/tofu"))
-    file = folder / "world_facts_perturbed.json"
-    if not file.is_file():
-        pytest.skip(f"no {file}; TOFU_DATA names the folder of TOFU's files")
+    file = folder / "tofu" / "world_facts_perturbed.json"
     docs = []
     for i, line in enumerate(file.read_text().splitlines()[:23]):
         row = json.loads(line)
@@ -141,9 +136,11 @@ def evaluated(run, out, *options):
 
 @needs_lm_eval
 @pytest.mark.usefixtures("own_tasks_alone")
-@pytest.mark.parametrize("docs", [lambda: OWN, world_facts], ids=["own", "world facts"])
-def test_base_and_unlearned_side_by_side_on_one_model(run, docs, tmp_path, monkeypatch, capsys):
-    docs = docs()
+@pytest.mark.parametrize("kind", ["own", "world facts"])
+def test_base_and_unlearned_side_by_side_on_one_model(
+    run, kind, tmp_path, monkeypatch, capsys, request
+):
+    docs = OWN if kind == "own" else world_facts(request.getfixturevalue("shared_data"))
     folder, loaded = write_task(tmp_path / "tasks", docs), []
     read = AutoModelForCausalLM.from_pretrained
 

@@ -251,5 +251,10 @@ def test_what_cannot_be_read_is_named_before_the_model_is(run, tmp_path, capsys,
     write(tmp_path)
     assert "no file" in refused("--muse=news", own, f"--muse_retain_log={tmp_path}")
     (tmp_path / "MUSE_EVAL.json").write_text("{}")
+    said = {"value_by_index": {"0": {"ground_truth": "In Rome."}}}
+    log = {"mia_min_k": {"agg_value": 0.4}, "forget_knowmem_ROUGE": said}
+    (tmp_path / "other.json").write_text(json.dumps(log))
+    error = refused("--muse=news", own, f"--muse_retain_log={tmp_path / 'other.json'}")
+    assert "is of other questions: 1, the first one answered 'In Rome.', not 4" in error
     assert "has no mia_min_k" in refused("--muse=news", own, f"--muse_retain_log={tmp_path}")
     assert "news" in refused("--muse=papers", own)

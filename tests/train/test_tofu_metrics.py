@@ -11,6 +11,7 @@ import pytest
 
 from nsru_train.metrics.tofu import (
     LOG_FILES,
+    check_retain_log,
     forget_quality,
     load_log,
     model_utility,
@@ -115,6 +116,19 @@ def test_forget_quality_by_hand():
         forget_quality(forget([1, 2]), None)
     with pytest.raises(ValueError, match=r"retain_log has no 'eval_log_forget.json'.*found: other"):
         forget_quality(forget([1, 2]), {"other": {}})
+
+
+def test_a_retain_log_that_lacks_what_is_compared_is_named(tmp_path):
+    column = {"avg_paraphrased_loss": [LN2, LN2], "average_perturb_loss": [[LN2], [LN2]]}
+    path, asked = tmp_path / "log.json", {"forget": [("Who?", "Ann."), ("Where?", "Here.")]}
+    path.write_text(json.dumps({LOG_FILES["forget"]: column}))
+    check_retain_log(path, asked, ratios=True)
+    with pytest.raises(ValueError, match="of another forget set: 2 questions, not 1"):
+        check_retain_log(path, {"forget": asked["forget"][:1]}, ratios=True)
+    path.write_text(json.dumps({LOG_FILES["forget"]: {"avg_gt_loss": [LN2, LN2]}}))
+    check_retain_log(path, asked, ratios=False)
+    with pytest.raises(ValueError, match=r"\['avg_paraphrased_loss'\] is missing"):
+        check_retain_log(path, asked, ratios=True)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,41 @@ def load_reference_auc(path: str | Path) -> float | None:
     return found if isinstance(found, (int, float)) else None
 
 
+def check_retain_log(
+    path: str | Path, splits: Mapping[str, Sequence[tuple[str, str]]], *, ratios: bool
+) -> None:
+    """Raise ValueError where a retain model's log lacks what is compared, or is of other questions.
+
+    Args:
+        path: as in `load_log`. A results.json holds the first questions of each split, too.
+        splits: forget and holdout, as far as they are evaluated -> (question, answer)s.
+        ratios: whether truth ratios are compared.
+    """
+    log, content = load_log(path), parse_json(read_text(path))
+    examples, metrics = (content.get(key) for key in ("examples", "metrics"))
+    counts = {
+        split: row["count"]
+        for split, row in (metrics.items() if isinstance(metrics, Mapping) else ())
+        if isinstance(row, Mapping) and isinstance(row.get("count"), int)
+    }
+    if ratios:
+        keys = ("avg_paraphrased_loss", "average_perturb_loss")
+        counts["forget"] = len(_columns(log, "forget", keys, "retain_log")[keys[0]])
+    for split, records in splits.items():
+        first = [
+            (row.get("question"), row.get("original"))
+            for row in (examples if isinstance(examples, list) else ())
+            if isinstance(row, Mapping) and row.get("split") == split
+        ]
+        count = counts.get(split, len(records))
+        if count != len(records) or first != [*records[: len(first)]]:
+            theirs = f", the first one {first[0][0]!r:.60}" if first else ""
+            raise ValueError(
+                f"retain_log: {path} is of another {split} set: {count} questions{theirs}, not "
+                f"{len(records)}, the first one {records[0][0]!r:.60}. Give that of the same sets."
+            )
+
+
 def _present(log: Log) -> tuple[str, ...]:
     names = tuple(name for name in UTILITY_SPLITS if LOG_FILES[name] in log)
     if not names:
