@@ -439,6 +439,7 @@ def eval(
     from nsru_train.adapters import is_plain, load_adapter
     from nsru_train.evaluation import add_base_answers, evaluate, format_table, to_results
     from nsru_train.harness import Tasks, TaskSettings
+    from nsru_train.language_models import refuse_encoder_decoder
     from nsru_train.membership import add_attack_scores
     from nsru_train.metrics import open_unlearning
     from nsru_train.metrics.tofu import check_retain_log, load_log, load_reference_auc
@@ -475,6 +476,8 @@ def eval(
     loaded = without_long(loaded, tokenizer, data)
     if harness is not None:
         harness.check_template(tokenizer)
+    if texts is not None:
+        refuse_encoder_decoder(network, "muse")
     if log is not None and retain_log is not None:
         compared = {"forget": loaded.forget, "holdout": loaded.more.get("holdout")}
         check_retain_log(

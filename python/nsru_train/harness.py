@@ -15,6 +15,7 @@ from torch import nn
 
 from nsru_kernels.checks import check_range
 from nsru_train.guard import guard_of, without_update
+from nsru_train.language_models import is_encoder_decoder
 from nsru_train.routed import RoutedLinear
 from nsru_train.shares import Shares
 
@@ -178,7 +179,7 @@ class Tasks:
             served = Shared(
                 pretrained=model,
                 tokenizer=tokenizer,
-                backend="causal",
+                backend="seq2seq" if is_encoder_decoder(model) else "causal",
                 batch_size=1 if masked else self.settings.batch_size,
             )
             found: Any = evaluate(

@@ -4,6 +4,7 @@ import json
 from functools import partial
 from importlib.util import find_spec
 
+import architectures
 import pytest
 import torch
 import yaml
@@ -231,6 +232,28 @@ def test_a_chat_template_is_applied_or_named_as_missing(run, tmp_path, monkeypat
     tasks.check_template(tokenizer)
     tasks.evaluate(load(run), tokenizer, base=False)
     assert any(text.startswith("<Where is Ann?") for text in seen)
+
+
+@needs_lm_eval
+@pytest.mark.usefixtures("own_tasks_alone")
+def test_an_encoder_decoder_reads_the_question_and_is_scored_on_the_answer(tmp_path, monkeypatch):
+    tokenizer, right = make_tokenizer(), []
+    sizes = {"vocab_size": len(tokenizer), "initializer_range": 0.1}
+    monkeypatch.setattr(architectures, "SIZES", {**architectures.SIZES, **sizes})
+    model = architectures.make("t5").eval()
+    for doc in OWN:
+        options = "".join(f"{x}. {c}\n" for x, c in zip(LETTERS, doc["choices"], strict=True))
+        prompt, scores = tokenizer(f"{doc['question']}\n{options}Answer:").input_ids, []
+        for letter in LETTERS:
+            answer = tokenizer(f" {letter}", add_special_tokens=False).input_ids
+            inputs = {"input_ids": torch.tensor([prompt]), "labels": torch.tensor([answer])}
+            with torch.no_grad():
+                scores.append(-model(**inputs).loss.item() * len(answer))
+        right.append(max(range(4), key=scores.__getitem__) == doc["answer"])
+    folder = write_task(tmp_path / "tasks", OWN)
+    asked = TaskSettings("own_facts", str(folder), batch_size=4)
+    (row,) = harness.Tasks(asked).evaluate(model, tokenizer, base=False)
+    assert row["after"] == sum(right) / len(right)
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,13 @@ def test_the_command_writes_rows_and_a_log_that_serves_as_retain_log(run, tmp_pa
     assert leaks == pytest.approx([0, 0], abs=1e-6)
 
 
+def test_an_encoder_decoder_continues_no_texts(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("nsru_train.language_models.is_encoder_decoder", lambda model: True)
+    with pytest.raises(SystemExit):
+        main(["eval", str(run), "--muse=news", f"--muse_dir={write(tmp_path)}"])
+    assert "muse needs a decoder that reads the prompt itself" in capsys.readouterr().err
+
+
 def test_what_cannot_be_read_is_named_before_the_model_is(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("nsru_train.pipeline.load_model", lambda *_: pytest.fail("too late"))
     own = f"--muse_dir={tmp_path}"
