@@ -55,6 +55,22 @@ def test_target_has_learnt_and_holds_its_questions(out, groups):
     assert not (out / "target.checkpoint").exists()
 
 
+def test_the_base_alone_needs_no_questions(out, tmp_path, monkeypatch, capsys):
+    shutil.copytree(out / "base", tmp_path / "base")
+    monkeypatch.setattr(smollm2, "tofu_groups", None)
+    monkeypatch.setattr("sys.argv", ["smollm2", "--base-only", f"--out={tmp_path}"])
+    smollm2.main()
+    assert f"next: sh examples/unlearn_cli.sh {tmp_path}/base" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_missing_package_is_named_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2.subprocess, "run", None)
+    with pytest.raises(ImportError, match="pip install 'gguf"):
+        smollm2.make_base(tmp_path)
+
+
 def test_a_killed_training_goes_on_to_the_same_weights(out, groups, tmp_path, monkeypatch):
     shutil.copytree(out / "base", tmp_path / "base")
     monkeypatch.setattr(smollm2, "CHECKPOINT_STEPS", 4)
