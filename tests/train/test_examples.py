@@ -108,9 +108,10 @@ def test_export_and_serve(run, monkeypatch, capsys):
     assert max(found.values()) < 1e-3
 
 
-def test_python(model, monkeypatch, capsys, tmp_path):
+def test_python(model, monkeypatch, capsys, tmp_path, recwarn):
     given = ("--model", model, "--out", tmp_path, "--lr", "4e-3")
     printed = run_script(monkeypatch, capsys, "unlearn_python.py", *given)
+    assert not [w for w in recwarn if "pin_memory" in str(w.message)], "said without a GPU"
     (sets,) = re.findall(r"^probability of answers (.*)$", printed, re.MULTILINE)
     names = [f"{name}_prob" for name in sets.split()]
     rows = re.findall(r"^(?:before|after) +(\d.*)$", printed, re.MULTILINE)
