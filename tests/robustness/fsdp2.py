@@ -1,9 +1,11 @@
 """``nsru`` as on GPUs: accelerate takes FSDP's settings, which it leaves aside on a CPU."""
 
+import gc
 import sys
 
 from accelerate import state
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 
 from nsru_train.cli import main
 
@@ -20,3 +22,4 @@ def _init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
 
 state.AcceleratorState.__init__ = _init_with_fsdp
 main(sys.argv[1:])
+assert any(isinstance(found, FSDPModule) for found in gc.get_objects())

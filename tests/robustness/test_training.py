@@ -602,6 +602,43 @@ def test_fsdp2_trains_evaluates_saves_and_resumes_as_ddp(tmp_path):
     assert_same_run(*runs)
 
 
+FSDP2 = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+mixed_precision: 'no'
+use_cpu: true
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+main_process_port: 0
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_an_fsdp2_configuration(tmp_path):
+    """On a CPU accelerate itself leaves FSDP aside and trains by DDP; fsdp2.py makes it shard."""
+    save_tiny_sets(tmp_path)
+    (tmp_path / "fsdp2.yaml").write_text(FSDP2)
+    scripts = {
+        "ddp": ["-m", "nsru_train.cli"],
+        "fsdp2": [str(Path(__file__).with_name("fsdp2.py"))],
+    }
+    for name, script in scripts.items():
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file=fsdp2.yaml"]
+        done = subprocess.run(
+            [*launch, *script, *TINY, "--out", name, "--train.steps=2"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"next: nsru eval {name}" in done.stdout
+    assert_same_run(*(RunFolder(tmp_path / name) for name in scripts))
+
+
 def assert_same_run(run, other):
     """But for times and rounding."""
     rows, wanted = other.read_metrics(), run.read_metrics()
