@@ -25,6 +25,7 @@ from nsru_kernels.subspaces.estimate import SubspaceSet
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import (
     IGNORE_INDEX,
+    Encoded,
     TextFormat,
     collate,
     encode_qa,
@@ -206,7 +207,7 @@ def load_model(
         check_bitsandbytes(config.quantize)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            config.path, trust_remote_code=config.trust_remote_code
+            config.tokenizer or config.path, trust_remote_code=config.trust_remote_code
         )
         model = load_language_model(
             config.path,
@@ -298,12 +299,27 @@ def token_batches(
     encoded = [
         encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in records
     ]
+    return encoded_batches(
+        model, tokenizer, encoded,
+        max_tokens=max(max_tokens, max_length), answers_only=answers_only,
+    )  # fmt: skip
+
+
+def encoded_batches(
+    model: nn.Module,
+    tokenizer,
+    encoded: Sequence[Encoded],
+    *,
+    max_tokens: int,
+    answers_only: bool = False,
+) -> list[dict[str, torch.Tensor]]:
+    """`token_batches` of what is encoded already; a single longer sequence gets its own batch."""
     check_positions(model, encoded)
     device, pad = next(model.parameters()).device, pad_token_id(tokenizer, model)
     batches = []
     apart = is_encoder_decoder(model)
-    rows = [[i] for i in range(len(encoded))]
-    for ids in rows if apart else length_batches(encoded, max(max_tokens, max_length)):
+    rows, longest = [[i] for i in range(len(encoded))], max(map(len, encoded), default=0)
+    for ids in rows if apart else length_batches(encoded, max(max_tokens, longest)):
         batch = collate([encoded[i] for i in ids], pad)
         if apart:
             batch, _ = split_for_decoder(model, batch)
@@ -365,6 +381,27 @@ def find_subspaces(
         ValueError: they come from another base model, or more than one rank rule is given.
     """
     config = config or SubspaceConfig()
+    read = () if config.path is not None else (forget, retain)
+    encoded_forget, encoded_retain = [
+        [encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in records]
+        for records in read
+    ] or ([], [])
+    return subspaces_of(
+        model, tokenizer, encoded_forget, encoded_retain, config, seed=seed, progress=progress
+    )
+
+
+def subspaces_of(
+    model: nn.Module,
+    tokenizer,
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded],
+    config: SubspaceConfig,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> SubspaceSet:
+    """`find_subspaces` of sets that are encoded already."""
     if config.path is not None:
         subspaces = SubspaceSet.load(config.path)
         subspaces.check_model(model)
@@ -373,11 +410,11 @@ def find_subspaces(
     # Protect every position, but measure the room where forgetting has to act: template and first
     # token are the same in both sets, and with them a rank looks tighter than it is.
     retain_batches, forget_batches = (
-        token_batches(
-            model, tokenizer, records,
-            max_tokens=config.max_tokens, max_length=max_length, answers_only=records is forget,
+        encoded_batches(
+            model, tokenizer, encoded,
+            max_tokens=config.max_tokens, answers_only=encoded is forget,
         )
-        for records in (retain, forget)
+        for encoded in (retain, forget)
     )  # fmt: skip
     rank, world = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
     count = config.own_texts
@@ -419,6 +456,42 @@ def _check_room(subspaces: SubspaceSet) -> None:
                 "%d of %d retain subspaces have rank %d, such as %s: %s.",
                 len(entries), count, entries[0].rank, entries[0].name, effect,
             )  # fmt: skip
+
+
+def add_adapters(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    lora: LoraConfig,
+    *,
+    exclude: str | Sequence[str] = (),
+    subspaces: Mapping[str, Any] | None,
+    batch: Mapping[str, torch.Tensor],
+) -> nk.SwapReport:
+    """`swap_linears` as the settings say; ``batch`` shows which linears read the same input."""
+    noisy = [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    if noisy:
+        logger.warning(
+            "The model's own %d dropout layers (p up to %g) act in training, but not in the base "
+            "model as its reference. Set the dropouts in its config to 0 for a loss without noise.",
+            len(noisy), max(noisy),
+        )  # fmt: skip
+    swap = nk.swap_linears(
+        model,
+        targets,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        exclude=exclude,
+        dropout=lora.dropout,
+        subspaces=subspaces if lora.project else None,
+        batch=batch,
+    )
+    if lora.project and isinstance(subspaces, SubspaceSet):
+        factors = subspaces.alphas(1.0)
+        for name, module in _adapted(model):
+            module.alpha *= factors[name]
+    return swap
 
 
 @dataclass
@@ -584,29 +657,10 @@ def unlearn(
     [first] = token_batches(
         model, tokenizer, data.forget[:1], max_tokens=max_length, max_length=max_length
     )
-    noisy = [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    if noisy:
-        logger.warning(
-            "The model's own %d dropout layers (p up to %g) act in training, but not in the base "
-            "model as its reference. Set the dropouts in its config to 0 for a loss without noise.",
-            len(noisy), max(noisy),
-        )  # fmt: skip
-    swap = nk.swap_linears(
-        model,
-        objective.targets(model) or targets,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        rank_pattern=lora.rank_pattern,
-        alpha_pattern=lora.alpha_pattern,
-        exclude=exclude,
-        dropout=lora.dropout,
-        subspaces=subspaces if lora.project else None,
-        batch=first,
-    )
-    if lora.project and isinstance(subspaces, SubspaceSet):
-        factors = subspaces.alphas(1.0)
-        for name, module in _adapted(model):
-            module.alpha *= factors[name]
+    swap = add_adapters(
+        model, objective.targets(model) or targets, lora,
+        exclude=exclude, subspaces=subspaces, batch=first,
+    )  # fmt: skip
     swap = objective.adapt(model, swap, tokenizer, data.forget, data.retain)
     if objective.starts_elsewhere:
         refuse_encoder_decoder(model, "adapters that do not start at zero")

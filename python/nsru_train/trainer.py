@@ -33,7 +33,7 @@ from nsru_train.callbacks import (
     evaluations,
 )
 from nsru_train.config import TrainConfig
-from nsru_train.data.encode import encode_qa, pad_token_id
+from nsru_train.data.encode import Encoded, encode_qa, pad_token_id
 from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.language_models import is_encoder_decoder
@@ -86,8 +86,16 @@ def reference_nll(
         One float for each question: nats, summed over the answer's tokens and EOS.
     """
     encoded = [encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in forget]
+    return encoded_nll(model, tokenizer, encoded, max_tokens=max_tokens)
+
+
+def encoded_nll(
+    model: nn.Module, tokenizer, encoded: Sequence[Encoded], *, max_tokens: int = 4096
+) -> list[float]:
+    """`reference_nll` of what is encoded already."""
+    longest = max(map(len, encoded), default=1)
     with nk.adapters_disabled(model):
-        scores = score_sequences(model, tokenizer, encoded, max_tokens=max(max_tokens, max_length))
+        scores = score_sequences(model, tokenizer, encoded, max_tokens=max(max_tokens, longest))
     return [float(score.nll.sum()) for score in scores]
 
 
