@@ -33,7 +33,7 @@ LAYERS = (
     ("trainer",),
     ("alternatives", "own_texts"),
     ("pipeline",),
-    ("report", "verify"),
+    ("open_unlearning", "report", "verify"),
     ("compare", "repair"),
     ("attack",),
     ("demo.run",),

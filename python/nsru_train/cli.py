@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from nsru_train.commands import COMMANDS, bench
 from nsru_train.methods import Method, find_method
+from nsru_train.open_unlearning.mapping import expand
 from nsru_train.parsing import explain_value, in_words, read_yaml
 from nsru_train.run_config import SECTIONS
 
@@ -72,7 +73,7 @@ def main(args: list[str] | None = None) -> None:
             if given[:1] == ["bench"]:  # has a parser of its own, which the script shares
                 bench(given[1:])
             else:
-                given = _underscored(given)
+                given = _underscored(expand(given))
                 _check_configs(given)
                 auto_cli(
                     {**COMMANDS, "train": _for_method(COMMANDS["train"], _settings(given))},

@@ -156,6 +156,9 @@ def train(
     retain_prob and one for each set of data.more, in the rows "before" and "nsru" ("lora" without
     projection; other methods by name) of "methods"; "setup" says of how many questions.
 
+    --open-unlearning DIR, with overrides such as experiment=unlearn/tofu/default trainer=NPO, takes
+    all these settings from the configuration of a checkout of OpenUnlearning; options count more.
+
     Args:
         model: the base model.
         data: what to forget and what to retain.

@@ -29,6 +29,7 @@ class ModelConfig:
         trust_remote_code: run code that comes with the model.
         quantize: hold the weights of linear layers in 4 or 8 bits (NF4, LLM.int8; needs
             bitsandbytes); adapters stay in float32.
+        tokenizer: folder or hub id of the tokenizer, where it does not lie with the model.
     """
 
     path: str
@@ -36,10 +37,11 @@ class ModelConfig:
     device: str = "auto"
     trust_remote_code: bool = False
     quantize: Literal["none", "nf4", "int8"] = "none"
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         check_settings("model", self)
-        self.path = _absolute(self.path)
+        self.path, self.tokenizer = _absolute(self.path), _absolute(self.tokenizer)
 
 
 @dataclass

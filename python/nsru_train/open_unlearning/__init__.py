@@ -1,0 +1,1 @@
+"""Inside a checkout of OpenUnlearning: its programs with our methods and adapters."""
