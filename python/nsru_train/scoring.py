@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -24,7 +24,15 @@ from nsru_train.data.encode import (
     pad_token_id,
 )
 from nsru_train.language_models import is_encoder_decoder
-from nsru_train.losses.nll import answer_states
+from nsru_train.losses.nll import (
+    AnswerHidden,
+    AnswerLogits,
+    answer_states,
+    cache_name,
+    keeps_cache,
+    reads_prompts_once,
+    shared_states,
+)
 from nsru_train.shares import Shares
 
 if TYPE_CHECKING:
@@ -111,7 +119,9 @@ def score_sequences(
 ) -> list[Score]:
     """Token NLLs of each answer, and its argmax predictions where asked for; one forward each.
 
-    The head sees answer positions only. The model is put in eval mode and left as it was.
+    The head sees answer positions only. A prompt that several answers follow, as TOFU's wrong ones
+    do, is read once where the model's state is a KV cache. The model is put in eval mode and left
+    as it was.
 
     Args:
         encoded: sequences, in any order.
@@ -146,12 +156,14 @@ def score_share(
     check_positions(model, encoded)
     predict = [False] * len(encoded) if predict is None else predict
     scores: dict[int, Score] = {}
-    device, batches = _device(model), shares.of(length_batches(encoded, max_tokens))
-    with evaluating(model), _bar(sum(map(len, batches)), "scoring", progress) as bar:
-        for indices in batches:
+    batches = shares.of(_batches(model, encoded, max_tokens))
+    with (
+        evaluating(model),
+        _bar(sum(len(indices) for _, indices in batches), "scoring", progress) as bar,
+    ):
+        for apart, indices in batches:
             items = [encoded[i] for i in indices]
-            batch = collate(items, pad_token_id(tokenizer, model))
-            states = answer_states(model, {k: v.to(device) for k, v in batch.items()})
+            states = (_apart if apart else _together)(model, items, pad_token_id(tokenizer, model))
             ends = np.cumsum([len(item) - item.answer_start for item in items])[:-1]
             nll = np.split(states.nll().double().cpu().numpy(), ends)
             tokens = [_NOT_ASKED] * len(items)
@@ -166,6 +178,70 @@ def score_share(
                 scores[i] = Score(values, chosen if predict[i] else _NOT_ASKED)
             bar.update(len(indices))
     return scores
+
+
+# Answers from which on a prompt is read apart from them: fewer save less than smaller batches cost.
+_MANY = 3
+
+
+def _batches(
+    model: nn.Module, encoded: Sequence[Encoded], max_tokens: int
+) -> list[tuple[bool, list[int]]]:
+    """(whether prompts are read apart from the answers, indices) of every batch."""
+    plain = length_batches(encoded, max_tokens)
+    answers: dict[tuple[int, ...], list[int]] = {}
+    for i, item in enumerate(encoded):
+        answers.setdefault(tuple(item.input_ids[: item.answer_start]), []).append(i)
+    many = [indices for indices in answers.values() if len(indices) >= _MANY]
+    if not many or not reads_prompts_once(model, encoded[many[0][0]].input_ids):
+        return [(False, indices) for indices in plain]
+    shared = list(_shared_batches(encoded, many, max_tokens))
+    rest = sorted(set(range(len(encoded))).difference(*shared))
+    again = length_batches([encoded[i] for i in rest], max_tokens)
+    return [
+        *((True, indices) for indices in shared),
+        *((False, [rest[i] for i in indices]) for indices in again),
+    ]
+
+
+def _shared_batches(
+    encoded: Sequence[Encoded], many: Sequence[Sequence[int]], max_tokens: int
+) -> Iterator[list[int]]:
+    """Batches of the answers to prompts with many, of one length and long answers first."""
+    by_length: dict[int, list[Sequence[int]]] = {}
+    for indices in many:
+        by_length.setdefault(encoded[indices[0]].answer_start, []).append(indices)
+    for _, groups in sorted(by_length.items(), reverse=True):
+        batch: list[int] = []
+        width = 0
+        for indices in sorted(groups, key=lambda found: -max(len(encoded[i]) for i in found)):
+            for i in indices:
+                wider = max(width, len(encoded[i]))
+                if batch and (len(batch) + 1) * wider > max_tokens:
+                    yield batch
+                    batch, wider = [], len(encoded[i])
+                batch.append(i)
+                width = wider
+        yield batch
+
+
+def _together(model: nn.Module, items: Sequence[Encoded], pad: int) -> AnswerHidden | AnswerLogits:
+    batch = collate(items, pad)
+    return answer_states(model, {k: v.to(_device(model)) for k, v in batch.items()})
+
+
+def _apart(model: nn.Module, items: Sequence[Encoded], pad: int) -> AnswerHidden:
+    device, start = _device(model), items[0].answer_start
+    texts = [tuple(item.input_ids[:start]) for item in items]
+    prompts = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    answers = [torch.tensor(item.input_ids[start:]) for item in items]
+    return shared_states(
+        model,
+        torch.tensor(list(prompts), device=device),
+        torch.tensor([prompts[text] for text in texts], device=device),
+        nn.utils.rnn.pad_sequence(answers, True, pad).to(device),
+        torch.tensor([len(answer) for answer in answers], device=device),
+    )
 
 
 @overload
@@ -336,13 +412,10 @@ def continuations(
                 width = len(prompts[batch[0]])
                 inputs = _left_padded([prompts[name] for name in batch], pad, width, begun)
                 new_tokens = int(min(max_new_tokens, limit - width))
-                with generation_config(model, new_tokens, sorted(stop), pad, do_sample=sample):
-                    output = model.generate(**{k: v.to(_device(model)) for k, v in inputs.items()})
-                past = width if begun is None else begun.shape[1]
-                for name, ids in zip(batch, output[:, past:].tolist(), strict=True):
-                    end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
-                    found[name] = ids[:end]
-                bar.update(len(batch))
+                inputs = {k: v.to(_device(model)) for k, v in inputs.items()}
+                for row, ids in _generate(model, inputs, new_tokens, stop, pad, sample):
+                    found[batch[row]] = ids
+                    bar.update()
     return found
 
 
@@ -366,6 +439,66 @@ def _prompt_batches(
         batches.append(order[:rows])
         order = order[rows:]
     return batches
+
+
+def _generate(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    new_tokens: int,
+    stop: Collection[int],
+    pad: int,
+    sample: bool,
+) -> Iterator[tuple[int, list[int]]]:
+    """(row, its tokens up to the one that stops it), as rows end.
+
+    Where the model allows it, those that have ended leave the batch and its KV cache, some at a
+    time: few answers are as long as the longest.
+    """
+    from transformers import StoppingCriteriaList
+
+    # An encoder-decoder gives what its decoder began with, and the new tokens.
+    width = inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1]
+    rows = torch.arange(len(inputs["input_ids"]))
+    stops = torch.tensor(sorted(stop), dtype=torch.int64, device=_device(model))
+    leave = len(rows) > 1 and keeps_cache(model)
+    cache: dict[str, Any] = {}
+    left = new_tokens
+    while len(rows):
+        criteria = StoppingCriteriaList([_SomeEnded(stops)] if leave else [])
+        with generation_config(model, left, sorted(stop), pad, do_sample=sample):
+            output = model.generate(
+                **inputs, **cache, stopping_criteria=criteria, return_dict_in_generate=True
+            )
+        ids = output.sequences
+        ended = torch.isin(ids[:, width:], stops).any(1).cpu()
+        left = new_tokens - (ids.shape[1] - width)
+        if not leave or left <= 0:
+            ended[:] = True
+        for row in ended.nonzero().squeeze(1).tolist():
+            tokens = ids[row, width:].tolist()
+            end = next((i for i, token in enumerate(tokens) if token in stop), len(tokens))
+            yield int(rows[row]), tokens[:end]
+        rows, kept = rows[~ended], (~ended).nonzero().squeeze(1).to(ids.device)
+        if len(rows):
+            mask = inputs["attention_mask"]
+            mask = nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+            inputs = {"input_ids": ids[kept], "attention_mask": mask[kept]}
+            cache = {cache_name(): output[cache_name()]}
+            cache[cache_name()].batch_select_indices(kept)
+
+
+class _SomeEnded:
+    """Ends a generation as soon as an eighth of its rows, or one, have reached a stop token."""
+
+    def __init__(self, stops: Tensor) -> None:
+        self._stops = stops
+        self._ended: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        last = torch.isin(input_ids[:, -1], self._stops)
+        self._ended = last if self._ended is None else self._ended | last
+        enough = self._ended.sum() >= max(1, len(input_ids) // 8)
+        return enough.expand(len(input_ids))
 
 
 def _opened(tokenizer: PreTrainedTokenizerBase, question: str, opening: str) -> list[int]:

@@ -97,9 +97,9 @@ VISION: dict[str, dict] = {  # their text part alone
 FAMILIES = {**CAUSAL, **SEQ2SEQ, **VISION}
 
 
-def make(kind: str) -> torch.nn.Module:
+def make(kind: str, **settings) -> torch.nn.Module:
     """A random model of this kind."""
-    sizes = FAMILIES[kind] if kind in VISION else {**SIZES, **FAMILIES[kind]}
+    sizes = {**({} if kind in VISION else SIZES), **FAMILIES[kind], **settings}
     auto = AutoModelForCausalLM
     if kind in SEQ2SEQ:
         auto = AutoModelForSeq2SeqLM

@@ -1,15 +1,20 @@
 """Evaluation against an independent one: one sequence at a time, full logits, no cache."""
 
 import copy
+import itertools
 import json
 import math
+import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from architectures import VOCABULARY, make
 
 import nsru_kernels as nk
 from nsru_train.data import QA, SafeTargets, encode_prompt, encode_qa
+from nsru_train.data.encode import Encoded
 from nsru_train.demo.authors import author_splits
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
 from nsru_train.evaluation import (
@@ -22,7 +27,7 @@ from nsru_train.evaluation import (
     to_results,
 )
 from nsru_train.metrics import load_log, model_utility, rouge_l_recall
-from nsru_train.scoring import greedy_answers, score_sequences
+from nsru_train.scoring import _generate, generation_config, greedy_answers, score_sequences
 
 NEW_TOKENS = 24
 
@@ -281,6 +286,86 @@ def test_greedy_answers_stop_at_any_eos_of_the_generation_config(model, tokenize
     assert all(long.startswith(short.strip()) for short, long in zip(cut, full, strict=True))
 
 
+def test_rows_that_have_ended_leave_the_batch(model, tokenizer, authors):
+    questions = [qa.question for qa in authors["forget"] + authors["retain"]]
+    sizes = []
+    handle = model.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[2])))
+    try:
+        together = greedy_answers(model, tokenizer, questions, max_tokens=10_000)
+    finally:
+        handle.remove()
+    assert together == [greedy_answers(model, tokenizer, [q])[0] for q in questions]
+    ends = [len(tokenizer(text).input_ids) for text in together]
+    assert max(sizes) == len(questions)
+    # Not one in eight of what is computed is of a row that has ended.
+    assert sum(sizes) < sum(ends) * 8 / 7 + len(questions)
+    assert len(questions) * max(ends) > 1.3 * sum(sizes)
+
+
+WINDOWS = ("mistral", "gemma3_text")
+EXPERTS = ("deepseek_v3", "mixtral", "jamba")
+OTHERS = ("llama", "gpt2", "gpt_neo", "gptj", "mpt", "bloom", "falcon", "opt", "mamba", "rwkv")
+
+
+@pytest.mark.parametrize("kind", WINDOWS + EXPERTS + OTHERS)
+def test_answers_do_not_depend_on_which_rows_leave(kind):
+    """Whatever a family keeps between tokens: KV caches of all kinds lose rows, others do not."""
+    torch.manual_seed(0)
+    net = make(kind, **({"sliding_window": 4} if kind in WINDOWS else {}))
+    if kind not in EXPERTS:  # whose kernels have no float64
+        net.double()
+    for parameter in net.parameters():
+        parameter.data.mul_(4)  # else the same token follows everything
+    ids = torch.randint(3, VOCABULARY, (9, 6))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    stop = set(range(3, VOCABULARY, 5))
+    with torch.no_grad(), generation_config(net, 20, sorted(stop), 0):
+        whole = net.generate(**inputs)[:, 6:].tolist()
+    expected = [list(itertools.takewhile(lambda t: t not in stop, row)) for row in whole]
+    assert len({len(row) for row in expected}) > 1
+    with torch.no_grad():
+        found = dict(_generate(net, inputs, 20, stop, 0, False))
+    assert [found[row] for row in range(9)] == expected
+
+
+@pytest.mark.parametrize("kind", WINDOWS + EXPERTS + OTHERS)
+def test_answers_to_one_prompt_score_as_by_themselves(kind, monkeypatch):
+    net = make(kind, **({"sliding_window": 4} if kind in WINDOWS else {}))
+    close = 2e-5 if kind in EXPERTS else 1e-7
+    if kind not in EXPERTS:
+        net.double()
+    draw = random.Random(0)
+    texts = [[draw.randrange(3, VOCABULARY) for _ in range(n)] for n in (9, 9, 16, 7)]
+    ends = [[draw.randrange(3, VOCABULARY) for _ in range(n)] for n in (1, 3, 6, 2, 1)]
+    encoded = [
+        Encoded(text + end, len(text))
+        for text, count in zip(texts, (5, 3, 4, 2), strict=True)
+        for end in ends[:count]
+    ]
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    predict = [i % 2 == 0 for i in range(len(encoded))]
+    read = []
+    handle = net.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: read.append(args[0].numel())
+    )
+    found = score_sequences(net, tokenizer, encoded, predict=predict, max_tokens=99)
+    shared = sum(read)
+    monkeypatch.setattr("nsru_train.scoring._MANY", 99)
+    read.clear()
+    score_sequences(net, tokenizer, encoded, max_tokens=99)
+    handle.remove()
+    assert (shared < 0.8 * sum(read)) == (kind not in ("mamba", "jamba", "rwkv"))
+    for item, score, asked in zip(encoded, found, predict, strict=True):
+        ids = torch.tensor([item.input_ids])
+        with torch.no_grad():
+            log_p = net(ids).logits[0].double().log_softmax(-1)
+        start = item.answer_start
+        wanted = -log_p[torch.arange(start - 1, len(item) - 1), ids[0, start:]]
+        np.testing.assert_allclose(score.nll, wanted.numpy(), rtol=close, atol=close)
+        best = log_p[start - 1 : -1].argmax(-1).tolist()
+        assert score.predictions.tolist() == (best if asked else [])
+
+
 def test_retain_log_gives_forget_quality(model, tokenizer, authors, evaluation, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(to_results(evaluation)))
@@ -295,6 +380,20 @@ def test_retain_log_gives_forget_quality(model, tokenizer, authors, evaluation, 
     assert result.overall == {"forget_quality": 1.0, "forget_quality_ks": 0.0}
     assert any("generate is off" in note for note in result.notes)
     assert any("holdout" in note for note in result.notes)
+
+
+def test_answers_may_be_asked_of_some_splits(model, tokenizer, authors, evaluation):
+    result = evaluate(
+        model, tokenizer, authors, generate={"forget"}, max_new_tokens=NEW_TOKENS, progress=False
+    )
+    wanted = [row["generated"] for row in evaluation.rows["forget"]]
+    assert [row["generated"] for row in result.rows["forget"]] == wanted
+    assert "rougeL_recall" in result.metrics["forget"]
+    for split in ("retain", "holdout"):
+        assert not any("generated" in row for row in result.rows[split])
+        assert "rougeL_recall" not in result.metrics[split]
+    assert "model_utility" not in result.overall
+    assert any(note.startswith("model_utility: needs ROUGE-L") for note in result.notes)
 
 
 def test_option_splits_and_incomplete_records(model, tokenizer):

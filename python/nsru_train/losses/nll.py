@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +138,82 @@ def answer_states(model: nn.Module, batch: Mapping[str, Tensor]) -> AnswerHidden
         return answer_logits(model, batch)
     hidden = causal.base_model(**inputs, use_cache=False)[0][rows, positions]
     return AnswerHidden(hidden, targets, rows, head)
+
+
+def shared_states(
+    model: nn.Module, prompts_GP: Tensor, rows: Tensor, answers_BA: Tensor, lengths: Tensor
+) -> AnswerHidden:
+    """`answer_states` of several answers to each prompt, which the model reads once.
+
+    For a model of which `reads_prompts_once` is true.
+
+    Args:
+        prompts_GP: prompts of one length.
+        rows: [B], the prompt of each answer.
+        answers_BA: tokens of the answers, padded on the right.
+        lengths: [B], their numbers of tokens.
+    """
+    causal: Any = getattr(model, "get_base_model", lambda: model)()
+    head = _head_of(causal, {"input_ids": prompts_GP})
+    assert head is not None
+    prompt = causal.base_model(input_ids=prompts_GP, use_cache=True)
+    hidden_BAD = prompt[0][rows, -1:]
+    if answers_BA.shape[1] > 1:
+        cache, before = prompt[cache_name()], answers_BA[:, :-1]
+        cache.batch_select_indices(rows)
+        # Padding is not masked: nothing that counts comes after it.
+        mask = before.new_ones(len(rows), prompts_GP.shape[1] + before.shape[1])
+        more = causal.base_model(
+            input_ids=before, attention_mask=mask, use_cache=True, **{cache_name(): cache}
+        )
+        hidden_BAD = torch.cat([hidden_BAD, more[0]], 1)
+    places = torch.arange(answers_BA.shape[1], device=rows.device)
+    answer, place = (places < lengths.unsqueeze(1)).nonzero(as_tuple=True)
+    return AnswerHidden(hidden_BAD[answer, place], answers_BA[answer, place], answer, head)
+
+
+def reads_prompts_once(model: nn.Module, tokens: Sequence[int]) -> bool:
+    """Whether `shared_states` knows the model: it keeps a KV cache, and its head is plain.
+
+    A few tokens show it, of a text like those to come.
+    """
+    causal: Any = getattr(model, "get_base_model", lambda: model)()
+    ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+    return keeps_cache(causal) and _head_of(causal, {"input_ids": ids}) is not None
+
+
+@functools.cache
+def cache_name() -> str:
+    """What transformers calls a KV cache, in arguments and outputs: it has two names over time."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    known = BaseModelOutputWithPast.__dataclass_fields__
+    return "cache" if "cache" in known else "past_key_values"
+
+
+_caching: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def keeps_cache(model: Any) -> bool:
+    """Whether all that a causal model keeps of a prompt is a KV cache, whose rows can be chosen.
+
+    A hook before its backbone, as a guard's, knows the rows by their number.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    backbone = getattr(model, "base_model", model)
+    if backbone is model or backbone._forward_pre_hooks:
+        return False
+    if model not in _caching:
+        token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+        cache = None
+        with evaluating(model), contextlib.suppress(Exception):  # then it is read the plain way
+            cache = getattr(backbone(token, use_cache=True), cache_name(), None)
+        layers = {type(layer) for layer in getattr(cache, "layers", ())}
+        plain = layers <= {DynamicLayer, DynamicSlidingWindowLayer}
+        _caching[model] = type(cache) is DynamicCache and plain
+    return _caching[model]
 
 
 def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> AnswerLogits:
