@@ -138,7 +138,8 @@ def swap_linears(
         targets: "all-linear", or full names ("model.layers.0.self_attn.q_proj"), their ends
             ("q_proj"), or regular expressions for full names (r".*layers\\.[0-3]\\..*q_proj").
             "experts" names all fused experts, "experts.down_proj" one of their parameters;
-            "all-linear" leaves them out, as in PEFT, and the report gives their share.
+            "all-linear" leaves them out, as in PEFT, and the report gives their share; so it
+            does what reads the images of a vision-language model.
         rank: R of every adapter.
         alpha: updates are scaled by alpha / rank.
         rank_pattern: other ranks for some modules, as in PEFT: name, its end, or a regular
@@ -481,10 +482,10 @@ def _match(
 
 def _text_part(model: nn.Module) -> set[nn.Module] | None:
     """The modules of a vision-language model that read and write text; None of other models."""
-    config = getattr(model, "config", None)
-    if getattr(config, "text_config", None) is None or not hasattr(model, "get_decoder"):
+    config, get_decoder = getattr(model, "config", None), getattr(model, "get_decoder", None)
+    if getattr(config, "text_config", None) is None or not callable(get_decoder):
         return None
-    return set(model.get_decoder().modules())
+    return set(get_decoder().modules())
 
 
 def _shared_memory(model: nn.Module) -> set[int]:
