@@ -404,6 +404,7 @@ def _gptqmodel(monkeypatch, method, form):
     def load(folder):
         written = folder / method
         if not written.is_dir():
+            monkeypatch.chdir(folder)  # where it leaves its logs
             words = Tokenizer(models.WordLevel({str(i): i for i in range(40)}, "0"))
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
             tokenizer.save_pretrained(folder)
