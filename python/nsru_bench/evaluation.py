@@ -24,7 +24,7 @@ from typing import Any
 from nsru_bench import rows
 from nsru_kernels.dispatch import default_device
 from nsru_train.data.records import QA
-from nsru_train.evaluate import evaluate
+from nsru_train.evaluation import evaluate
 from nsru_train.open_unlearning.checkout import register, use_checkout
 from nsru_train.open_unlearning.settings import fit_to_machine, read_tofu_from
 from nsru_train.sources import load_records
