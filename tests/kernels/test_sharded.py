@@ -1,6 +1,8 @@
 """Models that fully_shard has spread over two ranks train, save and merge as whole ones do."""
 
+import contextlib
 import functools
+import io
 import json
 
 import pytest
@@ -373,6 +375,21 @@ def test_a_rank_without_batches_knows_what_is_read_elsewhere(ranks):
     assert first == second
     assert list(first[0]) == ["read"]
     assert first[1] == ["NSRULinear", "Linear"]
+
+
+def estimate_with_progress(rank):
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        subspaces = nk.estimate_retain_subspaces(
+            tiny_llama(), [{"input_ids": rows_of(rank)}], "all-linear", rank=5, width=8
+        )
+    return shown.getvalue(), {entry.tokens for entry in subspaces.inputs}
+
+
+def test_an_estimate_of_many_ranks_shows_one_bar(ranks):
+    (bar, tokens), (nothing, same) = ranks.run(estimate_with_progress)
+    assert "retain activations" in bar
+    assert nothing == ""
+    assert tokens == same == {ids.numel()}
 
 
 def train_by_ddp(rank, folder):
