@@ -127,7 +127,9 @@ def why_not_linear(module: nn.Module) -> str | None:
     """
     if module in _tried:
         return None
-    kind = type(module).__name__
+    kind, weight = type(module).__name__, getattr(module, "weight", None)
+    if type(module) is nn.Linear and type(weight) is not nn.Parameter:
+        kind += f" of {type(weight).__name__}"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight instead of calling it"
     k, n = linear_sizes(module)

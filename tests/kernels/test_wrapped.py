@@ -315,6 +315,18 @@ def test_what_is_not_linear_is_left_alone(make, reason):
     assert "proj" in report.skipped
 
 
+def test_a_layout_of_torchao_without_a_backward_is_named():
+    int4 = pytest.importorskip(
+        "torchao.prototype.quantization.int4", reason="torchao is not installed"
+    )
+    from torchao.quantization import quantize_
+
+    model = nn.ModuleDict({"proj": nn.Linear(64, 64)})
+    quantize_(model, int4.PrototypeInt4WeightOnlyConfig(group_size=32))
+    with pytest.raises(ValueError, match=r"Linear of Int4OpaqueTensor cannot .*derivative for"):
+        nk.swap_linears(model, "proj", rank=R, alpha=6)
+
+
 def test_a_layer_without_a_size_stays_so():
     model = nn.ModuleDict({"proj": nn.LazyLinear(K)})
     with pytest.raises(ValueError, match="its weight has no size yet; run the model once"):
