@@ -764,10 +764,10 @@ def test_answers_in_another_script_are_not_scored_zero_by_rouge(monkeypatch):
     tokenizer = chat_tokenizer(None)
     model = make_llama(tokenizer, hidden_size=16, layers=1, heads=2, intermediate_size=16)
 
-    def say(model, tokenizer, questions, **_):
-        return ["Анна из Осло" if question == "Кто?" else "Ann" for question in questions]
+    def say(shares, model, tokenizer, questions, **_):
+        return {q: "Анна из Осло" if q == "Кто?" else "Ann" for q in questions}
 
-    monkeypatch.setattr("nsru_train.evaluation.greedy_answers", say)
+    monkeypatch.setattr("nsru_train.evaluation.answer_share", say)
     found = evaluate(
         model, tokenizer, {"forget": [latin, other], "retain": [other]}, progress=False
     )
