@@ -114,8 +114,8 @@ class SubspaceSet(dict[str, RetainSubspace]):
         lines = align_columns(rows)
         if any(entry.rank_limited for entry in self.inputs):
             lines.append(
-                "* the request was not met: the retain data has no more directions, or the sketch "
-                "none left; raise width where that is less than K."
+                "* all that the retain data has there, or the sketch holds, is protected, which is "
+                "less than the rule allows: give more data, or a width where that is less than K."
             )
         return "\n".join(lines)
 

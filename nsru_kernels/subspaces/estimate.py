@@ -20,6 +20,7 @@ from nsru_kernels.nn.inputs import (
     evaluating,
     is_distributed,
     with_first,
+    with_progress,
 )
 from nsru_kernels.nn.names import unwrap
 from nsru_kernels.nn.subspace import RetainSubspace
@@ -122,7 +123,10 @@ def estimate_retain_subspaces(
             for sketch in sketches.values():
                 sketch.all_reduce()
         _check_reached(sketches)
-        wholes = {name: sketch.finalize() for name, sketch in sketches.items()}
+        found: Any = sketches.items()
+        if progress:
+            found = with_progress(list(found), "retain subspaces", "input")
+        wholes = {name: sketch.finalize() for name, sketch in found}
         open_shares: dict[str, list[float]] = {}
         if forget_batches is not None:
             forget = {name: _ForgetEnergy(name, whole) for name, whole in wholes.items()}

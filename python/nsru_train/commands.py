@@ -212,7 +212,10 @@ def train(
             f"{run.results_path} to replace it."
         )
     if resume and last is None:
-        print(f"resume: {out} has no checkpoint yet; starting from the beginning.")
+        found = run.path / "subspaces"
+        remedy = f" Its retain subspaces are whole: --subspace.path {found} takes them."
+        whole = (found / "index.json").is_file() and subspace.path is None
+        print(f"resume: {out} has no checkpoint yet; starting anew.{remedy * whole}")
     config = {
         "model": asdict(model),
         "data": asdict(data),

@@ -73,13 +73,12 @@ class Data:
     Args:
         forget: questions with the answers to forget.
         retain: questions with the answers to keep.
-        more: further sets for evaluation, by a name out of retain_unseen, holdout, real_authors and
-            world_facts.
+        more: further sets for evaluation by name; `evaluate` knows retain_unseen, holdout,
+            real_authors and world_facts.
         safe: gives each forget question the answer wanted instead.
 
     Raises:
-        ValueError: forget or retain is empty, a name in more is unknown, or sets share questions
-            that they must not share.
+        ValueError: forget or retain is empty, or sets share questions that they must not share.
     """
 
     forget: list[QA]
@@ -88,7 +87,6 @@ class Data:
     safe: SafeTargets = field(default_factory=SafeTargets)
 
     def __post_init__(self) -> None:
-        check_names(self.more)
         check_disjoint(self.forget, self.retain, self.more)
 
     def splits(self) -> dict[str, list[QA]]:
@@ -100,21 +98,16 @@ class Data:
         return {name: digest(records) for name, records in self.splits().items()}
 
 
-def check_names(more: Mapping[str, Any]) -> None:
-    """Raise ValueError for a set that evaluations do not know."""
-    if unknown := sorted(more.keys() - set(MORE_SPLITS)):
-        raise ValueError(
-            f"data.more: names must be out of {', '.join(MORE_SPLITS)}, got {', '.join(unknown)}."
-        )
-
-
 def load_data(config: DataConfig) -> Data:
     """Read every set.
 
     Raises:
         ValueError: one is unreadable or empty, or shares questions that it must not share.
     """
-    check_names(config.more)
+    if unknown := sorted(config.more.keys() - set(MORE_SPLITS)):
+        raise ValueError(
+            f"data.more: names must be out of {', '.join(MORE_SPLITS)}, got {', '.join(unknown)}."
+        )
 
     def read(spec: str) -> list[QA]:
         return load_records(

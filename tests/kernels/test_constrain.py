@@ -559,7 +559,8 @@ def parallel_case():
     return model, bases
 
 
-@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_train_as_one(tmp_path, kind):
     mp.spawn(train_on_rank, (f"{tmp_path}/rendezvous", str(tmp_path), kind), nprocs=2)
     tensors, bases = torch.load(tmp_path / "result.pt")

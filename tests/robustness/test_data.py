@@ -788,7 +788,7 @@ def test_answers_that_the_tokenizer_cannot_write_are_told_of(caplog):
         unk_token="<unk>", eos_token="</s>",
     )  # fmt: skip
     known = [QA("Who?", "Ann")]
-    data = Data([QA("Кто?", "Анна"), *known], known, {}, SafeTargets.from_file())
+    data = Data([QA("Кто?", "Анна"), *known], [QA("Who else?", "Ann")])
     assert without_long(data, tokenizer, DataConfig("a", "b")) is data
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1

@@ -217,14 +217,14 @@ class FLAT(Method):
 
 
 def test_a_method_from_outside_the_package(setting, tmp_path, monkeypatch, capsys):
-    (tmp_path / "own_method.py").write_text(OWN_METHOD)
+    (tmp_path / "flat_method.py").write_text(OWN_METHOD)
     monkeypatch.syspath_prepend(tmp_path)
     out = tmp_path / "flat"
-    chosen = ["train", *flags(setting), "--method=own_method:FLAT", f"--out={out}"]
+    chosen = ["train", *flags(setting), "--method=flat_method:FLAT", f"--out={out}"]
     quick = ["--train.steps=4", "--train.batch_size=3", "--train.lr=0.02", "--train.save_steps=4"]
     main([*chosen, *quick, "--objective.sharpness=2"])
     config = yaml.safe_load((out / "config.yaml").read_text())
-    assert config["method"] == "own_method:FLAT"
+    assert config["method"] == "flat_method:FLAT"
     assert config["objective"] == {"sharpness": 2.0}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(x["total"] == pytest.approx(x["forget"] - x["safe"], abs=1e-6) for x in lines[:4])
@@ -232,7 +232,7 @@ def test_a_method_from_outside_the_package(setting, tmp_path, monkeypatch, capsy
     assert [row["method"] for row in results["methods"]] == ["before", "FLAT projected"]
     assert "FLAT projected" in (out / "report.html").read_text()
     other = ["train", *flags(setting), "--method=npo", *quick, f"--out={out}", "--resume=true"]
-    assert "method was own_method:FLAT and is npo" in fails(capsys, other)
+    assert "method was flat_method:FLAT and is npo" in fails(capsys, other)
     error = fails(capsys, [*chosen, *quick, "--objective.sharpnesss=2"])
     assert "Did you mean --objective.sharpness?" in error
 

@@ -525,6 +525,7 @@ def test_refused_arguments(tmp_path, tokenizer):
         samples.make_trainer(tmp_path, trainer={"on_eval": dict, "eval_steps": 0})
 
 
+@pytest.mark.slow
 def test_two_processes_average_the_adapters_gradients(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
