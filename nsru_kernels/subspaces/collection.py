@@ -115,7 +115,7 @@ class SubspaceSet(dict[str, RetainSubspace]):
         if any(entry.rank_limited for entry in self.inputs):
             lines.append(
                 "* all that the retain data has there, or the sketch holds, is protected, which is "
-                "less than the rule allows: give more data, or a width where that is less than K."
+                "less than the rule allows: give more data, or raise width where that is below K."
             )
         return "\n".join(lines)
 
