@@ -257,6 +257,5 @@ def test_the_evaluation_is_twice_as_fast_as_open_unlearning():
     theirs, ours = times["open-unlearning"], times["nsru"]
     for name in ("model", "questions", "rounds", "device", "threads"):
         assert theirs[name] == ours[name]
-    # The clock's seconds are those of a machine with much else to do, which the load says.
-    assert float(theirs["process_seconds"]) >= 2 * float(ours["process_seconds"])
-    assert float(theirs["seconds"]) > float(ours["seconds"])
+    for seconds in ("seconds", "process_seconds"):
+        assert float(theirs[seconds]) >= 2 * float(ours[seconds])
