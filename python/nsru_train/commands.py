@@ -211,10 +211,11 @@ def train(
             f"out: {out} holds a finished run without checkpoints; give another folder, or remove "
             f"{run.results_path} to replace it."
         )
+    own = run.path / "subspaces"
+    estimated = (own / "index.json").is_file()
     if resume and last is None:
-        found = run.path / "subspaces"
-        remedy = f" Its retain subspaces are whole: --subspace.path {found} takes them."
-        whole = (found / "index.json").is_file() and subspace.path is None
+        remedy = f" Its retain subspaces are whole: --subspace.path {own} takes them."
+        whole = estimated and subspace.path is None
         print(f"resume: {out} has no checkpoint yet; starting anew.{remedy * whole}")
     config = {
         "model": asdict(model),
@@ -251,8 +252,7 @@ def train(
     run.write_environment()
     subspaces = None
     if lora.project and objective.trains:
-        own = run.path / "subspaces"
-        if last is not None and (own / "index.json").is_file():
+        if last is not None and estimated:
             subspace.path = str(own)
         subspaces = find_subspaces(
             base, tokenizer, loaded.forget, loaded.retain, subspace,

@@ -20,6 +20,7 @@ from nsru_train.metrics.muse import (
     first_answer,
     to_log,
 )
+from nsru_train.metrics.open_unlearning import find_log
 from nsru_train.metrics.privacy import min_k
 from nsru_train.scoring import continuations, end_tokens, score_share
 from nsru_train.shares import Shares
@@ -247,11 +248,9 @@ def _texts(
 
 
 def _read_log(path: str, answers: Sequence[str]) -> dict[str, Any]:
-    file = Path(path, "MUSE_EVAL.json") if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ValueError(f"muse_retain_log: no file {file}; give a folder with MUSE_EVAL.json.")
+    file = find_log(path, "MUSE_EVAL.json", "muse_retain_log")
     log = read_json(file)
-    found = log.get("mia_min_k") if isinstance(log, Mapping) else None
+    found = log.get("mia_min_k")
     auc = found.get("agg_value") if isinstance(found, Mapping) else None
     if not isinstance(auc, float) or not 0 <= auc < 1:
         raise ValueError(

@@ -143,17 +143,25 @@ def rel_diff(value: float, reference: float) -> float:
     return 100 * (value - reference) / (reference + 1e-10)
 
 
+def find_log(path: str | Path, name: str, argument: str) -> Path:
+    """The file of an evaluation by OpenUnlearning, which ``path`` is or holds under its name.
+
+    Raises:
+        ValueError: there is none; the message names the argument.
+    """
+    file = Path(path, name) if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(f"{argument}: no file {file}; give a folder with OpenUnlearning's {name}.")
+    return file
+
+
 def read_log(path: str | Path) -> dict[str, Any]:
     """A TOFU_EVAL.json, by its path or that of its folder.
 
     Raises:
         ValueError: there is none, or it holds no metric.
     """
-    path = Path(path, "TOFU_EVAL.json") if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"log: no file {path}; give a folder with OpenUnlearning's TOFU_EVAL.json."
-        )
+    path = find_log(path, "TOFU_EVAL.json", "log")
     log = read_json(path)
     if not any(isinstance(content, Mapping) for content in log.values()):
         raise ValueError(f"log: {path} holds no metric of OpenUnlearning, got {[*log]!r:.60}.")
