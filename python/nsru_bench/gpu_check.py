@@ -115,7 +115,8 @@ class Check:
         """A command of at most ``seconds``, and never beyond the budget; its output goes to
         ``<name>.log``. At the end nothing that it started is left, and all is packed."""
         log = self.out / f"{name}.log"
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
+        paths = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         started = time.monotonic()
         with log.open("w") as output:
             process = subprocess.Popen(

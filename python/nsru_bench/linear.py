@@ -39,8 +39,6 @@ def make_providers(operands: Operands, session: Session) -> dict[str, Provider]:
     wrong = {f"{PREFIX}{plan}" for plan in dropped(session.out)}
     plans = providers.plans(operands, together=False)
     plans = {name: provider for name, provider in plans.items() if name not in wrong}
-    if session.quick:
-        return found | plans
     found |= {
         "nsru, fold every call": providers.modules(operands, cached=False),
         "peft default, autocast": providers.peft_autocast(operands),

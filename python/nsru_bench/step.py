@@ -54,7 +54,8 @@ def cases(session: Session) -> list[Case]:
         return llamas + [quantised] * bool(find_spec("bitsandbytes"))
     half = {"tokens": 4096}
     if session.quick:
-        return [LLAMA_8B._replace(layers=2, vocabulary=8192)]
+        small = LLAMA_8B._replace(layers=2, vocabulary=8192)
+        return [small, small._replace(tokens=2048)]
     return [LLAMA_1B, LLAMA_8B._replace(**half), LLAMA_1B._replace(**half), LLAMA_8B]
 
 
