@@ -20,8 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nsru_kernels.dispatch.choice import choose
 from nsru_kernels.nn.sharded import in_parts, refuse_shards
-from nsru_kernels.ops.project import project_adapters
-from nsru_kernels.ops.project.autograd import GradientBatch
+from nsru_kernels.ops.project.autograd import GradientBatch, project_groups
 from nsru_kernels.ops.project.backends import PROJECT, query
 from nsru_kernels.ops.project.reference import accumulate_dtype
 
@@ -88,23 +87,18 @@ class Projections:
         for module in asked.modules():
             refuse_shards(module)
         stale = [g for g in self._groups if g is asked or _stale_alike(asked, g, dtype)]
-        modules = [module for group in stale for module in group.modules()]
+        held = [tuple([m.lora_A for m in group.modules()]) for group in stale]
+        bases = [group.modules()[0].basis for group in stale]
+        based = [pair for pair in zip(held, bases, strict=True) if pair[1] is not None]
         # Not in inference mode, even when asked there: a later training step saves the projection
         # for backward.
         with torch.inference_mode(False), torch.no_grad():
-            parts = project_adapters(
-                [m.lora_A for m in modules], [m.basis for m in modules], backend=asked.backend
-            )
-            for group in stale:
-                members = group.modules()
-                own, parts = parts[: len(members)], parts[len(members) :]
-                stacked = own[0] if len(own) == 1 else torch.cat([a.to(dtype) for a in own])
-                copy = stacked is members[0].lora_A  # plain LoRA: not the parameter itself
-                lora_as, basis = tuple(m.lora_A for m in members), members[0].basis
+            projected = iter(project_groups(based, dtype, asked.backend) if based else ())
+            for group, lora_as, basis in zip(stale, held, bases, strict=True):
                 group.projected = (
                     projection_key(dtype, lora_as, basis),
                     (*lora_as, basis),  # kept alive, so that nothing new gets their identities
-                    stacked.detach().to(dtype, copy=copy),
+                    _stack(lora_as, dtype) if basis is None else next(projected),
                 )
                 if group is asked:
                     result = group.projected
@@ -147,6 +141,11 @@ class Projections:
             if group is asked:
                 result = group.receivers
         return result
+
+
+def _stack(lora_as: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """Plain LoRA: A_i on top of each other, in memory of their own."""
+    return torch.cat([a.to(dtype) for a in lora_as])
 
 
 def _by_library(backend: str, parts: Sequence[tuple[Sequence[Tensor], Tensor]]) -> bool:

@@ -64,13 +64,13 @@ def assert_fresh(layer, x):
 def projected(monkeypatch):
     """How many adapters each projection of the cache took, call by call."""
     calls = []
-    project = projections.project_adapters
+    project = projections.project_groups
 
-    def counted(lora_as, *args, **kwargs):
-        calls.append(len(lora_as))
-        return project(lora_as, *args, **kwargs)
+    def counted(groups, *args):
+        calls.append(sum(len(lora_as) for lora_as, _ in groups))
+        return project(groups, *args)
 
-    monkeypatch.setattr(projections, "project_adapters", counted)
+    monkeypatch.setattr(projections, "project_groups", counted)
     return calls
 
 

@@ -1,6 +1,6 @@
-"""Both grouped kernels against float64: any mix of sizes, dtypes, strides and shared bases.
+"""The grouped kernel against float64: any mix of sizes, dtypes, strides and shared bases.
 
-Without a GPU Triton's is interpreted and CUDA's emulated, thread by thread.
+Without a GPU it is interpreted.
 """
 
 import pytest
@@ -10,10 +10,13 @@ from tolerance import assert_close_to_exact
 
 import nsru_kernels as nk
 from nsru_kernels import BackendUnavailable
-from nsru_kernels.dispatch import choose, extension
+from nsru_kernels.dispatch import choose
 from nsru_kernels.ops.project import reference, tables
-from nsru_kernels.ops.project.backends import PROJECT
+from nsru_kernels.ops.project.autograd import project_groups
 from nsru_kernels.ops.project.gram import gram_inverse_of
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+from nsru_kernels.ops.project import triton as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHORT = [torch.float16, torch.bfloat16]
@@ -31,26 +34,9 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-@pytest.fixture(params=["triton", "cuda"])
-def backend(request):
-    """A backend that serves the tensors of these tests."""
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-    elif DEVICE == "cpu":
-        request.getfixturevalue("serves_the_cpu")
-    elif reason := extension.unavailable("project", torch.device(DEVICE)):
-        pytest.skip(reason)
-    return request.param
-
-
 @pytest.fixture
-def project_many(backend):
-    return PROJECT.load(backend).project_many
-
-
-@pytest.fixture
-def write_table(backend):
-    return PROJECT.load(backend).write_table
+def project_many():
+    return kernel.project_many
 
 
 def draw(r, k, dtype=torch.float32, seed=0):
@@ -92,15 +78,16 @@ def test_aligned_sizes_in_several_chunks(project_many):
 
 @pytest.mark.parametrize("aligned", [True, False])
 def test_adapters_that_share_a_basis_become_one_problem(project_many, monkeypatch, aligned):
-    problems = []
-    describe = tables.describe
-    monkeypatch.setattr(tables, "describe", lambda p, plan: problems.append(p) or describe(p, plan))
+    found = []
+    group = tables.group
+    monkeypatch.setattr(tables, "group", lambda *args: found.append(group(*args)) or found[-1])
     k = 64 if aligned else 63
     shared, own = basis(k, 16), basis(k, 16, seed=5)
     check(project_many, [draw(r, k) for r in (16, 3, 7, 16, 2)], [shared, shared, own, shared, own])
-    (group,) = problems
-    assert [problem.size.rows for problem in group] == [35, 9]
-    assert all(tables.aligned(problem) == aligned for problem in group)
+    ((kind, problems),) = found[0].items()
+    assert kind.is_aligned == aligned
+    assert [problem.rows for problem in problems] == [35, 9]
+    assert [problem.adapters for problem in problems] == [[0, 1, 3], [2, 4]]
 
 
 @pytest.mark.parametrize("basis_dtype", SHORT, ids=str)
@@ -169,10 +156,10 @@ def test_empty_operands(project_many):
         assert got.data_ptr() != a.data_ptr() or not a.numel()
 
 
-def test_public_call_with_and_without_bases(backend):
+def test_public_call_with_and_without_bases():
     adapters = [draw(4, 40), draw(3, 40, torch.float16), draw(2, 40)]
     bases = [basis(40, 6), None, basis(40, 8, torch.bfloat16)]
-    projected = nk.project_adapters(adapters, bases, backend=backend)
+    projected = nk.project_adapters(adapters, bases, backend="triton")
     assert projected[1] is adapters[1]
     for i in (0, 2):
         exact = nk.project_adapter(adapters[i].double(), bases[i], backend="eager")
@@ -180,7 +167,7 @@ def test_public_call_with_and_without_bases(backend):
         assert_close_to_exact(projected[i], eager, exact)
 
 
-def test_gradients(backend):
+def test_gradients():
     shared, rounded = basis(130, 9), basis(40, 8, torch.bfloat16)
     leaves = [draw(3, 130), draw(2, 130, torch.float16), draw(4, 40)]
     bases = [shared, shared, rounded]
@@ -193,7 +180,7 @@ def test_gradients(backend):
 
     leaves = [a.detach() for a in leaves]
     results = zip(
-        gradients(backend), gradients("eager"), gradients("eager", torch.float64), strict=True
+        gradients("triton"), gradients("eager"), gradients("eager", torch.float64), strict=True
     )
     for got, eager, exact in results:
         assert exact.norm() > 0
@@ -228,6 +215,32 @@ def test_launches_are_bit_identical(project_many):
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+def test_what_is_kept_of_a_launch_knows_no_adapter(project_many, monkeypatch):
+    """A second call with others of the same sizes makes no table, and reads those."""
+    bases = [basis(64, 16), basis(64, 16), basis(63, 5)]
+    for seed in (0, 1):
+        check(project_many, [draw(3, len(u), seed=seed) for u in bases], bases)
+        monkeypatch.setattr(tables, "group", None)
+
+
+def test_kept_launches_are_few(project_many):
+    for seed in range(tables._MOST_KEPT + 3):
+        check(project_many, [draw(2, 40)], [basis(40, 4, seed=seed)])
+    assert len(tables._kept) == tables._MOST_KEPT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_groups_on_top_of_each_other_in_the_dtype_of_the_activations(dtype):
+    shared, rounded = basis(64, 16), basis(63, 5, torch.bfloat16)
+    groups = [([draw(4, 64), draw(3, 64, torch.float16)], shared), ([draw(2, 63)], rounded)]
+    results = project_groups(groups, dtype, "triton")
+    by_library = project_groups(groups, dtype, "eager")
+    for got, eager, (lora_as, u) in zip(results, by_library, groups, strict=True):
+        stacked = torch.cat([a.double() for a in lora_as])
+        exact = reference.project(stacked, u.double(), gram_inverse_of(u))
+        assert_close_to_exact(got, eager, exact)
+
+
 @pytest.mark.parametrize("lag", [0, 1000, 1 << 24])
 def test_items_wait_only_for_smaller_tickets(lag):
     """Else programs that hold the larger numbers could fill the device and wait for ever."""
@@ -250,21 +263,21 @@ def test_items_wait_only_for_smaller_tickets(lag):
         assert first_phase.max() < position[mine & (index >= along)].min()
 
 
-def test_table_handed_over_as_arguments_equals_a_copy(project_many, write_table, monkeypatch):
+def test_table_handed_over_as_arguments_equals_a_copy(project_many, monkeypatch):
     """The way into a CUDA graph, which may not copy from host memory that is gone at replay."""
     a, u = draw(3, 63), basis(63, 5)
     expected = project_many([a], [u], [None])[0]
     for values in ([1, 0, -5, 2**40, 2**33, 7, 2**62, 16, 3], range(5000)):
         table = torch.tensor(values)
-        written = write_table(table, torch.device(DEVICE))
+        written = kernel.write_table(table, torch.device(DEVICE))
         assert torch.equal(written[: len(table)].cpu(), table)
-    monkeypatch.setattr(tables, "to_device", lambda table, device, write, _: write(table, device))
+    monkeypatch.setattr(tables, "to_device", lambda table, device, write: write(table, device))
+    tables._kept.clear()
     assert torch.equal(project_many([a], [u], [None])[0], expected)
 
 
 def test_a_captured_table_of_a_whole_model_takes_few_launches(monkeypatch):
     """One compiled kernel for all of them, whatever the values."""
-    module = pytest.importorskip("nsru_kernels.ops.project.triton")
     layer = ((4096, 3), (4096, 1), (4096, 2), (14336, 1))
     sizes = [tables.Size(k, 256, 16 * n, False, 4) for k, n in layer * 32]
     plan = tables.schedule(tuple(sizes), tables.Tiles(32, 64), tables.LAG)
@@ -275,31 +288,31 @@ def test_a_captured_table_of_a_whole_model_takes_few_launches(monkeypatch):
         lengths.append(len(words))
         out[: len(words)] = torch.tensor(words, dtype=torch.int32)
 
-    monkeypatch.setattr(module, "write_table_kernel", {(1,): write})
-    written = module.write_table(table, torch.device("cpu"))
+    monkeypatch.setattr(kernel, "write_table_kernel", {(1,): write})
+    written = kernel.write_table(table, torch.device("cpu"))
     assert torch.equal(written[: len(table)], table)
     assert len(lengths) < 100
-    assert set(lengths) == {module._WORDS_PER_WRITE}
+    assert set(lengths) == {kernel._WORDS_PER_WRITE}
 
 
 def test_a_default_device_does_not_matter(project_many):
     a, u = draw(3, 63), basis(63, 5)
     tables.schedule.cache_clear()
+    tables._kept.clear()
     with torch.device("meta"):
         projected = project_many([a], [u], [None])[0]
     assert torch.equal(projected, project_many([a], [u], [None])[0])
 
 
-def test_refuses_float64(backend):
+def test_refuses_float64():
     a, u = draw(2, 8, torch.float64), basis(8, 2)
-    with pytest.raises(BackendUnavailable, match=f"{backend}.*float64"):
-        nk.project_adapter(a, u, backend=backend)
-    with pytest.raises(BackendUnavailable, match=f"{backend}.*float64"):
-        nk.project_adapter(a.float(), u.double(), backend=backend)
+    with pytest.raises(BackendUnavailable, match="triton.*float64"):
+        nk.project_adapter(a, u, backend="triton")
+    with pytest.raises(BackendUnavailable, match="triton.*float64"):
+        nk.project_adapter(a.float(), u.double(), backend="triton")
 
 
 def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
-    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     choose.cache_clear()
     with pytest.raises(BackendUnavailable, match="CUDA device"):

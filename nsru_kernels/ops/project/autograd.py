@@ -43,6 +43,36 @@ def project_one(
     return _project_many([a_RK], [basis_KQ], [gram_inverse_QQ], backend)[0]
 
 
+def project_groups(
+    groups: Sequence[tuple[Sequence[Tensor], Tensor]], dtype: torch.dtype, backend: str
+) -> list[Tensor]:
+    """Ā_i of each group of adapters on one basis, on top of each other: [ΣR, K], rounded once to
+    ``dtype``; no autograd. Where the backend has a grouped kernel, one launch writes them all."""
+    adapters = [a_RK for lora_as, _ in groups for a_RK in lora_as]
+    bases = [basis for lora_as, basis in groups for _ in lora_as]
+    device, threads = adapters[0].device, torch.get_num_threads()
+    chosen = choose(PROJECT, backend, device, *query(adapters, bases), threads)
+    with torch.autocast(device.type, enabled=False):
+        if hasattr(chosen.module, "project_into"):
+            stacked, rows = [], []
+            for lora_as, basis in groups:
+                counts = [a_RK.shape[0] for a_RK in lora_as]
+                stacked.append(basis.new_empty(sum(counts), basis.shape[0], dtype=dtype))
+                rows += stacked[-1].split_with_sizes(counts)
+            gram_inverses = [gram_inverse_of(basis) for basis in bases]
+            try:
+                chosen.module.project_into(rows, *in_memory([adapters, bases, gram_inverses]))
+                return stacked
+            except BackendUnavailable:
+                if chosen.named:
+                    raise
+        module = reference if hasattr(chosen.module, "project_into") else chosen.module
+        stacked = [a[0] if len(a) == 1 else torch.cat(list(a)) for a, _ in groups]
+        bases = [basis for _, basis in groups]
+        parts = module.project_many(stacked, bases, [gram_inverse_of(basis) for basis in bases])
+        return [part.to(dtype) for part in parts]
+
+
 @torch.library.impl(_library, "project", "CompositeExplicitAutograd")
 def _project_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], gram_inverses_QQ: list[Tensor | None], backend: str

@@ -17,14 +17,10 @@ def _load(backend: str) -> ModuleType:
             from nsru_kernels.ops.project import cpu
 
             return cpu
-        case "triton":
+        case "triton" | "cuda":
             from nsru_kernels.ops.project import triton
 
             return triton
-        case "cuda":
-            from nsru_kernels.ops.project import cuda
-
-            return cuda
     from nsru_kernels.ops.project import reference
 
     return reference

@@ -1,8 +1,13 @@
-"""The int64 tables of both grouped kernels: problems, addresses of rows, order of items."""
+"""The int64 tables of the grouped kernel: problems, addresses of rows, order of items.
+
+A training step projects the same adapters as the one before it, so what a launch needs on the
+device is kept; only the addresses of rows are sent anew.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,26 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsru_kernels.dispatch.launch import capturing
+
 FIELDS = 11  # numbers that describe a problem; ``describe`` lays them out
 # Bytes of bases between the two uses of a basis: more than what all programs have under way at a
 # time (64 KiB each), and with the longest basis of an 8B model still less than L2. Not measured: on
 # A100 and H100 what all multiprocessors read may find but half of it.
 LAG = 24 << 20
+_MOST_KEPT = 16
+
+Write = Callable[[Tensor, torch.device], Tensor]
 
 
-class Problem(NamedTuple):
-    """A basis, and the adapters and outputs that it is removed from."""
+class Kind(NamedTuple):
+    """Properties that the problems of one launch share."""
 
-    basis: Tensor  # [K, Q]
-    gram_inverse: Tensor | None  # [Q, Q]
-    adapters: list[Tensor]  # [R, K] each, as are the outputs
-    outputs: list[Tensor]
-
-    @property
-    def size(self) -> Size:
-        K, Q = self.basis.shape
-        rows = sum(a.shape[0] for a in self.adapters)
-        return Size(K, Q, rows, self.gram_inverse is not None, self.basis.element_size())
+    adapter_dtype: torch.dtype
+    basis_dtype: torch.dtype
+    output_dtype: torch.dtype
+    has_gram_inverse: bool
+    is_aligned: bool
 
 
 class Size(NamedTuple):
@@ -47,13 +52,18 @@ class Size(NamedTuple):
         return max(256, -(-self.K // 32 // 256) * 256)
 
 
-class Kind(NamedTuple):
-    """Properties that the problems of one launch share."""
+class Problem(NamedTuple):
+    """A basis, and the adapters that it is removed from."""
 
-    adapter_dtype: torch.dtype
-    basis_dtype: torch.dtype
-    has_gram_inverse: bool
-    is_aligned: bool
+    basis: Tensor  # [K, Q]
+    gram_inverse: Tensor | None  # [Q, Q]
+    adapters: list[int]  # positions in the call
+    rows: int
+
+    @property
+    def size(self) -> Size:
+        K, Q = self.basis.shape
+        return Size(K, Q, self.rows, self.gram_inverse is not None, self.basis.element_size())
 
 
 class Tiles(NamedTuple):
@@ -73,91 +83,145 @@ class Schedule(NamedTuple):
     counter_size: int
 
 
-class Arguments(NamedTuple):
-    """Arguments of a launch: the table, its parts, and memory."""
+class Launch(NamedTuple):
+    """The part of a launch that stays while bases, sizes and strides do."""
 
-    table: Tensor
-    problems: int
+    kind: Kind
+    adapters: list[int]  # positions in the call, those of a problem next to each other
+    problems: Tensor  # int64 [problems, FIELDS], on the device
+    items: Tensor  # int64, on the device; behind them there may be padding
+    item_count: int
     rows: int
-    items: int
+    workspace_size: int
+    counter_size: int
+
+
+class Arguments(NamedTuple):
+    """Arguments of a launch that each call makes anew."""
+
+    rows: Tensor  # int64: addresses of adapter rows, then of output rows
     workspace: Tensor
     counters: Tensor
 
 
-def group(
-    as_RK: list[Tensor], bases_KQ: list[Tensor], gram_inverses_QQ: list[Tensor | None]
-) -> tuple[list[Tensor], dict[Kind, list[Problem]]]:
-    """(outputs, the problems that fill them by launch); outputs without a problem are filled.
+_kept: OrderedDict[tuple, list[Launch]] = OrderedDict()
 
-    One launch for each pair of adapter and basis dtypes; a second one where a few problems are not
-    aligned to 16 bytes and would slow down the others.
+
+def launches(
+    as_RK: Sequence[Tensor],
+    bases_KQ: Sequence[Tensor],
+    gram_inverses_QQ: Sequence[Tensor | None],
+    outputs_RK: Sequence[Tensor],
+    tiles: Tiles,
+    write: Write,
+) -> list[Launch]:
+    """The launches that fill the outputs: one for each triple of dtypes, and a second one where a
+    few problems are not aligned to 16 bytes and would slow down the others.
+
+    Rows of adapters and outputs are contiguous, gram inverses too, and nothing is empty.
     """
-    outputs: list[Tensor] = []
-    problems: dict[tuple, Problem] = {}
-    for a_RK, basis_KQ, gram_inverse_QQ in zip(as_RK, bases_KQ, gram_inverses_QQ, strict=True):
-        if not a_RK.numel() or not basis_KQ.shape[1]:
-            outputs.append(a_RK.to(torch.float32, copy=True).contiguous())
-            continue
-        output_RK = torch.empty(a_RK.shape, dtype=torch.float32, device=a_RK.device)
-        outputs.append(output_RK)
-        key = (a_RK.dtype, *_identity(basis_KQ), *_identity(gram_inverse_QQ))
-        if key not in problems:
-            gram_inverse_QQ = None if gram_inverse_QQ is None else gram_inverse_QQ.contiguous()
-            problems[key] = Problem(basis_KQ, gram_inverse_QQ, [], [])
-        problems[key].adapters.append(a_RK if a_RK.stride(1) == 1 else a_RK.contiguous())
-        problems[key].outputs.append(output_RK)
-
-    launches: dict[Kind, list[Problem]] = {}
-    for problem in problems.values():
-        kind = Kind(
-            *(problem.adapters[0].dtype, problem.basis.dtype),
-            *(problem.gram_inverse is not None, aligned(problem)),
+    device = bases_KQ[0].device
+    aligned_rows = not any(t.data_ptr() % 16 for t in (*as_RK, *outputs_RK))
+    key = (
+        *(device, tiles, aligned_rows),
+        tuple([(a.dtype, a.shape, a.stride(0)) for a in as_RK]),
+        tuple([(u.data_ptr(), u.dtype, u.shape, u.stride()) for u in bases_KQ]),
+        tuple([None if c is None else c.data_ptr() for c in gram_inverses_QQ]),
+        tuple([(o.dtype, o.stride(0)) for o in outputs_RK]),
+    )
+    if device.type == "cuda":  # what is made on one stream is not awaited by others
+        key = (*key, torch.cuda.current_stream(device).cuda_stream)
+    if key in _kept and not capturing(device):
+        _kept.move_to_end(key)
+        return _kept[key]
+    made = []
+    for kind, problems in group(
+        as_RK, bases_KQ, gram_inverses_QQ, outputs_RK, aligned_rows
+    ).items():
+        plan = schedule(tuple(problem.size for problem in problems), tiles, LAG)
+        made.append(
+            Launch(
+                kind,
+                [i for problem in problems for i in problem.adapters],
+                to_device(describe(problems, plan), device, write),
+                to_device(torch.from_numpy(plan.items), device, write),
+                plan.items.size,
+                sum(problem.rows for problem in problems),
+                plan.workspace_size,
+                plan.counter_size,
+            )
         )
-        launches.setdefault(kind, []).append(problem)
-    return outputs, launches
+    if not capturing(device):  # a replay must not depend on what is kept here
+        _kept[key] = made
+        if len(_kept) > _MOST_KEPT:
+            _kept.popitem(last=False)
+    return made
 
 
-def _identity(tensor: Tensor | None) -> tuple:
-    if tensor is None:
-        return (None,)
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+def group(
+    as_RK: Sequence[Tensor],
+    bases_KQ: Sequence[Tensor],
+    gram_inverses_QQ: Sequence[Tensor | None],
+    outputs_RK: Sequence[Tensor],
+    aligned_rows: bool,
+) -> dict[Kind, list[Problem]]:
+    """The problems by launch: adapters that share a basis become one."""
+    problems: dict[tuple, Problem] = {}
+    kinds: dict[tuple, Kind] = {}
+    for i, (a_RK, basis_KQ, gram_inverse_QQ, output_RK) in enumerate(
+        zip(as_RK, bases_KQ, gram_inverses_QQ, outputs_RK, strict=True)
+    ):
+        core = None if gram_inverse_QQ is None else gram_inverse_QQ.data_ptr()
+        strides = [t.stride(0) * t.element_size() for t in (a_RK, output_RK)]
+        is_aligned = (
+            aligned_rows
+            and basis_KQ.stride(1) == 1
+            and not any(
+                n % 16
+                for n in (*basis_KQ.shape, basis_KQ.stride(0), basis_KQ.data_ptr(), core or 0)
+            )
+            and not any(stride % 16 for stride in strides)
+        )
+        kind = Kind(
+            *(a_RK.dtype, basis_KQ.dtype, output_RK.dtype),
+            *(gram_inverse_QQ is not None, is_aligned),
+        )
+        key = (kind, basis_KQ.data_ptr(), basis_KQ.shape, basis_KQ.stride(), core)
+        before = problems.get(key, Problem(basis_KQ, gram_inverse_QQ, [], 0))
+        problems[key] = before._replace(
+            adapters=[*before.adapters, i], rows=before.rows + a_RK.shape[0]
+        )
+        kinds[key] = kind
+    result: dict[Kind, list[Problem]] = {}
+    for key, problem in problems.items():
+        result.setdefault(kinds[key], []).append(problem)
+    return result
 
 
 def arguments(
-    problems: Sequence[Problem],
-    tiles: Tiles,
-    write: Callable[[Tensor, torch.device], Tensor],
-    values_per_write: int,
+    launch: Launch, as_RK: Sequence[Tensor], outputs_RK: Sequence[Tensor], write: Write
 ) -> Arguments:
-    """All that a launch needs on its device; ``write`` and its values as in ``to_device``."""
-    device = problems[0].basis.device
-    plan = schedule(tuple(problem.size for problem in problems), tiles, LAG)
-    table, rows = describe(problems, plan)
+    """All that a launch needs on its device; ``write`` as in ``to_device``."""
+    device = as_RK[0].device
+    addresses = [
+        row_addresses([tensors[i] for i in launch.adapters]) for tensors in (as_RK, outputs_RK)
+    ]
     return Arguments(
-        to_device(table, device, write, values_per_write),
-        len(problems),
-        rows,
-        plan.items.size,
-        torch.empty(plan.workspace_size, dtype=torch.float32, device=device),
-        torch.zeros(plan.counter_size, dtype=torch.int32, device=device),
+        to_device(torch.from_numpy(np.concatenate(addresses)), device, write),
+        torch.empty(launch.workspace_size, dtype=torch.float32, device=device),
+        torch.zeros(launch.counter_size, dtype=torch.int32, device=device),
     )
 
 
-def to_device(
-    table: Tensor,
-    device: torch.device,
-    write: Callable[[Tensor, torch.device], Tensor],
-    values_per_write: int,
-) -> Tensor:
+def to_device(table: Tensor, device: torch.device, write: Write) -> Tensor:
     """A copy of ``table`` on ``device``.
 
-    ``write`` makes it by kernels that get the values as arguments, ``values_per_write`` a launch:
-    where one launch is enough, and in a CUDA graph, which can make it again at every replay though
-    nothing on the host has stayed.
+    In a CUDA graph ``write`` makes it by kernels that get the values as arguments: a replay can make
+    it again though nothing on the host has stayed.
     """
     if device.type != "cuda":
         return table.to(device)
-    if table.numel() <= values_per_write or torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         return write(table, device)
     return table.pin_memory().to(device, non_blocking=True)
 
@@ -197,25 +261,20 @@ def schedule(sizes: tuple[Size, ...], tiles: Tiles, lag: int) -> Schedule:
     )
 
 
-def describe(problems: Sequence[Problem], plan: Schedule) -> tuple[Tensor, int]:
-    """(table, number of rows): problems, addresses of adapter rows, of output rows, items."""
-    fields, row = [], 0
-    for i, problem in enumerate(problems):
-        basis, gram_inverse, size = problem.basis, problem.gram_inverse, problem.size
+def describe(problems: Sequence[Problem], plan: Schedule) -> Tensor:
+    """What the kernel reads of each problem, FIELDS numbers."""
+    fields: list[int] = []
+    row = 0
+    for i, (basis, gram_inverse, _, rows) in enumerate(problems):
+        size = problems[i].size
         fields += [
-            *(
-                basis.data_ptr(),
-                *basis.stride(),
-                0 if gram_inverse is None else gram_inverse.data_ptr(),
-            ),
-            *(size.K, size.Q, size.chunk, row, size.rows),
+            *(basis.data_ptr(), *basis.stride()),
+            0 if gram_inverse is None else gram_inverse.data_ptr(),
+            *(size.K, size.Q, size.chunk, row, rows),
             *(plan.workspace_offsets[i], plan.counter_offsets[i]),
         ]
-        row += size.rows
-    inputs = row_addresses([a for problem in problems for a in problem.adapters])
-    outputs = row_addresses([o for problem in problems for o in problem.outputs])
-    parts = np.array(fields, dtype=np.int64), inputs, outputs, plan.items
-    return torch.from_numpy(np.concatenate(parts)), row
+        row += rows
+    return torch.tensor(fields, dtype=torch.int64, device="cpu")
 
 
 def row_addresses(tensors: Sequence[Tensor]) -> np.ndarray:
@@ -225,13 +284,3 @@ def row_addresses(tensors: Sequence[Tensor]) -> np.ndarray:
     strides = np.array([t.stride(0) * t.element_size() for t in tensors])
     nth = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
     return np.repeat(starts, counts) + nth * np.repeat(strides, counts)
-
-
-def aligned(problem: Problem) -> bool:
-    """True where 16-byte accesses serve all of a problem."""
-    basis, gram_inverse = problem.basis, problem.gram_inverse
-    sizes = (*basis.shape, basis.stride(0))
-    addresses = [basis.data_ptr(), 0 if gram_inverse is None else gram_inverse.data_ptr()]
-    for tensor in (*problem.adapters, *problem.outputs):
-        addresses += [tensor.data_ptr(), tensor.stride(0) * tensor.element_size()]
-    return basis.stride(1) == 1 and not any(n % 16 for n in (*sizes, *addresses))

@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 
 from nsru_kernels.dispatch import launch
-from nsru_kernels.ops.project.tables import FIELDS, Kind, Problem, Tiles, arguments, group
+from nsru_kernels.dispatch.launch import Config
+from nsru_kernels.ops.project.tables import FIELDS, Tiles, arguments, launches
 from nsru_kernels.ops.project.triton_kernels import project_kernel, write_table_kernel
 
 # Small tiles: three programs share a multiprocessor's registers and hide each other's waiting, and
 # 4 KiB loads in several stages keep memory busy. At most 168 registers for aligned
 # operands on all three architectures; not measured.
 _TILES = {"BLOCK_R": 32, "BLOCK_IN": 16, "BLOCK_OUT": 64}
-_CONFIGS: dict[int, tuple[launch.Config, ...]] = dict.fromkeys(
+_CONFIGS: dict[int, tuple[Config, ...]] = dict.fromkeys(
     (80, 90, 100),
     (
-        launch.Config(_TILES, num_warps=4, num_stages=6),
-        launch.Config(_TILES, num_warps=4, num_stages=4),
+        Config(_TILES, num_warps=4, num_stages=6),
+        Config(_TILES, num_warps=4, num_stages=4),
     ),
 )
 _CONFIGS[86] = _CONFIGS[80][1:]  # six stages spill on sm_86
@@ -29,46 +30,65 @@ _WORDS_PER_WRITE = 1000
 def project_many(
     as_RK: list[Tensor], bases_KQ: list[Tensor], gram_inverses_QQ: list[Tensor | None]
 ) -> list[Tensor]:
-    """Ā_i [R_i, K_i] in float32, contiguous; in as few launches as ``tables.group`` makes.
+    """Ā_i [R_i, K_i] in float32, contiguous; in as few launches as ``tables.launches`` makes.
 
     Raises:
         BackendUnavailable: a dtype that the kernels do not hold, float64 above all.
     """
-    launch.check_dtypes("project_adapters", *as_RK, *bases_KQ)
-    outputs, launches = group(as_RK, bases_KQ, gram_inverses_QQ)
-    for kind, problems in launches.items():
-        _launch(kind, problems)
+    outputs = [torch.empty(a.shape, dtype=torch.float32, device=a.device) for a in as_RK]
+    project_into(outputs, as_RK, bases_KQ, gram_inverses_QQ)
     return outputs
 
 
-def _launch(kind: Kind, problems: list[Problem]) -> None:
-    adapter_RK, basis_KQ = problems[0].adapters[0], problems[0].basis
-    device = adapter_RK.device
+def project_into(
+    outputs_RK: list[Tensor],
+    as_RK: list[Tensor],
+    bases_KQ: list[Tensor],
+    gram_inverses_QQ: list[Tensor | None],
+) -> None:
+    """The same into rows that are there, rounded once to their dtype."""
+    launch.check_dtypes("project_adapters", *as_RK, *bases_KQ, *outputs_RK)
+    wanted = []
+    for output_RK, a_RK, basis_KQ, gram_inverse_QQ in zip(
+        outputs_RK, as_RK, bases_KQ, gram_inverses_QQ, strict=True
+    ):
+        if not a_RK.numel() or not basis_KQ.shape[1]:
+            output_RK.copy_(a_RK)
+            continue
+        a_RK = a_RK if a_RK.stride(1) == 1 else a_RK.contiguous()
+        gram_inverse_QQ = None if gram_inverse_QQ is None else gram_inverse_QQ.contiguous()
+        wanted.append((a_RK, basis_KQ, gram_inverse_QQ, output_RK))
+    if not wanted:
+        return
+    operands = [list(part) for part in zip(*wanted, strict=True)]
+    as_RK, outputs_RK = operands[0], operands[3]
+    device = as_RK[0].device
 
-    def run(config: launch.Config) -> None:
-        blocks = config.blocks
-        tiles = Tiles(blocks["BLOCK_R"], blocks["BLOCK_OUT"])
-        # A launch with so many arguments is slow on the host: in CUDA graph capture only.
-        args = arguments(problems, tiles, write_table, values_per_write=0)
-        programs = _PROGRAMS_PER_MULTIPROCESSOR * launch.multiprocessors(device)
-        first_row = FIELDS * args.problems
-        project_kernel[(min(args.items, programs),)](
-            args.table,
-            args.workspace,
-            args.counters,
-            adapter_RK,
-            basis_KQ,
-            first_row,
-            args.rows,
-            first_row + 2 * args.rows,
-            args.items,
-            FIELDS=FIELDS,
-            HAS_GRAM_INVERSE=kind.has_gram_inverse,
-            ALIGNED=kind.is_aligned,
-            **config.options,
-        )
+    def run(config: Config) -> None:
+        tiles = Tiles(config.blocks["BLOCK_R"], config.blocks["BLOCK_OUT"])
+        for known in launches(*operands, tiles, write_table):
+            args = arguments(known, as_RK, outputs_RK, write_table)
+            programs = _PROGRAMS_PER_MULTIPROCESSOR * launch.multiprocessors(device)
+            first = known.adapters[0]
+            project_kernel[(min(known.item_count, programs),)](
+                known.problems,
+                args.rows,
+                known.items,
+                args.workspace,
+                args.counters,
+                as_RK[first],
+                operands[1][first],
+                outputs_RK[first],
+                known.rows,
+                known.item_count,
+                FIELDS=FIELDS,
+                HAS_GRAM_INVERSE=known.kind.has_gram_inverse,
+                ALIGNED=known.kind.is_aligned,
+                **config.options,
+            )
 
-    launch.tuned(_CONFIGS[launch.architecture(device)], ("fold", *kind), adapter_RK, run)
+    kinds = {(a.dtype, u.dtype, o.dtype, c is None) for a, u, c, o in wanted}
+    launch.tuned(_CONFIGS[launch.architecture(device)], ("fold", *kinds), as_RK[0], run)
 
 
 def write_table(table: Tensor, device: torch.device) -> Tensor:

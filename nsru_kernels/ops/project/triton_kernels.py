@@ -8,8 +8,8 @@ BLOCK_R, and each block is worked off in items:
              columns to be summed multiply by C where there is one
     remove   Ā[:, BLOCK_OUT columns] = A - T Uᵀ, once T is complete
 
-``tables.py`` describes problems, rows and items to the kernel in int64. Bases and adapters are
-reached through addresses in that table: K, Q and the number of rows are no compile keys.
+``tables.py`` describes problems, rows and items to the kernel in int64. Bases, adapters and outputs
+are reached through addresses in these tables: K, Q and the number of rows are no compile keys.
 """
 
 import triton
@@ -22,16 +22,17 @@ FEW_ROWS = tl.constexpr(16)
 SUMMED_AT_ONCE = tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["first_row", "n_rows", "first_item", "n_items"])
+@triton.jit(do_not_specialize=["n_rows", "n_items"])
 def project_kernel(
-    table_ptr,  # int64: problems [FIELDS each] | adapter rows | output rows | items
+    problems_ptr,  # int64: FIELDS each
+    rows_ptr,  # int64: adapter rows | output rows
+    items_ptr,  # int64
     workspace_ptr,  # float32: T of every problem, in parts
     counters_ptr,  # int32, zero: ticket | for each problem its blocks, then its blocks x tiles
-    adapter_ptr,  # any adapter and any basis: only their types are used
+    adapter_ptr,  # any adapter, basis and output: only their types are used
     basis_ptr,
-    first_row,
+    output_ptr,
     n_rows,
-    first_item,
     n_items,
     FIELDS: tl.constexpr,
     HAS_GRAM_INVERSE: tl.constexpr,
@@ -42,22 +43,22 @@ def project_kernel(
 ):
     ticket = take_ticket(counters_ptr)
     while ticket < n_items:
-        item = tl.load(table_ptr + first_item + ticket)
-        problem_ptr = table_ptr + (item >> 32) * FIELDS
+        item = tl.load(items_ptr + ticket)
+        problem_ptr = problems_ptr + (item >> 32) * FIELDS
         rows = tl.load(problem_ptr + 8).to(tl.int32)
         blocks = tl.cdiv(rows, BLOCK_R)
         index = (item & 0xFFFFFFFF).to(tl.int32)
         rows -= (index % blocks) * BLOCK_R
         if rows <= FEW_ROWS:
             work_off(
-                *(table_ptr, workspace_ptr, counters_ptr, adapter_ptr, basis_ptr),
-                *(problem_ptr, index, first_row, n_rows),
+                *(rows_ptr, workspace_ptr, counters_ptr, adapter_ptr, basis_ptr, output_ptr),
+                *(problem_ptr, index, n_rows),
                 *(HAS_GRAM_INVERSE, ALIGNED, BLOCK_R, FEW_ROWS, BLOCK_IN, BLOCK_OUT),
             )
         else:
             work_off(
-                *(table_ptr, workspace_ptr, counters_ptr, adapter_ptr, basis_ptr),
-                *(problem_ptr, index, first_row, n_rows),
+                *(rows_ptr, workspace_ptr, counters_ptr, adapter_ptr, basis_ptr, output_ptr),
+                *(problem_ptr, index, n_rows),
                 *(HAS_GRAM_INVERSE, ALIGNED, BLOCK_R, BLOCK_R, BLOCK_IN, BLOCK_OUT),
             )
         ticket = take_ticket(counters_ptr)
@@ -65,14 +66,14 @@ def project_kernel(
 
 @triton.jit
 def work_off(
-    table_ptr,
+    rows_ptr,
     workspace_ptr,
     counters_ptr,
     adapter_ptr,
     basis_ptr,
+    output_ptr,
     problem_ptr,
     index,
-    first_row,
     n_rows,
     HAS_GRAM_INVERSE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -110,7 +111,7 @@ def work_off(
 
     offs_r = block * BLOCK_R + tl.arange(0, HEIGHT)
     row_mask = (offs_r < rows)[:, None]
-    row_ptr = table_ptr + first_row + row + offs_r
+    row_ptr = rows_ptr + row + offs_r
     a_ptrs = tl.load(row_ptr, mask=offs_r < rows, other=0).to(adapter_ptr.dtype)
     if ALIGNED:
         a_ptrs = tl.multiple_of(a_ptrs, 16)
@@ -148,7 +149,7 @@ def work_off(
                     signal(done_ptr)
     else:
         out_ptrs = tl.load(row_ptr + n_rows, mask=offs_r < rows, other=0)
-        out_ptrs = out_ptrs.to(tl.pointer_type(tl.float32))
+        out_ptrs = out_ptrs.to(output_ptr.dtype)
         if ALIGNED:
             out_ptrs = tl.multiple_of(out_ptrs, 16)
         wait_for(done_ptr, tiles + HAS_GRAM_INVERSE)

@@ -91,11 +91,9 @@ def test_dropout_works_alone_in_training_only(groups):
 
 def test_dropout_projects_once_for_all(monkeypatch):
     model, _ = make_model(dropout=0.5)
-    calls, project = [], projections.project_adapters
+    calls, project = [], projections.project_groups
     monkeypatch.setattr(
-        projections,
-        "project_adapters",
-        lambda *args, **options: calls.append(1) or project(*args, **options),
+        projections, "project_groups", lambda *args: calls.append(1) or project(*args)
     )
     for _ in range(3):
         torch.manual_seed(0)
