@@ -3,6 +3,7 @@
     python tests/kernels/aot.py 90 [OP ...]   # one JSON object a line: kernel, config, resources
     python tests/kernels/aot.py 86 --few      # of launches that are alike the heaviest alone
     python tests/kernels/aot.py tokens 90     # what each number of tokens would compile
+    python tests/kernels/aot.py layouts 80    # the pointer GEMM for W along K and along N
 
 The launchers themselves run, on meta tensors: what they would launch is recorded and compiled, so
 no list of signatures can fall behind the code.
@@ -34,6 +35,7 @@ TOKENS = (17, 32, 1000, 1008, 8192, 8191, 2**20)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHARED_LIMIT |= dict.fromkeys((86, 89, 120), 99 * 1024)
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
+NARROW_LOAD = re.compile(r"\bld\.global\.b16\b")
 _TYPES = {
     "torch.float32": "fp32",
     "torch.float16": "fp16",
@@ -160,6 +162,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
         "constants": {k: str(v) for k, v in blocks.items()},
         **launch.options,
         "shared": compiled.metadata.shared,
+        "narrow_loads": len(NARROW_LOAD.findall(compiled.asm["ptx"])),
         "tensor_core": bool(TENSOR_CORE.search(compiled.asm["ptx"])),
         **_resources(compiled.asm["cubin"]),
     }
@@ -209,6 +212,14 @@ def main() -> None:
         for arch, op, tokens in itertools.product(map(int, sys.argv[2:]), TOKEN_OPS, TOKENS):
             kernels = kernels_for_tokens(op, arch, tokens)
             print(json.dumps({"arch": arch, "op": op, "tokens": tokens, "kernels": kernels}))
+        return
+    if sys.argv[1] == "layouts":
+        arch = int(sys.argv[2])
+        with recording(arch) as launches:
+            importlib.import_module("aot_linear").both_layouts()
+        gemms = {launch.likeness: launch for launch in launches if launch.kernel.__name__[0] == "k"}
+        for launch in gemms.values():
+            print(json.dumps(compile_launch(launch, arch)))
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("arch", type=int)

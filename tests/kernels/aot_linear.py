@@ -19,7 +19,12 @@ def call(m, k, ns, r, dtype, *, bias=False, dropout_p=0.0, plan=None):
     seed = torch.tensor(2**40 + 1) if dropout_p else None
     ys, s = triton.forward(x, ws, a, bs, biases, scalings, dropout_p, seed, plan)
     needs = [True, True, *[False] * (2 * len(ns)), *[True] * len(ns)]
-    triton.backward(ys, x, ws, a, bs, s, scalings, dropout_p, seed, needs)
+    triton.backward(ys, x, ws, a, bs, s, scalings, dropout_p, seed, needs, plan)
+
+
+def both_layouts():
+    """Forward reads W along K, backward along N."""
+    call(8192, 4096, (4096,), 16, BF16, plan="kext")
 
 
 BF16 = torch.bfloat16

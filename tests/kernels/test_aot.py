@@ -35,6 +35,13 @@ def test_a_new_batch_size_compiles_nothing(tmp_path):
         assert set.union(*variants) in variants, case
 
 
+def test_the_pointer_gemm_loads_wide_words_in_both_layouts(tmp_path):
+    """On an H200 loads of single elements made its backward twenty times as long."""
+    rows = rows_of(tmp_path, "layouts", 80)
+    assert {row["constants"].get("stride_w1k", "n") for row in rows} == {"1", "n"}
+    assert all(row["kernel"] == "kext_kernel" and row["narrow_loads"] == 0 for row in rows), rows
+
+
 # A compilation takes a second or two. So it is for the GPU that is at hand, and of the launches
 # that share kernel, tiles, warps, bits of numbers and layout of W only for the one that holds most,
 # of the op that training calls. `make aot` compiles all, for every architecture.

@@ -20,6 +20,7 @@ import nsru_kernels as nk
 from nsru_kernels.dispatch import extension
 from nsru_kernels.ops.linear import cuda, reference
 from nsru_kernels.ops.linear import cuda_products as products
+from nsru_kernels.ops.project import triton as project_triton
 
 DTYPES = [torch.bfloat16, torch.float16]
 GPU = torch.device("cuda")
@@ -75,10 +76,10 @@ def test_unusual_strides(stand_in):
 def test_the_public_function_projects_and_multiplies_in_cuda(
     stand_in, serves_the_cpu, monkeypatch, dtype
 ):
-    launched = []
-    launch = extension.load().launch_project
+    """The projection under this name is Triton's kernel."""
+    launched, project = [], project_triton.project_into
     monkeypatch.setattr(
-        extension.load(), "launch_project", lambda **call: launched.append(1) or launch(**call)
+        project_triton, "project_into", lambda *args: launched.append(1) or project(*args)
     )
     inputs, basis = make_inputs((3, 7), 40, 24, 5, dtype=dtype)
     check_against_exact(inputs, basis, backend="cuda")

@@ -32,7 +32,6 @@ from nsru_kernels.dispatch import launch
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from nsru_kernels.ops.linear import triton, triton_products
-from nsru_kernels.ops.linear import triton_gemm_kernels as gemm_kernels
 
 DTYPES = [torch.float32, torch.float16]
 # (M, K, N_i, R_i): tokens for one and several row blocks, sizes below, at and beyond a tile.
@@ -117,23 +116,6 @@ def test_every_plan_gives_the_same_forward(case, plan, dtype):
 def test_every_plan_gives_the_same_backward(case, plan):
     check_backward(triton, operands(*case, torch.float32), plan=plan)
     check_backward(triton, operands(*case, torch.float32), plan=plan, unused=(0,))
-
-
-def test_the_plan_names_the_tiles_of_both_passes(monkeypatch):
-    monkeypatch.setattr(launch, "architecture", lambda device: 90)
-    asked = []
-    monkeypatch.setattr(triton_products, "_tile_count", lambda out, c: asked.append(c) or 0)
-    monkeypatch.setattr(gemm_kernels, "kext_kernel", {(0,): lambda *args, **options: None})
-    x, ws, a, bs, biases, scalings = operands(16, 64, (64,), (16,), torch.float16)
-    table = triton_products.CONFIGS["kext"][90]
-    for config in table:
-        plan = f"kext {triton_products.config_name(config)}"
-        ys, s = triton.forward(x, ws, a, bs, biases, scalings, plan=plan)
-        needs = adapters_and_x(1)
-        triton.backward(ys, x, ws, a, bs, s, scalings, 0.0, None, needs, plan=plan)
-        assert asked == [config] * 2
-        asked.clear()
-    assert len({triton_products.config_name(config) for config in table}) == len(table)
 
 
 @pytest.mark.parametrize("ns", [(36,), (36, 20)], ids=str)

@@ -306,9 +306,9 @@ def test_a_default_device_does_not_matter(project_many):
 
 def test_refuses_float64():
     a, u = draw(2, 8, torch.float64), basis(8, 2)
-    with pytest.raises(BackendUnavailable, match="triton.*float64"):
+    with pytest.raises(BackendUnavailable, match=r"triton.*float64"):
         nk.project_adapter(a, u, backend="triton")
-    with pytest.raises(BackendUnavailable, match="triton.*float64"):
+    with pytest.raises(BackendUnavailable, match=r"triton.*float64"):
         nk.project_adapter(a.float(), u.double(), backend="triton")
 
 

@@ -1,26 +1,27 @@
-"""The functions of reference.py with the CUDA extension.
+"""The functions of reference.py with the CUDA extension, where it beats the library.
 
-Forward: S of all linears from one read of x, then for each one GEMM [x ∣ S]·[W ∣ sB]ᵀ + b, sm_90a.
-Backward: dS_i and dB_i from one read of dY_i; dX starts as the GEMM [dY_1 ∣ dS]·[W_1 ; Ā] and
-library GEMMs accumulate the other dY_i W_i onto it (beta 1); dĀ from one read of x. By plan
-expand_first the GEMMs are the library's: y = s S Bᵀ + b, y += x Wᵀ; dX = dS Ā, dX += dY_i W_i.
-Sums are in a fixed order. Nothing of size M is copied, unless x or dY is not row-major; R-sized
-operands whose rows would not start at 16 bytes are copied into padded rows.
+Forward: S of all linears by the library, then for each one GEMM [x ∣ S]·[W ∣ sB]ᵀ + b, sm_90a.
+Backward: dS_i and dB_i from one read of dY_i, up to R = 32; dX starts as the GEMM
+[dY_1 ∣ dS]·[W_1 ; Ā] and library GEMMs accumulate the other dY_i W_i onto it (beta 1); dĀ by the
+library. By plan expand_first the large GEMMs are the library's too: y = s S Bᵀ + b, y += x Wᵀ;
+dX = dS Ā, dX += dY_i W_i. Sums are in a fixed order. Nothing of size M is copied, unless x or dY is
+not row-major; R-sized operands whose rows would not start at 16 bytes are copied into padded rows.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nsru_kernels.dispatch.extension import row_major
+from nsru_kernels.ops.linear import reference
 from nsru_kernels.ops.linear.cuda_products import (
     check_operands,
     columns_product,
     gemm_choice,
     kext_gemm,
     padded,
-    rows_product,
 )
 from nsru_kernels.ops.products import (
     frozen_gradients,
@@ -52,25 +53,15 @@ def forward(
     _check(x_MK, ws_NK, dropout_p)
     plan, _, tiles = (plan or "").partition(" ")
     x_MK = row_major(x_MK)
-    ys: list[Tensor] = []
     if plan == "expand_first":
-        s_MR = rows_product(x_MK, row_major(a_RK))
-        columns = rank_columns(s_MR, bs_NR)
-        for w_NK, s, b_NR, bias_N, scaling in zip(
-            ws_NK, columns, bs_NR, biases_N, scalings, strict=True
-        ):
-            ys.append(F.linear(s, scaling * b_NR, bias_N).addmm_(x_MK, w_NK.T))
-        return ys, s_MR
+        return reference.forward(x_MK, ws_NK, a_RK, bs_NR, biases_N, scalings, plan=plan)
     vs_RN = [padded(b_NR, scaling).T for b_NR, scaling in zip(bs_NR, scalings, strict=True)]
-    s_MR = rows_product(x_MK, row_major(a_RK))
-    ss_MR = rank_columns(s_MR, bs_NR)
-    ps_MR = [padded(s) for s in ss_MR]
-    as_they_lie = all(p is s for p, s in zip(ps_MR, ss_MR, strict=True))
-    choice = gemm_choice(tiles)
-    for w_NK, p_MR, v_RN, bias_N in zip(ws_NK, ps_MR, vs_RN, biases_N, strict=True):
-        after_narrow = as_they_lie and not ys
-        y_MN = kext_gemm(x_MK, w_NK.T, p_MR, v_RN, bias_N, after_narrow=after_narrow, **choice)
-        ys.append(y_MN)
+    s_MR = F.linear(x_MK, a_RK)
+    ss_MR, choice = rank_columns(s_MR, bs_NR), gemm_choice(tiles)
+    ys = [
+        kext_gemm(x_MK, w_NK.T, padded(s), v_RN, bias_N, **choice)
+        for w_NK, s, v_RN, bias_N in zip(ws_NK, ss_MR, vs_RN, biases_N, strict=True)
+    ]
     return ys, s_MR
 
 
@@ -104,15 +95,16 @@ def backward(
         if dy_MN is None:
             ds.zero_()
             continue
-        together = need_b[i] and need_ds and one_read_pays(b_NR.shape[1])
-        s = padded(s) if need_b[i] else s
-        if need_b[i]:
+        if need_b[i] and need_ds and one_read_pays(b_NR.shape[1]):
             dbs[i] = columns_product(
-                dy_MN, s, scaling, rank_first=False, v_CR=b_NR if together else None,
-                rows_out=ds if together else None, rows_scaling=scaling,
+                dy_MN, padded(s), scaling, rank_first=False, v_CR=b_NR, rows_out=ds,
+                rows_scaling=scaling,
             )  # fmt: skip
-        if need_ds and not together:
-            rows_product(dy_MN, row_major(b_NR.T), scaling=scaling, out=ds)
+            continue
+        if need_ds:
+            torch.addmm(ds, dy_MN, b_NR, beta=0, alpha=scaling, out=ds)
+        if need_b[i]:
+            dbs[i] = reference.b_gradient(dy_MN, b_NR, s, scaling)
     if need_ds:
         p_MR = padded(ds_MR)
     if need_x and plan == "expand_first":
@@ -123,7 +115,7 @@ def backward(
         choice = gemm_choice(tiles)
         dx = _input_gradient(dys_MN, ws_NK, p_MR, a_RK, after_narrow=alone, **choice)
     if need_a:
-        da = columns_product(row_major(x_MK), p_MR, 1.0, rank_first=True)
+        da = ds_MR.T @ x_MK
     return [dx, da, *frozen_gradients(dys_MN, x_MK, needs), *dbs]
 
 

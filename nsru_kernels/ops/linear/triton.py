@@ -8,9 +8,8 @@ linear, by plan:
     expand_first   library GEMMs: y = s S Bᵀ + b, y += x Wᵀ
 Backward: dS_i and dB_i from one read of dY_i; dĀ from one read of x; dX of up to three linears by
 the same GEMM, [dY_1 ∣ dY_2 ∣ dY_3 ∣ dS]·[W_1 ; W_2 ; W_3 ; Ā], so that no sum of gradients is
-written and read again; by plan expand_first dX = dS Ā, dX += dY_i W_i by library GEMMs. A plan may
-name the GEMM's tiles, as ``triton_products.config_name`` does. Dropout masks are recomputed from
-the seed. Sums are in a fixed order.
+written and read again; by plan expand_first dX = dS Ā, dX += dY_i W_i by library GEMMs. Dropout
+masks are recomputed from the seed. Sums are in a fixed order.
 """
 
 from __future__ import annotations
@@ -69,13 +68,11 @@ def forward(
 ) -> tuple[list[Tensor], Tensor]:
     """([y_i [M, N_i]], S [M, ΣR]); see reference.py.
 
-    ``plan`` is one of PLANS, and the tiles of its GEMM where these were measured, at sizes near
-    these. Where it cannot serve, or without one, the first of PLANS does that can.
+    ``plan`` is one of PLANS. Where it cannot serve, or without one, the first that can does.
     """
     launch.check_dtypes(public_name(ws_NK), x_MK)
     a_RK, bs_NR = a_RK.contiguous(), [b_NR.contiguous() for b_NR in bs_NR]
-    plan, _, tiles = (plan or "").partition(" ")
-    if not serves(plan, x_MK, ws_NK, bs_NR, dropout_p):
+    if plan is None or not serves(plan, x_MK, ws_NK, bs_NR, dropout_p):
         plan = next(fit for fit in PLANS if serves(fit, x_MK, ws_NK, bs_NR, dropout_p))
     if plan == "decode":
         s_MR = x_MK.new_empty(x_MK.shape[0], a_RK.shape[0])
@@ -93,7 +90,7 @@ def forward(
             y_MN = F.linear(s, scaling * b_NR, bias_N).addmm_(x_MK, w_NK.T)
         else:
             tma = plan == "kext_tma"
-            y_MN = kext_gemm([x_MK], [w_NK.T], s, b_NR.T, bias_N, scaling, tma=tma, tiles=tiles)
+            y_MN = kext_gemm([x_MK], [w_NK.T], s, b_NR.T, bias_N, scaling, tma=tma)
         ys.append(y_MN)
     return ys, s_MR
 
@@ -113,7 +110,7 @@ def backward(
 ) -> list[Tensor | None]:
     """[dX, dĀ, *dW, *dbias, *dB] in x's dtype; None where not needed or not used.
 
-    ``plan`` is as in ``forward``; all but expand_first are one here.
+    ``plan`` is as in ``forward``.
     """
     launch.check_dtypes(public_name(ws_NK), x_MK)
     need_x, need_a = needs[:2]
@@ -137,12 +134,10 @@ def backward(
                 dy_MN, s, scaling, rank_first=False, v_CR=b_NR,
                 rows_out=ds if together else None, rows_scaling=scaling,
             )  # fmt: skip
-    plan, _, tiles = (plan or "").partition(" ")
     if need_x and plan == "expand_first" and not dropout_p:
         dx = input_gradient(dys_MN, ws_NK, ds_MR, a_RK)
     elif need_x:
-        by_tma = None if not tiles else plan == "kext_tma"
-        dx = _input_gradient(dys_MN, ws_NK, ds_MR, a_RK, dropout_p, seed, by_tma, tiles)
+        dx = _input_gradient(dys_MN, ws_NK, ds_MR, a_RK, dropout_p, seed, plan)
     if need_a:
         da = columns_product(x_MK, ds_MR, 1.0, dropout_p, seed, rank_first=True)
     return [dx, da, *frozen_gradients(dys_MN, x_MK, needs), *dbs]
@@ -165,19 +160,16 @@ def _input_gradient(
     a_RK: Tensor,
     dropout_p: float,
     seed: Tensor | None,
-    by_tma: bool | None,
-    tiles: str,
+    plan: str | None,
 ) -> Tensor:
-    """Σ dY_i W_i + drop(dS Ā); linears beyond the third are added by library GEMMs.
-
-    ``by_tma`` says whether to load by TMA where that can be; None leaves it to the operands.
-    """
+    """Σ dY_i W_i + drop(dS Ā): by TMA where that can be, unless the plan is kext; linears beyond
+    the third are added by library GEMMs."""
     used = [(dy, w) for dy, w in zip(dys_MN, ws_NK, strict=True) if dy is not None]
     if not used:
         return ds_MR.new_zeros(ds_MR.shape[0], a_RK.shape[1])
     dys, ws = zip(*used[:SOURCES], strict=True)
-    tma = by_tma is not False and all(map(fits_tma, dys, ws))
-    dx_MK = kext_gemm(dys, ws, ds_MR, a_RK, None, 1.0, dropout_p, seed, tma=tma, tiles=tiles)
+    tma = plan != "kext" and all(map(fits_tma, dys, ws))
+    dx_MK = kext_gemm(dys, ws, ds_MR, a_RK, None, 1.0, dropout_p, seed, tma=tma)
     for dy_MN, w_NK in used[SOURCES:]:
         dx_MK.addmm_(dy_MN, w_NK)
     return dx_MK

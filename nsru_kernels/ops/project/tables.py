@@ -216,8 +216,8 @@ def arguments(
 def to_device(table: Tensor, device: torch.device, write: Write) -> Tensor:
     """A copy of ``table`` on ``device``.
 
-    In a CUDA graph ``write`` makes it by kernels that get the values as arguments: a replay can make
-    it again though nothing on the host has stayed.
+    In a CUDA graph ``write`` makes it by kernels that get the values as arguments: a replay can
+    make it again though nothing on the host has stayed.
     """
     if device.type != "cuda":
         return table.to(device)
