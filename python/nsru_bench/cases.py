@@ -58,7 +58,8 @@ def linear_shapes(session: Session) -> list[Shape]:
         return [CPU, *tokens, CPU._replace(widths=(8192,)), CPU._replace(K=8192)]
     published = [Shape(m, k, (n,)) for m, k, n in PUBLISHED]
     if session.quick:
-        return published
+        down = Shape(8192, 14336, (4096,))
+        return [*published, *(shape._replace(M=2048) for shape in (*published[:2], down)), down]
     growing = [Shape(m, 4096, (4096,)) for m in TOKENS if m != 8192]
     layers = [Shape(8192, k, (n,)) for pairs in LAYERS.values() for k, n in pairs]
     ranks = [published[0]._replace(R=r) for r in (4, 8, 32, 64, 128)]
@@ -79,10 +80,10 @@ def sibling_shapes(session: Session) -> list[Shape]:
             CPU_SIBLINGS._replace(M=64),
         ]
     shapes = []
-    for model in ("Llama-3-8B",) if session.quick else ("Llama-3.2-1B", "Llama-3-8B"):
+    for model, m in (("Llama-3-8B", 8192), ("Llama-3-8B", 2048), ("Llama-3.2-1B", 8192)):
         (k, q), (_, kv), (_, up), _ = LAYERS[model]
-        shapes += [Shape(8192, k, (q, kv, kv)), Shape(8192, k, (up, up))]
-    return shapes
+        shapes += [Shape(m, k, (q, kv, kv)), Shape(m, k, (up, up))]
+    return shapes[:4] if session.quick else shapes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Folding every adapter of a model: one launch against a loop; see ``bench.py``."""
+"""Projecting every adapter of a model as its layers do it once a step; see ``bench.py``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 import nsru_kernels as nk
 from nsru_bench.cases import assert_near, normal_numbers
+from nsru_bench.internals import project_groups
 from nsru_bench.session import Session
 
 # (K, adapters on one basis) of a Llama-3-8B layer: q/k/v, o, gate/up, down.
@@ -34,34 +35,33 @@ def run(session: Session) -> None:
 
 def run_model(session: Session, inputs, rank, width, basis_dtype) -> None:
     normal = normal_numbers(session.device)
-    lora_as, bases = [], []
+    groups = []
     for k, count in inputs:
         basis = torch.linalg.qr(normal(k, width))[0].contiguous().to(basis_dtype)
-        lora_as += [normal(rank, k) for _ in range(count)]
-        bases += [basis] * count
-    pairs = list(zip(lora_as, bases, strict=True))
-    calls = {"eager, a loop": [lambda: nk.project_adapters(lora_as, bases, backend="eager")]}
-    for backend in ("cpu", "triton", "cuda"):
+        groups.append(([normal(rank, k) for _ in range(count)], basis))
+    calls = {}
+    for backend in ("eager", "cpu", "triton"):
         if backend == "cpu" and basis_dtype != torch.float32:
             continue  # library GEMMs, as in eager
+        name = "eager, a loop" if backend == "eager" else f"{backend}, one launch"
         try:
-            nk.project_adapters(lora_as[:1], bases[:1], backend=backend)
+            folded = project_groups(groups, torch.float32, backend)
         except nk.BackendUnavailable as error:
-            print(f"no grouped launch: {error}", flush=True)
+            print(f"no {name}: {error}", flush=True)
             continue
-        fold = functools.partial(nk.project_adapters, lora_as, bases, backend=backend)
-        each = [functools.partial(nk.project_adapter, a, u, backend=backend) for a, u in pairs]
-        calls[f"{backend}, one launch"] = [fold]
-        calls[f"{backend}, a launch each"] = [lambda each=each: [one() for one in each]]
-    for name, call in calls.items():
-        for (a, u), folded in list(zip(pairs, call[0](), strict=True))[:: max(1, len(pairs) // 8)]:
-            assert_near(f"fold by {name}", folded, nk.project_adapter(a.double(), u), 1e-5)
-    distinct = {u.data_ptr(): u for u in bases}.values()
+        for (lora_as, basis), got in list(zip(groups, folded, strict=True))[
+            :: max(1, len(groups) // 4)
+        ]:
+            exact = torch.cat([nk.project_adapter(a.double(), basis) for a in lora_as])
+            assert_near(f"fold by {name}", got, exact, 1e-5)
+        calls[name] = [functools.partial(project_groups, groups, session.dtype, backend)]
+    adapters = [a for lora_as, _ in groups for a in lora_as]
+    written = session.dtype.itemsize * sum(a.numel() for a in adapters)
     session.record(
-        # By events, host included, as a step waits for it: a graph would write the table anew.
+        # By events, host included, as a step waits for it.
         "fold", session.time(calls, capture=False),
-        {"adapters": len(lora_as), "R": rank, "Q": width, "basis": str(basis_dtype)[6:]},
-        flop=sum(4.0 * a.numel() * u.shape[1] for a, u in pairs),
-        moved=sum(u.nbytes for u in distinct) + 2 * sum(a.nbytes for a in lora_as),
+        {"adapters": len(adapters), "R": rank, "Q": width, "basis": str(basis_dtype)[6:]},
+        flop=sum(4.0 * a.numel() * basis.shape[1] for lora_as, basis in groups for a in lora_as),
+        moved=sum(b.nbytes for _, b in groups) + sum(a.nbytes for a in adapters) + written,
         base="eager, a loop",
     )  # fmt: skip

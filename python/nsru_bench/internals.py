@@ -21,13 +21,15 @@ from nsru_kernels.dispatch.choice import unavailable, wrong_dtype
 from nsru_kernels.dispatch.plans import CPU_WITH_AMX, FOLDER, slug
 from nsru_kernels.ops.linear import projected_linears
 from nsru_kernels.ops.linear.backends import LINEAR
-from nsru_kernels.ops.linear.cuda_products import CONFIGS, SWIZZLES
+from nsru_kernels.ops.linear.cuda_products import CONFIGS
 from nsru_kernels.ops.products import one_read_pays
+from nsru_kernels.ops.project.autograd import project_groups
 from nsru_kernels.ops.sketch import energy_limit
 from nsru_kernels.ops.sketch.backends import SKETCH
 from nsru_kernels.ops.sketch.reference import multiplies_short
 
-__all__ = ["CPU_WITH_AMX", "FOLDER", "slug"]
+__all__ = ["CPU_WITH_AMX", "FOLDER", "project_groups", "slug"]
+TIMED_SWIZZLES = (1, 4, 8)
 
 
 def stack_projected(operands: Operands) -> Tensor:
@@ -60,29 +62,31 @@ def projected_ops(operands: Operands, *, together: bool) -> Provider:
 
 
 class OnePlan(torch.autograd.Function):
-    """A linear by one plan of a backend in both passes, without the op around them."""
+    """Linears that share x by one plan of a backend in both passes, without the op around them."""
 
     @staticmethod
-    def forward(ctx, x, weight, a_RK, b_NR, scaling, module, plan):
-        args = (x, [weight], a_RK, [b_NR], [None], [scaling], 0.0, None)
-        (y,), s_MR = module.forward(*args, plan=plan)
-        ctx.save_for_backward(x, weight, a_RK, b_NR, s_MR)
-        ctx.scaling, ctx.module, ctx.plan = scaling, module, plan
-        return y
+    def forward(ctx, x, a_RK, weights, scaling, module, plan, *bs_NR):
+        frozen = [None] * len(weights), [scaling] * len(weights)
+        ys, s_MR = module.forward(x, weights, a_RK, list(bs_NR), *frozen, 0.0, None, plan=plan)
+        ctx.save_for_backward(x, a_RK, s_MR, *bs_NR)
+        ctx.settings = weights, scaling, module, plan
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx, dy):
-        x, weight, a_RK, b_NR, s_MR = ctx.saved_tensors
-        needs = [True, True, False, False, True]
-        args = (x, [weight], a_RK, [b_NR], s_MR, [ctx.scaling], 0.0, None, needs)
-        dx, da, _, _, db = ctx.module.backward([dy], *args, plan=ctx.plan)
-        return dx, None, da, db, None, None, None
+    def backward(ctx, *dys):
+        x, a_RK, s_MR, *bs_NR = ctx.saved_tensors
+        weights, scaling, module, plan = ctx.settings
+        count = len(weights)
+        needs = [True, True, *[False] * (2 * count), *[True] * count]
+        args = (x, weights, a_RK, bs_NR, s_MR, [scaling] * count, 0.0, None, needs)
+        dx, da, *others = module.backward(list(dys), *args, plan=plan)
+        return dx, da, None, None, None, None, *others[2 * count :]
 
 
 def every_plan(operands: Operands) -> dict[str, Provider]:
-    """Backend and plan → the one linear by it in both passes, for all that can serve here. The
-    adapter is projected beforehand and its gradient is not, as PEFT's is not."""
-    x, weights, bs = operands.x, operands.weights[:1], operands.lora_bs[:1]
+    """Backend and plan → the linears by it in both passes, for all that can serve here. The
+    adapters are projected beforehand and their gradients are not, as PEFT's are not."""
+    x, weights, bs = operands.x, operands.weights, operands.lora_bs
     modules = {"eager": LINEAR.load("eager")}
     plans = ["eager expand_first"]
     for backend in ("triton", "cuda"):
@@ -92,37 +96,27 @@ def every_plan(operands: Operands) -> dict[str, Provider]:
             continue
         module = modules[backend] = LINEAR.load(backend)
         if backend == "cuda":
-            names = itertools.product(CONFIGS, SWIZZLES)
+            names = itertools.product(CONFIGS, TIMED_SWIZZLES)
             plans += [f"cuda kext {config}/{swizzle}" for config, swizzle in names]
             plans.append("cuda expand_first")
-            continue
-        for plan in module.PLANS:
-            if module.serves(plan, x, weights, bs):
-                configs = triton_configurations(x) if plan.startswith("kext") else [""]
-                plans += [f"triton {plan} {config}".strip() for config in configs]
+        else:
+            fitting = [plan for plan in module.PLANS if module.serves(plan, x, weights, bs)]
+            if "kext_tma" in fitting:  # by pointers it is half as fast
+                fitting.remove("kext")
+            plans += [f"triton {plan}" for plan in fitting]
     return {plan: one_plan(operands, modules[plan.split()[0]], plan) for plan in plans}
-
-
-def triton_configurations(x: Tensor) -> list[str]:
-    """The names of the GEMM's configurations on this device; one nameless where it has one only."""
-    from nsru_kernels.ops.linear import triton_products
-
-    if x.device.type != "cuda" or x.dtype == torch.float32:
-        return [""]
-    configs = triton_products.CONFIGS["kext"][launch.architecture(x.device)]
-    return [triton_products.config_name(config) for config in configs]
 
 
 def one_plan(operands: Operands, module: Any, plan: str) -> Provider:
     """``plan`` begins with the backend's name."""
-    a_RK, weight = nn.Parameter(stack_projected(operands)), operands.weights[0].clone()
-    (b_NR,) = copies(operands.lora_bs, operands.x.dtype)
+    a_RK, weights = nn.Parameter(stack_projected(operands)), [w.clone() for w in operands.weights]
+    bs_NR = copies(operands.lora_bs, operands.x.dtype)
     own = plan.partition(" ")[2] or None
 
     def forward(x: Tensor) -> Sequence[Tensor]:
-        return [OnePlan.apply(x, weight, a_RK, b_NR, operands.scaling, module, own)]
+        return OnePlan.apply(x, a_RK, weights, operands.scaling, module, own, *bs_NR)
 
-    return Provider(forward, [a_RK], [b_NR], projects=False)
+    return Provider(forward, [a_RK], bs_NR, projects=False)
 
 
 class TritonProducts:

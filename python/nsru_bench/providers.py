@@ -102,11 +102,9 @@ def backend(operands: Operands, name: str, *, together: bool) -> Provider:
 
 
 def plans(operands: Operands, *, together: bool) -> dict[str, Provider]:
-    """What a plan table can name: every backend; for one linear each of their plans, with each
-    configuration. Those that cannot run here raise ``BackendUnavailable``."""
+    """What a plan table can name: every backend, or each of its plans. Those that cannot run here
+    raise ``BackendUnavailable``."""
     found = {f"{PREFIX}{name}": backend(operands, name, together=together) for name in BACKENDS}
-    if together:
-        return found
     for plan, provider in every_plan(operands).items():
         name = plan.split()[0]
         if name in BACKENDS:

@@ -141,7 +141,7 @@ def fold_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
         if bases.keys() != every_basis or not whole:
             continue  # a run that was cut off
         total = {"eager": sum(times["eager, a loop"] for times in bases.values())}
-        for backend, margin in (("cpu", MARGIN), ("triton", GPU_MARGIN), ("cuda", GPU_MARGIN)):
+        for backend, margin in (("cpu", MARGIN), ("triton", GPU_MARGIN)):
             asked = [t for basis, t in bases.items() if backend != "cpu" or basis == "float32"]
             grouped, loop = f"{backend}, one launch", "eager, a loop"
             if all(times.get(grouped, inf) < margin * times[loop] for times in asked):
