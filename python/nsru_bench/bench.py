@@ -33,7 +33,7 @@ from nsru_bench.session import Session
 # Each op is the module of its name. In order of value: op → its share of the budget. What one
 # leaves goes to those after it.
 SHARES = {
-    "linear": 8, "siblings": 2, "narrow": 1, "fold": 1, "host_time": 1,
+    "linear": 8, "siblings": 4, "narrow": 1, "fold": 1, "host_time": 1,
     "sketch": 3, "loss": 2, "step": 4,
 }  # fmt: skip
 OPS = tuple(SHARES)

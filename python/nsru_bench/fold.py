@@ -21,7 +21,7 @@ ONE = ((4096, 1),)  # what each linear's backward folds
 def run(session: Session) -> None:
     rank, width = (4, 8) if session.tiny else (16, 256)
     layer, one = (((64, 3), (96, 1)), ((64, 1),)) if session.tiny else (LAYER, ONE)
-    models = [layer * count for count in (LAYERS[:1] if session.quick else LAYERS)]
+    models = [layer * count for count in LAYERS]
     if session.on_cpu:
         models = models[1:]  # a CPU takes long to draw the bases of the whole model
     if session.tiny:

@@ -77,15 +77,15 @@ class Phase(NamedTuple):
     ops: tuple[str, ...]
 
 
-# In order of value. Plans are written after the headline, and again after the last.
+# In order of value. The last, whole steps, follow the plans of those before.
 PHASES = (
     Phase("contact", 15, ()),
     Phase("correctness", 45, ("correctness",)),
-    Phase("headline", 120, ("linear",)),
-    Phase("kernels", 60, ("narrow", "sketch")),
-    Phase("model", 60, ("fold", "siblings", "host_time", "step")),
+    Phase("headline", 150, ("linear", "siblings", "fold")),
+    Phase("kernels", 40, ("narrow", "sketch")),
+    Phase("model", 50, ("host_time", "step")),
 )
-PLANS_AFTER = ("headline", "model")
+PLANS_AFTER = ("headline",)
 
 
 class Check:
