@@ -78,9 +78,8 @@ def test_aligned_sizes_in_several_chunks(project_many):
 
 @pytest.mark.parametrize("aligned", [True, False])
 def test_adapters_that_share_a_basis_become_one_problem(project_many, monkeypatch, aligned):
-    found = []
-    group = tables.group
-    monkeypatch.setattr(tables, "group", lambda *args: found.append(group(*args)) or found[-1])
+    found, sort = [], tables.sort
+    monkeypatch.setattr(tables, "sort", lambda *args: found.append(sort(*args)) or found[-1])
     k = 64 if aligned else 63
     shared, own = basis(k, 16), basis(k, 16, seed=5)
     check(project_many, [draw(r, k) for r in (16, 3, 7, 16, 2)], [shared, shared, own, shared, own])
@@ -220,7 +219,7 @@ def test_what_is_kept_of_a_launch_knows_no_adapter(project_many, monkeypatch):
     bases = [basis(64, 16), basis(64, 16), basis(63, 5)]
     for seed in (0, 1):
         check(project_many, [draw(3, len(u), seed=seed) for u in bases], bases)
-        monkeypatch.setattr(tables, "group", None)
+        monkeypatch.setattr(tables, "sort", None)
 
 
 def test_kept_launches_are_few(project_many):

@@ -14,6 +14,7 @@ from nsru_kernels.dispatch.launch import in_memory
 from nsru_kernels.ops.project import reference
 from nsru_kernels.ops.project.backends import PROJECT, query
 from nsru_kernels.ops.project.gram import gram_inverse_of, tensor_key
+from nsru_kernels.ops.project.tables import Group
 
 _library = torch.library.Library("nsru", "FRAGMENT")
 _library.define(
@@ -53,20 +54,23 @@ def project_groups(
     device, threads = adapters[0].device, torch.get_num_threads()
     chosen = choose(PROJECT, backend, device, *query(adapters, bases), threads)
     with torch.autocast(device.type, enabled=False):
-        if hasattr(chosen.module, "project_into"):
-            stacked, rows = [], []
-            for lora_as, basis in groups:
-                counts = [a_RK.shape[0] for a_RK in lora_as]
-                stacked.append(basis.new_empty(sum(counts), basis.shape[0], dtype=dtype))
-                rows += stacked[-1].split_with_sizes(counts)
-            gram_inverses = [gram_inverse_of(basis) for basis in bases]
+        if into := getattr(chosen.module, "project_into", None):
+            outputs = [
+                basis.new_empty(sum([a.shape[0] for a in lora_as]), basis.shape[0], dtype=dtype)
+                for lora_as, basis in groups
+            ]
             try:
-                chosen.module.project_into(rows, *in_memory([adapters, bases, gram_inverses]))
-                return stacked
-            except BackendUnavailable:
+                into(
+                    [
+                        Group(output, in_memory(lora_as), in_memory(basis), gram_inverse_of(basis))
+                        for output, (lora_as, basis) in zip(outputs, groups, strict=True)
+                    ]
+                )
+                return outputs
+            except BackendUnavailable:  # float64, say
                 if chosen.named:
                     raise
-        module = reference if hasattr(chosen.module, "project_into") else chosen.module
+        module = reference if into else chosen.module
         stacked = [a[0] if len(a) == 1 else torch.cat(list(a)) for a, _ in groups]
         bases = [basis for _, basis in groups]
         parts = module.project_many(stacked, bases, [gram_inverse_of(basis) for basis in bases])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +52,27 @@ class Size(NamedTuple):
         return max(256, -(-self.K // 32 // 256) * 256)
 
 
+class Group(NamedTuple):
+    """Adapters on one basis that are written on top of each other.
+
+    Rows of adapters and output are contiguous, the gram inverse too, and nothing is empty.
+    """
+
+    output: Tensor  # [ΣR, K]
+    adapters: Sequence[Tensor]  # [R, K] each
+    basis: Tensor  # [K, Q]
+    gram_inverse: Tensor | None  # [Q, Q]
+
+    @property
+    def identity(self) -> tuple:
+        """All but the addresses of rows."""
+        output, _, basis, core = self
+        return (
+            *(output.dtype, output.stride(0), None if core is None else core.data_ptr()),
+            *(basis.data_ptr(), basis.dtype, basis.shape, basis.stride()),
+        )
+
+
 class Problem(NamedTuple):
     """A basis, and the adapters that it is removed from."""
 
@@ -87,17 +108,18 @@ class Launch(NamedTuple):
     """The part of a launch that stays while bases, sizes and strides do."""
 
     kind: Kind
-    adapters: list[int]  # positions in the call, those of a problem next to each other
+    like: list[Tensor]  # nothing, in the dtypes of adapters, bases and outputs
+    adapters: np.ndarray  # positions in the call, once for each row of the problems in order
+    offsets: np.ndarray  # [2, rows], of each row from the start of its adapter, and of its output
     problems: Tensor  # int64 [problems, FIELDS], on the device
     items: Tensor  # int64, on the device; behind them there may be padding
     item_count: int
-    rows: int
     workspace_size: int
     counter_size: int
 
 
 class Arguments(NamedTuple):
-    """Arguments of a launch that each call makes anew."""
+    """The part that each call makes anew."""
 
     rows: Tensor  # int64: addresses of adapter rows, then of output rows
     workspace: Tensor
@@ -108,109 +130,106 @@ _kept: OrderedDict[tuple, list[Launch]] = OrderedDict()
 
 
 def launches(
-    as_RK: Sequence[Tensor],
-    bases_KQ: Sequence[Tensor],
-    gram_inverses_QQ: Sequence[Tensor | None],
-    outputs_RK: Sequence[Tensor],
-    tiles: Tiles,
-    write: Write,
-) -> list[Launch]:
-    """The launches that fill the outputs: one for each triple of dtypes, and a second one where a
-    few problems are not aligned to 16 bytes and would slow down the others.
-
-    Rows of adapters and outputs are contiguous, gram inverses too, and nothing is empty.
-    """
-    device = bases_KQ[0].device
-    aligned_rows = not any(t.data_ptr() % 16 for t in (*as_RK, *outputs_RK))
+    groups: Sequence[Group], tiles: Tiles, write: Write
+) -> Iterator[tuple[Launch, Arguments]]:
+    """What fills the outputs: a launch for each triple of dtypes, and a second one where a few
+    problems are not aligned to 16 bytes and would slow down the others."""
+    device = groups[0].basis.device
+    adapters = [a_RK for group in groups for a_RK in group.adapters]
+    counts = [len(group.adapters) for group in groups]
+    starts = np.array(
+        [
+            [a_RK.data_ptr() for a_RK in adapters],
+            np.repeat([group.output.data_ptr() for group in groups], counts),
+        ]
+    )
+    aligned_rows = not (starts % 16).any()
     key = (
-        *(device, tiles, aligned_rows),
-        tuple([(a.dtype, a.shape, a.stride(0)) for a in as_RK]),
-        tuple([(u.data_ptr(), u.dtype, u.shape, u.stride()) for u in bases_KQ]),
-        tuple([None if c is None else c.data_ptr() for c in gram_inverses_QQ]),
-        tuple([(o.dtype, o.stride(0)) for o in outputs_RK]),
+        *(device, tiles, aligned_rows, tuple(counts)),
+        tuple([group.identity for group in groups]),
+        tuple([(a_RK.dtype, a_RK.shape, a_RK.stride(0)) for a_RK in adapters]),
     )
     if device.type == "cuda":  # what is made on one stream is not awaited by others
         key = (*key, torch.cuda.current_stream(device).cuda_stream)
-    if key in _kept and not capturing(device):
-        _kept.move_to_end(key)
-        return _kept[key]
-    made = []
-    for kind, problems in group(
-        as_RK, bases_KQ, gram_inverses_QQ, outputs_RK, aligned_rows
-    ).items():
-        plan = schedule(tuple(problem.size for problem in problems), tiles, LAG)
-        made.append(
-            Launch(
-                kind,
-                [i for problem in problems for i in problem.adapters],
-                to_device(describe(problems, plan), device, write),
-                to_device(torch.from_numpy(plan.items), device, write),
-                plan.items.size,
-                sum(problem.rows for problem in problems),
-                plan.workspace_size,
-                plan.counter_size,
-            )
-        )
-    if not capturing(device):  # a replay must not depend on what is kept here
+    keep = not capturing(device)  # a replay must not depend on what is kept here
+    made = _kept.pop(key, None) if keep else None
+    if made is None:
+        made = make_launches(groups, aligned_rows, tiles, write)
+    if keep:
         _kept[key] = made
         if len(_kept) > _MOST_KEPT:
             _kept.popitem(last=False)
+    for launch in made:
+        rows = torch.from_numpy((starts[:, launch.adapters] + launch.offsets).ravel())
+        yield (
+            launch,
+            Arguments(
+                to_device(rows, device, write),
+                torch.empty(launch.workspace_size, dtype=torch.float32, device=device),
+                torch.zeros(launch.counter_size, dtype=torch.int32, device=device),
+            ),
+        )
+
+
+def make_launches(
+    groups: Sequence[Group], aligned_rows: bool, tiles: Tiles, write: Write
+) -> list[Launch]:
+    device = groups[0].basis.device
+    counts, first_rows, steps = [], [], []
+    for output_RK, adapters, *_ in groups:
+        first = 0
+        for a_RK in adapters:
+            counts.append(a_RK.shape[0])
+            first_rows.append(first * output_RK.stride(0) * output_RK.element_size())
+            steps.append([t.stride(0) * t.element_size() for t in (a_RK, output_RK)])
+            first += a_RK.shape[0]
+    made = []
+    for kind, problems in sort(groups, aligned_rows).items():
+        plan = schedule(tuple(problem.size for problem in problems), tiles, LAG)
+        order = [i for problem in problems for i in problem.adapters]
+        adapters = np.repeat(order, [counts[i] for i in order])
+        nth = np.concatenate([np.arange(counts[i]) for i in order])
+        offsets = nth * np.array(steps)[adapters].T
+        offsets[1] += np.array(first_rows)[adapters]
+        like = [torch.empty(0, dtype=dtype, device=device) for dtype in kind[:3]]
+        made.append(
+            Launch(
+                *(kind, like, adapters, offsets),
+                to_device(describe(problems, plan), device, write),
+                *(to_device(torch.from_numpy(plan.items), device, write), plan.items.size),
+                *(plan.workspace_size, plan.counter_size),
+            )
+        )
     return made
 
 
-def group(
-    as_RK: Sequence[Tensor],
-    bases_KQ: Sequence[Tensor],
-    gram_inverses_QQ: Sequence[Tensor | None],
-    outputs_RK: Sequence[Tensor],
-    aligned_rows: bool,
-) -> dict[Kind, list[Problem]]:
-    """The problems by launch: adapters that share a basis become one."""
+def sort(groups: Sequence[Group], aligned_rows: bool) -> dict[Kind, list[Problem]]:
+    """The problems by launch; adapters that share a basis become one, also from several groups."""
     problems: dict[tuple, Problem] = {}
-    kinds: dict[tuple, Kind] = {}
-    for i, (a_RK, basis_KQ, gram_inverse_QQ, output_RK) in enumerate(
-        zip(as_RK, bases_KQ, gram_inverses_QQ, outputs_RK, strict=True)
-    ):
-        core = None if gram_inverse_QQ is None else gram_inverse_QQ.data_ptr()
-        strides = [t.stride(0) * t.element_size() for t in (a_RK, output_RK)]
-        is_aligned = (
+    position = 0
+    for group in groups:
+        output_RK, adapters, basis_KQ, core_QQ = group
+        addresses = basis_KQ.data_ptr(), 0 if core_QQ is None else core_QQ.data_ptr()
+        aligned = (
             aligned_rows
             and basis_KQ.stride(1) == 1
-            and not any(
-                n % 16
-                for n in (*basis_KQ.shape, basis_KQ.stride(0), basis_KQ.data_ptr(), core or 0)
+            and not any(n % 16 for n in (*basis_KQ.shape, basis_KQ.stride(0), *addresses))
+        )
+        for a_RK in adapters:
+            rows = [t.stride(0) * t.element_size() % 16 for t in (a_RK, output_RK)]
+            kind = Kind(
+                *(a_RK.dtype, basis_KQ.dtype, output_RK.dtype),
+                *(core_QQ is not None, aligned and not any(rows)),
             )
-            and not any(stride % 16 for stride in strides)
-        )
-        kind = Kind(
-            *(a_RK.dtype, basis_KQ.dtype, output_RK.dtype),
-            *(gram_inverse_QQ is not None, is_aligned),
-        )
-        key = (kind, basis_KQ.data_ptr(), basis_KQ.shape, basis_KQ.stride(), core)
-        before = problems.get(key, Problem(basis_KQ, gram_inverse_QQ, [], 0))
-        problems[key] = before._replace(
-            adapters=[*before.adapters, i], rows=before.rows + a_RK.shape[0]
-        )
-        kinds[key] = kind
+            key = kind, *addresses, basis_KQ.shape, basis_KQ.stride()
+            problem = problems.setdefault(key, Problem(basis_KQ, core_QQ, [], 0))
+            problem.adapters.append(position)
+            problems[key] = problem._replace(rows=problem.rows + a_RK.shape[0])
+            position += 1
     result: dict[Kind, list[Problem]] = {}
-    for key, problem in problems.items():
-        result.setdefault(kinds[key], []).append(problem)
+    for (kind, *_), problem in problems.items():
+        result.setdefault(kind, []).append(problem)
     return result
-
-
-def arguments(
-    launch: Launch, as_RK: Sequence[Tensor], outputs_RK: Sequence[Tensor], write: Write
-) -> Arguments:
-    """All that a launch needs on its device; ``write`` as in ``to_device``."""
-    device = as_RK[0].device
-    addresses = [
-        row_addresses([tensors[i] for i in launch.adapters]) for tensors in (as_RK, outputs_RK)
-    ]
-    return Arguments(
-        to_device(torch.from_numpy(np.concatenate(addresses)), device, write),
-        torch.empty(launch.workspace_size, dtype=torch.float32, device=device),
-        torch.zeros(launch.counter_size, dtype=torch.int32, device=device),
-    )
 
 
 def to_device(table: Tensor, device: torch.device, write: Write) -> Tensor:
@@ -275,12 +294,3 @@ def describe(problems: Sequence[Problem], plan: Schedule) -> Tensor:
         ]
         row += rows
     return torch.tensor(fields, dtype=torch.int64, device="cpu")
-
-
-def row_addresses(tensors: Sequence[Tensor]) -> np.ndarray:
-    """The address of every row of every matrix, in order."""
-    counts = np.array([t.shape[0] for t in tensors])
-    starts = np.array([t.data_ptr() for t in tensors], dtype=np.int64)
-    strides = np.array([t.stride(0) * t.element_size() for t in tensors])
-    nth = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-    return np.repeat(starts, counts) + nth * np.repeat(strides, counts)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsru_kernels.dispatch import launch
 from nsru_kernels.dispatch.launch import Config
-from nsru_kernels.ops.project.tables import FIELDS, Tiles, arguments, launches
+from nsru_kernels.ops.project.tables import FIELDS, Group, Tiles, launches
 from nsru_kernels.ops.project.triton_kernels import project_kernel, write_table_kernel
 
 # Small tiles: three programs share a multiprocessor's registers and hide each other's waiting, and
@@ -36,50 +36,38 @@ def project_many(
         BackendUnavailable: a dtype that the kernels do not hold, float64 above all.
     """
     outputs = [torch.empty(a.shape, dtype=torch.float32, device=a.device) for a in as_RK]
-    project_into(outputs, as_RK, bases_KQ, gram_inverses_QQ)
+    operands = zip(outputs, as_RK, bases_KQ, gram_inverses_QQ, strict=True)
+    project_into([Group(output, [a], basis, core) for output, a, basis, core in operands])
     return outputs
 
 
-def project_into(
-    outputs_RK: list[Tensor],
-    as_RK: list[Tensor],
-    bases_KQ: list[Tensor],
-    gram_inverses_QQ: list[Tensor | None],
-) -> None:
-    """The same into rows that are there, rounded once to their dtype."""
-    launch.check_dtypes("project_adapters", *as_RK, *bases_KQ, *outputs_RK)
+def project_into(groups: list[Group]) -> None:
+    """The same into the outputs of groups, rounded once to their dtype."""
     wanted = []
-    for output_RK, a_RK, basis_KQ, gram_inverse_QQ in zip(
-        outputs_RK, as_RK, bases_KQ, gram_inverses_QQ, strict=True
-    ):
-        if not a_RK.numel() or not basis_KQ.shape[1]:
-            output_RK.copy_(a_RK)
+    for output_RK, adapters, basis_KQ, core_QQ in groups:
+        launch.check_dtypes("project_adapters", output_RK, basis_KQ, *adapters)
+        if not basis_KQ.shape[1] or not output_RK.numel():
+            torch.cat(list(adapters), out=output_RK)
             continue
-        a_RK = a_RK if a_RK.stride(1) == 1 else a_RK.contiguous()
-        gram_inverse_QQ = None if gram_inverse_QQ is None else gram_inverse_QQ.contiguous()
-        wanted.append((a_RK, basis_KQ, gram_inverse_QQ, output_RK))
+        rows = [a if a.stride(1) == 1 else a.contiguous() for a in adapters]
+        core_QQ = None if core_QQ is None else core_QQ.contiguous()
+        wanted.append(Group(output_RK, rows, basis_KQ, core_QQ))
     if not wanted:
         return
-    operands = [list(part) for part in zip(*wanted, strict=True)]
-    as_RK, outputs_RK = operands[0], operands[3]
-    device = as_RK[0].device
+    like, device = wanted[0].adapters[0], wanted[0].basis.device
+    programs = _PROGRAMS_PER_MULTIPROCESSOR * launch.multiprocessors(device)
 
     def run(config: Config) -> None:
         tiles = Tiles(config.blocks["BLOCK_R"], config.blocks["BLOCK_OUT"])
-        for known in launches(*operands, tiles, write_table):
-            args = arguments(known, as_RK, outputs_RK, write_table)
-            programs = _PROGRAMS_PER_MULTIPROCESSOR * launch.multiprocessors(device)
-            first = known.adapters[0]
+        for known, args in launches(wanted, tiles, write_table):
             project_kernel[(min(known.item_count, programs),)](
                 known.problems,
                 args.rows,
                 known.items,
                 args.workspace,
                 args.counters,
-                as_RK[first],
-                operands[1][first],
-                outputs_RK[first],
-                known.rows,
+                *known.like,
+                known.offsets.shape[1],
                 known.item_count,
                 FIELDS=FIELDS,
                 HAS_GRAM_INVERSE=known.kind.has_gram_inverse,
@@ -87,8 +75,8 @@ def project_into(
                 **config.options,
             )
 
-    kinds = {(a.dtype, u.dtype, o.dtype, c is None) for a, u, c, o in wanted}
-    launch.tuned(_CONFIGS[launch.architecture(device)], ("fold", *kinds), as_RK[0], run)
+    key = {(g.adapters[0].dtype, *g.identity[:1], g.basis.dtype) for g in wanted}
+    launch.tuned(_CONFIGS[launch.architecture(device)], ("fold", *key), like, run)
 
 
 def write_table(table: Tensor, device: torch.device) -> Tensor:
