@@ -133,6 +133,19 @@ def test_a_measured_plan_that_cannot_serve_is_not_followed(ns):
             torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
 
 
+def test_sums_over_tokens_may_be_beyond_fp16():
+    """At 16384 tokens dĀ was infinite, and no number once projected."""
+    x, w, b, dy = (
+        torch.full(shape, value, dtype=torch.float16, device=DEVICE)
+        for shape, value in (((64, 16), 100.0), ((8, 16), 0.0), ((8, 4), 1.0), ((64, 8), 4.0))
+    )
+    s = x.new_full((64, 4), 1000.0)
+    args = [dy], x, [w], x[:4], [b], s, [1.0], 0.0, None, adapters_and_x(1)
+    _, da, *_, db = triton.backward(*args)
+    assert torch.equal(da, torch.full_like(da, 64 * 32 * 100.0))
+    assert torch.equal(db, torch.full_like(db, 64 * 4 * 1000.0))
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("ranks", [(8,), (32,), (8, 8), (17, 17), (30, 20, 20)], ids=str)
 @pytest.mark.parametrize("row", [80, 90])

@@ -108,7 +108,8 @@ def backward(
     needs: list[bool],
     plan: str | None = None,
 ) -> list[Tensor | None]:
-    """[dX, dĀ, *dW, *dbias, *dB] in x's dtype; None where not needed or not used.
+    """[dX, dĀ, *dW, *dbias, *dB], dĀ and dB in float32, the others in x's dtype; None where not
+    needed or not used.
 
     ``plan`` is as in ``forward``.
     """

@@ -107,12 +107,13 @@ def columns_product(
     rows_out: Tensor | None = None,
     rows_scaling: float = 1.0,
 ) -> Tensor:
-    """scaling · drop(X)ᵀ P as [R, C] or [C, R]; with V also rows_out = rows_scaling · X V.
+    """scaling · drop(X)ᵀ P as [R, C] or [C, R] in float32, for a sum over many rows may be beyond
+    fp16; with V also rows_out = rows_scaling · X V in X's dtype.
 
     X is read once for both. V [C, R] is contiguous, and so are the rows of P and rows_out [M, R].
     """
     (m, c), r = x_MC.shape, p_MR.shape[1]
-    d = x_MC.new_empty((r, c) if rank_first else (c, r))
+    d = x_MC.new_empty((r, c) if rank_first else (c, r), dtype=torch.float32)
     if not m or not c:
         if rows_out is not None:
             rows_out.zero_()
