@@ -84,9 +84,13 @@ def test_a_file_that_is_here_is_taken_without_a_download(out, tmp_path, monkeypa
     monkeypatch.setattr(smollm2, "find_spec", lambda name: True)
     monkeypatch.setattr(smollm2.subprocess, "run", None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
-    monkeypatch.setattr(
-        AutoTokenizer, "from_pretrained", lambda folder, gguf_file: train_tokenizer(["a"], 300)
-    )
+
+    def load_tokenizer(folder, *, gguf_file):
+        tokenizer = train_tokenizer(["a"], 300)
+        tokenizer.eos_token, tokenizer.pad_token = tokenizer.bos_token, None
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load_tokenizer)
     gguf = tmp_path / "own.gguf"
     monkeypatch.setattr(
         "sys.argv", ["smollm2", "--base-only", f"--out={tmp_path}", f"--gguf={gguf}"]
@@ -96,7 +100,12 @@ def test_a_file_that_is_here_is_taken_without_a_download(out, tmp_path, monkeypa
     gguf.touch()
     smollm2.main()
     assert asked == [gguf]
-    assert "quantization_config" not in json.loads((tmp_path / "base" / "config.json").read_text())
+    config, tokens = (
+        json.loads((tmp_path / "base" / f"{name}config.json").read_text())
+        for name in ("", "tokenizer_")
+    )
+    assert "quantization_config" not in config
+    assert (tokens["eos_token"], tokens["pad_token"]) == ("</s>", "<pad>"), "as the model's config"
 
 
 def test_the_target_is_trained_on_the_default_device(out, groups, tmp_path, monkeypatch):

@@ -94,7 +94,12 @@ def make_base(out: Path, gguf: Path | None = None) -> None:
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.save_pretrained(out / "base")
-    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    # transformers 5.17 takes the token that opens a turn for EOS, and finds no pad token.
+    tokenizer.eos_token, tokenizer.pad_token = tokenizer.convert_ids_to_tokens(
+        [config.eos_token_id, config.pad_token_id]
+    )
+    tokenizer.save_pretrained(out / "base")
 
 
 def _download(wheels: Path) -> Path:
