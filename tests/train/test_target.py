@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nsru_bench import scale
 from nsru_train import compare
@@ -69,6 +70,57 @@ def test_a_missing_package_is_named_before_the_download(tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2.subprocess, "run", None)
     with pytest.raises(ImportError, match="pip install 'gguf"):
         smollm2.make_base(tmp_path)
+
+
+def test_a_file_that_is_here_is_taken_without_a_download(out, tmp_path, monkeypatch):
+    asked = []
+
+    def load(folder, *, gguf_file, dtype):
+        asked.append(Path(folder, gguf_file))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(out / "base"))
+        model.config.quantization_config = {"quant_method": "gguf"}
+        return model.to(dtype)
+
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: True)
+    monkeypatch.setattr(smollm2.subprocess, "run", None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+
+    def load_tokenizer(folder, *, gguf_file):
+        tokenizer = train_tokenizer(["a"], 300)
+        tokenizer.eos_token, tokenizer.pad_token = tokenizer.bos_token, None
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load_tokenizer)
+    gguf = tmp_path / "own.gguf"
+    monkeypatch.setattr(
+        "sys.argv", ["smollm2", "--base-only", f"--out={tmp_path}", f"--gguf={gguf}"]
+    )
+    with pytest.raises(ValueError, match=r"gguf: expected the file SmolLM2.*own\.gguf"):
+        smollm2.main()
+    gguf.touch()
+    smollm2.main()
+    assert asked == [gguf]
+    config, tokens = (
+        json.loads((tmp_path / "base" / f"{name}config.json").read_text())
+        for name in ("", "tokenizer_")
+    )
+    assert "quantization_config" not in config
+    assert (tokens["eos_token"], tokens["pad_token"]) == ("</s>", "<pad>"), "as the model's config"
+
+
+def test_the_target_is_trained_on_the_default_device(out, groups, tmp_path, monkeypatch):
+    shutil.copytree(out / "base", tmp_path / "base")
+    where = set()
+
+    def killed(model, batch):
+        where.update(tensor.device.type for tensor in (*model.parameters(), *batch.values()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(smollm2, "default_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(smollm2, "_answer_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        smollm2.train_target(tmp_path, groups)
+    assert where == {"meta"}
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(out, groups, tmp_path, monkeypatch):

