@@ -89,7 +89,7 @@ class Projections:
         stale = [g for g in self._groups if g is asked or _stale_alike(asked, g, dtype)]
         held = [tuple([m.lora_A for m in group.modules()]) for group in stale]
         bases = [group.modules()[0].basis for group in stale]
-        based = [pair for pair in zip(held, bases, strict=True) if pair[1] is not None]
+        based = [(a, basis) for a, basis in zip(held, bases, strict=True) if basis is not None]
         # Not in inference mode, even when asked there: a later training step saves the projection
         # for backward.
         with torch.inference_mode(False), torch.no_grad():

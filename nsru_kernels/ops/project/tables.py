@@ -144,13 +144,13 @@ def launches(
         ]
     )
     aligned_rows = not (starts % 16).any()
+    # What is made on one stream is not awaited by others.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (
-        *(device, tiles, aligned_rows, tuple(counts)),
+        *(device, stream, tiles, aligned_rows, tuple(counts)),
         tuple([group.identity for group in groups]),
         tuple([(a_RK.dtype, a_RK.shape, a_RK.stride(0)) for a_RK in adapters]),
     )
-    if device.type == "cuda":  # what is made on one stream is not awaited by others
-        key = (*key, torch.cuda.current_stream(device).cuda_stream)
     keep = not capturing(device)  # a replay must not depend on what is kept here
     made = _kept.pop(key, None) if keep else None
     if made is None:
@@ -187,14 +187,14 @@ def make_launches(
     for kind, problems in sort(groups, aligned_rows).items():
         plan = schedule(tuple(problem.size for problem in problems), tiles, LAG)
         order = [i for problem in problems for i in problem.adapters]
-        adapters = np.repeat(order, [counts[i] for i in order])
+        of_row = np.repeat(order, [counts[i] for i in order])
         nth = np.concatenate([np.arange(counts[i]) for i in order])
-        offsets = nth * np.array(steps)[adapters].T
-        offsets[1] += np.array(first_rows)[adapters]
+        offsets = nth * np.array(steps)[of_row].T
+        offsets[1] += np.array(first_rows)[of_row]
         like = [torch.empty(0, dtype=dtype, device=device) for dtype in kind[:3]]
         made.append(
             Launch(
-                *(kind, like, adapters, offsets),
+                *(kind, like, of_row, offsets),
                 to_device(describe(problems, plan), device, write),
                 *(to_device(torch.from_numpy(plan.items), device, write), plan.items.size),
                 *(plan.workspace_size, plan.counter_size),
