@@ -10,8 +10,6 @@ not row-major; R-sized operands whose rows would not start at 16 bytes are copie
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,12 +57,10 @@ def forward(
         return reference.forward(x_MK, ws_NK, a_RK, bs_NR, biases_N, scalings, plan=plan)
     vs_RN = [padded(b_NR, scaling).T for b_NR, scaling in zip(bs_NR, scalings, strict=True)]
     s_MR = F.linear(x_MK, a_RK)
-    multiply = functools.partial(kext_gemm, x_MK, **gemm_choice(tiles))
+    ss_MR, choice = rank_columns(s_MR, bs_NR), gemm_choice(tiles)
     ys = [
-        multiply(w_NK.T, padded(s), v_RN, bias_N)
-        for w_NK, s, v_RN, bias_N in zip(
-            ws_NK, rank_columns(s_MR, bs_NR), vs_RN, biases_N, strict=True
-        )
+        kext_gemm(x_MK, w_NK.T, padded(s), v_RN, bias_N, after_narrow=False, **choice)
+        for w_NK, s, v_RN, bias_N in zip(ws_NK, ss_MR, vs_RN, biases_N, strict=True)
     ]
     return ys, s_MR
 
