@@ -10,7 +10,6 @@
 #include "device.h"
 #include "narrow.h"
 #include "project.h"
-#include "sketch.h"
 #ifdef NSRU_KEXT_GEMM
 #include "kext_gemm.h"
 #endif
@@ -159,18 +158,6 @@ PYBIND11_MODULE(NSRU_MODULE, m) {
            Field{"ldrows", &Columns::ldrows}, Field{"scaling", &Columns::scaling},
            Field{"rows_scaling", &Columns::rows_scaling}, Field{"rank_first", &Columns::rank_first},
            Field{"dtype", &Columns::dtype});
-
-    using Sketch = nsru::SketchUpdateArgs;
-    define(m, "launch_sketch_update", &nsru::launch_sketch_update,
-           "y += x [M, K]ᵀ·S and h += Sᵀ·S with S = round(x·omega [K, L]) where "
-           "trace = ‖x‖² < limit, over the rows that mask keeps, on a stream.",
-           Field{"x", &Sketch::x_gmem}, Field{"omega", &Sketch::omega_gmem},
-           Field{"mask", &Sketch::mask_gmem}, Field{"y", &Sketch::y_gmem},
-           Field{"h", &Sketch::h_gmem}, Field{"trace", &Sketch::trace_gmem}, Field{"m", &Sketch::m},
-           Field{"k", &Sketch::k}, Field{"l", &Sketch::l}, Field{"ldx", &Sketch::ldx},
-           Field{"ldomega", &Sketch::ldomega}, Field{"split", &Sketch::split},
-           Field{"limit", &Sketch::limit}, Field{"panel_bytes", &Sketch::panel_bytes},
-           Field{"dtype", &Sketch::dtype});
 
     using Project = nsru::ProjectArgs;
     define(m, "launch_project", &nsru::launch_project,

@@ -24,7 +24,6 @@ namespace nsru {
 // Elements travel as their bits.
 struct Bf16 {
     using Bits = uint16_t;
-    static constexpr float kLargest = 3.38953139e38f;
     static __device__ float widen(Bits bits) { return __uint_as_float(uint32_t{bits} << 16); }
     static __device__ Bits round(float value) {
         return __bfloat16_as_ushort(__float2bfloat16_rn(value));
@@ -33,7 +32,6 @@ struct Bf16 {
 
 struct Fp16 {
     using Bits = uint16_t;
-    static constexpr float kLargest = 65504.0f;
     static __device__ float widen(Bits bits) { return __half2float(__ushort_as_half(bits)); }
     static __device__ Bits round(float value) { return __half_as_ushort(__float2half_rn(value)); }
 };
@@ -169,18 +167,9 @@ namespace nsru {
 
 struct Fp32 {
     using Bits = uint32_t;
-    static constexpr float kLargest = 3.40282347e38f;
     static __device__ float widen(Bits bits) { return __uint_as_float(bits); }
     static __device__ Bits round(float value) { return __float_as_uint(value); }
 };
-
-// The next ticket, to every thread of the block. `slot_smem` is this function's own.
-__device__ inline int take_ticket(int* counter_gmem, int* slot_smem) {
-    __syncthreads();
-    if (threadIdx.x == 0) *slot_smem = ask_for_ticket(counter_gmem);
-    __syncthreads();
-    return *slot_smem;
-}
 
 // Element at which a 16-byte word of a tile in shared memory lies. Eight rows of one word, which
 // a fragment takes, are in different banks.

@@ -1,5 +1,4 @@
 // Tests of csrc/host without CUDA: exits with the number of failed checks.
-#include <algorithm>
 #include <cstdio>
 #include <initializer_list>
 #include <stdexcept>
@@ -8,7 +7,6 @@
 #include "../host/kext_plan.h"
 #include "../host/narrow_plan.h"
 #include "../host/project_plan.h"
-#include "../host/sketch_plan.h"
 
 using namespace nsru;
 
@@ -266,69 +264,6 @@ void test_narrow_products_refuse_what_they_cannot_read() {
         });
 }
 
-SketchUpdateArgs sketch_args(int64_t m, int64_t k, int64_t l) {
-    SketchUpdateArgs args{};
-    args.x_gmem = address(0x1000);
-    args.omega_gmem = address(0x2000);
-    args.y_gmem = reinterpret_cast<float*>(0x3004);
-    args.h_gmem = reinterpret_cast<float*>(0x4004);
-    args.trace_gmem = reinterpret_cast<double*>(0x5008);
-    args.m = m, args.k = k, args.l = l;
-    args.ldx = k;
-    args.ldomega = (l + 7) / 8 * 8;
-    args.panel_bytes = 16 << 20;
-    return args;
-}
-
-void test_sketch_plans_cover_everything_once() {
-    for (const int64_t m : {1, 63, 64, 65, 8192, 100000}) {
-        for (const int64_t k : {8, 64, 520, 4096, 14336}) {
-            for (const int64_t l : {1, 8, 33, 128, 184, 192, 193, 576}) {
-                SketchUpdateArgs args = sketch_args(m, k, l);
-                args.split = l % 2;
-                const SketchPlan made = plan(args, 132);
-                CHECK(made.tile_width % kSketchWidthUnit == 0);
-                CHECK(made.tile_width <= kSketchMaxWidth);
-                CHECK(cover(made.l_tiles, made.tile_width, l));
-                CHECK(cover(made.row_blocks, kSketchRows, m));
-                CHECK(cover(made.panels, made.panel_blocks, made.row_blocks));
-                CHECK(made.panel_blocks == 1 ||
-                      2 * k * kSketchRows * made.panel_blocks <= args.panel_bytes);
-                CHECK(made.k_chunk % kSketchStepFeatures == 0);
-                CHECK(cover(made.k_chunks, made.k_chunk, k));
-                const int64_t panel_rows = std::min<int64_t>(m, made.panel_blocks * kSketchRows);
-                CHECK(made.m_chunk % kSketchStepRows == 0);
-                CHECK(cover(made.m_chunks, made.m_chunk, panel_rows));
-                CHECK(cover(made.y_tiles, kSketchColumns, k));
-                CHECK(cover(made.tiles - made.y_tiles, kSketchColumns, made.width));
-                CHECK(made.width >= l && made.width % 8 == 0 && made.planes == 1 + l % 2);
-                CHECK(made.blocks >= 1 && made.blocks <= made.items && made.blocks <= 264);
-                CHECK(made.shared_bytes <= 99 * 1024);  // of sm_86 and sm_89
-                // Arrays of the workspace follow each other, aligned.
-                const size_t ends[] = {made.counters_bytes, made.energy_at, made.s_at,
-                                       made.s_sums_at, made.product_sums_at};
-                for (const size_t end : ends) CHECK(end % 16 == 0 && end <= made.workspace_bytes);
-                CHECK(made.s_at - made.energy_at >= size_t{8} * made.row_blocks * made.k_chunks);
-                CHECK(made.s_sums_at - made.s_at >= size_t{2} * made.planes * m * made.width);
-                CHECK((made.product_sums_at > made.s_sums_at) == (made.k_chunks > 1));
-                CHECK((made.workspace_bytes > made.product_sums_at) ==
-                      (made.panels * made.m_chunks > 1));
-            }
-        }
-    }
-}
-
-void test_a_panel_of_the_sketch_has_work_for_every_multiprocessor() {
-    const SketchPlan made = plan(sketch_args(8192, 4096, 128), 132);
-    CHECK(made.panels == 4 && made.panel_blocks == 32 && made.l_tiles == 1);
-    CHECK(made.k_chunks * made.panel_blocks == 128 && made.m_chunks * made.tiles == 132);
-    CHECK(made.items == 4 * (128 + 132) && made.blocks == 264);
-    CHECK(plan(sketch_args(8192, 4096, 184), 132).blocks == 132);
-    CHECK(plan(sketch_args(8192, 4096, 192), 132).l_tiles == 1);
-    CHECK(plan(sketch_args(8192, 4096, 200), 132).tile_width == 128);
-    CHECK(plan(sketch_args(1, 8, 1), 132).blocks == 3);
-}
-
 void test_projection_blocks_share_a_multiprocessor() {
     constexpr int kReserved = 1024;  // by the system, for each block
     CHECK(3 * (kProjectShared + kReserved) <= 228 * 1024);
@@ -353,8 +288,6 @@ int main() {
     test_narrow_plans_cover_everything_once();
     test_sums_are_split_where_multiprocessors_would_idle();
     test_narrow_products_refuse_what_they_cannot_read();
-    test_sketch_plans_cover_everything_once();
-    test_a_panel_of_the_sketch_has_work_for_every_multiprocessor();
     test_projection_blocks_share_a_multiprocessor();
     return failures;
 }

@@ -1,8 +1,6 @@
 // The twin of launch.h on a CPU: kernels run to their end in the call, on any `device` and stream.
 #pragma once
 
-#include <cstring>
-
 #include "fibers.h"
 
 namespace nsru {
@@ -22,7 +20,5 @@ void launch(const Launch& how, void (*kernel)(PARAMS...), const PARAMS&... args)
                   static_cast<unsigned>(how.threads), static_cast<size_t>(how.shared_bytes),
                   [&] { kernel(args...); });
 }
-
-inline void zero_async(void* gmem, size_t bytes, void*) { std::memset(gmem, 0, bytes); }
 
 }  // namespace nsru

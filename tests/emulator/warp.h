@@ -22,14 +22,10 @@
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
-struct alignas(8) float2 {
-    float x, y;
-};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline uint32_t __float_as_uint(float value) {
@@ -47,26 +43,10 @@ inline void __syncwarp() {
     nsru::emulator::meet_warp(nullptr, [](void* const*) {});
 }
 
-template <class VALUE>
-VALUE __shfl_xor_sync(unsigned, VALUE value, int mask) {
-    struct Lane {
-        VALUE in, out;
-        int mask;
-    } mine{value, value, mask};
-    nsru::emulator::meet_warp(&mine, [](void* const* lanes) {
-        for (int i = 0; i < 32; ++i) {
-            auto& lane = *static_cast<Lane*>(lanes[i]);
-            lane.out = static_cast<Lane*>(lanes[i ^ lane.mask])->in;
-        }
-    });
-    return mine.out;
-}
-
 namespace nsru {
 
 struct Bf16 {
     using Bits = uint16_t;
-    static constexpr float kLargest = 3.38953139e38f;
     static float widen(Bits bits) { return __uint_as_float(uint32_t{bits} << 16); }
     static Bits round(float value) {
         if (std::isnan(value)) return 0x7FFF;
@@ -77,7 +57,6 @@ struct Bf16 {
 
 struct Fp16 {
     using Bits = uint16_t;
-    static constexpr float kLargest = 65504.0f;
     static float widen(Bits bits) {
         const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
         const float size = exponent == 31 ? (mantissa ? NAN : INFINITY)

@@ -119,21 +119,6 @@ def test_narrow_products_fit_a_multiprocessor(resources):
         assert registers * 256 <= REGISTERS, name
 
 
-def test_sketch_copies_wide_words_ahead_of_tensor_cores(arch):
-    found = {n: sass for n, sass in instructions(arch).items() if "sketch_update_kernel" in n}
-    assert len(found) == 2 * 6, "bf16 and fp16, tiles of 32 to 192 columns"
-    for name, sass in found.items():
-        assert len(re.findall(r"LDGSTS\.E\S*\.128", sass)) >= 4, name
-        assert len(re.findall(r"\bHMMA\b", sass)) >= 16, name
-
-
-def test_two_blocks_of_the_sketch_share_a_multiprocessor_up_to_128_columns(resources):
-    used = [(name, fields["REG"]) for name, fields in resources if "sketch_update_kernel" in name]
-    for name, registers in used:
-        width = int(re.search(r"Li(\d+)E", name)[1])
-        assert registers * 256 * (2 if width <= 128 else 1) <= REGISTERS, name
-
-
 def test_projections_copy_wide_words_ahead_of_tensor_cores_where_all_is_aligned(arch):
     found = {n: sass for n, sass in instructions(arch).items() if "project_kernelI" in n}
     assert len(found) == 3 * 3 + 1, "one for every pair of dtypes, and one for the rest"
