@@ -9,7 +9,6 @@
 
 #include "device.h"
 #include "narrow.h"
-#include "project.h"
 #ifdef NSRU_KEXT_GEMM
 #include "kext_gemm.h"
 #endif
@@ -48,7 +47,7 @@ py::dict build_info() {
 template <class ENUM>
 const std::vector<const char*> kNames;
 template <>
-const std::vector<const char*> kNames<nsru::Dtype>{"bf16", "fp16", "fp32"};
+const std::vector<const char*> kNames<nsru::Dtype>{"bf16", "fp16"};
 #ifdef NSRU_KEXT_GEMM
 template <>
 const std::vector<const char*> kNames<nsru::KextLayout>{"NK", "KN"};
@@ -158,25 +157,6 @@ PYBIND11_MODULE(NSRU_MODULE, m) {
            Field{"ldrows", &Columns::ldrows}, Field{"scaling", &Columns::scaling},
            Field{"rows_scaling", &Columns::rows_scaling}, Field{"rank_first", &Columns::rank_first},
            Field{"dtype", &Columns::dtype});
-
-    using Project = nsru::ProjectArgs;
-    define(m, "launch_project", &nsru::launch_project,
-           "A - (A·U)·C·Uᵀ for every adapter that the table in device memory describes, on a "
-           "stream; counters start as zeros.",
-           Field{"table", &Project::table_gmem}, Field{"table_size", &Project::table_size},
-           Field{"problems", &Project::problems}, Field{"rows", &Project::rows},
-           Field{"items", &Project::items}, Field{"counters", &Project::counters_gmem},
-           Field{"counters_size", &Project::counters_size},
-           Field{"workspace", &Project::workspace_gmem},
-           Field{"workspace_bytes", &Project::workspace_bytes}, Field{"adapter", &Project::adapter},
-           Field{"basis", &Project::basis}, Field{"has_gram_inverse", &Project::has_gram_inverse},
-           Field{"aligned", &Project::aligned});
-
-    using Table = nsru::WriteTableArgs;
-    define(m, "launch_write_table", &nsru::launch_write_table,
-           "Copies int64 values from host to device memory as kernel arguments, on a stream.",
-           Field{"values", &Table::values}, Field{"size", &Table::size},
-           Field{"table", &Table::table_gmem});
 
 #ifdef NSRU_KEXT_GEMM
     m.def("kext_kernels", &kext_kernels, "One dict per compiled kernel of the K-extended GEMM.");

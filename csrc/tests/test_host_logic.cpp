@@ -6,7 +6,6 @@
 
 #include "../host/kext_plan.h"
 #include "../host/narrow_plan.h"
-#include "../host/project_plan.h"
 
 using namespace nsru;
 
@@ -249,7 +248,7 @@ void test_narrow_products_refuse_what_they_cannot_read() {
             {[](Rows& a) { a.c = a.ldx = a.ldv = 60; }, "c=60 must be a multiple of 8"},
             {[](Rows& a) { a.m = 0; }, "m=0 must be between 1 and"},
             {[](Rows& a) { a.v_gmem = address(0x2008); }, "v must start at a multiple of 16 bytes"},
-            {[](Rows& a) { a.dtype = Dtype::kFp32; }, "dtype must be bf16 or fp16"},
+            {[](Rows& a) { a.dtype = static_cast<Dtype>(2); }, "dtype must be bf16 or fp16"},
             {[](Rows& a) { a.ldo = 2; }, "ldo=2 is less than the 3 columns of out"},
             {[](Rows& a) { a.out_gmem = address(0x3001); }, "out must start at a multiple of 2"},
         });
@@ -262,17 +261,6 @@ void test_narrow_products_refuse_what_they_cannot_read() {
             {[](Columns& a) { a.ldp = 3; }, "ldp=3: rows of p must start at multiples of 16 bytes"},
             {[](Columns& a) { a.rows_gmem = nullptr; }, "v and rows must both be given"},
         });
-}
-
-void test_projection_blocks_share_a_multiprocessor() {
-    constexpr int kReserved = 1024;  // by the system, for each block
-    CHECK(3 * (kProjectShared + kReserved) <= 228 * 1024);
-    CHECK(2 * (kProjectShared + kReserved) <= 164 * 1024);
-    for (const int bytes : {2, 4}) {
-        CHECK(project_stages(bytes) >= 3);
-        CHECK(project_stages(bytes) * project_stage(bytes) <= kProjectRing);
-    }
-    CHECK(sizeof(int64_t) * kTableValues + 16 <= 32764);
 }
 
 }  // namespace
@@ -288,6 +276,5 @@ int main() {
     test_narrow_plans_cover_everything_once();
     test_sums_are_split_where_multiprocessors_would_idle();
     test_narrow_products_refuse_what_they_cannot_read();
-    test_projection_blocks_share_a_multiprocessor();
     return failures;
 }

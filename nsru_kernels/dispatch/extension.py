@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-DTYPES = {**SHORT, torch.float32: "fp32"}
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # 16-bit elements in 16 bytes, the unit of TMA and of wide loads for addresses and row distances.
 ALIGNED = 8
 _INTERFACE = 2  # of csrc/bindings.cpp

@@ -5,8 +5,7 @@
 
 namespace nsru {
 
-// Few multiprocessors, so that small tests split their sums and wait for each other as large
-// problems do on a GPU.
+// Few multiprocessors, so that small tests split their sums as large problems do on a GPU.
 inline Gpu gpu_of(int) { return {9, 0, 6, 227 * 1024}; }
 
 struct DeviceGuard {

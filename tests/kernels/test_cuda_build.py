@@ -119,20 +119,6 @@ def test_narrow_products_fit_a_multiprocessor(resources):
         assert registers * 256 <= REGISTERS, name
 
 
-def test_projections_copy_wide_words_ahead_of_tensor_cores_where_all_is_aligned(arch):
-    found = {n: sass for n, sass in instructions(arch).items() if "project_kernelI" in n}
-    assert len(found) == 3 * 3 + 1, "one for every pair of dtypes, and one for the rest"
-    for name, sass in found.items():
-        assert len(re.findall(r"\bHMMA\b", sass)) >= 16, name
-        wide = len(re.findall(r"LDGSTS\.E\S*\.128", sass))
-        assert wide >= 16 if "Lb1E" in name else wide == 0, name
-
-
-def test_three_blocks_of_the_projection_share_a_multiprocessor(resources):
-    for name, fields in resources:
-        assert "project_kernelI" not in name or 3 * 128 * fields["REG"] <= REGISTERS, name
-
-
 def test_no_symbol_of_torch_or_of_the_driver_is_needed():
     nm = shutil.which("nm") or pytest.skip("no nm on this machine")
     symbols = subprocess.check_output([nm, "-D", "--undefined-only", cuda.__file__], text=True)

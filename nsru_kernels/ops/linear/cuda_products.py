@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsru_kernels.dispatch import extension
 from nsru_kernels.dispatch.config import BackendUnavailable
-from nsru_kernels.dispatch.extension import ALIGNED, DTYPES, SHORT, has_wide_rows
+from nsru_kernels.dispatch.extension import ALIGNED, DTYPES, has_wide_rows
 
 CHOOSE = -1  # the extension picks a config by the number of output tiles
 # As csrc/host/kext_plan.h has them, in its order.
@@ -152,7 +152,7 @@ def columns_product(
 def check_operands(op: str, x_MC: Tensor, w_NK: Tensor, dropout_p: float = 0.0) -> None:
     """Refuse what the kernels cannot take of ``op``. Raises BackendUnavailable."""
     reason = None
-    if x_MC.dtype not in SHORT:
+    if x_MC.dtype not in DTYPES:
         reason = f"the kernels take bf16 and fp16, got {x_MC.dtype}"
     elif dropout_p:
         reason = f"the GEMM has no dropout mask, got dropout_p={dropout_p}"
