@@ -40,7 +40,7 @@ BUNDLE = ROOT / "build" / "gpu-bundle"
 BUDGET_S = 540.0
 UNTIL_TESTS_S = 330.0
 WORKERS = 12
-# The projection's kernels run on every GPU that the extension is built for.
+# What asks for no more than that the extension runs on this GPU.
 LOAD = """
 import torch
 from nsru_kernels.dispatch.extension import unavailable
