@@ -131,32 +131,23 @@ void define(py::module_& m, const char* name, void (*launch)(const ARGS&, const 
 
 PYBIND11_MODULE(NSRU_MODULE, m) {
     m.doc() = "CUDA backend of nsru_kernels; independent of torch.";
-    m.attr("interface") = 2;  // to be raised with extension.py's when arguments change
+    m.attr("interface") = 3;  // to be raised with extension.py's when arguments change
     m.def("build_info", &build_info, "Package version, architectures and CUDA version built for.");
     m.def("device_report", &device_report,
           "CUDA versions and one dict per GPU; an empty list with the reason where there is none.");
     m.def("kernel_image", &nsru::kernel_image,
           "SM version of the code the current GPU would run; RuntimeError where there is none.");
 
-    using Rows = nsru::RowsProductArgs;
-    define(m, "launch_rows_product", &nsru::launch_rows_product,
-           "out [M, R] = scaling · X [M, C]·V [R, C]ᵀ on a stream; sizes in elements.",
-           Field{"x", &Rows::x_gmem}, Field{"v", &Rows::v_gmem}, Field{"out", &Rows::out_gmem},
-           Field{"m", &Rows::m}, Field{"c", &Rows::c}, Field{"r", &Rows::r},
-           Field{"ldx", &Rows::ldx}, Field{"ldv", &Rows::ldv}, Field{"ldo", &Rows::ldo},
-           Field{"scaling", &Rows::scaling}, Field{"dtype", &Rows::dtype});
-
     using Columns = nsru::ColumnsProductArgs;
-    define(m, "launch_columns_product", &nsru::launch_columns_product,
-           "d = scaling · X [M, C]ᵀ·P [M, R], and rows [M, R] = rows_scaling · X·V [C, R] where v "
-           "is not 0, on a stream.",
-           Field{"x", &Columns::x_gmem}, Field{"p", &Columns::p_gmem}, Field{"d", &Columns::d_gmem},
-           Field{"v", &Columns::v_gmem}, Field{"rows", &Columns::rows_gmem},
-           Field{"m", &Columns::m}, Field{"c", &Columns::c}, Field{"r", &Columns::r},
-           Field{"ldx", &Columns::ldx}, Field{"ldp", &Columns::ldp}, Field{"ldv", &Columns::ldv},
-           Field{"ldrows", &Columns::ldrows}, Field{"scaling", &Columns::scaling},
-           Field{"rows_scaling", &Columns::rows_scaling}, Field{"rank_first", &Columns::rank_first},
-           Field{"dtype", &Columns::dtype});
+    define(
+        m, "launch_columns_product", &nsru::launch_columns_product,
+        "d = scaling · X [M, C]ᵀ·P [M, R] and rows [M, R] = rows_scaling · X·V [C, R] on a stream.",
+        Field{"x", &Columns::x_gmem}, Field{"p", &Columns::p_gmem}, Field{"d", &Columns::d_gmem},
+        Field{"v", &Columns::v_gmem}, Field{"rows", &Columns::rows_gmem}, Field{"m", &Columns::m},
+        Field{"c", &Columns::c}, Field{"r", &Columns::r}, Field{"ldx", &Columns::ldx},
+        Field{"ldp", &Columns::ldp}, Field{"ldv", &Columns::ldv}, Field{"ldrows", &Columns::ldrows},
+        Field{"scaling", &Columns::scaling}, Field{"rows_scaling", &Columns::rows_scaling},
+        Field{"dtype", &Columns::dtype});
 
 #ifdef NSRU_KEXT_GEMM
     m.def("kext_kernels", &kext_kernels, "One dict per compiled kernel of the K-extended GEMM.");

@@ -96,11 +96,6 @@ __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(UNDER_WAY) : "memory");
 }
 
-// 16 aligned bytes; zeros, and no read, where not `inside`.
-__device__ inline uint4 load_16(const void* gmem, bool inside) {
-    return inside ? __ldg(static_cast<const uint4*>(gmem)) : make_uint4(0, 0, 0, 0);
-}
-
 // ---- Programmatic dependent launch, sm_90 and newer; nothing before.
 
 // The next kernel of the stream may be launched as soon as every block has said so or ended.

@@ -17,9 +17,6 @@
 #define blockIdx (nsru::emulator::block_index())
 #define __syncthreads nsru::emulator::meet_block
 
-struct alignas(16) uint4 {
-    uint32_t x, y, z, w;
-};
 inline uint32_t __float_as_uint(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -150,12 +147,6 @@ inline void close_copies() { emulator::close_copies(); }
 template <int UNDER_WAY>
 void wait_for_copies() {
     emulator::wait_for_copies(UNDER_WAY);
-}
-
-inline uint4 load_16(const void* gmem, bool inside) {
-    if (!inside) return {0, 0, 0, 0};
-    if (reinterpret_cast<uintptr_t>(gmem) % 16) throw std::logic_error("load_16: not aligned");
-    return *static_cast<const uint4*>(gmem);
 }
 
 inline void let_dependents_launch() {}

@@ -101,14 +101,11 @@ def test_gemms_use_tensor_cores_and_both_pairs_of_descriptors(gemms, schedule, d
         assert not re.search(r"\b(STL|LDL)\b", sass)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "loads"), [("rows_kernel", r"LDG\.E\.128"), ("columns_kernel", r"LDGSTS\.E\S*\.128")]
-)
-def test_narrow_products_read_wide_words_into_tensor_cores(arch, kernel, loads):
-    found = {name: sass for name, sass in instructions(arch).items() if kernel in name}
-    assert len(found) >= 2 * 7, "bf16 and fp16, every number of rank tiles"
+def test_narrow_products_read_wide_words_into_tensor_cores(arch):
+    found = {name: sass for name, sass in instructions(arch).items() if "columns_kernel" in name}
+    assert len(found) == 2 * 3, "bf16 and fp16, every number of rank tiles"
     for name, sass in found.items():
-        assert len(re.findall(loads, sass)) >= 2, f"{name}: several in flight"
+        assert len(re.findall(r"LDGSTS\.E\S*\.128", sass)) >= 2, f"{name}: several in flight"
         assert len(re.findall(r"\bHMMA\b", sass)) >= 2, name
         assert ("PREEXIT" in sass) == (arch == "sm_90a"), "lets the GEMM launch before its end"
 
