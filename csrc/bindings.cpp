@@ -9,8 +9,6 @@
 
 #include "device.h"
 #include "narrow.h"
-#include "project.h"
-#include "sketch.h"
 #ifdef NSRU_KEXT_GEMM
 #include "kext_gemm.h"
 #endif
@@ -49,7 +47,7 @@ py::dict build_info() {
 template <class ENUM>
 const std::vector<const char*> kNames;
 template <>
-const std::vector<const char*> kNames<nsru::Dtype>{"bf16", "fp16", "fp32"};
+const std::vector<const char*> kNames<nsru::Dtype>{"bf16", "fp16"};
 #ifdef NSRU_KEXT_GEMM
 template <>
 const std::vector<const char*> kNames<nsru::KextLayout>{"NK", "KN"};
@@ -133,63 +131,23 @@ void define(py::module_& m, const char* name, void (*launch)(const ARGS&, const 
 
 PYBIND11_MODULE(NSRU_MODULE, m) {
     m.doc() = "CUDA backend of nsru_kernels; independent of torch.";
-    m.attr("interface") = 2;  // to be raised with extension.py's when arguments change
+    m.attr("interface") = 3;  // to be raised with extension.py's when arguments change
     m.def("build_info", &build_info, "Package version, architectures and CUDA version built for.");
     m.def("device_report", &device_report,
           "CUDA versions and one dict per GPU; an empty list with the reason where there is none.");
     m.def("kernel_image", &nsru::kernel_image,
           "SM version of the code the current GPU would run; RuntimeError where there is none.");
 
-    using Rows = nsru::RowsProductArgs;
-    define(m, "launch_rows_product", &nsru::launch_rows_product,
-           "out [M, R] = scaling · X [M, C]·V [R, C]ᵀ on a stream; sizes in elements.",
-           Field{"x", &Rows::x_gmem}, Field{"v", &Rows::v_gmem}, Field{"out", &Rows::out_gmem},
-           Field{"m", &Rows::m}, Field{"c", &Rows::c}, Field{"r", &Rows::r},
-           Field{"ldx", &Rows::ldx}, Field{"ldv", &Rows::ldv}, Field{"ldo", &Rows::ldo},
-           Field{"scaling", &Rows::scaling}, Field{"dtype", &Rows::dtype});
-
     using Columns = nsru::ColumnsProductArgs;
-    define(m, "launch_columns_product", &nsru::launch_columns_product,
-           "d = scaling · X [M, C]ᵀ·P [M, R], and rows [M, R] = rows_scaling · X·V [C, R] where v "
-           "is not 0, on a stream.",
-           Field{"x", &Columns::x_gmem}, Field{"p", &Columns::p_gmem}, Field{"d", &Columns::d_gmem},
-           Field{"v", &Columns::v_gmem}, Field{"rows", &Columns::rows_gmem},
-           Field{"m", &Columns::m}, Field{"c", &Columns::c}, Field{"r", &Columns::r},
-           Field{"ldx", &Columns::ldx}, Field{"ldp", &Columns::ldp}, Field{"ldv", &Columns::ldv},
-           Field{"ldrows", &Columns::ldrows}, Field{"scaling", &Columns::scaling},
-           Field{"rows_scaling", &Columns::rows_scaling}, Field{"rank_first", &Columns::rank_first},
-           Field{"dtype", &Columns::dtype});
-
-    using Sketch = nsru::SketchUpdateArgs;
-    define(m, "launch_sketch_update", &nsru::launch_sketch_update,
-           "y += x [M, K]ᵀ·S and h += Sᵀ·S with S = round(x·omega [K, L]) where "
-           "trace = ‖x‖² < limit, over the rows that mask keeps, on a stream.",
-           Field{"x", &Sketch::x_gmem}, Field{"omega", &Sketch::omega_gmem},
-           Field{"mask", &Sketch::mask_gmem}, Field{"y", &Sketch::y_gmem},
-           Field{"h", &Sketch::h_gmem}, Field{"trace", &Sketch::trace_gmem}, Field{"m", &Sketch::m},
-           Field{"k", &Sketch::k}, Field{"l", &Sketch::l}, Field{"ldx", &Sketch::ldx},
-           Field{"ldomega", &Sketch::ldomega}, Field{"split", &Sketch::split},
-           Field{"limit", &Sketch::limit}, Field{"panel_bytes", &Sketch::panel_bytes},
-           Field{"dtype", &Sketch::dtype});
-
-    using Project = nsru::ProjectArgs;
-    define(m, "launch_project", &nsru::launch_project,
-           "A - (A·U)·C·Uᵀ for every adapter that the table in device memory describes, on a "
-           "stream; counters start as zeros.",
-           Field{"table", &Project::table_gmem}, Field{"table_size", &Project::table_size},
-           Field{"problems", &Project::problems}, Field{"rows", &Project::rows},
-           Field{"items", &Project::items}, Field{"counters", &Project::counters_gmem},
-           Field{"counters_size", &Project::counters_size},
-           Field{"workspace", &Project::workspace_gmem},
-           Field{"workspace_bytes", &Project::workspace_bytes}, Field{"adapter", &Project::adapter},
-           Field{"basis", &Project::basis}, Field{"has_gram_inverse", &Project::has_gram_inverse},
-           Field{"aligned", &Project::aligned});
-
-    using Table = nsru::WriteTableArgs;
-    define(m, "launch_write_table", &nsru::launch_write_table,
-           "Copies int64 values from host to device memory as kernel arguments, on a stream.",
-           Field{"values", &Table::values}, Field{"size", &Table::size},
-           Field{"table", &Table::table_gmem});
+    define(
+        m, "launch_columns_product", &nsru::launch_columns_product,
+        "d = scaling · X [M, C]ᵀ·P [M, R] and rows [M, R] = rows_scaling · X·V [C, R] on a stream.",
+        Field{"x", &Columns::x_gmem}, Field{"p", &Columns::p_gmem}, Field{"d", &Columns::d_gmem},
+        Field{"v", &Columns::v_gmem}, Field{"rows", &Columns::rows_gmem}, Field{"m", &Columns::m},
+        Field{"c", &Columns::c}, Field{"r", &Columns::r}, Field{"ldx", &Columns::ldx},
+        Field{"ldp", &Columns::ldp}, Field{"ldv", &Columns::ldv}, Field{"ldrows", &Columns::ldrows},
+        Field{"scaling", &Columns::scaling}, Field{"rows_scaling", &Columns::rows_scaling},
+        Field{"dtype", &Columns::dtype});
 
 #ifdef NSRU_KEXT_GEMM
     m.def("kext_kernels", &kext_kernels, "One dict per compiled kernel of the K-extended GEMM.");

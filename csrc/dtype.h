@@ -3,6 +3,6 @@
 
 namespace nsru {
 
-enum class Dtype { kBf16 = 0, kFp16 = 1, kFp32 = 2 };
+enum class Dtype { kBf16 = 0, kFp16 = 1 };
 
 }  // namespace nsru

@@ -92,10 +92,6 @@ void launch(const Launch& how, void (*kernel)(PARAMS...), const PARAMS&... args)
     check(how.kernel, cudaLaunchKernelEx(&config, kernel, args...));
 }
 
-inline void zero_async(void* gmem, size_t bytes, void* stream) {
-    check("cudaMemsetAsync", cudaMemsetAsync(gmem, 0, bytes, static_cast<cudaStream_t>(stream)));
-}
-
 }  // namespace nsru
 #endif
 

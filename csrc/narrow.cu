@@ -9,24 +9,12 @@
 namespace nsru {
 namespace {
 
-using RowsKernel = void (*)(RowsKernelParams);
 using ColumnsKernel = void (*)(ColumnsKernelParams);
 
 template <class T>
-RowsKernel rows_kernel_for(const NarrowPlan& plan) {
-    return with_constant<1, 2, 4, 8>(plan.rank_tiles, [&](auto rank_tiles) -> RowsKernel {
-        if (plan.row_tiles == 1) return rows_kernel<T, 1, rank_tiles()>;
-        return rows_kernel<T, full_row_tiles(rank_tiles()), rank_tiles()>;
-    });
-}
-
-template <class T>
-ColumnsKernel columns_kernel_for(const NarrowPlan& plan, bool with_rows) {
-    return with_constant<1, 2, 4, 8>(plan.rank_tiles, [&](auto rank_tiles) -> ColumnsKernel {
-        if constexpr (8 * rank_tiles() <= kMaxRanksTogether) {
-            if (with_rows) return columns_kernel<T, rank_tiles(), true>;
-        }
-        return columns_kernel<T, rank_tiles(), false>;
+ColumnsKernel kernel_for(const NarrowPlan& plan) {
+    return with_constant<1, 2, 4>(plan.rank_tiles, [](auto rank_tiles) -> ColumnsKernel {
+        return columns_kernel<T, rank_tiles()>;
     });
 }
 
@@ -42,33 +30,6 @@ void add_parts(const Sum& first, const Sum& second, void* stream) {
 
 }  // namespace
 
-void launch_rows_product(const RowsProductArgs& args, const Place& place) {
-    const NarrowPlan plan = plan_launch(args, place.device);
-    RowsKernelParams params{};
-    params.x_gmem = static_cast<const uint16_t*>(args.x_gmem);
-    params.v_gmem = static_cast<const uint16_t*>(args.v_gmem);
-    params.m = static_cast<int>(args.m), params.c = static_cast<int>(args.c);
-    params.r = static_cast<int>(args.r);
-    params.ldx = args.ldx, params.ldv = args.ldv;
-    params.per_split = static_cast<int>(plan.per_split);
-    params.p = {reinterpret_cast<float*>(workspace(place, plan.parts_bytes)),
-                static_cast<uint16_t*>(args.out_gmem),
-                args.m * args.r,
-                static_cast<int>(plan.splits),
-                params.r,
-                args.ldo,
-                args.scaling};
-
-    const DeviceGuard guard(place.device);
-    const Grid grid{plan.blocks, plan.ranks, plan.splits};
-    with_type<Bf16, Fp16>(args.dtype, [&](auto element) {
-        using T = decltype(element);
-        launch({"rows_kernel", grid, kNarrowThreads, plan.shared_bytes, place.stream},
-               rows_kernel_for<T>(plan), params);
-        add_parts<T>(params.p, Sum{}, place.stream);
-    });
-}
-
 void launch_columns_product(const ColumnsProductArgs& args, const Place& place) {
     const NarrowPlan plan = plan_launch(args, place.device);
     unsigned char* const parts = workspace(place, plan.parts_bytes + plan.row_parts_bytes);
@@ -82,16 +43,13 @@ void launch_columns_product(const ColumnsProductArgs& args, const Place& place) 
     params.m = static_cast<int>(args.m), params.c = static_cast<int>(args.c);
     params.r = static_cast<int>(args.r);
     params.ldx = args.ldx, params.ldp = args.ldp, params.ldv = args.ldv;
-    params.stride_dc = args.rank_first ? 1 : args.r;
-    params.stride_dr = args.rank_first ? args.c : 1;
     params.per_split = static_cast<int>(plan.per_split);
-    const int row_length = args.rank_first ? params.c : params.r;
     params.d = {parts_at(0, plan.parts_bytes),
                 static_cast<uint16_t*>(args.d_gmem),
                 args.c * args.r,
                 static_cast<int>(plan.splits),
-                row_length,
-                row_length,
+                params.r,
+                args.r,
                 args.scaling};
     params.rows = {parts_at(plan.parts_bytes, plan.row_parts_bytes),
                    static_cast<uint16_t*>(args.rows_gmem),
@@ -102,11 +60,11 @@ void launch_columns_product(const ColumnsProductArgs& args, const Place& place) 
                    args.rows_scaling};
 
     const DeviceGuard guard(place.device);
-    const Grid grid{plan.blocks, plan.ranks, plan.splits};
+    const Grid grid{plan.blocks, plan.splits};
     with_type<Bf16, Fp16>(args.dtype, [&](auto element) {
         using T = decltype(element);
         launch({"columns_kernel", grid, kNarrowThreads, plan.shared_bytes, place.stream},
-               columns_kernel_for<T>(plan, args.v_gmem != nullptr), params);
+               kernel_for<T>(plan), params);
         add_parts<T>(params.d, params.rows, place.stream);
     });
 }

@@ -25,7 +25,6 @@ from nsru_bench.winners import (
     fold_entries,
     linear_entries,
     plan_table,
-    sketch_entries,
     whole_entries,
 )
 from nsru_kernels.dispatch import plans
@@ -118,25 +117,6 @@ def test_the_grouped_fold_must_win_for_every_basis():
     alone = [row for row in one if not row["provider"].startswith("eager")]
     assert fold_entries([*fold_rows(), *alone]) == [{"sizes": [224], "fold_many": "eager"}]
     assert fold_entries([]) == []
-
-
-def test_the_fastest_sketch_of_each_width_wins():
-    rows = [
-        {"pass": which, "provider": provider, "M": "8192", "K": "4096", "L": width, "p50_ms": ms}
-        for which, provider, width, ms in (
-            ("update", "plan eager", "64", "3"),
-            ("update", "plan triton one_read", "64", "2"),
-            ("update", "plan cuda", "64", "1"),
-            ("update", "covariance", "64", "0.1"),
-            ("finish", "plan eager", "64", "0.1"),
-            ("update", "plan eager", "576", "1"),
-            ("update", "plan triton two_reads", "576", "0.9"),
-        )
-    ]
-    assert sketch_entries(rows) == [
-        {"sizes": [8192, 4096, 64], "update_sketch": "cuda"},
-        {"sizes": [8192, 4096, 576], "update_sketch": "triton two_reads"},
-    ]
 
 
 def test_a_shape_whose_backward_was_cut_off_has_no_entry():
@@ -279,7 +259,7 @@ def test_the_check_writes_the_table_of_its_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(plans, "FOLDER", winners.FOLDER)
     table = plans._table.__wrapped__("A GPU")
     assert {op: len(entries) for op, entries in table.items() if op != "threads"} == {
-        "linear": 2, "linear_group": 1, "fold": 0, "sketch": 0,
+        "linear": 2, "linear_group": 1, "fold": 0,
     }  # fmt: skip
     assert table["threads"] == 0
 

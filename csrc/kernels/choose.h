@@ -14,8 +14,8 @@ auto with_constant(int value, const USE& use) {
     return use(std::integral_constant<int, VALUE>{});
 }
 
-// use(TYPE{}) with the type at this place among TYPES, else with the last: Bf16, Fp16 and Fp32 in
-// the order of Dtype.
+// use(TYPE{}) with the type at this place among TYPES, else with the last: Bf16 and Fp16 in the
+// order of Dtype.
 template <class TYPE, class... OTHERS, class INDEX, class USE>
 auto with_type(INDEX index, const USE& use) {
     if constexpr (sizeof...(OTHERS) > 0) {

@@ -1,6 +1,5 @@
-// Device code of the narrow products: a tall X [M, C] against a few columns, bound by reading X.
+// Device code of the narrow product: a tall X [M, C] against a few columns, bound by reading X.
 //
-//     rows_kernel      registers only: a block's 8 warps take 64 columns each in turn, then add up
 //     columns_kernel   X through shared memory in 3 stages: 32 rows x 256 columns at a time
 //     sum_parts_kernel adds the float32 parts of what several blocks summed, in order
 //
@@ -40,96 +39,19 @@ __device__ __forceinline__ float& share(float* warps_smem, int row, int rank) {
     return warps_smem[(threadIdx.x / 32 * ROWS + row) * RANKS + rank];
 }
 
-// Adds up all warps' shares of a tile, whose first element is (first_row, first_rank) of a result.
+// Adds up all warps' shares of a tile, whose first row is `first_row` of a result.
 template <class T, int ROWS, int RANKS>
 __device__ __forceinline__ void store_shares(const float* warps_smem, const Sum& result, int part,
-                                             int64_t first_row, int64_t last_row, int first_rank) {
+                                             int64_t first_row, int64_t last_row) {
     for (int i = threadIdx.x; i < ROWS * RANKS; i += kNarrowThreads) {
         const int64_t row = first_row + i / RANKS;
-        const int rank = first_rank + i % RANKS;
+        const int rank = i % RANKS;
         if (row >= last_row || rank >= result.row_length) continue;
         float sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < kNarrowWarps; ++w) sum += warps_smem[w * ROWS * RANKS + i];
         result.store<T>(part, row * result.row_length + rank, row * result.ldo + rank, sum);
     }
-}
-
-struct RowsKernelParams {
-    const uint16_t* x_gmem;
-    const uint16_t* v_gmem;
-    Sum p;
-    int m, c, r;
-    int64_t ldx, ldv;
-    int per_split;
-};
-
-// P = scaling · X Vᵀ for 16·ROW_TILES rows, 8·RANK_TILES ranks and one split of the columns.
-//
-// The order of a sum is free, so a fragment need not hold neighbouring columns: lane (g, t) loads 8
-// neighbours of row g at column 8t, and uses them in two products, in V as in X. Every load has 16
-// bytes and no shuffle or shared memory stands between memory and the tensor cores.
-template <class T, int ROW_TILES, int RANK_TILES>
-__global__ void __launch_bounds__(kNarrowThreads, rows_blocks_together(ROW_TILES, RANK_TILES))
-    rows_kernel(const RowsKernelParams params) {
-    constexpr int kRows = 16 * ROW_TILES, kRanks = 8 * RANK_TILES;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
-    const int first_rank = blockIdx.y * kRanks;
-    const int first = blockIdx.z * params.per_split;
-    const int last = first + params.per_split < params.c ? first + params.per_split : params.c;
-    let_dependents_launch();
-
-    float p[ROW_TILES][RANK_TILES][4] = {};
-    for (int start = first + 64 * warp; start < last; start += kRowsStep) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {  // 32 columns each
-            const int column = start + 32 * half + 8 * t;
-            const bool in_columns = column < last;
-            uint4 x[ROW_TILES][2], v[RANK_TILES];
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; ++i) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const int64_t row = first_row + 16 * i + 8 * j + g;
-                    x[i][j] = load_16(params.x_gmem + row * params.ldx + column,
-                                      in_columns && row < params.m);
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < RANK_TILES; ++n) {
-                const int rank = first_rank + 8 * n + g;
-                v[n] = load_16(params.v_gmem + rank * params.ldv + column,
-                               in_columns && rank < params.r);
-            }
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; ++i) {
-                const uint32_t low[4] = {x[i][0].x, x[i][1].x, x[i][0].y, x[i][1].y};
-                const uint32_t high[4] = {x[i][0].z, x[i][1].z, x[i][0].w, x[i][1].w};
-#pragma unroll
-                for (int n = 0; n < RANK_TILES; ++n) {
-                    mma<T>(p[i][n], low, v[n].x, v[n].y);
-                    mma<T>(p[i][n], high, v[n].z, v[n].w);
-                }
-            }
-        }
-    }
-
-    float* const warps_smem = reinterpret_cast<float*>(shared_memory());  // [warp, row, rank]
-#pragma unroll
-    for (int i = 0; i < ROW_TILES; ++i) {
-#pragma unroll
-        for (int n = 0; n < RANK_TILES; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int row = 16 * i + g + e / 2 * 8, rank = 8 * n + 2 * t + e % 2;
-                share<kRows, kRanks>(warps_smem, row, rank) = p[i][n][e];
-            }
-        }
-    }
-    __syncthreads();
-    store_shares<T, kRows, kRanks>(warps_smem, params.p, blockIdx.z, first_row, params.m,
-                                   first_rank);
 }
 
 struct ColumnsKernelParams {
@@ -140,26 +62,24 @@ struct ColumnsKernelParams {
     Sum rows;  // in one part for each block along C
     int m, c, r;
     int64_t ldx, ldp, ldv;
-    int64_t stride_dc, stride_dr;  // in d
     int per_split;
 };
 
-// D = scaling · Xᵀ P for 256 columns, 8·RANK_TILES ranks and one split of the rows, and WITH_ROWS
-// also rows_scaling · X V over those columns. A warp owns 32 columns and walks down the rows:
+// D = scaling · Xᵀ P for 256 columns, up to 8·RANK_TILES ranks and one split of the rows, and
+// rows_scaling · X V over those columns. A warp owns 32 columns and walks down the rows:
 //
 //               256 columns                  P
 //            ┌────┬────┬─ ─┬────┐          ┌────┐
 //    32 rows │ w0 │ w1 │   │ w7 │  stage   │    │     D: [32 columns, R] stays in registers
 //            └────┴────┴─ ─┴────┘          └────┘     X V: 8 warps add up in shared memory
-template <class T, int RANK_TILES, bool WITH_ROWS>
+template <class T, int RANK_TILES>
 __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKernelParams params) {
     constexpr int kRanks = 8 * RANK_TILES, kPRow = 8 * p_chunks(RANK_TILES);
     constexpr int kXTile = kColumnsRows * kColumnsBlock, kPTile = kColumnsRows * kPRow;
     constexpr int kXWords = kColumnsBlock / 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int first_column = blockIdx.x * kColumnsBlock;
-    const int first_rank = blockIdx.y * kRanks;
-    const int64_t first = static_cast<int64_t>(blockIdx.z) * params.per_split;
+    const int64_t first = static_cast<int64_t>(blockIdx.y) * params.per_split;
     const int64_t last = first + params.per_split < params.m ? first + params.per_split : params.m;
     const int steps = static_cast<int>((last - first + kColumnsRows - 1) / kColumnsRows);
     let_dependents_launch();
@@ -181,23 +101,20 @@ __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKe
         }
         for (int i = threadIdx.x; i < kColumnsRows * RANK_TILES; i += kNarrowThreads) {
             const int row = i / RANK_TILES, word = i % RANK_TILES;
-            const int rank = first_rank + 8 * word;
+            const int rank = 8 * word;
             copy_async(p + row * kPRow + 8 * word, params.p_gmem + (top + row) * params.ldp + rank,
                        top + row < last && rank < params.r);
         }
     };
 
     uint32_t v[2][RANK_TILES][2] = {};  // of this warp's 32 columns, for the whole walk
-    if (WITH_ROWS) {
 #pragma unroll
-        for (int i = 0; i < 8 * RANK_TILES; ++i) {
-            const int k = i / (4 * RANK_TILES), n = i / 4 % RANK_TILES, e = i % 4;
-            const int column = first_column + 32 * warp + 16 * k + 2 * t + e / 2 * 8 + e % 2;
-            const int rank = first_rank + 8 * n + g;
-            if (column < params.c && rank < params.r) {
-                v[k][n][e / 2] |= uint32_t{params.v_gmem[column * params.ldv + rank]}
-                                  << 16 * (e % 2);
-            }
+    for (int i = 0; i < 8 * RANK_TILES; ++i) {
+        const int k = i / (4 * RANK_TILES), n = i / 4 % RANK_TILES, e = i % 4;
+        const int column = first_column + 32 * warp + 16 * k + 2 * t + e / 2 * 8 + e % 2;
+        const int rank = 8 * n + g;
+        if (column < params.c && rank < params.r) {
+            v[k][n][e / 2] |= uint32_t{params.v_gmem[column * params.ldv + rank]} << 16 * (e % 2);
         }
     }
 
@@ -225,42 +142,37 @@ __global__ void __launch_bounds__(kNarrowThreads) columns_kernel(const ColumnsKe
                     mma<T>(d[k][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
                 }
             }
-            if (WITH_ROWS) {
-                float sum[RANK_TILES][4] = {};
+            float sum[RANK_TILES][4] = {};
 #pragma unroll
-                for (int k = 0; k < 2; ++k) {
-                    uint32_t a[4];  // X: 16 rows by 16 columns
-                    load_matrices(
-                        a, x + place<kXWords>(rows + lane % 16, 4 * warp + 2 * k + lane / 16));
+            for (int k = 0; k < 2; ++k) {
+                uint32_t a[4];  // X: 16 rows by 16 columns
+                load_matrices(a,
+                              x + place<kXWords>(rows + lane % 16, 4 * warp + 2 * k + lane / 16));
 #pragma unroll
-                    for (int n = 0; n < RANK_TILES; ++n) mma<T>(sum[n], a, v[k][n][0], v[k][n][1]);
-                }
+                for (int n = 0; n < RANK_TILES; ++n) mma<T>(sum[n], a, v[k][n][0], v[k][n][1]);
+            }
 #pragma unroll
-                for (int n = 0; n < RANK_TILES; ++n) {
+            for (int n = 0; n < RANK_TILES; ++n) {
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const int row = rows + g + e / 2 * 8, rank = 8 * n + 2 * t + e % 2;
-                        share<kColumnsRows, kRanks>(warps_smem, row, rank) = sum[n][e];
-                    }
+                for (int e = 0; e < 4; ++e) {
+                    const int row = rows + g + e / 2 * 8, rank = 8 * n + 2 * t + e % 2;
+                    share<kColumnsRows, kRanks>(warps_smem, row, rank) = sum[n][e];
                 }
             }
         }
-        if (WITH_ROWS) {
-            __syncthreads();
-            const int64_t top = first + static_cast<int64_t>(step) * kColumnsRows;
-            store_shares<T, kColumnsRows, kRanks>(warps_smem, params.rows, blockIdx.x, top, last,
-                                                  first_rank);
-        }
+        __syncthreads();
+        const int64_t top = first + static_cast<int64_t>(step) * kColumnsRows;
+        store_shares<T, kColumnsRows, kRanks>(warps_smem, params.rows, blockIdx.x, top, last);
     });
 
 #pragma unroll
     for (int i = 0; i < 8 * RANK_TILES; ++i) {
         const int k = i / (4 * RANK_TILES), n = i / 4 % RANK_TILES, e = i % 4;
         const int64_t column = first_column + 32 * warp + 16 * k + g + e / 2 * 8;
-        const int rank = first_rank + 8 * n + 2 * t + e % 2;
+        const int rank = 8 * n + 2 * t + e % 2;
         if (column >= params.c || rank >= params.r) continue;
-        const int64_t at = column * params.stride_dc + rank * params.stride_dr;
-        params.d.store<T>(blockIdx.z, at, at, d[k][n][e]);
+        const int64_t at = column * params.r + rank;
+        params.d.store<T>(blockIdx.y, at, at, d[k][n][e]);
     }
 }
 

@@ -1,12 +1,9 @@
 // What our own kernels ask of the hardware (sm_80 and newer): 16-bit elements, matrix fragments of
-// a warp, asynchronous copies, order between blocks. Up to the last #endif, tests/emulator/warp.h
-// is its twin for a CPU.
+// a warp, asynchronous copies. Up to the last #endif, tests/emulator/warp.h is its twin for a CPU.
 //
 // Fragments, with g = lane / 4 and t = lane % 4, as the PTX ISA numbers them:
 //   16-bit a [16, 16]: rows g, g+8 at columns 2t..2t+1, then both again at columns 2t+8..2t+9
 //          b [16, 8]:  column g at rows 2t..2t+1 and 2t+8..2t+9
-//   tf32   a [16, 8]:  rows g, g+8 at column t, then both at column t+4
-//          b [8, 8]:   column g at rows t and t+4
 //   float  d [16, 8]:  row g at columns 2t, 2t+1, then row g+8
 #pragma once
 
@@ -24,8 +21,6 @@ namespace nsru {
 // Elements travel as their bits.
 struct Bf16 {
     using Bits = uint16_t;
-    static constexpr float kLargest = 3.38953139e38f;
-    static __device__ float widen(Bits bits) { return __uint_as_float(uint32_t{bits} << 16); }
     static __device__ Bits round(float value) {
         return __bfloat16_as_ushort(__float2bfloat16_rn(value));
     }
@@ -33,8 +28,6 @@ struct Bf16 {
 
 struct Fp16 {
     using Bits = uint16_t;
-    static constexpr float kLargest = 65504.0f;
-    static __device__ float widen(Bits bits) { return __half2float(__ushort_as_half(bits)); }
     static __device__ Bits round(float value) { return __half_as_ushort(__float2half_rn(value)); }
 };
 
@@ -70,11 +63,6 @@ __device__ inline void mma<Fp16>(float (&d)[4], const uint32_t (&a)[4], uint32_t
     NSRU_MMA("m16n8k16.row.col.f32.f16.f16.f32");
 }
 
-// d += a·b over float32 bits, of which the tensor core reads the upper 19.
-__device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    NSRU_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
-}
-
 // Four 8x8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8. Register j gets, of
 // matrix j, row g at columns 2t..2t+1.
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row_smem) {
@@ -108,51 +96,6 @@ __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(UNDER_WAY) : "memory");
 }
 
-// 16 aligned bytes; zeros, and no read, where not `inside`.
-__device__ inline uint4 load_16(const void* gmem, bool inside) {
-    return inside ? __ldg(static_cast<const uint4*>(gmem)) : make_uint4(0, 0, 0, 0);
-}
-
-// ---- Order between blocks. A block waits only for work with smaller tickets, which is finished or
-// held by a running block: no number of resident blocks can deadlock.
-
-// The next ticket, to thread 0 alone; 0 to the others.
-__device__ inline int ask_for_ticket(int* counter_gmem) {
-    return threadIdx.x == 0 ? atomicAdd(counter_gmem, 1) : 0;
-}
-
-// Counts this block at a flag, all that it stored before being visible to who waits there. Returns
-// the count before, to every thread.
-__device__ inline int signal(int* flag_gmem, int* slot_smem) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int before;
-        asm volatile("fence.acq_rel.gpu;\n\tatom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
-                     : "=r"(before)
-                     : "l"(flag_gmem)
-                     : "memory");
-        *slot_smem = before;
-    }
-    __syncthreads();
-    return *slot_smem;
-}
-
-// Waits until `count` blocks have signalled; what they stored can then be loaded by any load that
-// is not `load_16`.
-__device__ inline void wait_for(const int* flag_gmem, int count) {
-    if (threadIdx.x == 0) {
-        int seen;
-        do {
-            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
-                         : "=r"(seen)
-                         : "l"(flag_gmem)
-                         : "memory");
-        } while (seen < count);
-        asm volatile("fence.acq_rel.gpu;" ::: "memory");
-    }
-    __syncthreads();
-}
-
 // ---- Programmatic dependent launch, sm_90 and newer; nothing before.
 
 // The next kernel of the stream may be launched as soon as every block has said so or ended.
@@ -166,21 +109,6 @@ __device__ inline void let_dependents_launch() {
 #endif
 
 namespace nsru {
-
-struct Fp32 {
-    using Bits = uint32_t;
-    static constexpr float kLargest = 3.40282347e38f;
-    static __device__ float widen(Bits bits) { return __uint_as_float(bits); }
-    static __device__ Bits round(float value) { return __float_as_uint(value); }
-};
-
-// The next ticket, to every thread of the block. `slot_smem` is this function's own.
-__device__ inline int take_ticket(int* counter_gmem, int* slot_smem) {
-    __syncthreads();
-    if (threadIdx.x == 0) *slot_smem = ask_for_ticket(counter_gmem);
-    __syncthreads();
-    return *slot_smem;
-}
 
 // Element at which a 16-byte word of a tile in shared memory lies. Eight rows of one word, which
 // a fragment takes, are in different banks.

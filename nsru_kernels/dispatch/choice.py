@@ -35,6 +35,7 @@ class Op:
         dtypes: backend → the dtypes that its kernels take. A backend that is missing here has no
             kernels of its own and is served by library GEMMs.
         kernels: backend → what its kernels have been through.
+        cuda_by_triton: Triton's kernels serve under the name "cuda" too, where both can run.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Op:
     load: Callable[[str], ModuleType]
     dtypes: Mapping[str, frozenset[torch.dtype]]
     kernels: Mapping[str, str]
+    cuda_by_triton: bool = False
 
     def refuses(self, backend: str, dtypes: Iterable[torch.dtype]) -> torch.dtype | None:
         """The first of ``dtypes`` that the backend's kernels do not take."""
@@ -126,7 +128,8 @@ def unavailable(op: Op, backend: str, device: torch.device) -> str | None:
         case "triton":
             return launch.unavailable(device)
         case "cuda":
-            return extension.unavailable(op.name, device)
+            reason = extension.unavailable(op.name, device)
+            return launch.unavailable(device) if reason is None and op.cuda_by_triton else reason
     return None
 
 

@@ -21,7 +21,7 @@ from nsru_kernels.dispatch.choice import (
 from nsru_kernels.dispatch.config import BACKENDS, requested_backend
 from nsru_kernels.ops.linear import backends as linear
 from nsru_kernels.ops.project import backends as project
-from nsru_kernels.ops.sketch import backends as sketch
+from nsru_kernels.ops.sketch import QUERY, SKETCH
 
 # public function → its op, and what a call with these arguments is looked up by
 OPS: dict[str, tuple[Op, Callable[[tuple], Query]]] = {
@@ -29,7 +29,7 @@ OPS: dict[str, tuple[Op, Callable[[tuple], Query]]] = {
     "nsru_linear_group": (linear.LINEAR, linear.query_of_group),
     "project_adapter": (project.PROJECT, project.query_of_call),
     "project_adapters": (project.PROJECT, project.query_of_call),
-    "RetainSketch.update": (sketch.SKETCH, sketch.query_of_call),
+    "RetainSketch.update": (SKETCH, lambda args: QUERY),
 }
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-DTYPES = {**SHORT, torch.float32: "fp32"}
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # 16-bit elements in 16 bytes, the unit of TMA and of wide loads for addresses and row distances.
 ALIGNED = 8
-_INTERFACE = 2  # of csrc/bindings.cpp
+_INTERFACE = 3  # of csrc/bindings.cpp
 # Ops whose kernels use wgmma and TMA as sm_90a code has them; such code runs on 9.0 only.
 _HOPPER_ONLY = ("linear",)
 _OLD = "Update the driver, rebuild with an older nvcc, or use 'triton'."

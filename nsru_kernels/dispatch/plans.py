@@ -5,8 +5,7 @@ AMX, from measurements.
      "linear": [{"sizes": [8192, 4096, 4096, 16], "forward": "eager expand_first",
                  "backward": "cuda kext 128x256x64_2x1_cooperative/4"}],
      "linear_group": [{"sizes": [512, 2048, 3072, 48], "forward": "cpu", "backward": "cpu"}],
-     "fold": [{"sizes": [224], "fold_many": "triton"}],
-     "sketch": [{"sizes": [8192, 4096, 576], "update_sketch": "triton two_reads"}]}
+     "fold": [{"sizes": [224], "fold_many": "triton"}]}
 
 A winner is a backend, where it has several plans one of them, and where that was measured its
 configuration (for CUDA with the swizzle after the slash). A call takes the nearest measured sizes,

@@ -6,9 +6,8 @@ beforehand, as modules call them.
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,19 +15,25 @@ from torch import Tensor, nn
 
 import nsru_kernels as nk
 from nsru_bench.cases import Operands, Provider, copies
-from nsru_kernels.dispatch import choose, extension, launch
+from nsru_kernels.dispatch import extension, launch
 from nsru_kernels.dispatch.choice import unavailable, wrong_dtype
 from nsru_kernels.dispatch.plans import CPU_WITH_AMX, FOLDER, slug
 from nsru_kernels.ops.linear import projected_linears
 from nsru_kernels.ops.linear.backends import LINEAR
-from nsru_kernels.ops.linear.cuda_products import CONFIGS
+from nsru_kernels.ops.linear.cuda_products import CONFIGS, columns_product
 from nsru_kernels.ops.products import one_read_pays
 from nsru_kernels.ops.project.autograd import project_groups
-from nsru_kernels.ops.sketch import energy_limit
-from nsru_kernels.ops.sketch.backends import SKETCH
+from nsru_kernels.ops.sketch import update_sketch
 from nsru_kernels.ops.sketch.reference import multiplies_short
 
-__all__ = ["CPU_WITH_AMX", "FOLDER", "project_groups", "slug"]
+__all__ = [
+    "CPU_WITH_AMX",
+    "FOLDER",
+    "one_read_pays",
+    "project_groups",
+    "slug",
+    "update_sketch",
+]
 TIMED_SWIZZLES = (1, 4, 8)
 
 
@@ -144,21 +149,17 @@ class TritonProducts:
         return self.products.columns_product(x_MC, p_MR, 1.0, rank_first=True)
 
 
-class CudaProducts(TritonProducts):
-    """The same by our CUDA kernels."""
+class CudaProducts:
+    """The one that our CUDA kernels have, up to the rank where it pays."""
 
-    def __init__(self) -> None:
-        from nsru_kernels.ops.linear import cuda_products
-
-        self.products = cuda_products
-
-    def rows(self, x_MC: Tensor, v_RC: Tensor) -> Tensor:
-        return self.products.rows_product(x_MC, v_RC)
+    def both(self, x_MC: Tensor, p_MR: Tensor, v_CR: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.empty_like(p_MR)
+        return rows, columns_product(x_MC, p_MR, 1.0, v_CR=v_CR, rows_out=rows)
 
 
-def narrow_products(device: torch.device) -> dict[str, TritonProducts]:
+def narrow_products(device: torch.device) -> dict[str, Any]:
     """Those that can run here; the others are named."""
-    found: dict[str, TritonProducts] = {}
+    found: dict[str, Any] = {}
     for name, reason, make in (
         ("triton", launch.unavailable(device), TritonProducts),
         ("cuda", extension.unavailable("linear", device), CudaProducts),
@@ -174,21 +175,3 @@ def by_short_products(device: torch.device) -> bool:
     """Whether the library's update of 16-bit activations leaves the host alone."""
     x_MK = torch.empty(0, 1, device=device, dtype=torch.bfloat16)
     return multiplies_short(x_MK, x_MK.float())
-
-
-def sketch_update(
-    backend: str, plan: str, device: torch.device
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """(x, Ω, Y, H) → the energy of x, added to Y and H by one backend and plan.
-
-    Raises:
-        BackendUnavailable: the backend cannot run here.
-    """
-    requested = (backend, device, "sketch", "update_sketch", (), (), torch.get_num_threads())
-    module = choose(SKETCH, *requested).module
-    add = functools.partial(module.update_sketch, **({"plan": plan} if plan else {}))
-
-    def update(x_MK: Tensor, omega_KL: Tensor, y_KL: Tensor, h_LL: Tensor) -> Tensor:
-        return add(x_MK, omega_KL, y_KL, h_LL, None, False, energy_limit(y_KL.dtype))
-
-    return update

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from nsru_bench.cases import assert_near, normal_numbers, tolerance
-from nsru_bench.internals import narrow_products
+from nsru_bench.internals import narrow_products, one_read_pays
 from nsru_bench.session import Session
 from nsru_bench.timing import Call, copies_beyond_caches
 
@@ -49,6 +49,8 @@ def run(session: Session) -> None:
 def run_product(
     session: Session, ways: dict[str, Any], product: str, m: int, c: int, r: int
 ) -> None:
+    if product != "dS + dB" or not one_read_pays(r):
+        ways = {name: way for name, way in ways.items() if name != "cuda"}
     normal = normal_numbers(session.device)
 
     def draw(*shape: int) -> Tensor:

@@ -12,7 +12,6 @@ import functools
 import torch
 from torch import Tensor
 
-import nsru_kernels as nk
 from nsru_bench import timing
 from nsru_bench.cases import SUM_TOLERANCE, assert_near, normal_numbers
 from nsru_bench.rows import PREFIX
@@ -29,7 +28,7 @@ from nsru_bench.sketch_methods import (
     residual_energy,
 )
 
-# (K, L): two inputs of Llama-3-8B, one narrow enough for a single read of x, Llama-3.2-1B's.
+# (K, L): two inputs of Llama-3-8B, one with a narrow sketch too, and Llama-3.2-1B's.
 SHAPES = [(14336, 576), (4096, 576), (4096, 128), (2048, 320)]
 CPU_SHAPES = [(1024, 144), (2048, 320), (1024, 64)]
 TINY_SHAPES = [(96, 16)]
@@ -65,7 +64,7 @@ def make_streaming(session: Session, tokens: int, k: int, width: int) -> dict[st
         "covariance": Covariance(k, device),
         "RetainSketch": Sketch(k, width, device, refresh_every=NEVER),
         "RetainSketch, a refresh each": Sketch(k, width, device, refresh_every=tokens),
-        f"{PREFIX}eager": Op(k, width, device, "eager"),
+        f"{PREFIX}eager": Op(k, width, device),
     }
     if 4 * width <= k <= EIGH_FEATURES:
         methods["RetainSketch, exact"] = Sketch(k, k, device)
@@ -77,18 +76,6 @@ def make_streaming(session: Session, tokens: int, k: int, width: int) -> dict[st
             print("no covariance from 16-bit products: torch.mm has no out_dtype", flush=True)
         else:
             methods["covariance, 16-bit product"] = sixteen
-    for name in ("triton one_read", "triton two_reads", "cuda"):
-        backend, _, plan = name.partition(" ")
-        if device.type == "cpu" and session.dtype == torch.bfloat16:
-            print(f"no {name}: Triton's interpreter has wrong bf16 products", flush=True)
-            continue
-        try:
-            op = Op(k, width, device, backend, plan)
-            op.update(torch.zeros(1, k, device=device, dtype=session.dtype))
-        except nk.BackendUnavailable as error:
-            print(f"no {PREFIX}{name}: {error}", flush=True)
-        else:
-            methods[f"{PREFIX}{name}"] = op
     return methods
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import nsru_kernels as nk
 from nsru_bench.cases import normal_numbers
-from nsru_bench.internals import by_short_products, sketch_update
+from nsru_bench.internals import by_short_products, update_sketch
 
 NEVER = 2**62  # tokens between refreshes
 
@@ -78,24 +78,17 @@ class Sketch(Method):
 
 
 class Op(Method):
-    """The sketch's update on bare accumulators, by one backend and plan; it has no finish.
+    """The sketch's update on bare accumulators; it has no finish."""
 
-    Raises:
-        BackendUnavailable: the backend cannot run here.
-    """
-
-    def __init__(
-        self, k: int, width: int, device: torch.device, backend: str, plan: str = ""
-    ) -> None:
-        self.add = sketch_update(backend, plan, device)
-        self.waits = backend == "eager" and not by_short_products(device)
+    def __init__(self, k: int, width: int, device: torch.device) -> None:
+        self.waits = not by_short_products(device)
         self.omega_KL = (normal_numbers(device)(k, width) * k**-0.5).to(torch.bfloat16)
         self.y_KL = torch.zeros(k, width, device=device)
         self.h_LL = torch.zeros(width, width, device=device)
         self.trace = torch.zeros((), device=device, dtype=torch.float64)
 
     def update(self, x_MK: Tensor) -> None:
-        self.trace += self.add(x_MK, self.omega_KL, self.y_KL, self.h_LL)
+        self.trace += update_sketch(x_MK, self.omega_KL, self.y_KL, self.h_LL, backend="eager")
 
     def kept(self) -> Iterable[Tensor]:
         return self.omega_KL, self.y_KL, self.h_LL, self.trace

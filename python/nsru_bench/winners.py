@@ -37,21 +37,18 @@ def write_plans(folder: Path) -> Path:
 
 
 def plan_table(folder: Path) -> dict[str, Any]:
-    """What a file of ``nsru_kernels/plans`` holds, from the rows of linear, siblings, fold, sketch.
+    """What a file of ``nsru_kernels/plans`` holds, from the rows of linear, siblings, fold.
 
-    A CPU's table has "threads" and no sketch, for which there is no CPU kernel.
+    A CPU's table has "threads".
 
     Raises:
         ValueError: the rows are of several devices, dtypes or commits, or of tiny sizes, or of a
             CPU that cannot run the kernels.
     """
-    ops = ("linear", "siblings", "fold", "sketch")
-    linear, siblings, fold, sketch = (read(folder / f"{op}.csv") for op in ops)
+    linear, siblings, fold = (read(folder / f"{op}.csv") for op in ("linear", "siblings", "fold"))
     linears = [*linear, *siblings]
     on_cpu = any(row["timing"] == "clock" for row in linears)  # GPUs are timed by graphs or events
-    rows, columns = [*linears, *fold, *sketch], COLUMNS
-    if on_cpu:
-        rows, columns = [*linears, *fold], (*COLUMNS, "threads")
+    rows, columns = [*linears, *fold], (*COLUMNS, "threads") if on_cpu else COLUMNS
     runs = {tuple(row[column] for column in columns) for row in rows}
     if len(runs) != 1:
         raise ValueError(f"plans need the rows of one run, {folder} has {sorted(runs)}.")
@@ -62,7 +59,7 @@ def plan_table(folder: Path) -> dict[str, Any]:
     table |= {"linear": entries(linear), "linear_group": entries(siblings)}
     table["fold"] = fold_entries(fold)
     if not on_cpu:
-        return table | {"sketch": sketch_entries(sketch)}
+        return table
     if not any(row["provider"] == f"{PREFIX}cpu" for row in rows):
         raise ValueError(f"{folder} has no times of the CPU kernels: no AMX here, or not bf16?")
     return table | {"threads": int(table["threads"])}
@@ -104,23 +101,14 @@ def linear_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def sketch_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """One entry per shape: the fastest plan of a batch's update."""
-    return [
-        {"sizes": list(sizes), "update_sketch": _clear_winner(passes["update"])}
-        for sizes, passes in _by_shape(rows, "MKL")
-        if "update" in passes
-    ]
-
-
 def _by_shape(
-    rows: Iterable[Row], letters: str = "MKNR"
+    rows: Iterable[Row],
 ) -> list[tuple[tuple[int, ...], dict[str, dict[str, float]]]]:
     """(sizes, pass → plan → milliseconds), in order of the sizes."""
     found: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
     for row in rows:
         if row["provider"].startswith(PREFIX):
-            times = found.setdefault(tuple(int(row[letter]) for letter in letters), {})
+            times = found.setdefault(tuple(int(row[letter]) for letter in "MKNR"), {})
             # The same sizes at another Q: plans see no basis, so the first row says it all.
             plan = row["provider"].removeprefix(PREFIX)
             times.setdefault(row["pass"], {}).setdefault(plan, float(row["p50_ms"]))

@@ -19,9 +19,6 @@ namespace {
 
 constexpr unsigned kLanes = 32;
 constexpr size_t kStackBytes = 256 * 1024;
-// Blocks that share the device at a time. More than one, so that those that wait for each other
-// do; fewer than any grid of a persistent kernel, so that no kernel may count on all of them.
-constexpr size_t kResident = 3;
 
 struct Meeting {
     unsigned arrived = 0;
@@ -37,8 +34,8 @@ struct Block {
     std::vector<unsigned char> memory;
     unsigned char* shared = nullptr;
     Meeting meeting;
+    unsigned threads = 0;
     std::vector<Warp> warps;
-    unsigned running = 0;
 };
 
 struct Copy {
@@ -61,7 +58,7 @@ struct Thread {
 
 jmp_buf scheduler;
 Thread* current = nullptr;
-Index grid, block_shape;
+Index grid;
 size_t dynamic_bytes = 0;
 const std::function<void()>* kernel_body = nullptr;
 std::exception_ptr failure;
@@ -133,33 +130,40 @@ void start(Thread& thread, Block& block, unsigned index) {
     makecontext(&thread.context, enter, 0);
 }
 
-std::unique_ptr<Block> make_block(uint64_t linear) {
-    auto block = std::make_unique<Block>();
-    block->index = index_of(linear);
-    block->memory.assign(dynamic_bytes + 128, 0xFF);  // NaN in every float format
-    const auto address = reinterpret_cast<uintptr_t>(block->memory.data());
-    block->shared = reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
-    block->warps.resize(block_shape.x / kLanes);
-    block->running = block_shape.x;
-    return block;
+// All threads of a block, to their end.
+void run_block(Block& block, std::vector<Thread>& threads) {
+    block.memory.assign(dynamic_bytes + 128, 0xFF);  // NaN in every float format
+    const auto address = reinterpret_cast<uintptr_t>(block.memory.data());
+    block.shared = reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
+    block.warps.resize(threads.size() / kLanes);
+    for (size_t i = 0; i < threads.size(); ++i) {
+        start(threads[i], block, static_cast<unsigned>(i));
+    }
+    size_t running = threads.size();
+    for (bool forward = true; running && !failure; forward = !forward) {
+        const uint64_t before = progress;
+        // There and back: no kernel may count on threads running in the order of their numbers.
+        for (size_t n = 0; n < threads.size() && !failure; ++n) {
+            Thread& thread = threads[forward ? n : threads.size() - 1 - n];
+            if (thread.ended) continue;
+            go_on(thread);
+            if (thread.ended) --running, ++progress;
+        }
+        if (progress == before && !failure) {
+            throw std::logic_error("every thread of the emulated block waits for another");
+        }
+    }
 }
 
 }  // namespace
 
 const Index& thread_index() { return current->index; }
 const Index& block_index() { return current->block->index; }
-const Index& block_size() { return block_shape; }
-const Index& grid_size() { return grid; }
 unsigned char* shared_memory() { return current->block->shared; }
 size_t shared_bytes() { return dynamic_bytes; }
 
-void wait_until(const std::function<bool()>& reached) {
-    while (!reached()) yield();
-    ++progress;
-}
-
 void meet_block() {
-    meet(current->block->meeting, block_shape.x, [] {});
+    meet(current->block->meeting, current->block->threads, [] {});
 }
 
 void meet_warp(void* mine, const std::function<void(void* const*)>& combine) {
@@ -194,44 +198,17 @@ void wait_for_copies(int under_way) {
 void run(const Index& grid_shape, unsigned threads, size_t bytes,
          const std::function<void()>& body) {
     grid = grid_shape;
-    block_shape = {threads, 1, 1};
     dynamic_bytes = bytes;
     kernel_body = &body;
     failure = nullptr;
     static std::vector<Thread> pool;
-    pool.resize(std::max(pool.size(), kResident * threads));
-
+    pool.resize(threads);
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-    uint64_t next = 0;
-    std::vector<std::unique_ptr<Block>> resident(kResident);
-    for (bool forward = true; !failure; forward = !forward) {
-        bool any = false;
-        for (size_t slot = 0; slot < kResident; ++slot) {
-            if (!resident[slot] && next < blocks) {
-                resident[slot] = make_block(next++);
-                for (unsigned i = 0; i < threads; ++i) {
-                    start(pool[slot * threads + i], *resident[slot], i);
-                }
-                ++progress;
-            }
-            any = any || resident[slot];
-        }
-        if (!any) break;
-        const uint64_t before = progress;
-        // There and back: no kernel may count on threads running in the order of their numbers.
-        for (size_t n = 0; n < kResident * threads && !failure; ++n) {
-            const size_t i = forward ? n : kResident * threads - 1 - n;
-            auto& block = resident[i / threads];
-            if (!block || pool[i].ended) continue;
-            go_on(pool[i]);
-            if (current->ended) {
-                ++progress;
-                if (--block->running == 0) block.reset();
-            }
-        }
-        if (progress == before && !failure) {
-            throw std::logic_error("every thread of the emulated kernel waits for another");
-        }
+    for (uint64_t linear = 0; linear < blocks && !failure; ++linear) {
+        Block block;
+        block.index = index_of(linear);
+        block.threads = threads;
+        run_block(block, pool);
     }
     if (failure) std::rethrow_exception(failure);
 }

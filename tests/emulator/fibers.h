@@ -1,5 +1,5 @@
-// Runs a kernel's threads as fibers of one CPU thread: blocks side by side, switching wherever a
-// thread waits. For tests only; see csrc/README.md.
+// Runs a kernel's threads as fibers of one CPU thread: block by block, switching wherever a thread
+// waits. For tests only; see csrc/README.md.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +14,8 @@ struct Index {
 // Of the thread that runs.
 const Index& thread_index();
 const Index& block_index();
-const Index& block_size();
-const Index& grid_size();
 unsigned char* shared_memory();
 size_t shared_bytes();
-
-// Lets other threads run until `reached()`.
-void wait_until(const std::function<bool()>& reached);
 
 // __syncthreads().
 void meet_block();
@@ -35,7 +30,7 @@ void close_copies();
 void wait_for_copies(int under_way);
 
 // Calls body() in every thread of the grid. Shared memory starts as NaN. Throws what body() throws,
-// and std::logic_error where all threads wait for each other.
+// and std::logic_error where all threads of a block wait for each other.
 void run(const Index& grid, unsigned threads, size_t shared_bytes,
          const std::function<void()>& body);
 

@@ -1,14 +1,11 @@
 // The twin of launch.h on a CPU: kernels run to their end in the call, on any `device` and stream.
 #pragma once
 
-#include <cstring>
-
 #include "fibers.h"
 
 namespace nsru {
 
-// Few multiprocessors, so that small tests split their sums and wait for each other as large
-// problems do on a GPU.
+// Few multiprocessors, so that small tests split their sums as large problems do on a GPU.
 inline Gpu gpu_of(int) { return {9, 0, 6, 227 * 1024}; }
 
 struct DeviceGuard {
@@ -22,7 +19,5 @@ void launch(const Launch& how, void (*kernel)(PARAMS...), const PARAMS&... args)
                   static_cast<unsigned>(how.threads), static_cast<size_t>(how.shared_bytes),
                   [&] { kernel(args...); });
 }
-
-inline void zero_async(void* gmem, size_t bytes, void*) { std::memset(gmem, 0, bytes); }
 
 }  // namespace nsru

@@ -15,22 +15,7 @@
 #define __launch_bounds__(...)
 #define threadIdx (nsru::emulator::thread_index())
 #define blockIdx (nsru::emulator::block_index())
-#define blockDim (nsru::emulator::block_size())
-#define gridDim (nsru::emulator::grid_size())
 #define __syncthreads nsru::emulator::meet_block
-
-struct alignas(16) uint4 {
-    uint32_t x, y, z, w;
-};
-struct alignas(8) float2 {
-    float x, y;
-};
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
-inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline uint32_t __float_as_uint(float value) {
     uint32_t bits;
@@ -43,30 +28,10 @@ inline float __uint_as_float(uint32_t bits) {
     return value;
 }
 
-inline void __syncwarp() {
-    nsru::emulator::meet_warp(nullptr, [](void* const*) {});
-}
-
-template <class VALUE>
-VALUE __shfl_xor_sync(unsigned, VALUE value, int mask) {
-    struct Lane {
-        VALUE in, out;
-        int mask;
-    } mine{value, value, mask};
-    nsru::emulator::meet_warp(&mine, [](void* const* lanes) {
-        for (int i = 0; i < 32; ++i) {
-            auto& lane = *static_cast<Lane*>(lanes[i]);
-            lane.out = static_cast<Lane*>(lanes[i ^ lane.mask])->in;
-        }
-    });
-    return mine.out;
-}
-
 namespace nsru {
 
 struct Bf16 {
     using Bits = uint16_t;
-    static constexpr float kLargest = 3.38953139e38f;
     static float widen(Bits bits) { return __uint_as_float(uint32_t{bits} << 16); }
     static Bits round(float value) {
         if (std::isnan(value)) return 0x7FFF;
@@ -77,7 +42,6 @@ struct Bf16 {
 
 struct Fp16 {
     using Bits = uint16_t;
-    static constexpr float kLargest = 65504.0f;
     static float widen(Bits bits) {
         const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
         const float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
@@ -109,20 +73,22 @@ struct Product {
     uint32_t b[2];
 };
 
-// d += a·b, where a register of a and b holds PER_WORD numbers: element(register, nth).
-template <int PER_WORD, class ELEMENT>
-void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                        const ELEMENT& element) {
-    constexpr int kDepth = 8 * PER_WORD;
+// d += a·b; a register of a and b holds two numbers.
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    constexpr int kDepth = 16;
     Product mine{d, a, {b0, b1}};
-    emulator::meet_warp(&mine, [&](void* const* lanes) {
+    emulator::meet_warp(&mine, [](void* const* lanes) {
+        const auto element = [](uint32_t word, int i) {
+            return T::widen(static_cast<uint16_t>(word >> 16 * i));
+        };
         float a_full[16][kDepth], b_full[kDepth][8];
         for (int lane = 0; lane < 32; ++lane) {
             const auto& from = *static_cast<Product*>(lanes[lane]);
             const int g = lane / 4, t = lane % 4;
             for (int half = 0; half < 2; ++half) {
-                for (int i = 0; i < PER_WORD; ++i) {
-                    const int k = PER_WORD * (4 * half + t) + i;
+                for (int i = 0; i < 2; ++i) {
+                    const int k = 2 * (4 * half + t) + i;
                     a_full[g][k] = element(from.a[2 * half], i);
                     a_full[g + 8][k] = element(from.a[2 * half + 1], i);
                     b_full[k][g] = element(from.b[half], i);
@@ -139,18 +105,6 @@ void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
             }
         }
     });
-}
-
-template <class T>
-void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    multiply_fragments<2>(d, a, b0, b1, [](uint32_t word, int i) {
-        return T::widen(static_cast<uint16_t>(word >> 16 * i));
-    });
-}
-
-inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    multiply_fragments<1>(
-        d, a, b0, b1, [](uint32_t bits, int) { return __uint_as_float(bits & ~uint32_t{0x1FFF}); });
 }
 
 template <bool TRANSPOSED>
@@ -193,26 +147,6 @@ inline void close_copies() { emulator::close_copies(); }
 template <int UNDER_WAY>
 void wait_for_copies() {
     emulator::wait_for_copies(UNDER_WAY);
-}
-
-inline uint4 load_16(const void* gmem, bool inside) {
-    if (!inside) return {0, 0, 0, 0};
-    if (reinterpret_cast<uintptr_t>(gmem) % 16) throw std::logic_error("load_16: not aligned");
-    return *static_cast<const uint4*>(gmem);
-}
-
-inline int ask_for_ticket(int* counter_gmem) { return threadIdx.x == 0 ? (*counter_gmem)++ : 0; }
-
-inline int signal(int* flag_gmem, int* slot_smem) {
-    __syncthreads();
-    if (threadIdx.x == 0) *slot_smem = (*flag_gmem)++;
-    __syncthreads();
-    return *slot_smem;
-}
-
-inline void wait_for(const int* flag_gmem, int count) {
-    if (threadIdx.x == 0) emulator::wait_until([=] { return *flag_gmem >= count; });
-    __syncthreads();
 }
 
 inline void let_dependents_launch() {}

@@ -26,8 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OPS = ("linear", "project", "sketch")
-TOKEN_OPS = ("linear", "sketch")
+OPS = ("linear", "project")
+TOKEN_OPS = ("linear",)
 # Around multiples of 16, for which sizes are otherwise specialised; 2^31 elements and more.
 TOKENS = (17, 32, 1000, 1008, 8192, 8191, 2**20)
 # Dynamic shared memory that one block may ask for (CUDA C++ programming guide, table of compute

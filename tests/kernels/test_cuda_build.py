@@ -101,14 +101,11 @@ def test_gemms_use_tensor_cores_and_both_pairs_of_descriptors(gemms, schedule, d
         assert not re.search(r"\b(STL|LDL)\b", sass)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "loads"), [("rows_kernel", r"LDG\.E\.128"), ("columns_kernel", r"LDGSTS\.E\S*\.128")]
-)
-def test_narrow_products_read_wide_words_into_tensor_cores(arch, kernel, loads):
-    found = {name: sass for name, sass in instructions(arch).items() if kernel in name}
-    assert len(found) >= 2 * 7, "bf16 and fp16, every number of rank tiles"
+def test_narrow_products_read_wide_words_into_tensor_cores(arch):
+    found = {name: sass for name, sass in instructions(arch).items() if "columns_kernel" in name}
+    assert len(found) == 2 * 3, "bf16 and fp16, every number of rank tiles"
     for name, sass in found.items():
-        assert len(re.findall(loads, sass)) >= 2, f"{name}: several in flight"
+        assert len(re.findall(r"LDGSTS\.E\S*\.128", sass)) >= 2, f"{name}: several in flight"
         assert len(re.findall(r"\bHMMA\b", sass)) >= 2, name
         assert ("PREEXIT" in sass) == (arch == "sm_90a"), "lets the GEMM launch before its end"
 
@@ -117,35 +114,6 @@ def test_narrow_products_fit_a_multiprocessor(resources):
     used = {name: fields["REG"] for name, fields in resources if "_kernelI" in name}
     for name, registers in used.items():
         assert registers * 256 <= REGISTERS, name
-
-
-def test_sketch_copies_wide_words_ahead_of_tensor_cores(arch):
-    found = {n: sass for n, sass in instructions(arch).items() if "sketch_update_kernel" in n}
-    assert len(found) == 2 * 6, "bf16 and fp16, tiles of 32 to 192 columns"
-    for name, sass in found.items():
-        assert len(re.findall(r"LDGSTS\.E\S*\.128", sass)) >= 4, name
-        assert len(re.findall(r"\bHMMA\b", sass)) >= 16, name
-
-
-def test_two_blocks_of_the_sketch_share_a_multiprocessor_up_to_128_columns(resources):
-    used = [(name, fields["REG"]) for name, fields in resources if "sketch_update_kernel" in name]
-    for name, registers in used:
-        width = int(re.search(r"Li(\d+)E", name)[1])
-        assert registers * 256 * (2 if width <= 128 else 1) <= REGISTERS, name
-
-
-def test_projections_copy_wide_words_ahead_of_tensor_cores_where_all_is_aligned(arch):
-    found = {n: sass for n, sass in instructions(arch).items() if "project_kernelI" in n}
-    assert len(found) == 3 * 3 + 1, "one for every pair of dtypes, and one for the rest"
-    for name, sass in found.items():
-        assert len(re.findall(r"\bHMMA\b", sass)) >= 16, name
-        wide = len(re.findall(r"LDGSTS\.E\S*\.128", sass))
-        assert wide >= 16 if "Lb1E" in name else wide == 0, name
-
-
-def test_three_blocks_of_the_projection_share_a_multiprocessor(resources):
-    for name, fields in resources:
-        assert "project_kernelI" not in name or 3 * 128 * fields["REG"] <= REGISTERS, name
 
 
 def test_no_symbol_of_torch_or_of_the_driver_is_needed():

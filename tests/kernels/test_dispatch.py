@@ -12,11 +12,12 @@ import torch
 
 import nsru_kernels as nk
 from nsru_kernels.dispatch import choice as dispatch
-from nsru_kernels.dispatch import cpu_extension, launch, plans
+from nsru_kernels.dispatch import cpu_extension, extension, launch, plans
 from nsru_kernels.dispatch import explain as explain_module
 from nsru_kernels.dispatch.explain import OPS
 from nsru_kernels.ops.linear import autograd, reference
 from nsru_kernels.ops.linear.backends import LINEAR
+from nsru_kernels.ops.project.backends import PROJECT
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
@@ -79,6 +80,20 @@ def test_a_named_backend_never_falls_back(backend):
         nk.nsru_linear_group(*several, scalings=[1.0] * 2, backend=backend)
     with pytest.raises(nk.BackendUnavailable, match=r"Use backend='eager'"):
         nk.project_adapter(torch.ones(1, 4), torch.ones(4, 1), backend=backend)
+
+
+def test_the_projection_under_the_name_of_cuda_is_tritons_kernel(monkeypatch):
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    monkeypatch.setattr(extension, "unavailable", lambda op, device: None)
+    a, basis = torch.randn(3, 40), torch.linalg.qr(torch.randn(40, 8)).Q
+    with pytest.raises(nk.BackendUnavailable, match=r"'cuda' .*Triton kernels need tensors on a"):
+        nk.project_adapter(a, basis, backend="cuda")
+    monkeypatch.setattr(launch, "unavailable", lambda device: None)
+    clear_caches()
+    assert dispatch.choose(
+        PROJECT, "cuda", CPU, "fold", "fold_many", (1,), (torch.float32,), threads=1
+    ).module is PROJECT.load("triton")
+    assert "Triton's serve" in str(nk.explain("project_adapter", a, basis))
 
 
 def test_unknown_names_are_refused_with_the_known_ones(monkeypatch):

@@ -97,9 +97,8 @@ def backward(
             continue
         if need_b[i] and need_ds and one_read_pays(b_NR.shape[1]):
             dbs[i] = columns_product(
-                dy_MN, padded(s), scaling, rank_first=False, v_CR=b_NR, rows_out=ds,
-                rows_scaling=scaling,
-            )  # fmt: skip
+                dy_MN, padded(s), scaling, v_CR=b_NR, rows_out=ds, rows_scaling=scaling
+            )
             continue
         if need_ds:
             torch.addmm(ds, dy_MN, b_NR, beta=0, alpha=scaling, out=ds)

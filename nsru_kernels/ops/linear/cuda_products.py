@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsru_kernels.dispatch import extension
 from nsru_kernels.dispatch.config import BackendUnavailable
-from nsru_kernels.dispatch.extension import ALIGNED, DTYPES, SHORT, has_wide_rows
+from nsru_kernels.dispatch.extension import ALIGNED, DTYPES, has_wide_rows
 
 CHOOSE = -1  # the extension picks a config by the number of output tiles
 # As csrc/host/kext_plan.h has them, in its order.
@@ -84,75 +84,43 @@ def kext_gemm(
     return out_MN
 
 
-def rows_product(
-    x_MC: Tensor, v_RC: Tensor, *, scaling: float = 1.0, out: Tensor | None = None
-) -> Tensor:
-    """scaling · X Vᵀ [M, R] in X's dtype, into ``out`` where given: X is read once.
-
-    Rows of X and V are contiguous and aligned, those of ``out`` contiguous.
-    """
-    (m, c), r = x_MC.shape, v_RC.shape[0]
-    out_MR = x_MC.new_empty(m, r) if out is None else out
-    if not m:
-        return out_MR
-    extension.launch(
-        "rows_product",
-        x_MC,
-        **_matrices("rows_product", x=x_MC, v=v_RC),
-        dtype=DTYPES[x_MC.dtype],
-        out=out_MR.data_ptr(),
-        ldo=out_MR.stride(0),
-        m=m,
-        c=c,
-        r=r,
-        scaling=scaling,
-    )
-    return out_MR
-
-
 def columns_product(
     x_MC: Tensor,
     p_MR: Tensor,
     scaling: float,
     *,
-    rank_first: bool,
-    v_CR: Tensor | None = None,
-    rows_out: Tensor | None = None,
+    v_CR: Tensor,
+    rows_out: Tensor,
     rows_scaling: float = 1.0,
 ) -> Tensor:
-    """scaling · Xᵀ P as [R, C] or [C, R]; with V also rows_out = rows_scaling · X V.
+    """scaling · Xᵀ P [C, R], and rows_out = rows_scaling · X V, from one read of X.
 
-    X is read once for both. Rows of X and P are contiguous and aligned, those of V [C, R] and
-    rows_out [M, R] contiguous.
+    Rows of X and P are contiguous and aligned, those of V [C, R] and rows_out [M, R] contiguous.
+    R is one of ``products.one_read_pays``.
     """
     (m, c), r = x_MC.shape, p_MR.shape[1]
-    d = x_MC.new_empty((r, c) if rank_first else (c, r))
+    d_CR = x_MC.new_empty(c, r)
     if not m:
-        return d.zero_()
+        return d_CR.zero_()
     extension.launch(
         "columns_product",
         x_MC,
-        **_matrices("columns_product", x=x_MC, p=p_MR),
+        **_matrices("columns_product", x=x_MC, p=p_MR, v=v_CR, rows=rows_out),
         dtype=DTYPES[x_MC.dtype],
-        d=d.data_ptr(),
-        v=0 if v_CR is None else v_CR.data_ptr(),
-        ldv=0 if v_CR is None else v_CR.stride(0),
-        rows=0 if rows_out is None else rows_out.data_ptr(),
-        ldrows=0 if rows_out is None else rows_out.stride(0),
+        d=d_CR.data_ptr(),
         m=m,
         c=c,
         r=r,
         scaling=scaling,
         rows_scaling=rows_scaling,
-        rank_first=rank_first,
     )
-    return d
+    return d_CR
 
 
 def check_operands(op: str, x_MC: Tensor, w_NK: Tensor, dropout_p: float = 0.0) -> None:
     """Refuse what the kernels cannot take of ``op``. Raises BackendUnavailable."""
     reason = None
-    if x_MC.dtype not in SHORT:
+    if x_MC.dtype not in DTYPES:
         reason = f"the kernels take bf16 and fp16, got {x_MC.dtype}"
     elif dropout_p:
         reason = f"the GEMM has no dropout mask, got dropout_p={dropout_p}"
@@ -180,7 +148,7 @@ def _matrices(function: str, **matrices: Tensor) -> dict[str, int]:
     """Addresses and leading dimensions. Raises ValueError where a matrix is not row-major."""
     x = matrices["x"]
     for name, tensor in matrices.items():
-        if tensor.stride(1) != 1:
+        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
             raise ValueError(
                 f"{function}: {name} must be row-major, got strides {tensor.stride()}."
             )

@@ -26,6 +26,7 @@ def _load(backend: str) -> ModuleType:
     return reference
 
 
+_TRITON = "run on one H200; compiled for sm_80, 86, 89, 90, 100 and 120 and interpreted"
 PROJECT = Op(
     name="project",
     callers={"fold": "project_adapter"},
@@ -37,9 +38,10 @@ PROJECT = Op(
     },
     kernels={
         "cpu": "run on one kind of Intel Xeon with AMX, up to two threads",
-        "triton": launch.NOT_RUN,
-        "cuda": "compiled for sm_80 and sm_90a and emulated, not run on a GPU",
+        "triton": _TRITON,
+        "cuda": f"Triton's serve: {_TRITON}",
     },
+    cuda_by_triton=True,
 )
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from nsru_kernels.dispatch.choice import READ_MEMORY, choose
-from nsru_kernels.dispatch.config import BackendUnavailable, requested_backend
-from nsru_kernels.dispatch.launch import in_memory
+from nsru_kernels.dispatch.choice import Op, Query, choose
+from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.ops.sketch import reference
-from nsru_kernels.ops.sketch.backends import SKETCH, query
 
-__all__ = ["energy_limit", "update_sketch"]
+__all__ = ["QUERY", "SKETCH", "energy_limit", "update_sketch"]
 
+# Library GEMMs under every name.
+SKETCH = Op(
+    name="sketch",
+    callers={"sketch": "RetainSketch.update"},
+    load=lambda backend: reference,
+    dtypes={},
+    kernels={},
+)
+QUERY = Query("sketch", "update_sketch")
 # 256 batches, times 4 for an omega that makes S larger than x.
 _HEADROOM = 256 * 4
 
@@ -35,8 +40,8 @@ def update_sketch(
     P_S: positive semi-definite, and never above xᵀ x, whatever the rounding.
 
     Where ‖x‖² is not below ``energy_limit`` of the accumulators (NaN and infinite included), y and
-    h stay exactly as they were. Kernels decide that on the device without the host; the eager
-    reference waits for the device once.
+    h stay exactly as they were. For 16-bit x on a GPU the device decides that; everywhere else the
+    host waits for it once.
 
     Args:
         x: activations [M, K], any floating dtype.
@@ -47,7 +52,8 @@ def update_sketch(
         split: keep S of a 16-bit x as the sum of two 16-bit numbers, round(x omega) and the rounded
             rest: as good as 16 bits of mantissa in bf16, for about twice the products. No effect on
             other dtypes.
-        backend: "auto", "eager", "cpu", "triton" or "cuda".
+        backend: "auto", "eager", "cpu", "triton" or "cuda": library GEMMs serve under every name
+            that can serve on x's device.
 
     Returns: ‖x‖² over the kept rows, fp64 [] on x's device, to about 1e-7.
 
@@ -69,19 +75,8 @@ def update_sketch(
     """
     _check(x, omega, y, h, mask)
     split = split and x.dtype.itemsize == 2
-    limit = energy_limit(y.dtype)
-    requested, threads = requested_backend(backend), torch.get_num_threads()
-    chosen = choose(SKETCH, requested, x.device, *query(x, omega.shape[1], y.dtype), threads)
-    args: Sequence = (x, omega, y, h, mask, split, limit)
-    if chosen.backend in READ_MEMORY:
-        args = in_memory(args)
-    try:
-        with torch.autocast(x.device.type, enabled=False):
-            return chosen.module.update_sketch(*args, **chosen.options)
-    except BackendUnavailable:  # measured at these sizes, but not for this layout, say
-        if chosen.named:
-            raise
-        return reference.update_sketch(*args)
+    module = choose(SKETCH, requested_backend(backend), x.device, *QUERY, threads=1).module
+    return module.update_sketch(x, omega, y, h, mask, split, energy_limit(y.dtype))
 
 
 def energy_limit(accumulator: torch.dtype) -> float:

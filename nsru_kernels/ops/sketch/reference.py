@@ -1,4 +1,4 @@
-"""Eager definition of the sketch update; every device, every floating dtype.
+"""The sketch update by library GEMMs; every device, every floating dtype.
 
 On a GPU 16-bit activations are multiplied as they are, with float32 sums, and the host waits for
 nothing; everywhere else the products are in the accumulators' dtype.
@@ -24,16 +24,7 @@ def update_sketch(
     with torch.autocast(x_MK.device.type, enabled=False), full_float32(x_MK.device):
         if multiplies_short(x_MK, y_KL):
             return update_short(x_MK, omega_KL, y_KL, h_LL, mask_M, split, limit)
-        if mask_M is not None:
-            x_MK = x_MK[mask_M]
-        wide_MK = x_MK.to(y_KL.dtype)
-        trace = token_energy(wide_MK).sum()
-        if trace < limit:
-            s_ML = wide_MK @ omega_KL.to(x_MK.dtype).to(y_KL.dtype)
-            s_ML = _rounded(s_ML, x_MK.dtype, split)
-            y_KL.addmm_(wide_MK.T, s_ML)
-            h_LL.addmm_(s_ML.T, s_ML)
-    return trace
+        return update_wide(x_MK, omega_KL, y_KL, h_LL, mask_M, split, limit)
 
 
 def multiplies_short(x_MK: Tensor, y_KL: Tensor) -> bool:
@@ -43,6 +34,29 @@ def multiplies_short(x_MK: Tensor, y_KL: Tensor) -> bool:
 
 
 _HAS_SHORT = hasattr(torch.ops.aten.mm, "dtype")
+
+
+def update_wide(
+    x_MK: Tensor,
+    omega_KL: Tensor,
+    y_KL: Tensor,
+    h_LL: Tensor,
+    mask_M: Tensor | None,
+    split: bool,
+    limit: float,
+) -> Tensor:
+    """The update by products in the accumulators' dtype, its definition. The host decides whether
+    a batch is added."""
+    if mask_M is not None:
+        x_MK = x_MK[mask_M]
+    wide_MK = x_MK.to(y_KL.dtype)
+    trace = token_energy(wide_MK).sum()
+    if trace < limit:
+        s_ML = wide_MK @ omega_KL.to(x_MK.dtype).to(y_KL.dtype)
+        s_ML = _rounded(s_ML, x_MK.dtype, split)
+        y_KL.addmm_(wide_MK.T, s_ML)
+        h_LL.addmm_(s_ML.T, s_ML)
+    return trace
 
 
 def update_short(
@@ -85,7 +99,7 @@ def token_energy(wide_MK: Tensor) -> Tensor:
 
 
 def _rounded(s_ML: Tensor, dtype: torch.dtype, split: bool) -> Tensor:
-    """S as a kernel keeps it in `dtype`."""
+    """S as it is kept in `dtype`."""
     if dtype.itemsize >= s_ML.element_size():
         return s_ML
     high_ML, *low_ML = (plane_ML.to(s_ML.dtype) for plane_ML in _planes(s_ML, dtype, split))
