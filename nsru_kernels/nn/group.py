@@ -25,7 +25,7 @@ from nsru_kernels.ops.linear import compute_dtype, projected_linears, projected_
 
 if TYPE_CHECKING:
     from nsru_kernels.nn.linear import NSRULinear
-    from nsru_kernels.nn.projections import Projected, Receivers
+    from nsru_kernels.nn.projections import Projected
 
     Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, float]  # of one linear
 
@@ -43,14 +43,12 @@ class LinearGroup:
 
     Attributes:
         projected: (key, its sources, Ā [ΣR, K]), the members' projected adapters; see Projections.
-        receivers: what their gradients go to; see Projections.
         obstacle: why the members last worked alone; None where they did not.
     """
 
     def __init__(self, projections: Projections) -> None:
         self.projections = projections
         self.projected: Projected | None = None
-        self.receivers: Receivers | None = None
         self.obstacle: str | None = None
         self._members: list[weakref.ref[NSRULinear]] = []
         projections.add(self)
@@ -137,13 +135,6 @@ class LinearGroup:
             if known is None or known[0] != projection_key(dtype, of_all, basis):
                 known = self.projections.refresh(self, dtype)
             projected = known[2]
-            if basis is not None and torch.is_grad_enabled():
-                receivers = self.receivers
-                if receivers is None or receivers[0] is not known[0]:
-                    receivers = self.projections.make_receivers(self)
-                if ends := receivers[1]:
-                    lora_as = ends if together else (ends[first._position],)
-                    basis = None  # what comes to them is projected behind them
             if not together:
                 start = sum([m.rank for m in members[: first._position]])
                 projected = projected[start : start + first.rank]

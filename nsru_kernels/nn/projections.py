@@ -9,26 +9,20 @@ which bumps no version counter). A hand edit through ``.data`` is seen by neithe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from nsru_kernels.dispatch.choice import choose
 from nsru_kernels.nn.sharded import in_parts, refuse_shards
-from nsru_kernels.ops.project.autograd import GradientBatch, project_groups
-from nsru_kernels.ops.project.backends import PROJECT, query
-from nsru_kernels.ops.project.reference import accumulate_dtype
+from nsru_kernels.ops.project.autograd import project_groups
 
 if TYPE_CHECKING:
     from nsru_kernels.nn.group import LinearGroup
 
     Projected = tuple[tuple, tuple, Tensor]  # key, what it names, Ā [ΣR, K]
-    Receivers = tuple[tuple, tuple[Tensor, ...]]  # key of Ā, what takes dĀ_i
 
 
 class _Steps:
@@ -80,7 +74,7 @@ class Projections:
     def clear(self) -> None:
         """Forget every projection; the next forward projects again."""
         for group in list(self._groups):
-            group.projected = group.receivers = None
+            group.projected = None
 
     def refresh(self, asked: LinearGroup, dtype: torch.dtype) -> Projected:
         """Project ``asked`` in ``dtype``, and with it every other group that needs it too."""
@@ -104,57 +98,10 @@ class Projections:
                     result = group.projected
         return result
 
-    def make_receivers(self, asked: LinearGroup) -> Receivers:
-        """Where dĀ_i of ``asked``, whose Ā is known, go to be projected with all of one backward.
-
-        Made for all groups at a time that can be projected in one launch by a kernel; empty where a
-        group projects its own.
-        """
-        assert asked.projected is not None
-        key = asked.projected[0]
-        result: Receivers = key, ()
-        asked.receivers = result
-        # Ranks average each gradient while backward goes on, so none of them may wait for the last.
-        if dist.is_available() and dist.is_initialized():
-            return result
-        groups: list[tuple[LinearGroup, tuple]] = []
-        parts: list[tuple[Sequence[Tensor], Tensor]] = []
-        for group in self._groups:
-            if group.projected is None or group.projected[0][0] != key[0]:
-                continue
-            members = group.modules()
-            trained = [m.lora_A for m in members if m.lora_A.requires_grad]
-            if trained and members[0].basis is not None and _alike(asked, group):
-                groups.append((group, group.projected[0]))
-                parts.append((trained, members[0].basis))
-        if len(groups) < 2 or _by_library(asked.backend, parts):
-            for group, own_key in groups:
-                group.receivers = own_key, ()
-            return result
-        batch = GradientBatch(asked.backend, accumulate_dtype(key[0]))
-        with torch.inference_mode(False), torch.enable_grad():
-            made = batch.receivers(parts)
-        for (group, own_key), own in zip(groups, map(iter, made), strict=True):
-            lora_as = [m.lora_A for m in group.modules()]
-            ends = tuple([next(own) if a.requires_grad else a for a in lora_as])
-            group.receivers = own_key, ends
-            if group is asked:
-                result = group.receivers
-        return result
-
 
 def _stack(lora_as: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     """Plain LoRA: A_i on top of each other, in memory of their own."""
     return torch.cat([a.to(dtype) for a in lora_as])
-
-
-def _by_library(backend: str, parts: Sequence[tuple[Sequence[Tensor], Tensor]]) -> bool:
-    """True where library GEMMs project these: one by one, so that nothing is won by waiting."""
-    pairs = [(a_RK, basis) for trained, basis in parts for a_RK in trained]
-    lora_as, bases = [a_RK for a_RK, _ in pairs], [basis for _, basis in pairs]
-    threads = torch.get_num_threads()
-    chosen = choose(PROJECT, backend, lora_as[0].device, *query(lora_as, bases), threads)
-    return chosen.backend == "eager"
 
 
 def projection_key(dtype: torch.dtype, lora_as: tuple[Tensor, ...], basis: Tensor | None) -> tuple:

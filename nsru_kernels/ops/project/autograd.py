@@ -13,7 +13,7 @@ from nsru_kernels.dispatch.config import BackendUnavailable
 from nsru_kernels.dispatch.launch import in_memory
 from nsru_kernels.ops.project import reference
 from nsru_kernels.ops.project.backends import PROJECT, query
-from nsru_kernels.ops.project.gram import gram_inverse_of, tensor_key
+from nsru_kernels.ops.project.gram import gram_inverse_of
 from nsru_kernels.ops.project.tables import Group
 
 _library = torch.library.Library("nsru", "FRAGMENT")
@@ -150,83 +150,3 @@ def _project_given(
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
-
-
-class GradientBatch:
-    """Projects the dĀ_i of one backward together, those of all groups of adapters.
-
-    Two nodes stand before the A_i of each group. As autograd goes on with the node made last, it
-    comes to them after all nodes of a forward made later: first to those that collect, then to
-    those that hand out, and the first of these projects for all. Each leads to its own A_i only, so
-    nothing runs, or is freed, that would not without the others; in another order the batches are
-    smaller. Nothing is saved, so that any number of backwards may end here.
-    """
-
-    def __init__(self, backend: str, dtype: torch.dtype) -> None:
-        self.backend, self.dtype = backend, dtype
-        self._collected: dict[tuple[int, int], tuple[Sequence[Tensor | None], Tensor]] = {}
-        self._projected: dict[tuple[int, int], list[Tensor | None]] = {}
-
-    def receivers(self, groups: Sequence[tuple[Sequence[Tensor], Tensor]]) -> list[tuple]:
-        """For the A_i and the basis of each group tensors without memory, to which dĀ_i may go."""
-        ends = [_HandOut.apply(self, i, *lora_as) for i, (lora_as, _) in enumerate(groups)]
-        return [
-            _Collect.apply(self, i, basis, *end)
-            for i, (end, (_, basis)) in enumerate(zip(ends, groups, strict=True))
-        ]
-
-    def collect(self, group: int, grads: Sequence[Tensor | None], basis: Tensor) -> None:
-        """Keep the dĀ_i of a group for the backward that runs."""
-        self._collected[torch._C._current_graph_task_id(), group] = grads, basis
-
-    def hand_out(self, group: int) -> list[Tensor | None]:
-        """The dA_i of a group for the backward that runs."""
-        backward = torch._C._current_graph_task_id()
-        if (backward, group) not in self._projected:
-            keys = [key for key in list(self._collected) if key[0] == backward]
-            batch = [self._collected.pop(key) for key in keys]
-            flat = [grad for grads, _ in batch for grad in grads]
-            bases = [basis for grads, basis in batch for _ in grads]
-            gram_inverses = [gram_inverse_of(basis) for basis in bases]
-            das = iter(_project_given(flat, bases, gram_inverses, self.backend))
-            for key, (grads, _) in zip(keys, batch, strict=True):
-                self._projected[key] = [next(das) for _ in grads]
-        return self._projected.pop((backward, group))
-
-
-class _HandOut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, batch, group, *lora_as):
-        ctx.set_materialize_grads(False)
-        ctx.batch, ctx.group = batch, group
-        ctx.dtypes = [a.dtype for a in lora_as]
-        return tuple(_without_memory(a, batch.dtype) for a in lora_as)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        return None, None, *map(_to, ctx.batch.hand_out(ctx.group), ctx.dtypes)
-
-
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, batch, group, basis, *ends):
-        ctx.set_materialize_grads(False)
-        ctx.batch, ctx.group = batch, group
-        ctx.basis, ctx.key = basis, tensor_key(basis)
-        return tuple(_without_memory(end, end.dtype) for end in ends)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        if ctx.key != tensor_key(ctx.basis):
-            raise RuntimeError(
-                "nsru_kernels: a basis has been modified by an inplace operation between forward "
-                "and backward. Edit it before forward or after backward."
-            )
-        ctx.batch.collect(ctx.group, grads, ctx.basis)
-        return None, None, None, *grads
-
-
-def _without_memory(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(like.shape, (0, 0), dtype=dtype, device=like.device)

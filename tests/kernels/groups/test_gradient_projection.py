@@ -1,43 +1,28 @@
-"""Gradients of all projected adapters of a model are projected together, once a backward."""
+"""Gradients of projected adapters: one projection for each group, whatever a backward brings."""
 
 import functools
 
 import pytest
 import torch
-from group_models import WIDTHS, adapted, alone, assert_same, batch, gradients, make_model
+from group_models import adapted, alone, assert_same, batch, gradients, make_model
 from torch.utils.checkpoint import checkpoint
 
-from nsru_kernels.nn import projections
 from nsru_kernels.ops.linear import autograd as linear_autograd
-from nsru_kernels.ops.project import autograd as project_autograd
 
 LAYERS = 3
-ALL = LAYERS * len(WIDTHS)
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
-
-
-@pytest.fixture(autouse=True)
-def by_kernel(monkeypatch):
-    """As where a kernel projects; library GEMMs stand in for it."""
-    monkeypatch.setattr(projections, "_by_library", lambda *args: False)
 
 
 @pytest.fixture
 def projected(monkeypatch):
-    """How many adapters or gradients each projection took; of a group by itself: 1."""
-    taken = []
-    many, one = project_autograd.project_many, linear_autograd.project_one
+    """One entry for each projection of a gradient: its rows."""
+    taken, one = [], linear_autograd.project_one
 
-    def counted(as_RK, *args):
-        taken.append(len(as_RK))
-        return many(as_RK, *args)
+    def counted(a_RK, *args):
+        taken.append(len(a_RK))
+        return one(a_RK, *args)
 
-    def counted_one(*args):
-        taken.append(1)
-        return one(*args)
-
-    monkeypatch.setattr(project_autograd, "project_many", counted)
-    monkeypatch.setattr(linear_autograd, "project_one", counted_one)
+    monkeypatch.setattr(linear_autograd, "project_one", counted)
     return taken
 
 
@@ -60,17 +45,16 @@ def checkpointed(model, use_reentrant):
 
 
 @pytest.mark.parametrize(
-    ("ways", "takes"),
+    "ways",
     [
-        (lambda model: model, [ALL]),
-        (functools.partial(checkpointed, use_reentrant=False), [ALL]),
-        (functools.partial(checkpointed, use_reentrant=True), [len(WIDTHS)] * LAYERS),
+        lambda model: model,
+        functools.partial(checkpointed, use_reentrant=False),
+        functools.partial(checkpointed, use_reentrant=True),
     ],
     ids=["plain", "checkpoint", "reentrant checkpoint"],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_one_projection_of_all_gradients(ways, takes, dropout, projected):
-    """Also of several before an optimizer step, and again after one."""
+def test_gradients_of_several_micro_batches_and_steps(ways, dropout):
     model = make(dropout=dropout)
     reference = alone(model)
     trained = [[p for p in m.parameters() if p.requires_grad] for m in (model, reference)]
@@ -79,12 +63,20 @@ def test_one_projection_of_all_gradients(ways, takes, dropout, projected):
         for _ in range(2):
             torch.manual_seed(2)
             want = gradients(reference, x64(), ways(reference))
-            projected.clear()
             torch.manual_seed(2)
             assert_same(gradients(model, x64(), ways(model)), want, **TOLERANCE)
-        assert projected == takes, "the adapters have been projected before"
         for optimizer in optimizers:
             optimizer.step()
+
+
+def test_one_projection_for_each_group(projected):
+    model = make()
+    model(x64())
+    projected.clear()
+    got = gradients(model, x64())
+    ranks = sum(m.rank for m in adapted(model[0]))
+    assert projected == [ranks] * LAYERS
+    assert_same(got, gradients(alone(model), x64()), **TOLERANCE)
 
 
 def test_gradients_add_up():
@@ -104,7 +96,7 @@ def test_a_backward_projects_what_it_brings_and_leaves_the_rest(projected):
     model(x64())
     projected.clear()
     assert_same(gradients(model[0], x64()), want, **TOLERANCE)
-    assert projected == [len(WIDTHS)]
+    assert len(projected) == 1
     assert all(m.lora_A.grad is None for layer in model[1:] for m in adapted(layer))
 
 
@@ -116,7 +108,7 @@ def test_gradients_of_some_adapters_run_and_free_what_they_need_alone(projected)
     projected.clear()
     wanted = [model[2].q.lora_A, model[2].v.lora_A]
     got = torch.autograd.grad(y.sum(), wanted)
-    assert projected == [len(WIDTHS)]
+    assert len(projected) == 1
     h.sum().backward()  # would be a second time
     other = alone(model)
     want = torch.autograd.grad(other(x64()).sum(), [other[2].q.lora_A, other[2].v.lora_A])
@@ -153,33 +145,3 @@ def test_an_edit_of_a_basis_before_backward_is_refused():
     model[1].q.basis.mul_(0.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_gradients_of_16_bit_models_are_projected_before_they_are_rounded(monkeypatch):
-    model, _ = make_model(layers=LAYERS, dtype=torch.bfloat16)
-    got = gradients(model, batch().bfloat16())
-    monkeypatch.setattr(projections.dist, "is_initialized", lambda: True)
-    model.zero_grad()
-    for module in adapted(model):
-        module.invalidate()
-    want = gradients(model, batch().bfloat16())
-    assert_same(got, want, rtol=1e-5, atol=1e-6)
-
-
-def test_ranks_that_average_gradients_get_each_as_early_as_before(monkeypatch, projected):
-    monkeypatch.setattr(projections.dist, "is_initialized", lambda: True)
-    model = make()
-    model(x64())
-    projected.clear()
-    assert_same(gradients(model, x64()), gradients(alone(model), x64()), **TOLERANCE)
-    assert projected[:LAYERS] == [1] * LAYERS
-
-
-def test_library_products_do_not_wait_for_each_other(monkeypatch):
-    monkeypatch.undo()
-    model, taken = make(), []
-    one = linear_autograd.project_one
-    monkeypatch.setattr(linear_autograd, "project_one", lambda *args: taken.append(1) or one(*args))
-    got = gradients(model, x64())
-    assert len(taken) == LAYERS
-    assert_same(got, gradients(alone(model), x64()), **TOLERANCE)
