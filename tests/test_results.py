@@ -7,7 +7,10 @@ from statistics import fmean
 
 import pytest
 
+from nsru_bench import plots
+from nsru_bench.cases import PUBLISHED
 from nsru_bench.rows import read
+from nsru_bench.winners import plan_table
 from nsru_train.demo.run import goals
 from nsru_train.report.summary import matched_damage
 
@@ -86,6 +89,24 @@ def test_performance_document_quotes_the_ratios(heading, name):
     rows = [row for row in read(RESULTS / "cpu" / name) if row["provider"] != row["base"]]
     measured = sorted(float(row["ratio"]) for row in rows)
     assert sorted(quoted(heading)) == pytest.approx(measured, abs=0.0051)
+
+
+def test_performance_document_quotes_the_gpu():
+    rows = read(RESULTS / "nvidia-h200" / "linear.csv")
+    measured = [
+        plots.best_ratios(rows, which, *shape)[way]
+        for way in plots.WAYS
+        for shape in PUBLISHED
+        for which in ("forward", "forward+backward")
+    ]
+    assert quoted("On an H200") == pytest.approx(measured, abs=0.0051)
+    forward = [plots.best_ratios(rows, "forward", *shape)["CUDA kernels"] for shape in PUBLISHED]
+    assert all(ratio <= aim for ratio, aim in zip(forward, (1.05, 1.02, 1.03), strict=True))
+
+
+def test_the_plan_table_of_a_gpu_is_made_of_its_committed_rows():
+    table = json.loads((ROOT / "nsru_kernels" / "plans" / "nvidia-h200.json").read_text())
+    assert plan_table(RESULTS / "nvidia-h200") == table
 
 
 def test_unlearning_document_quotes_the_sweep_of_floors():

@@ -20,7 +20,7 @@ from nsru_kernels.dispatch.precision import float32_precision
 
 Result = TypeVar("Result")
 
-NOT_RUN = "compiled for sm_80, 86, 89, 90, 100 and 120 and interpreted, not run on a GPU"
+ON_GPUS = "run on one H200; for sm_80, 86, 89, 100 and 120 compiled and interpreted, not run"
 KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 # What the config tables were compiled and checked for: (major, minor) → row. Consumer cards, with
 # 99 KiB of shared memory a block and neither wgmma nor tcgen05, have one row.

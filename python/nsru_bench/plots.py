@@ -1,4 +1,4 @@
-"""The picture of step.csv, a PNG beside it.
+"""The pictures of step.csv and of a GPU's linear.csv, PNGs beside them.
 
     python -m nsru_bench.plots [FOLDER]         # default: benchmarks/results
 
@@ -8,27 +8,37 @@ A file with runs of several devices gives the picture of its last one.
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from nsru_bench import rows as csv_rows
+from nsru_bench.cases import PUBLISHED
 from nsru_bench.rows import Row
 
+BACKENDS = {"cuda": "CUDA kernels", "triton": "Triton kernels", "eager": "library GEMMs"}
+WAYS = (*BACKENDS.values(), "unsloth", "peft bf16", "peft default, autocast", "eager activation")
+RANK = 16
 RC = {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 1.2}
 
 
 def main(folder: Path = csv_rows.RESULTS) -> list[Path]:
-    """Draw every step.csv in ``folder`` and below; the pictures made."""
-    return [draw(path) for path in sorted(folder.rglob("step.csv"))]
+    """Draw every step.csv in ``folder`` and below, and linear.csv of GPUs; the pictures made."""
+    made = [draw(path, step_memory) for path in sorted(folder.rglob("step.csv"))]
+    for path in sorted(folder.rglob("linear.csv")):
+        if any(row["timing"] == "graph" for row in read(path)):
+            made.append(draw(path, linear_ratios))
+    return made
 
 
-def draw(path: Path) -> Path:
+def draw(path: Path, picture: Callable[[list[Row]], Figure]) -> Path:
     """The picture of one CSV file: a PNG of the same name."""
     png = path.with_suffix(".png")
     with matplotlib.rc_context(RC):
-        step_memory(read(path)).savefig(png, dpi=90, metadata={"Software": None})
+        picture(read(path)).savefig(png, dpi=90, metadata={"Software": None})
     print(f"wrote {png}")
     return png
 
@@ -57,6 +67,33 @@ def step_memory(rows: list[Row]) -> Figure:
     panels[-1].set_xlabel("GB")
     panels[0].legend(fontsize=8)
     return figure
+
+
+def linear_ratios(rows: list[Row]) -> Figure:
+    """linear.csv: forward and backward of each way at the published shapes, the frozen linear 1."""
+    figure = Figure((7, 6.5), layout="constrained")
+    for panel, (m, k, n) in zip(figure.subplots(len(PUBLISHED), 1), PUBLISHED, strict=True):
+        shown = best_ratios(rows, "forward+backward", m, k, n)
+        bars = panel.barh(list(shown), list(shown.values()))
+        panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        panel.axvline(1.0, color="black", linewidth=0.8)
+        panel.set_xlim(0, 1.1 * max(shown.values()))
+        panel.invert_yaxis()
+        panel.set_title(f"{m} tokens, {k} to {n} features, {rows[0]['dtype']}", loc="left")
+    panel.set_xlabel(f"forward and backward, frozen nn.Linear = 1 ({rows[0]['device']})")
+    return figure
+
+
+def best_ratios(rows: list[Row], which: str, m: int, k: int, n: int) -> dict[str, float]:
+    """Way → ratio to the frozen linear; of a backend its best plan."""
+    best: dict[str, float] = {}
+    sizes = [str(m), str(k), str(n), str(RANK)]
+    for row in rows:
+        if row["pass"] == which and [row[name] for name in "MKNR"] == sizes:
+            name = BACKENDS.get(row["plan"].split()[0], "") if row["plan"] else row["provider"]
+            if name in WAYS:
+                best[name] = min(float(row["ratio"]), best.get(name, math.inf))
+    return {name: best[name] for name in WAYS if name in best}
 
 
 def case_of(row: Row) -> str:

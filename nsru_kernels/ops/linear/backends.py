@@ -43,8 +43,8 @@ LINEAR = Op(
     },
     kernels={
         "cpu": "run on one kind of Intel Xeon with AMX, up to two threads",
-        "triton": launch.NOT_RUN,
-        "cuda": "compiled for sm_90a, all but the GEMM emulated, not run on a GPU",
+        "triton": launch.ON_GPUS,
+        "cuda": "run on one H200 (sm_90a only)",
     },
 )
 

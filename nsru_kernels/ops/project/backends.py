@@ -26,7 +26,6 @@ def _load(backend: str) -> ModuleType:
     return reference
 
 
-_TRITON = "run on one H200; compiled for sm_80, 86, 89, 90, 100 and 120 and interpreted"
 PROJECT = Op(
     name="project",
     callers={"fold": "project_adapter"},
@@ -38,8 +37,8 @@ PROJECT = Op(
     },
     kernels={
         "cpu": "run on one kind of Intel Xeon with AMX, up to two threads",
-        "triton": _TRITON,
-        "cuda": f"Triton's serve: {_TRITON}",
+        "triton": launch.ON_GPUS,
+        "cuda": f"Triton's serve: {launch.ON_GPUS}",
     },
     cuda_by_triton=True,
 )
