@@ -2,7 +2,7 @@
 ``nsru_kernels._cpu`` where a C++ compiler is.
 
 Neither includes or links torch, so building needs no torch. Read here only: NSRU_SKIP_CUDA=1 and
-NSRU_SKIP_CPU=1 leave one out; NSRU_CUDA_ARCHS sets CMake's architectures ("80;90a"); CUTLASS_DIR
+NSRU_SKIP_CPU=1 leave one out; NSRU_CUDA_ARCHS sets CMake's architectures ("90a"); CUTLASS_DIR
 names a checkout of CUTLASS in place of the package nvidia-cutlass.
 """
 
@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHS = "80;90a"
+DEFAULT_ARCHS = "90a"
 CUTLASS = "nvidia-cutlass==4.2.0"
 CUDA, CPU = "nsru_kernels._cuda", "nsru_kernels._cpu"
 BUILDING = {

@@ -13,15 +13,14 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # 16-bit elements in 16 bytes, the unit of TMA and of wide loads for addresses and row distances.
 ALIGNED = 8
 _INTERFACE = 3  # of csrc/bindings.cpp
-# Ops whose kernels use wgmma and TMA as sm_90a code has them; such code runs on 9.0 only.
-_HOPPER_ONLY = ("linear",)
+# The GEMM uses wgmma and TMA as sm_90a code has them; such code runs on 9.0 only.
+_CAPABILITY = (9, 0)
 _OLD = "Update the driver, rebuild with an older nvcc, or use 'triton'."
 _REBUILD = "Rebuild it (`make cuda` in a checkout), or use 'triton'."
 
 
-def unavailable(op: str, device: torch.device) -> str | None:
-    """Reason and remedy where the extension's kernels of ``op`` cannot run on ``device``; None
-    where they can."""
+def unavailable(device: torch.device) -> str | None:
+    """Reason and remedy where its kernels cannot run on ``device``; None where they can."""
     if device.type != "cuda":
         return "CUDA kernels need tensors on a CUDA device. Use backend='eager'."
     if torch.version.hip:
@@ -30,10 +29,8 @@ def unavailable(op: str, device: torch.device) -> str | None:
         return "PyTorch sees no CUDA device. Use backend='eager'."
     capability = torch.cuda.get_device_capability(device)
     this_gpu = f"(this GPU: {capability[0]}.{capability[1]})"
-    if op in _HOPPER_ONLY and capability != (9, 0):
+    if capability != _CAPABILITY:
         return f"needs compute capability 9.0 {this_gpu}. Use 'triton'."
-    if capability < (8, 0):
-        return f"needs compute capability 8.0 or newer {this_gpu}. Use 'eager'."
     try:
         module = load()
     except ModuleNotFoundError:
@@ -46,10 +43,10 @@ def unavailable(op: str, device: torch.device) -> str | None:
     archs = module.build_info()["archs"]
     if getattr(module, "interface", None) != _INTERFACE:
         return f"the CUDA extension was built from other sources. {_REBUILD}"
-    if op in _HOPPER_ONLY and not hasattr(module, "launch_kext_gemm"):
+    if not hasattr(module, "launch_kext_gemm"):
         return (
             f"the CUDA extension was built for sm {archs} and holds no GEMM for sm_90a. "
-            "Rebuild it with NSRU_CUDA_ARCHS='80;90a', or use 'triton'."
+            "Rebuild it with NSRU_CUDA_ARCHS='90a', or use 'triton'."
         )
     try:
         with torch.cuda.device(device):

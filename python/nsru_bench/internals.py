@@ -162,7 +162,7 @@ def narrow_products(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, reason, make in (
         ("triton", launch.unavailable(device), TritonProducts),
-        ("cuda", extension.unavailable("linear", device), CudaProducts),
+        ("cuda", extension.unavailable(device), CudaProducts),
     ):
         if reason is None:
             found[name] = make()

@@ -44,7 +44,7 @@ def emulated(emulated_module, monkeypatch, poisoned_memory):
 @pytest.fixture
 def serves_the_cpu(emulated, monkeypatch):
     """As if the emulated extension were a GPU's."""
-    monkeypatch.setattr(extension, "unavailable", lambda op, device: None)
+    monkeypatch.setattr(extension, "unavailable", lambda device: None)
     choose.cache_clear()
     yield
     choose.cache_clear()

@@ -167,13 +167,13 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0)])
 def test_other_architectures_are_sent_to_triton(hopper, monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    reason = extension.unavailable("linear", GPU)
+    reason = extension.unavailable(GPU)
     assert f"this GPU: {capability[0]}.{capability[1]}" in reason
     assert "Use 'triton'" in reason
 
 
 def test_what_keeps_the_extension_from_serving(hopper, monkeypatch):
-    assert "CUDA device" in extension.unavailable("linear", torch.device("cpu"))
+    assert "CUDA device" in extension.unavailable(torch.device("cpu"))
 
     def missing():
         raise ModuleNotFoundError
@@ -200,12 +200,12 @@ def test_what_keeps_the_extension_from_serving(hopper, monkeypatch):
         (lambda: module(no_image, **gemm), "cudaErrorNoKernelImageForDevice"),
     ):
         monkeypatch.setattr(extension, "load", load)
-        assert reason in extension.unavailable("linear", GPU)
-        assert "triton" in extension.unavailable("linear", GPU)
+        assert reason in extension.unavailable(GPU)
+        assert "triton" in extension.unavailable(GPU)
     monkeypatch.setattr(extension, "load", lambda: module(**gemm))
-    assert extension.unavailable("linear", GPU) is None
+    assert extension.unavailable(GPU) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "sees no CUDA device" in extension.unavailable("linear", GPU)
+    assert "sees no CUDA device" in extension.unavailable(GPU)
 
 
 # ---------------------------------------------------------------- on a GPU
@@ -213,7 +213,7 @@ def test_what_keeps_the_extension_from_serving(hopper, monkeypatch):
 
 @pytest.fixture
 def module():
-    reason = extension.unavailable("linear", GPU)
+    reason = extension.unavailable(GPU)
     return pytest.skip(reason) if reason else extension.load()
 
 

@@ -29,7 +29,7 @@ def kernels(request):
     """Kernels that take the tensors of these tests."""
     if DEVICE == "cpu":
         request.getfixturevalue("stand_in")
-    elif reason := extension.unavailable("linear", torch.device(DEVICE)):
+    elif reason := extension.unavailable(torch.device(DEVICE)):
         pytest.skip(reason)
 
 

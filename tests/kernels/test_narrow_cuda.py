@@ -106,7 +106,7 @@ def test_wrong_arguments_are_named(emulated):
 
 @pytest.fixture
 def on_gpu():
-    reason = extension.unavailable("linear", GPU)
+    reason = extension.unavailable(GPU)
     return pytest.skip(reason) if reason else None
 
 
