@@ -31,7 +31,7 @@ PACKAGES = (
 # What decides whether bf16 matrix products are fast on a CPU (x86, then Arm).
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "bf16", "sve")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET")
-_BACKEND_ROW = "{:<21}{:<9}{:<8}{}"
+_BACKEND_ROW = "{:<8} {:<7} {}"
 
 
 def describe_environment() -> dict[str, Any]:
@@ -90,17 +90,28 @@ def format_environment(environment: dict[str, Any]) -> str:
         f"driver: {cuda['driver'] or 'none'}; extension: {_format_extension(cuda['extension'])}",
         *_aligned("gpu", gpus or [f"none: {cuda['reason']}"]),
         "",
-        _BACKEND_ROW.format("op", "backend", "serves", "reason"),
-        *(
-            _BACKEND_ROW.format(
-                row["op"], row["backend"], "yes" if row["serves"] else "no", row["reason"]
-            )
-            for row in environment["backends"]
-        ),
+        *_format_backends(environment["backends"]),
     ]
     if environment["variables"]:
         lines += ["", *(f"{name}={value}" for name, value in environment["variables"].items())]
     return "\n".join(lines)
+
+
+def _format_backends(rows: list[dict[str, Any]]) -> list[str]:
+    """One line for each verdict, with the ops that it holds for."""
+    ops: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        verdict = row["backend"], "yes" if row["serves"] else "no", row["reason"]
+        ops.setdefault(verdict, []).append(row["op"])
+    every = len({row["op"] for row in rows})
+    order = [row["backend"] for row in rows]
+    lines = [_BACKEND_ROW.format("backend", "serves", "reason")]
+    for (backend, serves, reason), held in sorted(
+        ops.items(), key=lambda of: order.index(of[0][0])
+    ):
+        of = "" if len(held) == every else f" ({', '.join(held)})"
+        lines.append(_BACKEND_ROW.format(backend, serves, reason + of))
+    return lines
 
 
 def build_line() -> str:
