@@ -563,11 +563,13 @@ def eval(
     folder.write_results(results)
     write_report(folder.path)
     print(format_table(results))
-    _finish(
-        [str(folder.results_path), str(folder.report_path)],
-        "eval" if base else "verify" if adapter is None or is_plain(adapter) else "report",
-        run,
-    )
+    written = [str(folder.results_path), str(folder.report_path)]
+    if base and not RunFolder(run).config_path.exists():  # no run, so no adapter to evaluate
+        _finish(written, "report", str(folder.path))
+    elif base:
+        _finish(written, "eval", run)
+    else:
+        _finish(written, "verify" if adapter is None or is_plain(adapter) else "report", run)
 
 
 def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None) -> None:

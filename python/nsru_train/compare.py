@@ -502,7 +502,14 @@ def run_compare(
         if len(loaded.retain) < 2:
             raise ValueError("data.retain: expected two questions or more, one of them unseen.")
         loaded.more["retain_unseen"], loaded.retain = loaded.retain[1::2], loaded.retain[::2]
+        if found_logs:
+            notes.append("Retain answers of the logs are all of them, of the methods every other.")
         print("data.more has no retain_unseen: the retain loss sees every other retain question.")
+    if found_logs and probed is not None and probed < max(len(loaded.forget), len(loaded.retain)):
+        notes.append(
+            f"Probabilities of the logs are over all their questions, those of the methods over "
+            f"{probed} of each set; --probed null takes all."
+        )
     run = RunFolder(out).lock()
     if run.results_path.exists() and not resume:
         raise ValueError(f"out: {out} holds a comparison; give another folder, or --resume true.")

@@ -65,7 +65,8 @@ def test_every_method_has_the_same_rates_and_its_row(out):
         "method": "theirs", "privleak": -7.0, "forget_rougeL_recall": 0.0,
         "forget_prob": pytest.approx(math.exp(-1)),
     }  # fmt: skip
-    retain, prompt = results["notes"]
+    retain, split, prompt = results["notes"]
+    assert split == "Retain answers of the logs are all of them, of the methods every other."
     assert "its retain questions are not, or not known to be, those" in retain
     assert prompt.startswith("theirs: it asks by 'user Where")
     for name in names:

@@ -96,6 +96,13 @@ def test_the_texts_of_a_log_are_those_of_the_set(read, shared_data):
     assert "retain_prob" not in row
 
 
+def test_a_retain_log_that_lacks_an_item_is_refused(read):
+    log, cut = read("retain90"), read("retain90")
+    del cut["forget_Q_A_PARA_Prob"]["value_by_index"]["7"]
+    with pytest.raises(ValueError, match=r"'7' is missing in one of them .* damaged, or was cut"):
+        aggregates(log, cut)
+
+
 def test_losses_of_the_retain_model_are_the_reference_of_the_reference_attack(read):
     """OpenUnlearning's run had the reference model in memory, where bf16 rounds otherwise."""
     scores = {
@@ -155,6 +162,8 @@ def test_by_hand():
     log = small_log()
     retain_log = small_log()
     retain_log["mia_min_k"] = {"forget": scores(0.1, 0.3), "holdout": scores(0.2, 0.2)}
+    for one, seen in ((log, 0.0), (retain_log, 0.9)):  # against other models each
+        one["mia_reference"] = {"forget": scores(seen, seen), "holdout": scores(0.5, 0.5)}
     found = aggregates(log, retain_log)
     assert found["forget_Q_A_Prob"] == pytest.approx(3 / 8)
     assert found["forget_truth_ratio"] == pytest.approx((1 + 1 / 2) / 2)

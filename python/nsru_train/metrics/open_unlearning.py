@@ -66,9 +66,10 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
         texts, truth ratios from the losses. "memorization" is the harmonic mean of 1 - extraction
         strength, 1 - exact memorization, 1 - paraphrase probability and 1 - the mean share of
         p(right) in p(right) + p(wrong), which gives the values in the paper (arXiv 2506.12618).
-        "privacy", whose formula there is not public, is ours: over the attacks that both logs have
-        the harmonic mean of 1 - |AUC - AUC_retain| / max(AUC_retain, 1 - AUC_retain), 1 where an
-        attacker sees the retain model and 0 where he can see no more of a difference.
+        "privacy", whose formula there is not public, is ours: over the attacks that both logs have,
+        but the one with a reference model, the harmonic mean of
+        1 - |AUC - AUC_retain| / max(AUC_retain, 1 - AUC_retain), 1 where an attacker sees the
+        retain model and 0 where he can see no more of a difference.
 
     Raises:
         ValueError: a metric's items are missing, malformed, or of other questions than those that
@@ -118,7 +119,8 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
     references = {
         attack: _attack_auc(retained, attack)
         for attack in _ATTACKS
-        if f"mia_{attack}" in found and f"mia_{attack}" in retained
+        # That one's own reference model is not the retain log's: two of them cannot be compared.
+        if attack != "reference" and f"mia_{attack}" in found and f"mia_{attack}" in retained
     }
     if references:
         found["privacy"] = harmonic_mean(
@@ -231,6 +233,10 @@ def check_retain_log(
             f"{theirs[0][0][-60:]!r}, not {len(forget)}, the first one {forget[0][0][-60:]!r}. "
             "Give the log of the same split."
         )
+    try:
+        _check_items(retain_log)
+    except ValueError as error:
+        raise ValueError(f"retain_log: {error} It is damaged, or was cut.") from error
 
 
 def comparison_row(log: Log, records: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, float]:
