@@ -35,7 +35,7 @@ class Op:
         dtypes: backend → the dtypes that its kernels take. A backend that is missing here has no
             kernels of its own and is served by library GEMMs.
         kernels: backend → what its kernels have been through.
-        cuda_by_triton: Triton's kernels serve under the name "cuda" too.
+        cuda_by_triton: Triton's kernels serve under the name "cuda" too, where both can run.
     """
 
     name: str
@@ -128,8 +128,8 @@ def unavailable(op: Op, backend: str, device: torch.device) -> str | None:
         case "triton":
             return launch.unavailable(device)
         case "cuda":
-            found = launch if op.cuda_by_triton else extension
-            return found.unavailable(device)
+            reason = extension.unavailable(device)
+            return launch.unavailable(device) if reason is None and op.cuda_by_triton else reason
     return None
 
 

@@ -470,6 +470,8 @@ def eval(
     log = load_log(retain_log) if retain_log and not theirs else None
     their_log = open_unlearning.read_log(retain_log) if retain_log and theirs else None
     reference_auc = load_reference_auc(retain_log) if retain_log and not theirs else None
+    if their_log is not None and "mia_min_k" in their_log:
+        reference_auc = open_unlearning.attack_auc(their_log, "min_k")
     if out and Path(out, "metrics.jsonl").exists():
         raise ValueError(f"out: {out} holds a training run; give another folder.")
     if muse is None and (muse_dir or muse_retain_log):
@@ -522,7 +524,6 @@ def eval(
     if texts is not None:
         evaluation.tasks += texts.evaluate(network, tokenizer, base=based, **together)
         evaluation.notes += texts.notes
-    results = to_results(evaluation)
     their_logs = {} if texts is None else {"MUSE": texts.log}
     if theirs:
         plain = adapter is None or is_plain(adapter)
@@ -538,7 +539,14 @@ def eval(
             gradients=plain,
             **together,
         )
-        their_logs["TOFU"] = open_unlearning.to_log(evaluation.rows, their_log)
+        whole = their_logs["TOFU"] = open_unlearning.to_log(evaluation.rows, their_log)
+        quality = open_unlearning.summary(whole).get("forget_quality")
+        if their_log is not None and quality is not None:  # ours is read off another kind of log
+            evaluation.overall["forget_quality"] = quality
+            evaluation.notes = [
+                note for note in evaluation.notes if not note.startswith("forget_quality: needs")
+            ]
+    results = to_results(evaluation)
     if shares.rank:
         return  # the first process writes
     for name, whole in their_logs.items():

@@ -308,7 +308,12 @@ def test_an_evaluation_in_the_form_of_openunlearning(run, tmp_path, capsys):
         main(["eval", str(run), *options])
     found = json.loads((tmp_path / "second" / "TOFU_SUMMARY.json").read_text())
     assert found["privleak"] == pytest.approx(0, abs=1e-6)
-    own = json.loads((tmp_path / "second" / "results.json").read_text())["metrics"]["forget"]
+    results = json.loads((tmp_path / "second" / "results.json").read_text())
+    own = results["metrics"]["forget"]
+    for name in ("privleak", "forget_quality"):  # one command says one number
+        assert results["metrics"].get(name) == pytest.approx(found.get(name), abs=1e-6), name
+        assert not any(note.startswith((f"{name}: against", f"{name}: needs the log"))
+                       for note in results["notes"])  # fmt: skip
     assert found["forget_Q_A_Prob"] == pytest.approx(own["probability"])
     assert found["forget_Q_A_ROUGE"] == pytest.approx(own["rougeL_recall"])
     if "truth_ratio" in own:

@@ -97,7 +97,7 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
             found[name] = float(score(truth_ratios(log, name)).mean())
     for attack in _ATTACKS:
         if f"mia_{attack}" in log:
-            found[f"mia_{attack}"] = _attack_auc(log, attack)
+            found[f"mia_{attack}"] = attack_auc(log, attack)
     if all(name in found for name in _UTILITY):
         found["model_utility"] = harmonic_mean([found[name] for name in _UTILITY])
     if "mia_min_k" in found:
@@ -108,7 +108,7 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
                 "scores other than 0; give its log as retain_log."
             )
         else:
-            reference = _attack_auc(retain_log, "min_k")
+            reference = attack_auc(retain_log, "min_k")
         found["privleak"] = rel_diff(1 - found["mia_min_k"], 1 - reference)
     if retain_log is not None and "forget_truth_ratio" in log:
         from scipy.stats import ks_2samp
@@ -117,7 +117,7 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
         found["forget_quality"] = float(ks_2samp(*ratios).pvalue)
     retained = retain_log or {}
     references = {
-        attack: _attack_auc(retained, attack)
+        attack: attack_auc(retained, attack)
         for attack in _ATTACKS
         # That one's own reference model is not the retain log's: two of them cannot be compared.
         if attack != "reference" and f"mia_{attack}" in found and f"mia_{attack}" in retained
@@ -218,7 +218,7 @@ def check_retain_log(
         if ratios:
             truth_ratios(retain_log, "forget_truth_ratio")
         if holdout:
-            _attack_auc(retain_log, "min_k")
+            attack_auc(retain_log, "min_k")
         counts = {"forget": len(forget), "holdout": holdout} if holdout else {}
         for part, count in counts.items() if "mia_loss" in retain_log else ():
             found = len(_items(retain_log["mia_loss"], part, f"mia_loss.{part}"))
@@ -401,7 +401,7 @@ def zlib_scores(losses: Sequence[float], texts: Sequence[str]) -> np.ndarray:
     return np.asarray(losses) / np.array(sizes)
 
 
-def _attack_auc(log: Log, attack: str) -> float:
+def attack_auc(log: Log, attack: str) -> float:
     """Probability that a held-out question scores above one of the forget set."""
     name = f"mia_{attack}"
     if not isinstance(log.get(name), Mapping):
