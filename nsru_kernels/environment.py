@@ -104,13 +104,12 @@ def _format_backends(rows: list[dict[str, Any]]) -> list[str]:
         verdict = row["backend"], "yes" if row["serves"] else "no", row["reason"]
         ops.setdefault(verdict, []).append(row["op"])
     every = len({row["op"] for row in rows})
-    order = [row["backend"] for row in rows]
     lines = [_BACKEND_ROW.format("backend", "serves", "reason")]
-    for (backend, serves, reason), held in sorted(
-        ops.items(), key=lambda of: order.index(of[0][0])
-    ):
-        of = "" if len(held) == every else f" ({', '.join(held)})"
-        lines.append(_BACKEND_ROW.format(backend, serves, reason + of))
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        for (name, serves, reason), held in ops.items():
+            if name == backend:
+                among = "" if len(held) == every else f" ({', '.join(held)})"
+                lines.append(_BACKEND_ROW.format(backend, serves, reason + among))
     return lines
 
 

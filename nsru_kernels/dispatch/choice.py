@@ -29,7 +29,7 @@ class Op:
     """An op's description of itself.
 
     Attributes:
-        name: by which logs and the CUDA extension know it.
+        name: by which logs know it.
         callers: key in the plan tables → the public function whose calls it holds.
         load: backend → the module that serves under this name.
         dtypes: backend → the dtypes that its kernels take. A backend that is missing here has no
