@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from nsru_kernels.nn.linear import NSRULinear, finite_weight
 from nsru_kernels.nn.projections import projection_key
 from nsru_kernels.nn.sharded import gathering
 from nsru_kernels.nn.subspace import RetainSubspace
+from nsru_kernels.ops.grouped import Groups
 from nsru_kernels.ops.linear import compute_dtype
 from nsru_kernels.ops.project import project_adapter
 
@@ -34,31 +34,33 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _IMPLEMENTATION = "nsru"
 
 
-@dataclass(frozen=True)
 class Routing:
     """Which expert reads which tokens: S pairs of a token and an expert, by expert.
+
+    Args:
+        experts_TC: the C experts that each of T tokens is sent to.
+        num_experts: E.
 
     Attributes:
         order: [S], where each pair stands in the router's own order, by token.
         tokens: [S], the token of each pair.
-        spans: (expert, first pair, last pair + 1) of every expert that reads any.
+        experts: [S], the expert of each pair.
+        groups: the pairs of each expert.
     """
 
-    order: Tensor
-    tokens: Tensor
-    spans: list[tuple[int, int, int]]
-
-    @classmethod
-    def of(cls, experts_TC: Tensor, num_experts: int) -> Routing:
-        """From the C experts that each token is sent to."""
+    def __init__(self, experts_TC: Tensor, num_experts: int) -> None:
         chosen = experts_TC.reshape(-1)
-        order = torch.argsort(chosen, stable=True)
-        spans, start = [], 0
-        for expert, size in enumerate(torch.bincount(chosen, minlength=num_experts).tolist()):
-            if size:
-                spans.append((expert, start, start + size))
-            start += size
-        return cls(order, order // experts_TC.shape[-1], spans)
+        self.shape = experts_TC.shape
+        self.order = torch.argsort(chosen, stable=True)
+        self.tokens = self.order // experts_TC.shape[1]
+        self.experts = chosen[self.order]
+        self.groups = Groups(self.experts, num_experts)
+
+    def sum_by_token(self, y_SN: Tensor) -> Tensor:
+        """[T, N]: what the experts of each token say, summed in the router's order."""
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(len(place), device=place.device)
+        return y_SN[place].view(*self.shape, y_SN.shape[1]).sum(1)
 
 
 class ExpertLinear(nn.Module):
@@ -94,8 +96,8 @@ class NSRUExpertLinear(NSRULinear):
 
     Stands in the place of a 3-D parameter. ``weight`` is that parameter, [E, N, K] or [E, K, N].
     ``lora_A`` [E·R, K] and ``lora_B`` [N, R·E] hold the A_e on top of each other and the columns of
-    the B_e in turn, as PEFT does. One matrix product for each expert that reads any token, in plain
-    PyTorch operations; beyond its operands a step holds x once and nothing of the size of W.
+    the B_e in turn, as PEFT does. Computed by grouped GEMMs; beyond its operands a step holds x
+    once and nothing of the size of W.
 
     Args:
         linear: where it comes from. The others are as for ``NSRULinear``.
@@ -198,23 +200,17 @@ class _ExpertLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, routing, in_order, w_ENK, a_RK, lora_a, lora_b, basis, adapter):
-        y_SN = x.new_empty(len(routing.tokens), w_ENK.shape[1])
-        a_ERK: Any = None
-        b_ENR: Any = None
-        s_SR: Any = None
+        matmul = routing.groups.matmul
+        x_SK = x if in_order else x[routing.tokens]
+        y_SN = matmul(x_SK, w_ENK.to(x.dtype).mT)
+        a_ERK = b_ENR = s_SR = None
         if adapter is not None:
             a_ERK, b_ENR = adapter.by_expert(a_RK, lora_b.to(x.dtype))
             b_ENR = b_ENR.contiguous()
-            s_SR = x.new_empty(len(routing.tokens), adapter.rank)
-        for e, start, end in routing.spans:
-            x_MK = _rows(x, routing, in_order, start, end)
-            y_MN = torch.mm(x_MK, w_ENK[e].to(x.dtype).T, out=y_SN[start:end])
-            if adapter is not None:
-                s_MR = torch.mm(x_MK, a_ERK[e].T, out=s_SR[start:end])
-                y_MN.addmm_(s_MR, b_ENR[e].T, alpha=adapter.scaling)
+            s_SR = matmul(x_SK, a_ERK.mT).contiguous()  # grouped_mm pads rows
+            y_SN.add_(matmul(s_SR, b_ENR.mT), alpha=adapter.scaling)
         ctx.save_for_backward(x, w_ENK, a_ERK, b_ENR, s_SR, basis)
         ctx.routing, ctx.in_order, ctx.adapter = routing, in_order, adapter
-        ctx.scaling = 0.0 if adapter is None else adapter.scaling
         return y_SN
 
     @staticmethod
@@ -222,31 +218,22 @@ class _ExpertLinear(torch.autograd.Function):
     def backward(ctx, dy_SN):
         x, w_ENK, a_ERK, b_ENR, s_SR, basis = ctx.saved_tensors
         routing, in_order, adapter = ctx.routing, ctx.in_order, ctx.adapter
-        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        if adapter is not None:  # zero for the experts that read nothing
-            da_RK, db_NR = map(torch.zeros_like, (adapter.lora_A, adapter.lora_B))
-            da_ERK, db_ENR = adapter.by_expert(da_RK, db_NR)
-        for e, start, end in routing.spans:
-            dy_MN = dy_SN[start:end]
-            dx_MK: Any = None if dx is None else dy_MN @ w_ENK[e].to(x.dtype)
-            if adapter is not None:
-                ds_MR = (dy_MN @ b_ENR[e]).mul_(ctx.scaling)
-                da_ERK[e] = ds_MR.T @ _rows(x, routing, in_order, start, end)
-                db_ENR[e] = (dy_MN.T @ s_SR[start:end]).mul_(ctx.scaling)
-                if dx_MK is not None:
-                    dx_MK.addmm_(ds_MR, a_ERK[e])
-            if dx is not None and in_order:
-                dx[start:end] = dx_MK
-            elif dx is not None:
-                dx.index_add_(0, routing.tokens[start:end], dx_MK)
-        if adapter is None:
-            return dx, *[None] * 8
-        da_RK = project_adapter(da_RK, basis, backend=adapter.backend)
+        matmul, outer = routing.groups.matmul, routing.groups.outer
+        dx = da_RK = db_NR = None
+        if ctx.needs_input_grad[0]:
+            dx = matmul(dy_SN, w_ENK.to(x.dtype))
+        if adapter is not None:
+            ds_SR = matmul(dy_SN, b_ENR).mul_(adapter.scaling)
+            if dx is not None:
+                dx.add_(matmul(ds_SR, a_ERK))
+            x_SK = x if in_order else x[routing.tokens]
+            da_RK = outer(ds_SR, x_SK).flatten(0, 1)
+            da_RK = project_adapter(da_RK.to(adapter.lora_A.dtype), basis, backend=adapter.backend)
+            db_ENR = outer(dy_SN, s_SR).mul_(adapter.scaling)
+            db_NR = db_ENR.permute(1, 2, 0).flatten(1).to(adapter.lora_B.dtype)
+        if dx is not None and not in_order:
+            dx = routing.sum_by_token(dx)
         return dx, None, None, None, None, da_RK, db_NR, None, None
-
-
-def _rows(x: Tensor, routing: Routing, in_order: bool, start: int, end: int) -> Tensor:
-    return x[start:end] if in_order else x[routing.tokens[start:end]]
 
 
 def _expert_linear(
@@ -281,8 +268,7 @@ def experts_forward(
 
     Returns: [T, K] in the dtype of hidden_states.
     """
-    routing = Routing.of(top_k_index, self.num_experts)
-    ids = top_k_index.reshape(-1)[routing.order]
+    routing = Routing(top_k_index, self.num_experts)
 
     def linear(name: str, x: Tensor, in_order: bool) -> Tensor:
         module = getattr(self, name)
@@ -290,7 +276,7 @@ def experts_forward(
             module = ExpertLinear(self, name)
         y_SN = module(x, routing, in_order)
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
-        return y_SN if bias is None else y_SN + bias[ids].to(y_SN.dtype)
+        return y_SN if bias is None else y_SN + bias[routing.experts].to(y_SN.dtype)
 
     up_SN = linear("gate_up_proj" if self.has_gate else "up_proj", hidden_states, False)
     inner_SK = self._apply_gate(up_SN) if self.has_gate else self.act_fn(up_SN)
@@ -298,10 +284,7 @@ def experts_forward(
     if getattr(self, "has_post_expert_norm", False):
         y_SN = self.post_expert_norm(y_SN)
     y_SN = y_SN * top_k_weights.reshape(-1, 1)[routing.order]
-    by_token = torch.empty_like(routing.order)
-    by_token[routing.order] = torch.arange(len(by_token), device=by_token.device)
-    y_TCN = y_SN[by_token].view(*top_k_index.shape, -1)
-    return y_TCN.sum(1).to(hidden_states.dtype)
+    return routing.sum_by_token(y_SN).to(hidden_states.dtype)
 
 
 def _register() -> None:
