@@ -246,7 +246,6 @@ def train(
         max_length=data.max_length,
         limit=QUESTIONS_BEFORE_AND_AFTER,
     )
-    longest = max(4096, data.max_length)
     check_layers(base, subspace, lora)
     run.write_config(config)
     run.write_environment()
@@ -276,7 +275,7 @@ def train(
         max_length=data.max_length,
         resume=last is not None,
         on_eval=(
-            (lambda _, model: quick_probabilities(model, tokenizer, asked, max_tokens=longest))
+            (lambda _, model: quick_probabilities(model, tokenizer, asked))
             if train.eval_steps or objective.keeps_best
             else None
         ),

@@ -134,8 +134,7 @@ class Comparison:
 
     def probe(self, model: nn.Module) -> dict[str, float]:
         """Mean answer probabilities on the sets: a point of the frontier."""
-        longest = max(4096, self.max_length)
-        return quick_probabilities(model, self.tokenizer, self._probed, max_tokens=longest)
+        return quick_probabilities(model, self.tokenizer, self._probed)
 
     def before(self) -> dict[str, Any]:
         """The base model's row."""

@@ -118,11 +118,9 @@ def before_and_after(
         Two dicts with the keys of ``sets``: means over answers of exp(-mean NLL of their tokens,
         EOS included), 0 to 1.
     """
-    longest = max(len(item) for items in sets.values() for item in items)
-    max_tokens = max(4096, longest)
     with without_update(model):
-        before = quick_probabilities(model, tokenizer, sets, max_tokens=max_tokens)
-    return before, quick_probabilities(model, tokenizer, sets, max_tokens=max_tokens)
+        before = quick_probabilities(model, tokenizer, sets)
+    return before, quick_probabilities(model, tokenizer, sets)
 
 
 def spread(records: Sequence[QA], limit: int | None) -> Sequence[QA]:
@@ -204,7 +202,7 @@ def evaluate(
             tokenizer,
             list(encoded.values()),
             predict=[sequence in own for sequence in encoded],
-            max_tokens=max(max_tokens, max_length),
+            max_tokens=max_tokens,
             progress=progress,
         )
         return found, answer_share(

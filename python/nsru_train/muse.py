@@ -155,7 +155,6 @@ class Muse:
                 model,
                 tokenizer,
                 [*encoded.values()],
-                max_tokens=max(4096, *map(len, encoded.values())),
                 progress=progress,
             )
             return texts, {

@@ -294,7 +294,7 @@ def token_batches(
     ]
     return encoded_batches(
         model, tokenizer, encoded,
-        max_tokens=max(max_tokens, max_length), answers_only=answers_only,
+        max_tokens=max_tokens, answers_only=answers_only,
     )  # fmt: skip
 
 
@@ -306,13 +306,13 @@ def encoded_batches(
     max_tokens: int,
     answers_only: bool = False,
 ) -> list[dict[str, torch.Tensor]]:
-    """`token_batches` of what is encoded already; a single longer sequence gets its own batch."""
+    """`token_batches` of what is encoded already."""
     check_positions(model, encoded)
     device, pad = next(model.parameters()).device, pad_token_id(tokenizer, model)
     batches = []
     apart = is_encoder_decoder(model)
-    rows, longest = [[i] for i in range(len(encoded))], max(map(len, encoded), default=0)
-    for ids in rows if apart else length_batches(encoded, max(max_tokens, longest)):
+    alone = [[i] for i in range(len(encoded))]
+    for ids in alone if apart else length_batches(encoded, max_tokens):
         batch = collate([encoded[i] for i in ids], pad)
         if apart:
             batch, _ = split_for_decoder(model, batch)
@@ -763,7 +763,7 @@ def _attach_guard(
     from tqdm.auto import tqdm
 
     refuse_encoder_decoder(model, "a guard of prompts")
-    started, longest = time.perf_counter(), max(4096, max_length)
+    started = time.perf_counter()
     answers = [encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length)
                for qa in data.forget]  # fmt: skip
     run.drop_metrics_after(0)
@@ -785,7 +785,7 @@ def _attach_guard(
             tokenizer,
             *([qa.question for qa in records] for records in (data.forget, data.retain)),
             seed=seed,
-            measure=lambda: quick_probabilities(model, tokenizer, answers, max_tokens=longest),
+            measure=lambda: quick_probabilities(model, tokenizer, answers),
             note=note,
         )
     flags = {

@@ -141,7 +141,7 @@ def mean_states(reader: tuple[Any, Any], questions: Sequence[str], layer: int | 
     encoded = [Encoded(tokens, len(tokens)) for tokens in ids]
     means: dict[int, Tensor] = {}
     with evaluating(network), adapters_disabled(network):
-        for indices in length_batches(encoded, max(4096, *map(len, encoded))):
+        for indices in length_batches(encoded):
             inputs = collate([encoded[i] for i in indices], pad)
             inputs = {k: v.to(device) for k, v in inputs.items() if k != "labels"}
             states_BSD = (

@@ -118,8 +118,7 @@ class FinishedRun:
         self, model: nn.Module, asked: Mapping[str, Sequence[Encoded]] | None = None
     ) -> dict[str, float]:
         """Mean answer probabilities of the sets, or of others."""
-        longest, asked = max(4096, self.max_length), self._asked if asked is None else asked
-        return quick_probabilities(model, self.tokenizer, asked, max_tokens=longest)
+        return quick_probabilities(model, self.tokenizer, self._asked if asked is None else asked)
 
     def write(
         self, kind: str, setup: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], **more: Any

@@ -182,7 +182,7 @@ def fit_router(
     sizes = torch.tensor([len(some) for some in prompts])
     device = next(model.parameters()).device
     rows: dict[int, Tensor] = {}
-    for ids in length_batches(encoded, max(4096, *map(len, encoded))):
+    for ids in length_batches(encoded):
         batch = collate([encoded[i] for i in ids], pad_token_id(tokenizer, model))
         inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
         rows |= zip(ids, mean_states(model, inputs, layer).double().cpu(), strict=True)

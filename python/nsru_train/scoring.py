@@ -126,11 +126,10 @@ def score_sequences(
     Args:
         encoded: sequences, in any order.
         predict: for each sequence, whether `predictions` is wanted; None for none of them.
-        max_tokens: most tokens of a batch, padding included.
+        max_tokens: most tokens of a batch, padding included; a single longer sequence gets its own.
 
     Raises:
-        ValueError: a sequence is longer than max_tokens or than the model's position table, or
-            its NLL is not finite.
+        ValueError: a sequence is longer than the model's position table, or its NLL is not finite.
     """
     found = score_share(
         Shares(), model, tokenizer, encoded, predict=predict, max_tokens=max_tokens,

@@ -79,7 +79,7 @@ def reference_nll(
         model: with or without adapters.
         tokenizer: of the model.
         forget: questions with their undesired answers.
-        max_tokens: of one batch, padding included; a single longer sequence gets its own batch.
+        max_tokens: of one batch, padding included.
         max_length: most tokens of one sequence.
 
     Returns:
@@ -93,9 +93,8 @@ def encoded_nll(
     model: nn.Module, tokenizer, encoded: Sequence[Encoded], *, max_tokens: int = 4096
 ) -> list[float]:
     """`reference_nll` of what is encoded already."""
-    longest = max(map(len, encoded), default=1)
     with nk.adapters_disabled(model):
-        scores = score_sequences(model, tokenizer, encoded, max_tokens=max(max_tokens, longest))
+        scores = score_sequences(model, tokenizer, encoded, max_tokens=max_tokens)
     return [float(score.nll.sum()) for score in scores]
 
 

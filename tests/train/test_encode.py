@@ -96,6 +96,7 @@ def test_length_batches_cover_all_within_the_limit():
     assert length_batches([], 12) == []
 
 
-def test_length_batches_refuse_a_sequence_over_the_limit():
-    with pytest.raises(ValueError, match="sequence 1 has 9 tokens, max_tokens is 8"):
-        length_batches([Encoded([1], 0), Encoded([1] * 9, 0)], 8)
+def test_length_batches_give_a_sequence_over_the_limit_its_own():
+    lengths = [1, 9, 3, 11]
+    batches = length_batches([Encoded([1] * n, 0) for n in lengths], 8)
+    assert batches == [[3], [1], [2, 0]]

@@ -349,20 +349,13 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
     return tokenizer.eos_token_id if missing else pad
 
 
-def length_batches(encoded: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
+def length_batches(encoded: Sequence[Encoded], max_tokens: int = 4096) -> list[list[int]]:
     """Group indices into batches of at most max_tokens tokens, padding included, longest first.
 
-    Longest first, so that a batch that does not fit in memory fails at once. Ties keep their order.
-
-    Raises:
-        ValueError: one sequence alone is longer than max_tokens.
+    A single longer sequence gets its own batch. Longest first, so that a batch that does not fit in
+    memory fails at once. Ties keep their order.
     """
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    if order and len(encoded[order[0]]) > max_tokens:
-        raise ValueError(
-            f"sequence {order[0]} has {len(encoded[order[0]])} tokens, max_tokens is {max_tokens}; "
-            "raise max_tokens"
-        )
     batches: list[list[int]] = []
     width = 0
     for index in order:
