@@ -32,6 +32,7 @@ from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.nn.wrapped import (
     NSRUWrappedLinear,
     is_plain,
+    keep_unpacked,
     linear_sizes,
     place_of,
     why_not_linear,
@@ -420,6 +421,7 @@ def _match(
         raise ValueError(f"exclude must name linear layers, got {ALL_LINEAR!r}: it leaves none.")
     if looks_linear(model):
         raise ValueError("model is a linear layer itself; use NSRULinear.from_linear.")
+    keep_unpacked(model)
     # Layers that a swap or a merge would silently miss, or change in another place.
     places = Counter(id(child) for m in model.modules() for child in m._modules.values())
     shared = _shared_memory(model)
@@ -600,6 +602,10 @@ def _no_match(target: str, linear_names: list[str], skipped: dict[str, str]) -> 
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         return f"{target!r} matches no linear layer that can be swapped ({reasons})."
     ends = Counter(name.rpartition(".")[2] for name in linear_names)
+    if target in ends:
+        name = next(name for name in linear_names if name.endswith(f".{target}"))
+        full = ".".join(name.split(".")[-2:])
+        return f"{target!r} matches no linear layer; for that of fused experts write {full!r}."
     pool = linear_names if "." in target else list(ends)
     closest = difflib.get_close_matches(target, pool, n=3, cutoff=0.4)
     counts = [f"{c!r} ({ends[c]} modules)" if c in ends else repr(c) for c in closest]

@@ -151,7 +151,9 @@ def why_not_linear(module: nn.Module) -> str | None:
                 y_BTN.sum(), tokens_BTK, allow_unused=True
             )
         if not back or back[0] is None:
-            return f"gradients do not pass through {kind}"
+            packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
+            remedy = " once a forward in eval mode has packed it; load the model again" * packed
+            return f"gradients do not pass through {kind}{remedy}"
         with torch.no_grad():
             alone_2N = torch.cat([module(tokens_BTK[0, :1]), module(tokens_BTK[1, 5:])])
         x, z, zero, both, minus, triple = y_BTN[0].detach().double()
@@ -168,6 +170,17 @@ def why_not_linear(module: nn.Module) -> str | None:
         return f"{kind} does not compute x Wᵀ + b"
     _tried.add(module)
     return None
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Let 4-bit layers of bitsandbytes stay as they were loaded, on a CPU.
+
+    Where it finds avx512_bf16, a forward in eval mode packs them for good: no gradient passes then,
+    though nothing says so, and the scales lose bits.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 @torch.no_grad()

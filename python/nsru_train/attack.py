@@ -31,7 +31,7 @@ from nsru_train.metrics.robustness import relearning_robustness, stability
 from nsru_train.metrics.text import has_words, rouge_l_recall
 from nsru_train.metrics.tofu import harmonic_mean
 from nsru_train.pipeline import load_model, unlearn
-from nsru_train.quantized import bits_config, dequantize
+from nsru_train.quantized import bits_config, dense_experts, dequantize
 from nsru_train.repair import QUESTIONS, FinishedRun
 from nsru_train.report import tables
 from nsru_train.run_config import check_same_run
@@ -170,7 +170,8 @@ class Attacker:
         self.run, self.settings, self.models = run, settings, models
         weight: Tensor = next(base.parameters())
         self.dtype, self.device = weight.dtype, weight.device
-        self.notes: list[str] = []
+        passed_by = dense_experts(base) if "quantise" in settings.attacks else ""
+        self.notes = [f"quantise: {passed_by}"] if passed_by else []
         forget = run.data.forget
         self.asked = spread(forget, QUESTIONS)
         self.taught = list(spread(forget, max(1, round(settings.share * len(forget)))))
@@ -237,11 +238,10 @@ class Attacker:
             alphas = read_json(Path(run.adapter) / SIDECAR).get("alphas") or saved["alpha_pattern"]
             ranks = saved["rank_pattern"]
             own = LoraConfig(saved["r"], saved["lora_alpha"], ranks, alphas, project=False)
+            targets = [*saved["target_modules"], *saved.get("target_parameters", ())]
             yield (
                 AGAIN,
-                lambda: self.relearn(
-                    run.base(), folder / "own", own, saved["target_modules"], adapter=run.adapter
-                ),
+                lambda: self.relearn(run.base(), folder / "own", own, targets, adapter=run.adapter),
             )
 
     def load(self, victim: str) -> nn.Module:

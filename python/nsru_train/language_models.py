@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsru_kernels.nn.wrapped import keep_unpacked
 from nsru_train.data.encode import IGNORE_INDEX
 
 
@@ -31,19 +32,24 @@ def load_language_model(path: str | os.PathLike[str], **options: Any) -> Any:
         AutoModelForSeq2SeqLM,
     )
 
+    def load(kind: Any) -> Any:
+        model = kind.from_pretrained(path, **options)
+        keep_unpacked(model)
+        return model
+
     config = None
     with contextlib.suppress(OSError, ValueError):  # a folder of an adapter, which names its base
         trusted = options.get("trust_remote_code", False)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
     # BART would load as a causal model too, without its encoder.
     if getattr(config, "is_encoder_decoder", False):
-        return AutoModelForSeq2SeqLM.from_pretrained(path, **options)
+        return load(AutoModelForSeq2SeqLM)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **options)
+        return load(AutoModelForCausalLM)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
-    return AutoModelForImageTextToText.from_pretrained(path, **options)
+    return load(AutoModelForImageTextToText)
 
 
 def is_encoder_decoder(model: Any) -> bool:

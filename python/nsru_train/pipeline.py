@@ -47,7 +47,7 @@ from nsru_train.language_models import (
 from nsru_train.measure import PeakMemory
 from nsru_train.methods import Method, Objective
 from nsru_train.own_texts import own_texts
-from nsru_train.quantized import check_bitsandbytes, is_quantised, quantizing
+from nsru_train.quantized import check_bitsandbytes, dense_experts, is_quantised, quantizing
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import (
     check_positions,
@@ -223,6 +223,8 @@ def load_model(
             f"model.quantize: bitsandbytes knows no layer of {config.path!r} "
             f"({type(model).__name__}), so nothing is in {config.quantize}; leave it at none."
         )
+    if config.quantize != "none" and (passed_by := dense_experts(model)):
+        logger.warning("model.quantize: %s.", passed_by)
     # A pad token is often added to a tokenizer without a row in the embedding.
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import nsru_kernels as nk
-from nsru_kernels.nn.experts import NSRUExpertLinear
+from nsru_kernels.nn.experts import ExpertLinear, NSRUExpertLinear, expert_linears
 from nsru_kernels.nn.swap import looks_linear, replace_module
 from nsru_kernels.nn.wrapped import dense_linear, is_plain, why_not_linear
 
@@ -47,12 +48,24 @@ def quantizing(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     """More options of ``from_pretrained`` for ``model.quantize``."""
     from transformers import AutoConfig
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which warns at each product
     dtype: str = config.dtype
     if dtype == "auto":
         found = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         dtype = str(found.dtype or torch.float32).removeprefix("torch.")
     bits = bits_config(config.quantize, dtype)
     return {"quantization_config": bits, "device_map": {"": device}}
+
+
+def dense_experts(model: PreTrainedModel) -> str:
+    """What quantisation passes by, in words; empty where there is nothing."""
+    experts: list[ExpertLinear] = []
+    for name, module in model.named_modules():
+        experts += expert_linears(name, module).values()
+    if not experts:
+        return ""
+    share = sum(linear.weight.numel() for linear in experts) / model.num_parameters()
+    return f"linear layers only are quantised: experts, {share:.0%} of all parameters, stay as is"
 
 
 def is_quantised(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nsru_kernels as nk
 from nsru_kernels.nn.swap import match_linears
-from nsru_kernels.nn.wrapped import affine_map, dense_linear
+from nsru_kernels.nn.wrapped import affine_map, dense_linear, keep_unpacked
 from nsru_kernels.subspaces.collection import fingerprint_weights
 
 pytest.importorskip("transformers")
@@ -479,7 +479,73 @@ def test_quantised_models(kind, tmp_path, monkeypatch):
     assert (wanted - before).abs().max() > 0.1
     nk.save_lora_adapter(model, tmp_path / "adapter")
     served = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter").eval()
+    keep_unpacked(served)  # else another kernel, in bf16
     torch.testing.assert_close(served(input_ids=forget).logits, wanted, rtol=1e-4, atol=1e-4)
     nk.merge_adapters(model)
     off = (model(input_ids=forget).logits - wanted).abs().max()
     assert off < tolerance * (wanted - before).abs().max()
+
+
+def _packs(model, monkeypatch):
+    """As on a CPU with avx512_bf16, whatever this one has."""
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    if not layers:
+        pytest.skip("this bitsandbytes packs nothing")
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    return layers
+
+
+def test_4_bit_layers_are_not_packed_where_gradients_must_pass(tmp_path, monkeypatch):
+    """bitsandbytes packs them in a forward in eval mode, and is silent about the gradients."""
+    load = QUANTISED["nf4"][0](monkeypatch)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+    tiny_llama(**sizes).save_pretrained(tmp_path)
+    ids = torch.randint(40, (3, 8))
+    found = []
+    for estimates in (True, False):
+        model = load(tmp_path)
+        layers = _packs(model, monkeypatch)
+        basis = torch.eye(64, 2)
+        if estimates:
+            nk.estimate_retain_subspaces(
+                model, [{"input_ids": ids}], "v_proj", width=8, rank=2, progress=False
+            )
+        nk.swap_linears(model, "v_proj", rank=2, alpha=4, subspaces=dict.fromkeys(
+            [f"model.layers.{i}.self_attn.v_proj" for i in range(2)], basis))  # fmt: skip
+        with torch.no_grad():
+            model(input_ids=ids)
+        assert not any(
+            getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers
+        )
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.1)
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append([p.grad for n, p in model.named_parameters() if "lora_" in n])
+    for after, fresh in zip(*found, strict=True):
+        assert fresh.norm() > 0
+        torch.testing.assert_close(after, fresh)
+
+
+def test_4_bit_layers_that_are_packed_are_refused_with_the_remedy(tmp_path, monkeypatch):
+    from nsru_kernels.nn import wrapped
+
+    load = QUANTISED["nf4"][0](monkeypatch)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+    tiny_llama(**sizes).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    layer = _packs(model, monkeypatch)[0]
+
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.mark_non_differentiable(y := x.clone())
+            return y
+
+    layer.weight.quant_state.packing_format_for_cpu = True
+    monkeypatch.setattr(
+        "bitsandbytes.matmul_4bit", lambda x, *_, **__: NoGradient.apply(x @ torch.eye(64))
+    )
+    assert "load the model again" in wrapped.why_not_linear(layer)

@@ -10,8 +10,10 @@ from transformers import AutoTokenizer
 
 import nsru_kernels as nk
 from nsru_train.cli import main
+from nsru_train.config import ModelConfig
 from nsru_train.demo.authors import author_splits
 from nsru_train.methods.fila import start_with_fila
+from nsru_train.pipeline import load_model
 from nsru_train.sources import save_records
 
 pytestmark = pytest.mark.usefixtures("without_figures")
@@ -53,6 +55,29 @@ def test_train_eval_verify_merge(arguments, tmp_path, capsys):
     main(["merge", str(run)])
     main(["verify", str(run)])
     assert "merged model" in capsys.readouterr().out
+
+
+def test_attacks_relearn_the_experts_and_say_that_none_is_quantised(arguments, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    run = tmp_path / "run"
+    main(["train", *arguments, f"--out={run}"])
+    steps = ["--steps=2", "--max_new_tokens=2"]
+    main(["attack", str(run), '--attacks=["relearn", "quantise"]', *steps])
+    results = json.loads((run / "attack" / "results.json").read_text())
+    names = {row["attack"] for row in results["attacks"]}
+    assert {"relearned", "relearned in its own LoRA", "int8"} <= names
+    [note] = [note for note in results["notes"] if "experts" in note]
+    base, _ = load_model(arguments[0].partition("=")[2])
+    held = sum(p.numel() for n, p in base.named_parameters() if ".experts." in n)
+    share = held / base.num_parameters()
+    assert f"experts, {share:.0%} of all parameters, stay as is" in note
+
+
+def test_a_quantised_base_says_that_its_experts_are_not(arguments, tmp_path, caplog):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    path = arguments[0].partition("=")[2]
+    load_model(ModelConfig(path, quantize="nf4"))
+    assert "model.quantize: linear layers only are quantised: experts, " in caplog.text
 
 
 def test_methods_of_linear_layers_only_refuse_experts(arguments, tmp_path, capsys):
