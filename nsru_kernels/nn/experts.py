@@ -194,6 +194,10 @@ class NSRUExpertLinear(NSRULinear):
         super().__setstate__(state)
         _register()
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix[:-1]] = destination.pop(prefix + "weight")  # as in the base model
+
 
 class _ExpertLinear(torch.autograd.Function):
     """Saves x as it came, so that what the experts share is held once, and S; W has no gradient."""
@@ -331,9 +335,18 @@ def why_not_experts(linear: ExpertLinear) -> str | None:
     return None
 
 
+def _find_weights(experts, state_dict, prefix, *_) -> None:
+    """Before experts with modules among their linears are loaded from what a base model has."""
+    for name in _LINEARS:
+        if name in experts._modules and prefix + name in state_dict:
+            state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
+
+
 def choose_forward(experts: Any) -> None:
     """Let experts with modules among their linears run ``experts_forward``, others as before."""
     if any(name in experts._modules for name in _LINEARS):
+        if not experts._load_state_dict_pre_hooks:
+            experts.register_load_state_dict_pre_hook(_find_weights)
         if experts.config._experts_implementation != _IMPLEMENTATION:
             _register()
             experts._plain_config = experts.config

@@ -3,8 +3,8 @@
 Who belongs together is decided when the linears are swapped. The first member that is called with
 some x computes the outputs of all; the others take theirs when they are called with the same
 tensor, unchanged, in the same grad mode, autocast and stream. A member called with anything else
-works alone. What PyTorch does not count, it does not see: writes through ``.data`` or NumPy between
-the calls of one group. For those there is ``swap_linears(..., siblings=False)``.
+works alone. What PyTorch does not count, it does not see: writes through ``.data``, NumPy or
+collectives between the calls of one group. For those ``swap_linears`` has ``siblings=False``.
 """
 
 from __future__ import annotations

@@ -27,8 +27,9 @@ class NSRULinear(nn.Module):
     ``lora_A`` [R, K] starts as in PEFT (Kaiming uniform) and ``lora_B`` [N, R] at zero, both
     float32, so the module starts as its frozen linear. Between calls it keeps Ā, computed again
     whenever A or the basis changed, and in a group the outputs that its members have yet to take.
-    A step of any ``torch.optim.Optimizer`` counts as a change. PyTorch does not count edits through
-    ``.data``, as in a training loop by hand: edit under ``torch.no_grad()``, or call `invalidate`.
+    A step of any ``torch.optim.Optimizer`` counts as a change. PyTorch counts neither edits through
+    ``.data``, as in a training loop by hand, nor what collectives such as ``dist.broadcast`` and
+    ``dist.all_reduce`` write: call `invalidate` of one of the model's modules after them.
 
     Args:
         in_features: K.
@@ -190,7 +191,7 @@ class NSRULinear(nn.Module):
         self.group, self._position = group, group.add(self)
 
     def invalidate(self) -> None:
-        """Project again at the next forward, after an edit of A or the basis through ``.data``."""
+        """Project the model's adapters again, after edits of A or U that PyTorch does not count."""
         self.group.projections.clear()
 
     def reset_adapter(self) -> None:

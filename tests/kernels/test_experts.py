@@ -357,3 +357,27 @@ def test_an_adapter_of_other_experts_is_refused(tmp_path):
         nk.load_lora_adapter(tiny_moe("mixtral", num_local_experts=2), tmp_path)
     with pytest.raises(ValueError, match=r"\(16, 24\), the model has \(16, 20\); another base"):
         nk.load_lora_adapter(tiny_moe("gpt_oss", intermediate_size=20), tmp_path)
+
+
+@families
+def test_a_swapped_model_keeps_the_names_of_its_weights(family, tmp_path):
+    """So that what others save of it, such as a trainer's checkpoint, is read as the base model."""
+    model, ids = tiny_moe(family), tokens(2, 5)
+    names, before = set(model.state_dict()), logits(model, ids)
+    swap(model, ["q_proj", "experts"])
+    assert names < set(model.state_dict())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path), ids), before)
+
+    saved, adapted = copy.deepcopy(model.state_dict()), logits(model, ids)
+    other = tiny_moe(family)
+    swap(other, ["q_proj", "experts"], std=0.1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not any(other.load_state_dict(saved))
+    assert torch.equal(logits(other, ids), adapted)
+    nk.merge_adapters(other)
+    assert set(other.state_dict()) == names
+    other.load_state_dict(tiny_moe(family).state_dict())
+    assert torch.equal(logits(other, ids), before)
