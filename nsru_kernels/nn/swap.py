@@ -8,11 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from nsru_kernels.nn.experts import (
     ExpertLinear,
@@ -424,7 +426,7 @@ def _match(
     keep_unpacked(model)
     # Layers that a swap or a merge would silently miss, or change in another place.
     places = Counter(id(child) for m in model.modules() for child in m._modules.values())
-    shared = _shared_memory(model)
+    shared, held = _shared_memory(model), _held_by_hand(model)
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     text = _text_part(model)
@@ -445,6 +447,8 @@ def _match(
             reason = "is compiled by itself and would go on as it is; compile after swapping"
         if reason is None and places[id(getattr(module, "experts", module))] > 1:
             reason = "the same module stands in several places; give each its own"
+        if reason is None and id(module) in held:
+            reason = f"{held[id(module)]} holds it too, and would go on calling it as it is"
         if reason is None and id(getattr(module, "weight", None)) in shared:
             reason = "its weight is tied to another module; a merge would change both, untie them"
         if not of_experts:
@@ -488,6 +492,23 @@ def _text_part(model: nn.Module) -> set[nn.Module] | None:
     if getattr(config, "text_config", None) is None or not callable(get_decoder):
         return None
     return set(get_decoder().modules())
+
+
+def _held_by_hand(model: nn.Module) -> dict[int, str]:
+    """Identity of a module → where another one holds it besides as a child, such as in a list.
+
+    There a swap would leave it, or its forward.
+    """
+    held: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in ("_modules", "_parameters", "_buffers"):
+                continue
+            for leaf in tree_leaves(value):
+                owner = leaf.__self__ if isinstance(leaf, MethodType) else leaf
+                if isinstance(owner, nn.Module) and owner is not module:
+                    held[id(owner)] = f"{name}.{attribute}".lstrip(".")
+    return held
 
 
 def _shared_memory(model: nn.Module) -> set[int]:

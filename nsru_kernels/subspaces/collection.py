@@ -259,6 +259,19 @@ def dtype_hint(model: nn.Module, wanted: str) -> str:
     return ""
 
 
+def plain_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor by its name, or those that one of torchao is made of: numbers, scales, zero points.
+
+    Entries of the others cannot be had.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return {name: tensor}
+    parts: dict[str, Tensor] = {}
+    for part in tensor.__tensor_flatten__()[0]:
+        parts |= plain_parts(f"{name}.{part}", getattr(tensor, part))
+    return parts
+
+
 def fingerprint_weights(model: nn.Module, rounded_to: torch.dtype | None = None) -> str:
     """A hash over names, shapes and evenly spaced entries of the weights, adapters left out.
 
@@ -278,11 +291,7 @@ def fingerprint_weights(model: nn.Module, rounded_to: torch.dtype | None = None)
         if name in experts:
             name = name.removesuffix(".weight")
         name = ".".join(part for part in name.split(".") if part != "base_layer")  # adapted layers
-        if is_traceable_wrapper_subclass(weight):  # of torchao: numbers, scales and zero points
-            parts = weight.__tensor_flatten__()[0]
-            weights |= {f"{name}.{part}": getattr(weight, part) for part in parts}
-        else:
-            weights[name] = weight
+        weights |= plain_parts(name, weight)
     for name, weight in sorted(weights.items()):
         flat = weight.detach().resolve_neg().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)

@@ -17,6 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from nsru_kernels.subspaces.collection import plain_parts
+
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint cannot be read; the message names the file, and an older one that can."""
@@ -138,7 +140,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, dtypes, shapes and every byte."""
     total = hashlib.sha256()
-    for name, tensor in tensors:
+    plain = (part for pair in tensors for part in plain_parts(*pair).items())
+    for name, tensor in plain:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if not tensor.is_meta:
             flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 import nsru_kernels as nk
 from nsru_kernels import files
 from nsru_train import cli, pipeline
-from nsru_train.checkpoints import rotate
+from nsru_train.checkpoints import digest, rotate
 from nsru_train.data.encode import collate, encode_qa
 from nsru_train.losses import SAFE
 from nsru_train.losses.nll import answer_logits, answer_states
@@ -668,3 +668,20 @@ def test_only_training_and_evaluation_take_several_processes(monkeypatch, comman
         monkeypatch.setenv(name, value)
     cli.main([command])
     assert ran == (["2"] if command in ("train", "eval") else [None] if rank == "0" else [])
+
+
+def test_a_digest_reads_the_parts_of_a_tensor_that_has_no_entries_of_its_own():
+    """As torchao's quantised weights are."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    class Opaque(TwoTensor):
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args, kwargs):
+            if function is torch.ops.aten.detach.default:
+                return Opaque(args[0].a, args[0].b)
+            raise NotImplementedError(function)
+
+    one, other = torch.randn(3), torch.randn(3)
+    of_opaque = digest([("w", Opaque(one, other))])
+    assert of_opaque == digest([("w.a", one), ("w.b", other)])
+    assert of_opaque != digest([("w", Opaque(one, one))])

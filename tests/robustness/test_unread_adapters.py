@@ -214,3 +214,31 @@ def test_fused_experts_are_known_by_their_class_too():
         f"model.layers.0.{part}.{which}_linear"
         for part in ("mlp", "self_attention.experts") for which in ("input", "output")
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda read: [read],
+        lambda read: {"own": (read, "name")},
+        lambda read: read.forward,
+        lambda read: (read,),
+    ],
+    ids=["list", "dict", "method", "tuple"],
+)
+def test_what_is_held_by_hand_is_left_out_by_name_and_refused(hold):
+    """PyTorch registers no module of a list; a swap would not reach it there."""
+    model = make("dtype")
+    model[1].kept = hold(model[1].read)
+    with pytest.raises(ValueError, match=r"1\.read, which .*: 1\.kept holds it too"):
+        nk.estimate_retain_subspaces(model, [torch.randn(5, K)], "read", width=4, rank=2)
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    assert report.swapped == ["0", "1.called"]
+    assert report.skipped["1.read"] == "1.kept holds it too, and would go on calling it as it is"
+
+
+def test_parents_may_be_held_by_hand():
+    model = make("dtype")
+    model[1].kept = [model[0], "and more"]
+    model.blocks = [model[1]]
+    assert nk.swap_linears(model, "all-linear", rank=2, alpha=4).swapped == ["1.called", "1.read"]
