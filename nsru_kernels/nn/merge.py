@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from nsru_kernels.nn.experts import ExpertLinear, NSRUExpertLinear
 from nsru_kernels.nn.inputs import with_progress
 from nsru_kernels.nn.linear import NSRULinear
-from nsru_kernels.nn.names import COMPILED, check_module
+from nsru_kernels.nn.names import COMPILED, check_module, unwrap
 from nsru_kernels.nn.sharded import gathered, reshard, shards_of
 from nsru_kernels.nn.swap import replace_module
-from nsru_kernels.nn.wrapped import NSRUWrappedLinear
+from nsru_kernels.nn.wrapped import NSRUWrappedLinear, linear_sizes
 
 
 @torch.no_grad()
@@ -20,8 +22,9 @@ def merge_adapters(model: nn.Module, *, progress: bool = False) -> nn.Module:
 
     A layer of another kind gets the sum into its own weight where that is dense, as ``Conv1D``'s;
     a quantised one becomes an ``nn.Linear`` in the model's dtype, and what stood for a 3-D
-    parameter of experts that parameter. Of a model that ``fully_shard`` has sharded every rank
-    makes the call: modules are gathered one by one, the result is sharded as before.
+    parameter of experts that parameter. Where nothing quantised is left, transformers saves the
+    model as a plain one. Of a model that ``fully_shard`` has sharded every rank makes the call:
+    modules are gathered one by one, the result is sharded as before.
 
     Args:
         model: changed in place. Weights keep their dtype and stay frozen.
@@ -72,7 +75,18 @@ def merge_adapters(model: nn.Module, *, progress: bool = False) -> nn.Module:
         else:
             # A compiled layer goes on calling what it was made of.
             replace_module(model, name.removesuffix(COMPILED), linear)
+    _forget_quantiser(model)
     return model
+
+
+def _forget_quantiser(model: Any) -> None:
+    """Let transformers save a model of which nothing is quantised any more as what it is."""
+    model = unwrap(model)
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is not None and all(type(p) is nn.Parameter for p in model.parameters()):
+        sized = (m for m in model.modules() if linear_sizes(m) != (0, 0))
+        if all(isinstance(getattr(m, "weight", None), nn.Parameter) for m in sized):
+            quantiser.remove_quantization_config(model)
 
 
 class _Sharded(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -230,11 +231,17 @@ def swap_linears(
         skipped=skipped,
         retain_ranks={n: 0 if m.basis is None else m.basis.shape[1] for n, m in modules.items()},
         trainable=trainable,
-        frozen=sum(p.numel() for p in model.parameters()) - trainable,
+        frozen=sum(map(_entries, model.parameters())) - trainable,
         groups=groups,
         observed=families is not None,
         closed=[n for n, m in modules.items() if _is_full(m.basis)],
     )
+
+
+def _entries(parameter: Tensor) -> int:
+    """Of the weight that it stands for: bitsandbytes keeps two of 4 bits in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def match_linears(

@@ -603,8 +603,9 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     network, tokenizer = load_model(model)
     load_lora_adapter(network, adapter)
     errors = requantization_errors(network)
+    quantised = getattr(network, "hf_quantizer", None) is not None
     nk.merge_adapters(network, progress=True)
-    if getattr(network, "hf_quantizer", None) is not None:
+    if quantised:
         dequantize(network)  # the layers without an adapter, and the model's config
         print(f"The base is quantised; {run}/merged is in {network.dtype}.")
     if errors:

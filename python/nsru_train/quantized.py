@@ -50,8 +50,14 @@ def quantizing(config: ModelConfig, device: torch.device) -> dict[str, Any]:
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which warns at each product
     dtype: str = config.dtype
+    found = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    if (own := getattr(found, "quantization_config", None)) is not None:
+        kind = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+        raise ValueError(
+            f"model.quantize: {config.path!r} is quantised already, by {kind}, and would stay as "
+            "it is; leave it at none."
+        )
     if dtype == "auto":
-        found = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         dtype = str(found.dtype or torch.float32).removeprefix("torch.")
     bits = bits_config(config.quantize, dtype)
     return {"quantization_config": bits, "device_map": {"": device}}
@@ -128,7 +134,8 @@ def dequantize(model: PreTrainedModel) -> None:
     for name, module in list(model.named_modules()):
         if looks_linear(module) and not is_plain(module) and why_not_linear(module) is None:
             replace_module(model, name, dense_linear(module, model.dtype))
-    model.hf_quantizer.remove_quantization_config(model)
+    if hasattr(model, "hf_quantizer"):  # else merge_adapters found nothing left
+        model.hf_quantizer.remove_quantization_config(model)
     with torch.device("meta"):
         plain = type(model)(model.config)
     for name, module in plain.named_modules():

@@ -67,6 +67,36 @@ def test_the_commands(setting, bits, tmp_path, capsys):
             torch.testing.assert_close(weights[f"{name}.weight"], wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_a_model_merged_from_python_is_saved_as_a_plain_one(setting, bits, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    path = str(setting[0] / "model")
+    base, tokenizer = load_model(ModelConfig(path, quantize=bits))
+    plain, _ = load_model(path)
+    report = nk.swap_linears(base, "all-linear", rank=2, alpha=4)
+    assert report.frozen == sum(weight.numel() for weight in plain.parameters())
+    ids = tokenizer("Who is it?", return_tensors="pt").input_ids
+    nk.merge_adapters(base)
+    wanted = base(input_ids=ids).logits
+    base.save_pretrained(tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(merged(input_ids=ids).logits, wanted)
+
+    base, _ = load_model(ModelConfig(path, quantize=bits))
+    nk.swap_linears(base, "q_proj", rank=2, alpha=4)
+    nk.merge_adapters(base)
+    assert base.config.quantization_config  # for what is left
+
+
+def test_a_checkpoint_that_is_quantised_already(setting, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base, tokenizer = load_model(ModelConfig(str(setting[0] / "model"), quantize="nf4"))
+    base.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is quantised already, by bitsandbytes, .* at none"):
+        load_model(ModelConfig(str(tmp_path), quantize="int8"))
+
+
 @pytest.fixture
 def other_base(setting, tmp_path):
     """Saves another kind of model beside the setting's tokenizer."""
