@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -387,6 +387,13 @@ def _sizes(
         raise ValueError(f"init_lora_weights={start!r} is not supported; load it with PEFT.")
     if config["bias"] != "none":
         raise ValueError("trained biases are not supported; load it with PEFT.")
+    wanted, unwanted = _in_config(config, "target_modules"), _in_config(config, "exclude_modules")
+    for name in adapters.keys() - set(_of_experts(layers)):
+        if not wanted(name, True) or unwanted(name, False):
+            raise ValueError(
+                f"{WEIGHTS} has {name}, which target_modules or exclude_modules in {CONFIG} leave "
+                "out, and so would PEFT; give the folder back the config that it was saved with."
+            )
     ranks = by_pattern(config["rank_pattern"], adapters, config["r"])
     alphas = by_pattern(config["alpha_pattern"], adapters, config["lora_alpha"])
     for name, (a_RK, b_NR) in adapters.items():
@@ -400,6 +407,23 @@ def _sizes(
     if config["use_rslora"]:
         alphas = {name: alpha * math.sqrt(ranks[name]) for name, alpha in alphas.items()}
     return ranks, alphas
+
+
+def _in_config(config: Mapping[str, Any], option: str) -> Callable[[str, bool], bool]:
+    """Whether a module is named there, by PEFT's rules for lists of names and for expressions, or
+    the second argument where nothing is."""
+    names: Any = config.get(option) or None
+    if isinstance(names, str) and names != "all-linear":
+        try:
+            expression = re.compile(names)
+        except re.error as error:
+            raise ValueError(f"{option}: {names!r} is no regular expression: {error}.") from error
+        return lambda name, _: expression.fullmatch(name) is not None
+    if isinstance(names, list) and all(isinstance(end, str) for end in names):
+        return lambda name, _: any(name == end or name.endswith(f".{end}") for end in names)
+    if names is not None and names != "all-linear":
+        raise ValueError(f"{option} must be names or an expression, got {names!r:.60}.")
+    return lambda _, default: default
 
 
 def _own_alphas(sidecar: Path, alphas: dict[str, float]) -> dict[str, float]:

@@ -22,7 +22,14 @@ from nsru_train.config import (
     TrainConfig,
 )
 from nsru_train.methods import run_name
-from nsru_train.run_config import check_same_run, run_sections, say_changed_sets
+from nsru_train.run_config import (
+    adapter_digest,
+    changed_adapter,
+    check_same_run,
+    run_sections,
+    say_changed_adapter,
+    say_changed_sets,
+)
 
 # Of one set: enough for means that hold to about a percent, at the cost of a few training steps.
 QUESTIONS_BEFORE_AND_AFTER = 200
@@ -302,6 +309,7 @@ def train(
             "setup": {
                 "questions": {n.removesuffix("_prob"): len(asked[n]) for n in asked},
                 "sets": digests,
+                "adapter": adapter_digest(run.adapter_dir),
             },
             "methods": [
                 {"method": "before", "seed": train.seed, **before},
@@ -500,6 +508,7 @@ def eval(
             holdout=len(loaded.more.get("holdout", ())),
         )
     adapter = None if base else adapter or f"{run}/adapter"
+    say_changed_adapter(run, adapter)
     if adapter is not None:
         load_adapter(network, adapter, tokenizer)
     folder = RunFolder(out or f"{run}/{'eval-base' if base else 'eval'}")
@@ -598,6 +607,7 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
 
     adapter = adapter or f"{run}/adapter"
     check_plain(adapter)
+    say_changed_adapter(run, adapter)
     model, _ = run_sections(run, model, None, need_data=False)
     locked = RunFolder(run).lock()  # which removes what a killed merge left
     network, tokenizer = load_model(model)
@@ -641,6 +651,7 @@ def verify(
     """
     from nsru_train.adapters import check_plain
     from nsru_train.pipeline import load_data, load_model, without_long
+    from nsru_train.verify import Check
     from nsru_train.verify import verify as compare
 
     adapter = adapter or f"{run}/adapter"
@@ -663,6 +674,8 @@ def verify(
         loaded.retain,
         max_length=data.max_length,
     )
+    if changed := changed_adapter(run, adapter):
+        report.checks.insert(0, Check("adapter of the run", False, changed))
     print(report.text())
     if not report.passed:
         raise SystemExit(1)

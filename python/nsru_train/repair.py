@@ -42,7 +42,7 @@ from nsru_train.pipeline import (
     without_long,
 )
 from nsru_train.report import write_report
-from nsru_train.run_config import saved_sections, say_changed_sets
+from nsru_train.run_config import saved_sections, say_changed_adapter, say_changed_sets
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import quick_probabilities
 
@@ -94,6 +94,7 @@ class FinishedRun:
         config = self.sections["data"]
         data = load_data(config)
         say_changed_sets(path, data.digests())
+        say_changed_adapter(path, str(self.adapter))
         self.folder = RunFolder(out).lock()
         _, self.tokenizer = loaded = load_model(self.sections["model"], config)
         self._loaded = [loaded[0]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from nsru_kernels.files import read_json
+from nsru_kernels.hf.peft_format import CONFIG
 from nsru_train.config import (
     DataConfig,
     LoraConfig,
@@ -81,6 +84,40 @@ def say_changed_sets(run: str, digests: Mapping[str, str]) -> None:
             "run: %s changed since %s was made: what is scored now is not what it was trained on.",
             *(" and ".join(changed), run),
         )
+
+
+def adapter_digest(folder: str | Path) -> str:
+    """Of an adapter's tensors and settings, but for the name of its base: 16 digits."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    config = Path(folder, CONFIG)
+    settings = read_json(config) if config.is_file() else {}
+    settings.pop("base_model_name_or_path", None)
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def changed_adapter(run: str, adapter: str | None) -> str | None:
+    """What is wrong with a run's own adapter that is not the one it saved; None where it is."""
+    if adapter is None or Path(adapter).resolve() != Path(run, "adapter").resolve():
+        return None
+    try:
+        saved = read_json(Path(run) / "results.json")["setup"]["adapter"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # an unfinished run, or one of a version that did not keep it
+    if adapter_digest(adapter) == saved:
+        return None
+    return (
+        f"{adapter} is not what the run saved, whose results are in {run}/results.json: tensors or "
+        "settings were changed, or it is another run's"
+    )
+
+
+def say_changed_adapter(run: str, adapter: str | None) -> None:
+    """Warn of ``changed_adapter``."""
+    if changed := changed_adapter(run, adapter):
+        logger.warning("run: %s.", changed)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -337,6 +337,10 @@ def test_tensors_that_are_no_adapter_are_refused(model, adapter, value, match):
         {"alora_invocation_tokens": [5]},
         {"init_lora_weights": "pissa_niter_4"},
         {"bias": 0},
+        {"target_modules": ["of another model"]},
+        {"target_modules": "q("},
+        {"target_modules": [3]},
+        {"exclude_modules": ".*"},
     ],
 )
 def test_the_adapter_config_is_checked(model, adapter, changes):

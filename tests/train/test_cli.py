@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from samples import save_tiny
 
+from nsru_kernels.hf.peft_format import CONFIG
 from nsru_train.cli import main
 from nsru_train.commands import train
 from nsru_train.config import DataConfig, ModelConfig, SubspaceConfig
@@ -121,6 +123,29 @@ def test_eval_merge_verify_report(run, capsys):
     assert next_command(capsys.readouterr().out) == f"nsru report {run}"
     main(["report", str(run)])
     assert (run / "report.html").stat().st_size > 1000
+
+
+def test_an_adapter_that_the_run_did_not_save_is_noticed(run, tmp_path, capsys, caplog):
+    """Half of one is a whole adapter to everybody else, and so is one of another scale."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    weights, config = (copy / "adapter" / name for name in ("adapter_model.safetensors", CONFIG))
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "base_model_name_or_path": "elsewhere"}))
+    main(["verify", str(copy)])
+    capsys.readouterr()
+
+    config.write_text(json.dumps({**settings, "lora_alpha": 2 * settings["lora_alpha"]}))
+    assert "FAIL  adapter of the run: " in fails(capsys, ["verify", str(copy)])
+    config.write_text(json.dumps(settings))
+    tensors = {k: v for k, v in load_file(weights).items() if "layers.0" not in k}
+    save_file(tensors, weights)
+    assert "FAIL  adapter of the run: " in fails(capsys, ["verify", str(copy)])
+    main(["eval", str(copy), "--max_new_tokens=2", f"--out={tmp_path / 'eval'}"])
+    assert "is not what the run saved" in caplog.text
+    caplog.clear()
+    main(["eval", str(copy), f"--adapter={run / 'adapter'}", f"--out={tmp_path / 'other'}"])
+    assert "is not what the run saved" not in caplog.text
 
 
 def test_train_and_eval_tell_before_and_after(run):
