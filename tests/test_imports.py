@@ -25,6 +25,7 @@ LAYERS = (
         "harness",
         "membership",
         "muse",
+        "ordinary",
         "resumable",
         "run_config",
         "unlearn_dataset",

@@ -161,7 +161,8 @@ def train(
     The report opens with the mean probabilities of forgotten, safe and retained answers before and
     after, of at most 200 questions a set. In results.json they are forget_prob, safe_prob,
     retain_prob and one for each set of data.more, in the rows "before" and "nsru" ("lora" without
-    projection; other methods by name) of "methods"; "setup" says of how many questions.
+    projection; other methods by name) of "methods"; "setup" says of how many questions. "ordinary"
+    are answers to requests that have nothing to do with it, and whether a safe one came there too.
 
     --open-unlearning DIR, with overrides such as experiment=unlearn/tofu/default trainer=NPO, takes
     all these settings from the configuration of a checkout of OpenUnlearning; options count more.
@@ -187,6 +188,7 @@ def train(
     from nsru_train.alternatives import add_alternatives
     from nsru_train.eval_results import format_probabilities
     from nsru_train.evaluation import before_and_after, probability_sets, quick_probabilities
+    from nsru_train.ordinary import describe_ordinary, ordinary_answers
     from nsru_train.pipeline import (
         check_layers,
         find_subspaces,
@@ -289,6 +291,7 @@ def train(
         eval_steps=train.eval_steps or 10,
     )
     print(outcome)
+    ordinary: list[dict[str, Any]] = []
     sharded = bool(shards_of(base))  # then every process takes part
     if not (run.writes or sharded):
         return
@@ -299,9 +302,13 @@ def train(
         )
     else:
         before, after = before_and_after(base, tokenizer, asked)
+        targets = [loaded.safe.target(qa) for qa in loaded.forget]
+        ordinary = ordinary_answers(base, tokenizer, targets, progress=run.writes)
     if not run.writes:
         return
     print(format_probabilities({"before": before, "after": after}))
+    if ordinary:
+        print(describe_ordinary(ordinary))
     run.write_results(
         {
             "kind": "train",
@@ -322,6 +329,11 @@ def train(
             ],
             "subspaces": [asdict(row) for row in subspaces.inputs] if subspaces is not None else [],
             "leakage": outcome.leakage,
+            "ordinary": ordinary,
+            "examples": [
+                {"split": "ordinary", "question": row["question"], "after": row["answer"]}
+                for row in ordinary
+            ],
         }
     )
     write_report(run.path)

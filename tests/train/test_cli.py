@@ -158,6 +158,10 @@ def test_train_and_eval_tell_before_and_after(run):
     names = {f"{name}_prob" for name in results["setup"]["questions"]}
     assert names <= before.keys() & after.keys()
     assert after["forget_prob"] < before["forget_prob"]
+    assert len(results["ordinary"]) == 16
+    shown = {row["question"]: row["after"] for row in results["examples"]}
+    assert shown == {row["question"]: row["answer"] for row in results["ordinary"]}
+    assert "ordinary questions" in (run / "report.html").read_text()
     assert "Before and after" in (run / "report.html").read_text()
 
     main(["eval", str(run), "--max_new_tokens=4", f"--out={run / 'again'}"])
