@@ -25,6 +25,8 @@ from nsru_kernels.text_table import align_columns
 _SCHEMA = 1
 _INDEX = "index.json"
 _SAMPLES = 1024
+# Captured energy from which on nothing of the data is left outside.
+ALL = 0.999
 
 
 @dataclasses.dataclass
@@ -112,10 +114,15 @@ class SubspaceSet(dict[str, RetainSubspace]):
                 )
             )
         lines = align_columns(rows)
-        if any(entry.rank_limited for entry in self.inputs):
+        limited = [entry.captured_energy for entry in self.inputs if entry.rank_limited]
+        if any(captured >= ALL for captured in limited):
             lines.append(
-                "* all that the retain data has there, or the sketch holds, is protected, which is "
-                "less than the rule allows: give more data, or raise width where that is below K."
+                "* all that the retain data has there is protected; the rule would allow more: more "
+                "data, of more kinds, would protect more."
+            )
+        if any(captured < ALL for captured in limited):
+            lines.append(
+                "* where less than all is captured, the sketch holds no more: raise width, up to K."
             )
         return "\n".join(lines)
 

@@ -45,7 +45,8 @@ WELCOME = """nsru makes a language model forget named knowledge, and keeps what 
 nsru demo          begin here: the whole way on a small model, on this machine, in minutes
 nsru train         unlearn your own, each line of a set {"question": "…", "answer": "…"}:
                    nsru train --model.path MODEL --data.forget FORGET.jsonl \\
-                              --data.retain RETAIN.jsonl --out runs/mine
+                              --data.retain RETAIN.jsonl --train.lr 1e-3 --out runs/mine
+                   (2e-4 for a model of billions of parameters)
 nsru eval RUN      what it forgot and what it kept; then nsru merge RUN, nsru attack RUN
 nsru env           what this machine has
 nsru --help        all commands; nsru train --help: all options of one"""

@@ -109,7 +109,8 @@ class SubspaceConfig:
             for fused experts.
         exclude: targets to leave alone, named like them.
         path: folder of subspaces estimated before; none estimates them.
-        width: of the sketch: the most directions that can be found.
+        width: of the sketch: so many directions can be found, and all of an input that is less than
+            four times as wide.
         rank: fixed rank of every subspace.
         energy: captured share of the retain activations' energy, 0 to 1.
         min_editability: share of the forget answers' activations, every token counting alike, that

@@ -164,6 +164,15 @@ def test_table_marks_what_ran_out_of_width():
     assert "raise width" in lines[3]
 
 
+def test_table_tells_little_data_from_a_narrow_sketch():
+    found = make_set(nn.Linear(2, 2), q_proj=[], down_proj=[])
+    found.inputs[1].captured_energy = 0.9999
+    *_, last = found.table().splitlines()
+    assert last.startswith("* all that the retain data has there is protected")
+    found.inputs[0].rank_limited = True
+    assert "raise width" in found.table().splitlines()[-1]
+
+
 def test_damaged_folders_are_refused(tmp_path):
     folder = tmp_path / "subspaces"
     subspaces = make_set(nn.Linear(2, 2), q_proj=[])

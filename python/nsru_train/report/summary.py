@@ -21,6 +21,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from nsru_kernels.subspaces.collection import ALL
+
 Row = Mapping[str, Any]
 
 FORGET_TARGET = 0.1
@@ -224,14 +226,16 @@ def warnings(results: Row) -> list[str]:
             f"(worst: {worst.get('module')}, {worst.get('leakage')})."
         )
     limited = [
-        str(row.get("name")) for row in results.get("subspaces") or [] if row.get("rank_limited")
+        str(row.get("name"))
+        for row in results.get("subspaces") or []
+        if row.get("rank_limited") and (number(row.get("captured_energy")) or 0) < ALL
     ]
     if limited:
         shown = ", ".join(limited[:4]) + (" …" if len(limited) > 4 else "")
         found.append(
             f"Fewer directions were found than asked for in {len(limited)} of "
-            f"{len(results['subspaces'])} retain subspaces ({shown}): the retain data has no more, "
-            "or the sketch none left; raise the width where it is less than in_features."
+            f"{len(results['subspaces'])} retain subspaces ({shown}): the sketch holds no more. "
+            "Raise subspace.width, at most to in_features."
         )
     return found
 
