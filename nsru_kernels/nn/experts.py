@@ -206,7 +206,7 @@ class _ExpertLinear(torch.autograd.Function):
     def forward(ctx, x, routing, in_order, w_ENK, a_RK, lora_a, lora_b, basis, adapter):
         matmul = routing.groups.matmul
         x_SK = x if in_order else x[routing.tokens]
-        y_SN = matmul(x_SK, w_ENK.to(x.dtype).mT)
+        y_SN = matmul(x_SK, w_ENK.mT)
         a_ERK = b_ENR = s_SR = None
         if adapter is not None:
             a_ERK, b_ENR = adapter.by_expert(a_RK, lora_b.to(x.dtype))
@@ -225,7 +225,7 @@ class _ExpertLinear(torch.autograd.Function):
         matmul, outer = routing.groups.matmul, routing.groups.outer
         dx = da_RK = db_NR = None
         if ctx.needs_input_grad[0]:
-            dx = matmul(dy_SN, w_ENK.to(x.dtype))
+            dx = matmul(dy_SN, w_ENK)
         if adapter is not None:
             ds_SR = matmul(dy_SN, b_ENR).mul_(adapter.scaling)
             if dx is not None:

@@ -40,12 +40,12 @@ class Groups:
         ]
 
     def matmul(self, x_SK: Tensor, w_EKN: Tensor) -> Tensor:
-        """y_s = x_s W_e, e the group of s: [S, N]."""
+        """y_s = x_s W_e, e the group of s: [S, N]. W of another dtype is cast group by group."""
         if _taken(x_SK, w_EKN):
             return F.grouped_mm(x_SK, w_EKN, offs=self.ends_E)
         y_SN = x_SK.new_empty(len(x_SK), w_EKN.shape[2])
         for group, rows in self.spans:
-            torch.mm(x_SK[rows], w_EKN[group], out=y_SN[rows])
+            torch.mm(x_SK[rows], w_EKN[group].to(x_SK.dtype), out=y_SN[rows])
         return y_SN
 
     def outer(self, u_SN: Tensor, x_SK: Tensor) -> Tensor:
@@ -65,7 +65,8 @@ def _taken(*operands: Tensor) -> bool:
     if not hasattr(F, "grouped_mm"):  # before torch 2.10
         return False
     return all(
-        operand.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        operand.dtype == operands[0].dtype
+        and operand.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and operand.is_meta | (operand.data_ptr() % 16 == 0)
         and _has_aligned_rows(operand)
         for operand in operands

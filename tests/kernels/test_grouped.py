@@ -68,6 +68,12 @@ def test_rows_that_overlap_or_are_not_aligned():
         assert torch.equal(make_groups().matmul(x, w), make_groups().matmul(x.clone(), w))
 
 
+def test_a_weight_of_another_dtype_is_cast():
+    x, w = random(10, K, dtype=torch.bfloat16), random(E, K, N, dtype=torch.float32)
+    groups = make_groups()
+    torch.testing.assert_close(groups.matmul(x, w), groups.matmul(x, w.bfloat16()))
+
+
 def test_no_rows_at_all():
     groups = make_groups([0] * E)
     assert groups.matmul(random(0, K), random(E, K, N)).shape == (0, N)
