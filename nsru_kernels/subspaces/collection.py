@@ -117,8 +117,8 @@ class SubspaceSet(dict[str, RetainSubspace]):
         limited = [entry.captured_energy for entry in self.inputs if entry.rank_limited]
         if any(captured >= ALL for captured in limited):
             lines.append(
-                "* all that the retain data has there is protected; the rule would allow more: more "
-                "data, of more kinds, would protect more."
+                "* all that the retain data has there is protected, and the rule would allow more: "
+                "more data, of more kinds, would protect more."
             )
         if any(captured < ALL for captured in limited):
             lines.append(
