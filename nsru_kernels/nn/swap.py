@@ -571,14 +571,14 @@ def _fused_experts(model: nn.Module, known: Collection[str]) -> dict[str, str]:
     """
     sizes = {
         (name, is_experts(module)): sum(
-            p.numel()
+            _entries(p)
             for own, p in module._parameters.items()
             if p is not None and p.dim() == 3 and f"{name}.{own}" not in known
         )
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "experts" or "experts" in type(module).__name__.lower()
     }
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(_entries, model.parameters()))
     share = sum(sizes.values()) / max(1, total)
     remedies = {
         True: "add 'experts' to the targets to adapt them",
@@ -607,8 +607,8 @@ def _cannot_swap(module: nn.Module) -> str | None:
     weight: Any = getattr(module, "weight", None)
     if is_shard(weight):
         return (
-            "its weight is a DTensor, a shard of a tensor-parallel or FSDP2 model; estimate and "
-            "swap before"
+            "its weight is a DTensor: estimate and swap before fully_shard; of a tensor-parallel "
+            "model, load it without tp_plan"
         )
     if torch.nn.parameter.is_lazy(weight):
         return "its weight has no size yet; run the model once"

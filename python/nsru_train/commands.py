@@ -255,7 +255,7 @@ def train(
         max_length=data.max_length,
         limit=QUESTIONS_BEFORE_AND_AFTER,
     )
-    check_layers(base, subspace, lora)
+    check_layers(base, subspace, lora, [objective])
     run.write_config(config)
     run.write_environment()
     subspaces = None

@@ -527,7 +527,7 @@ def run_compare(
     for note in notes:
         logger.warning("logs: %s", note)
     loaded = without_long(loaded, tokenizer, data)
-    check_layers(base, subspace, lora)
+    check_layers(base, subspace, lora, [contender.method for contender in contenders])
     loaded.forget = add_alternatives(
         base, tokenizer, loaded.forget, data, [c.method for c in contenders],
         run.path / "alternatives.jsonl",

@@ -324,8 +324,13 @@ def encoded_batches(
     return batches
 
 
-def check_layers(model: nn.Module, subspace: SubspaceConfig, lora: LoraConfig) -> None:
-    """Raise ValueError, before anything takes time, where a name fits no layer of the model."""
+def check_layers(
+    model: nn.Module, subspace: SubspaceConfig, lora: LoraConfig, methods: Sequence[Method]
+) -> None:
+    """Raise ValueError, before anything takes time, where a name fits no layer of the model, or a
+    method finds none of its own."""
+    for method in methods:
+        method.targets(model)
     names = [name for name, _ in match_linears(model, subspace.targets, subspace.exclude)]
     take_all("lora.rank_pattern", lora.rank_pattern, names, lora.rank)
     take_all("lora.alpha_pattern", lora.alpha_pattern, names, lora.alpha)

@@ -185,7 +185,9 @@ def copy_into_shards(rank, folder):
     base = shard(tiny_moe("mixtral"))
     with pytest.raises(ValueError, match=r"DTensor, a shard .*FSDP2.*swap before"):
         nk.load_lora_adapter(base, folder)
-    with pytest.raises(ValueError, match=r"DTensor, a shard .*FSDP2.*estimate and swap before"):
+    with pytest.raises(
+        ValueError, match=r"DTensor: estimate and swap before .*tp_plan"
+    ):
         nk.estimate_retain_subspaces(base, [ids], "all-linear", rank=2, width=4)
     model = shard(adapted("mixtral"))
     with torch.no_grad():

@@ -89,3 +89,17 @@ def test_methods_of_linear_layers_only_refuse_experts(arguments, tmp_path, capsy
     nk.swap_linears(model, "experts", rank=2, alpha=4)
     with pytest.raises(ValueError, match=r"fila needs plain linear layers, and .* is of fused"):
         start_with_fila(model, [], [])
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "--method=rmu"], ["compare", "--methods=[nsru, rmu]"]]
+)
+def test_a_method_without_layers_of_its_own_is_refused_before_the_subspaces(
+    arguments, command, tmp_path, capsys
+):
+    with pytest.raises(SystemExit):
+        main([*command, *arguments, f"--out={tmp_path / 'run'}"])
+    printed = capsys.readouterr()
+    assert "RMU: no layer of model.layers has a linear called" in printed.err
+    assert "Take another method, such as nsru or npo." in printed.err
+    assert "editability" not in printed.out

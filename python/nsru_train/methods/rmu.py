@@ -65,7 +65,7 @@ class RMU(Method):
         if not found:
             raise ValueError(
                 f"RMU: no layer of {name} has a linear called {', '.join(MLP_OUTPUTS)}; this model "
-                "family is not known to it."
+                "family is not known to it. Take another method, such as nsru or npo."
             )
         return [re.escape(name) for name in found]
 
