@@ -405,6 +405,7 @@ def eval(
     out: str | None = None,
     max_new_tokens: int = 200,
     generate: bool = True,
+    examples: int = 8,
     format: Literal["nsru", "open-unlearning"] = "nsru",
     tasks: str | None = None,
     include_path: str | None = None,
@@ -431,6 +432,7 @@ def eval(
         out: folder for results.json, report and config.yaml; default RUN/eval, or RUN/eval-base.
         max_new_tokens: longest generated answer.
         generate: false leaves out generated answers, and ROUGE with them.
+        examples: questions of a set whose answers are kept in report and results.json; 0 or more.
         format: open-unlearning also writes TOFU_EVAL.json and TOFU_SUMMARY.json, its metrics under
             its names.
         tasks: of lm-eval, base model and evaluated model side by side: wmdp_bio,mmlu. Their data
@@ -463,6 +465,7 @@ def eval(
     from nsru_train.shares import launched
 
     check_range("max_new_tokens", max_new_tokens, "must be ≥ 1", whole=True)
+    check_range("examples", examples, "must not be negative", whole=True)
     asked = TaskSettings(tasks, include_path, num_fewshot, apply_chat_template, limit, batch_size)
     if base and adapter is not None:
         raise ValueError(
@@ -526,7 +529,9 @@ def eval(
     )
     based = adapter is not None
     if based and generate and shares.rank == 0:
-        add_base_answers(evaluation, network, tokenizer, max_new_tokens=max_new_tokens)
+        add_base_answers(
+            evaluation, network, tokenizer, max_new_tokens=max_new_tokens, examples=examples
+        )
     if harness is not None:
         evaluation.tasks += harness.evaluate(network, tokenizer, base=based, shares=shares)
     if texts is not None:
@@ -554,7 +559,7 @@ def eval(
             evaluation.notes = [
                 note for note in evaluation.notes if not note.startswith("forget_quality: needs")
             ]
-    results = to_results(evaluation)
+    results = to_results(evaluation, examples)
     if shares.rank:
         return  # the first process writes
     for name, whole in their_logs.items():
@@ -568,6 +573,7 @@ def eval(
             "retain_log": retain_log,
             "max_new_tokens": max_new_tokens,
             "generate": generate,
+            "examples": examples,
             "format": format,
             **asdict(asked),
             "muse": muse,

@@ -60,7 +60,7 @@ class Evaluation:
     seconds: float = 0.0
 
 
-def to_results(evaluation: Evaluation) -> dict[str, Any]:
+def to_results(evaluation: Evaluation, examples: int = EXAMPLES_PER_SPLIT) -> dict[str, Any]:
     """The content of results.json: schema 1, kind "eval". `load_log` reads its log back.
 
     In "examples", "before" is the base model's answer and "after" that of the evaluated model; so
@@ -68,6 +68,7 @@ def to_results(evaluation: Evaluation) -> dict[str, Any]:
 
     Args:
         evaluation: from `evaluate`.
+        examples: questions of a split, from its start, that are in "examples".
 
     Returns:
         What can be written as JSON.
@@ -89,7 +90,7 @@ def to_results(evaluation: Evaluation) -> dict[str, Any]:
                 "after": row.get("generated"),
             }
             for split, rows in evaluation.rows.items()
-            for row in rows[:EXAMPLES_PER_SPLIT]
+            for row in rows[:examples]
         ],
         "log": evaluation.log,
         **({"tasks": evaluation.tasks} if evaluation.tasks else {}),

@@ -299,10 +299,11 @@ def add_base_answers(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_new_tokens: int = 200,
+    examples: int = EXAMPLES_PER_SPLIT,
     progress: bool = True,
 ) -> None:
     """Answer the questions that `to_results` shows once more by the base model in ``model``."""
-    rows = [row for found in evaluation.rows.values() for row in found[:EXAMPLES_PER_SPLIT]]
+    rows = [row for found in evaluation.rows.values() for row in found[:examples]]
     with without_update(model):
         answers = greedy_answers(
             model,

@@ -160,9 +160,11 @@ def test_train_and_eval_tell_before_and_after(run):
     assert after["forget_prob"] < before["forget_prob"]
     assert "Before and after" in (run / "report.html").read_text()
 
-    main(["eval", str(run), "--max_new_tokens=4", f"--out={run / 'again'}"])
+    options = ["--max_new_tokens=4", "--examples=2", f"--out={run / 'again'}"]
+    main(["eval", str(run), *options])
     examples = json.loads((run / "again" / "results.json").read_text())["examples"]
-    assert {row["split"] for row in examples} == {"forget", "retain", "holdout"}
+    splits = [row["split"] for row in examples]
+    assert splits == ["forget", "forget", "retain", "retain", "holdout", "holdout"]
     assert all(isinstance(row[model], str) for row in examples for model in ("before", "after"))
     config = yaml.safe_load((run / "again" / "config.yaml").read_text())
     assert config["adapter"] == f"{run}/adapter"
@@ -170,6 +172,7 @@ def test_train_and_eval_tell_before_and_after(run):
     page = (run / "again" / "report.html").read_text()
     assert "Base model" in page
     assert "Evaluated model" in page
+    assert page.count("2 of 6") == 3
 
 
 def test_eval_does_not_write_into_a_training_run(run, capsys):
