@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -587,7 +588,7 @@ def eval(
     print(format_table(results))
     written = [str(folder.results_path), str(folder.report_path)]
     if base and not RunFolder(run).config_path.exists():  # no run, so no adapter to evaluate
-        _finish(written, "report", str(folder.path))
+        _finish(written, "train", *_options(model=model, data=data), "--out", "runs/nsru")
     elif base:
         _finish(written, "eval", run)
     else:
@@ -833,6 +834,19 @@ def _finish(written: list[str], *following: str) -> None:
     for path in written:
         print(f"wrote {path}")
     print(f"next: {shlex.join(['nsru', *following])}")
+
+
+def _options(**sections: Any) -> list[str]:
+    """The options of a command line that give these sections, without those at their defaults."""
+    options = []
+    for section, settings in sections.items():
+        for field in fields(settings):
+            value = getattr(settings, field.name)
+            empty = field.default_factory() if callable(field.default_factory) else field.default
+            if value != empty:
+                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                options += [f"--{section}.{field.name}", text]
+    return options
 
 
 def _check_reporting(names: Sequence[str]) -> None:

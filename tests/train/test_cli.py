@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -173,6 +174,26 @@ def test_train_and_eval_tell_before_and_after(run):
     assert "Base model" in page
     assert "Evaluated model" in page
     assert page.count("2 of 6") == 3
+
+
+def test_a_look_at_the_base_leads_on_to_training(setting, tmp_path, capsys):
+    more = json.dumps({"holdout": str(setting / "holdout.jsonl")})
+    chosen = [*flags(setting), f"--data.more={more}", "--data.max_length=300"]
+    main(["eval", str(tmp_path), "--base=true", *chosen, "--max_new_tokens=2", "--examples=0"])
+    command = shlex.split(next_command(capsys.readouterr().out))
+    assert command[:2] == ["nsru", "train"]
+    assert command[-2:] == ["--out", "runs/nsru"]
+    found = json.loads((tmp_path / "eval-base" / "results.json").read_text())
+    assert found["examples"] == []
+
+    out = tmp_path / "run"
+    quick = ["--train.steps=2", "--train.save_steps=0"]
+    main([*command[1:-1], str(out), *quick])
+    configs = [
+        yaml.safe_load((folder / "config.yaml").read_text())
+        for folder in (tmp_path / "eval-base", out)
+    ]
+    assert all(configs[0][section] == configs[1][section] for section in ("model", "data"))
 
 
 def test_eval_does_not_write_into_a_training_run(run, capsys):
