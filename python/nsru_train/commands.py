@@ -180,13 +180,14 @@ def train(
         resume: go on from the last checkpoint in ``out``.
     """
     from accelerate import PartialState
+    from tqdm.auto import tqdm
     from transformers.trainer_utils import get_last_checkpoint
 
     from nsru_kernels.nn.sharded import shards_of
     from nsru_kernels.subspaces.collection import fingerprint_weights
     from nsru_train.adapters import save_adapter
     from nsru_train.alternatives import add_alternatives
-    from nsru_train.eval_results import format_probabilities
+    from nsru_train.eval_results import format_probabilities, probability_line
     from nsru_train.evaluation import before_and_after, probability_sets, quick_probabilities
     from nsru_train.pipeline import (
         check_layers,
@@ -269,6 +270,13 @@ def train(
             subspaces.save(own)
         print(subspaces.table())
     fingerprint = fingerprint_weights(base)  # before they are sharded
+
+    def look(step: int, model: Any) -> dict[str, float]:
+        found = quick_probabilities(model, tokenizer, asked)
+        if run.writes:
+            tqdm.write(probability_line(step, found))  # print would tear the progress bar
+        return found
+
     outcome = unlearn(
         base,
         tokenizer,
@@ -282,11 +290,7 @@ def train(
         train=train,
         max_length=data.max_length,
         resume=last is not None,
-        on_eval=(
-            (lambda _, model: quick_probabilities(model, tokenizer, asked))
-            if train.eval_steps or objective.keeps_best
-            else None
-        ),
+        on_eval=look if train.eval_steps or objective.keeps_best else None,
         eval_steps=train.eval_steps or 10,
     )
     print(outcome)
@@ -296,10 +300,11 @@ def train(
     save_adapter(base, run.adapter_dir, objective, fingerprint=fingerprint)
     if sharded:
         before, after = inside_forward(
-            base, lambda model: before_and_after(model, tokenizer, asked)
+            base,
+            lambda model: before_and_after(model, tokenizer, asked, progress=run.writes),
         )
     else:
-        before, after = before_and_after(base, tokenizer, asked)
+        before, after = before_and_after(base, tokenizer, asked, progress=True)
     if not run.writes:
         return
     print(format_probabilities({"before": before, "after": after}))

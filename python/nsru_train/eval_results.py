@@ -153,6 +153,20 @@ def format_probabilities(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(align_columns(cells))
 
 
+def probability_line(step: int, found: Mapping[str, float]) -> str:
+    """Mean answer probabilities at one step of training, on a line.
+
+    Args:
+        step: optimizer steps done.
+        found: SET_prob, 0 to 1, as `quick_probabilities` gives them.
+
+    Returns:
+        Such as "step 10: probability of answers: forget 0.1234, retain 0.9876".
+    """
+    shown = (f"{name.removesuffix('_prob')} {value:.4f}" for name, value in found.items())
+    return f"step {step}: probability of answers: {', '.join(shown)}"
+
+
 def task_cells(rows: Sequence[Row]) -> list[list[str]]:
     """Heads and cells of a table of "tasks", each number with its standard error."""
     columns = [key for key in TASKS if any(key in row for row in rows)]

@@ -105,7 +105,11 @@ def probability_sets(
 
 
 def before_and_after(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[Encoded]]
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Sequence[Encoded]],
+    *,
+    progress: bool = False,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Mean answer probabilities without the adapters or the guard of ``model``, and with them.
 
@@ -113,14 +117,15 @@ def before_and_after(
         model: after `unlearn`, or any with adapters.
         tokenizer: of the model.
         sets: from `probability_sets`.
+        progress: show progress bars.
 
     Returns:
         Two dicts with the keys of ``sets``: means over answers of exp(-mean NLL of their tokens,
         EOS included), 0 to 1.
     """
     with without_update(model):
-        before = quick_probabilities(model, tokenizer, sets)
-    return before, quick_probabilities(model, tokenizer, sets)
+        before = quick_probabilities(model, tokenizer, sets, progress=progress)
+    return before, quick_probabilities(model, tokenizer, sets, progress=progress)
 
 
 def spread(records: Sequence[QA], limit: int | None) -> Sequence[QA]:

@@ -250,6 +250,7 @@ def quick_probabilities(
     encoded: Sequence[Encoded],
     *,
     max_tokens: int = ...,
+    progress: bool = ...,
 ) -> float: ...
 @overload
 def quick_probabilities(
@@ -258,8 +259,9 @@ def quick_probabilities(
     encoded: Mapping[str, Sequence[Encoded]],
     *,
     max_tokens: int = ...,
+    progress: bool = ...,
 ) -> dict[str, float]: ...
-def quick_probabilities(model, tokenizer, encoded, *, max_tokens=4096):
+def quick_probabilities(model, tokenizer, encoded, *, max_tokens=4096, progress=False):
     """Mean over sequences of p = exp(-mean token NLL), EOS included.
 
     Cheap enough for every point of a training curve: encode once, outside. Several named sets go
@@ -268,6 +270,7 @@ def quick_probabilities(model, tokenizer, encoded, *, max_tokens=4096):
     Args:
         encoded: sequences, or name -> sequences.
         max_tokens: most tokens of a batch, padding included.
+        progress: show a progress bar.
 
     Returns:
         The mean, or name -> mean.
@@ -280,7 +283,7 @@ def quick_probabilities(model, tokenizer, encoded, *, max_tokens=4096):
         if not items:
             raise ValueError(f"quick_probabilities: {name} is empty; give at least one sequence.")
     flat = [item for items in sets.values() for item in items]
-    scores = iter(score_sequences(model, tokenizer, flat, max_tokens=max_tokens))
+    scores = iter(score_sequences(model, tokenizer, flat, max_tokens=max_tokens, progress=progress))
     means = {
         name: float(np.mean([next(scores).probability for _ in items]))
         for name, items in sets.items()

@@ -187,13 +187,19 @@ def test_a_look_at_the_base_leads_on_to_training(setting, tmp_path, capsys):
     assert found["examples"] == []
 
     out = tmp_path / "run"
-    quick = ["--train.steps=2", "--train.save_steps=0"]
+    quick = ["--train.steps=2", "--train.eval_steps=1", "--train.save_steps=0"]
     main([*command[1:-1], str(out), *quick])
     configs = [
         yaml.safe_load((folder / "config.yaml").read_text())
         for folder in (tmp_path / "eval-base", out)
     ]
     assert all(configs[0][section] == configs[1][section] for section in ("model", "data"))
+    printed = capsys.readouterr()
+    number = r"\d\.\d{4}"
+    shown = ", ".join(f"{name} {number}" for name in ("forget", "retain", "holdout", "safe"))
+    looks = re.findall(rf"^step (\d): probability of answers: {shown}$", printed.out, re.MULTILINE)
+    assert looks == ["0", "1", "2"]
+    assert printed.err.count("scoring:   0%|") == 2, "before and after"
 
 
 def test_eval_does_not_write_into_a_training_run(run, capsys):
