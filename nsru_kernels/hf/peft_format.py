@@ -452,15 +452,20 @@ def _check_fit(layers: Mapping[str, nn.Module], name: str, a_RK: Tensor, b_NR: T
         )
 
 
-def check_fingerprint(model: nn.Module, sidecar: Path) -> None:
-    """Raise ValueError when ``nsru.json`` says that the adapter was trained on other weights."""
+def check_fingerprint(model: nn.Module, sidecar: Path) -> bool:
+    """Raise ValueError when ``nsru.json`` says that the adapter was trained on other weights.
+
+    Returns:
+        Whether it says which ones.
+    """
     from nsru_kernels.subspaces.collection import dtype_hint, fingerprint_weights
 
     if not sidecar.is_file():
-        return
+        return False
     wanted = read_json(sidecar).get("fingerprint")
     if wanted is not None and (found := fingerprint_weights(model)) != wanted:
         raise ValueError(
             f"it was trained on weights with fingerprint {wanted}, the model has {found}; load the "
             f"base model that it was trained on.{dtype_hint(model, str(wanted))}"
         )
+    return wanted is not None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,13 +181,14 @@ def train(
         resume: go on from the last checkpoint in ``out``.
     """
     from accelerate import PartialState
+    from tqdm.auto import tqdm
     from transformers.trainer_utils import get_last_checkpoint
 
     from nsru_kernels.nn.sharded import shards_of
     from nsru_kernels.subspaces.collection import fingerprint_weights
     from nsru_train.adapters import save_adapter
     from nsru_train.alternatives import add_alternatives
-    from nsru_train.eval_results import format_probabilities
+    from nsru_train.eval_results import format_probabilities, probability_line
     from nsru_train.evaluation import before_and_after, probability_sets, quick_probabilities
     from nsru_train.ordinary import describe_ordinary, ordinary_answers
     from nsru_train.pipeline import (
@@ -270,6 +272,13 @@ def train(
             subspaces.save(own)
         print(subspaces.table())
     fingerprint = fingerprint_weights(base)  # before they are sharded
+
+    def look(step: int, model: Any) -> dict[str, float]:
+        found = quick_probabilities(model, tokenizer, asked)
+        if run.writes:
+            tqdm.write(probability_line(step, found))  # print would tear the progress bar
+        return found
+
     outcome = unlearn(
         base,
         tokenizer,
@@ -283,11 +292,7 @@ def train(
         train=train,
         max_length=data.max_length,
         resume=last is not None,
-        on_eval=(
-            (lambda _, model: quick_probabilities(model, tokenizer, asked))
-            if train.eval_steps or objective.keeps_best
-            else None
-        ),
+        on_eval=look if train.eval_steps or objective.keeps_best else None,
         eval_steps=train.eval_steps or 10,
     )
     print(outcome)
@@ -298,10 +303,11 @@ def train(
     save_adapter(base, run.adapter_dir, objective, fingerprint=fingerprint)
     if sharded:
         before, after = inside_forward(
-            base, lambda model: before_and_after(model, tokenizer, asked)
+            base,
+            lambda model: before_and_after(model, tokenizer, asked, progress=run.writes),
         )
     else:
-        before, after = before_and_after(base, tokenizer, asked)
+        before, after = before_and_after(base, tokenizer, asked, progress=True)
         targets = [loaded.safe.target(qa) for qa in loaded.forget]
         ordinary = ordinary_answers(base, tokenizer, targets, progress=run.writes)
     if not run.writes:
@@ -417,6 +423,7 @@ def eval(
     out: str | None = None,
     max_new_tokens: int = 200,
     generate: bool = True,
+    examples: int = 8,
     format: Literal["nsru", "open-unlearning"] = "nsru",
     tasks: str | None = None,
     include_path: str | None = None,
@@ -443,6 +450,7 @@ def eval(
         out: folder for results.json, report and config.yaml; default RUN/eval, or RUN/eval-base.
         max_new_tokens: longest generated answer.
         generate: false leaves out generated answers, and ROUGE with them.
+        examples: questions of a set whose answers are kept in report and results.json; 0 or more.
         format: open-unlearning also writes TOFU_EVAL.json and TOFU_SUMMARY.json, its metrics under
             its names.
         tasks: of lm-eval, base model and evaluated model side by side: wmdp_bio,mmlu. Their data
@@ -475,6 +483,7 @@ def eval(
     from nsru_train.shares import launched
 
     check_range("max_new_tokens", max_new_tokens, "must be ≥ 1", whole=True)
+    check_range("examples", examples, "must not be negative", whole=True)
     asked = TaskSettings(tasks, include_path, num_fewshot, apply_chat_template, limit, batch_size)
     if base and adapter is not None:
         raise ValueError(
@@ -538,7 +547,9 @@ def eval(
     )
     based = adapter is not None
     if based and generate and shares.rank == 0:
-        add_base_answers(evaluation, network, tokenizer, max_new_tokens=max_new_tokens)
+        add_base_answers(
+            evaluation, network, tokenizer, max_new_tokens=max_new_tokens, examples=examples
+        )
     if harness is not None:
         evaluation.tasks += harness.evaluate(network, tokenizer, base=based, shares=shares)
     if texts is not None:
@@ -566,7 +577,7 @@ def eval(
             evaluation.notes = [
                 note for note in evaluation.notes if not note.startswith("forget_quality: needs")
             ]
-    results = to_results(evaluation)
+    results = to_results(evaluation, examples)
     if shares.rank:
         return  # the first process writes
     for name, whole in their_logs.items():
@@ -580,6 +591,7 @@ def eval(
             "retain_log": retain_log,
             "max_new_tokens": max_new_tokens,
             "generate": generate,
+            "examples": examples,
             "format": format,
             **asdict(asked),
             "muse": muse,
@@ -593,7 +605,7 @@ def eval(
     print(format_table(results))
     written = [str(folder.results_path), str(folder.report_path)]
     if base and not RunFolder(run).config_path.exists():  # no run, so no adapter to evaluate
-        _finish(written, "report", str(folder.path))
+        _finish(written, "train", *_options(model=model, data=data), "--out", "runs/nsru")
     elif base:
         _finish(written, "eval", run)
     else:
@@ -839,6 +851,19 @@ def _finish(written: list[str], *following: str) -> None:
     for path in written:
         print(f"wrote {path}")
     print(f"next: {shlex.join(['nsru', *following])}")
+
+
+def _options(**sections: Any) -> list[str]:
+    """The options of a command line that give these sections, without those at their defaults."""
+    options = []
+    for section, settings in sections.items():
+        for field in fields(settings):
+            value = getattr(settings, field.name)
+            empty = field.default_factory() if callable(field.default_factory) else field.default
+            if value != empty:
+                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                options += [f"--{section}.{field.name}", text]
+    return options
 
 
 def _check_reporting(names: Sequence[str]) -> None:

@@ -60,7 +60,7 @@ class Evaluation:
     seconds: float = 0.0
 
 
-def to_results(evaluation: Evaluation) -> dict[str, Any]:
+def to_results(evaluation: Evaluation, examples: int = EXAMPLES_PER_SPLIT) -> dict[str, Any]:
     """The content of results.json: schema 1, kind "eval". `load_log` reads its log back.
 
     In "examples", "before" is the base model's answer and "after" that of the evaluated model; so
@@ -68,6 +68,7 @@ def to_results(evaluation: Evaluation) -> dict[str, Any]:
 
     Args:
         evaluation: from `evaluate`.
+        examples: questions of a split, from its start, that are in "examples".
 
     Returns:
         What can be written as JSON.
@@ -89,7 +90,7 @@ def to_results(evaluation: Evaluation) -> dict[str, Any]:
                 "after": row.get("generated"),
             }
             for split, rows in evaluation.rows.items()
-            for row in rows[:EXAMPLES_PER_SPLIT]
+            for row in rows[:examples]
         ],
         "log": evaluation.log,
         **({"tasks": evaluation.tasks} if evaluation.tasks else {}),
@@ -150,6 +151,20 @@ def format_probabilities(rows: Mapping[str, Mapping[str, Any]]) -> str:
     cells = [["probability of answers", *(name.removesuffix("_prob") for name in names)]]
     cells += [[model, *(f"{row[name]:.4f}" for name in names)] for model, row in rows.items()]
     return "\n".join(align_columns(cells))
+
+
+def probability_line(step: int, found: Mapping[str, float]) -> str:
+    """Mean answer probabilities at one step of training, on a line.
+
+    Args:
+        step: optimizer steps done.
+        found: SET_prob, 0 to 1, as `quick_probabilities` gives them.
+
+    Returns:
+        Such as "step 10: probability of answers: forget 0.1234, retain 0.9876".
+    """
+    shown = (f"{name.removesuffix('_prob')} {value:.4f}" for name, value in found.items())
+    return f"step {step}: probability of answers: {', '.join(shown)}"
 
 
 def task_cells(rows: Sequence[Row]) -> list[list[str]]:

@@ -105,7 +105,11 @@ def probability_sets(
 
 
 def before_and_after(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[Encoded]]
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Sequence[Encoded]],
+    *,
+    progress: bool = False,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Mean answer probabilities without the adapters or the guard of ``model``, and with them.
 
@@ -113,14 +117,15 @@ def before_and_after(
         model: after `unlearn`, or any with adapters.
         tokenizer: of the model.
         sets: from `probability_sets`.
+        progress: show progress bars.
 
     Returns:
         Two dicts with the keys of ``sets``: means over answers of exp(-mean NLL of their tokens,
         EOS included), 0 to 1.
     """
     with without_update(model):
-        before = quick_probabilities(model, tokenizer, sets)
-    return before, quick_probabilities(model, tokenizer, sets)
+        before = quick_probabilities(model, tokenizer, sets, progress=progress)
+    return before, quick_probabilities(model, tokenizer, sets, progress=progress)
 
 
 def spread(records: Sequence[QA], limit: int | None) -> Sequence[QA]:
@@ -299,10 +304,11 @@ def add_base_answers(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_new_tokens: int = 200,
+    examples: int = EXAMPLES_PER_SPLIT,
     progress: bool = True,
 ) -> None:
     """Answer the questions that `to_results` shows once more by the base model in ``model``."""
-    rows = [row for found in evaluation.rows.values() for row in found[:EXAMPLES_PER_SPLIT]]
+    rows = [row for found in evaluation.rows.values() for row in found[:examples]]
     with without_update(model):
         answers = greedy_answers(
             model,

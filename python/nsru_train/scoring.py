@@ -250,6 +250,7 @@ def quick_probabilities(
     encoded: Sequence[Encoded],
     *,
     max_tokens: int = ...,
+    progress: bool = ...,
 ) -> float: ...
 @overload
 def quick_probabilities(
@@ -258,8 +259,9 @@ def quick_probabilities(
     encoded: Mapping[str, Sequence[Encoded]],
     *,
     max_tokens: int = ...,
+    progress: bool = ...,
 ) -> dict[str, float]: ...
-def quick_probabilities(model, tokenizer, encoded, *, max_tokens=4096):
+def quick_probabilities(model, tokenizer, encoded, *, max_tokens=4096, progress=False):
     """Mean over sequences of p = exp(-mean token NLL), EOS included.
 
     Cheap enough for every point of a training curve: encode once, outside. Several named sets go
@@ -268,6 +270,7 @@ def quick_probabilities(model, tokenizer, encoded, *, max_tokens=4096):
     Args:
         encoded: sequences, or name -> sequences.
         max_tokens: most tokens of a batch, padding included.
+        progress: show a progress bar.
 
     Returns:
         The mean, or name -> mean.
@@ -280,7 +283,7 @@ def quick_probabilities(model, tokenizer, encoded, *, max_tokens=4096):
         if not items:
             raise ValueError(f"quick_probabilities: {name} is empty; give at least one sequence.")
     flat = [item for items in sets.values() for item in items]
-    scores = iter(score_sequences(model, tokenizer, flat, max_tokens=max_tokens))
+    scores = iter(score_sequences(model, tokenizer, flat, max_tokens=max_tokens, progress=progress))
     means = {
         name: float(np.mean([next(scores).probability for _ in items]))
         for name, items in sets.items()
@@ -406,15 +409,17 @@ def continuations(
             model, prompts[order[-1]], pad, begun
         )
         batches = shares.of(_prompt_batches(prompts, order, max_tokens, max_new_tokens, mixed))
-        with _bar(sum(map(len, batches)), "answering", progress) as bar:
-            for batch in batches:
+        longest = [int(min(max_new_tokens, limit - len(prompts[batch[0]]))) for batch in batches]
+        # All answers of a batch grow together, so its tokens tell how far it is, not its answers.
+        with _bar(sum(longest), "answering", progress, "token") as bar:
+            for batch, new_tokens in zip(batches, longest, strict=True):
+                end = bar.n + new_tokens
                 width = len(prompts[batch[0]])
                 inputs = _left_padded([prompts[name] for name in batch], pad, width, begun)
-                new_tokens = int(min(max_new_tokens, limit - width))
                 inputs = {k: v.to(_device(model)) for k, v in inputs.items()}
-                for row, ids in _generate(model, inputs, new_tokens, stop, pad, sample):
+                for row, ids in _generate(model, inputs, new_tokens, stop, pad, sample, bar):
                     found[batch[row]] = ids
-                    bar.update()
+                bar.update(end - bar.n)  # tokens that no answer came to
     return found
 
 
@@ -447,8 +452,9 @@ def _generate(
     stop: Collection[int],
     pad: int,
     sample: bool,
+    bar: Any,
 ) -> Iterator[tuple[int, list[int]]]:
-    """(row, its tokens up to the one that stops it), as rows end.
+    """(row, its tokens up to the one that stops it), as rows end; ``bar`` counts new tokens.
 
     Where the model allows it, those that have ended leave the batch and its KV cache, some at a
     time: few answers are as long as the longest.
@@ -463,7 +469,7 @@ def _generate(
     cache: dict[str, Any] = {}
     left = new_tokens
     while len(rows):
-        criteria = StoppingCriteriaList([_SomeEnded(stops)] if leave else [])
+        criteria = StoppingCriteriaList([_Counter(bar), *([_SomeEnded(stops)] if leave else [])])
         with generation_config(model, left, sorted(stop), pad, do_sample=sample):
             output = model.generate(
                 **inputs, **cache, stopping_criteria=criteria, return_dict_in_generate=True
@@ -484,6 +490,17 @@ def _generate(
             inputs = {"input_ids": ids[kept], "attention_mask": mask[kept]}
             cache = {cache_name(): output[cache_name()]}
             cache[cache_name()].batch_select_indices(kept)
+
+
+class _Counter:
+    """Moves a progress bar on by one for every new token, and ends nothing."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self._bar.update()
+        return input_ids.new_zeros(len(input_ids), dtype=torch.bool)
 
 
 class _SomeEnded:
@@ -625,7 +642,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _bar(total: int, label: str, enabled: bool):
+def _bar(total: int, label: str, enabled: bool, unit: str = "seq"):
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc=label, unit="seq", disable=not enabled, leave=False)
+    return tqdm(total=total, desc=label, unit=unit, disable=not enabled, leave=False)

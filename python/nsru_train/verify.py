@@ -109,11 +109,13 @@ class VerifyReport:
     Attributes:
         checks: in the order in which they were made; the first that failed may be the last.
         comparisons: (pair such as "base → adapter", split) -> the difference.
+        sizes: split -> how many questions it has, of which comparisons may have the first ones.
         answers: questions with the answers of every model.
     """
 
     checks: list[Check] = field(default_factory=list)
     comparisons: dict[tuple[str, str], Comparison] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     answers: list[dict[str, str]] = field(default_factory=list)
 
     @property
@@ -135,18 +137,22 @@ class VerifyReport:
             for check in self.checks
         ]
         if self.comparisons:
-            titles = ("compared", "split", "max |Δlogit|", "KL, nats", "next token changed")
+            titles = (
+                *("compared", "split", "questions"),
+                *("max |Δlogit|", "KL, nats", "next token changed", "p(answer)"),
+            )
             rows = [
                 (
-                    *names,
+                    *(pair, split),
+                    self._of_split(split, row.questions),
                     f"{row.logits_max_diff:.4g}",
                     f"{row.kl:.3g}",
                     f"{row.next_token_changes} of {row.tokens}",
                     f"{row.prob_first:.3g} → {row.prob_second:.3g}",
                 )
-                for names, row in self.comparisons.items()
+                for (pair, split), row in self.comparisons.items()
             ]
-            lines += ["", *align_columns([(*titles, "p(answer)"), *rows])]
+            lines += ["", *align_columns([titles, *rows])]
         for answer in self.answers:
             lines += ["", f"[{answer['split']}] {answer['question']}"]
             shown = {k: v for k, v in answer.items() if k not in ("split", "question")}
@@ -154,6 +160,10 @@ class VerifyReport:
         failed = [check.name for check in self.checks if not check.passed]
         verdict = f"VERIFY FAILED: {', '.join(failed) or 'nothing was checked'}"
         return "\n".join([*lines, "", "verify passed" if self.passed else verdict])
+
+    def _of_split(self, split: str, compared: int) -> str:
+        size = self.sizes.get(split, compared)
+        return f"first {compared} of {size}" if compared < size else f"all {size}"
 
 
 def verify(
@@ -199,7 +209,7 @@ def verify(
     for name, records in splits.items():
         if not records:
             raise ValueError(f"verify: {name} has no questions; give at least one.")
-    report = VerifyReport()
+    report = VerifyReport(sizes={"forget": len(forget), "retain": len(retain)})
     folder = Path(adapter_dir)
     tensors: dict[str, Tensor] = {}
     if not report.ask("adapter files", _read_finite, folder, tensors):
@@ -273,8 +283,11 @@ def _check_shapes(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Te
 
 
 def _check_weights(model: PreTrainedModel, folder: Path) -> str:
-    check_fingerprint(model, folder / SIDECAR)
-    return f"{SIDECAR} names no other weights"
+    if check_fingerprint(model, folder / SIDECAR):
+        return f"those that the adapter was trained on, by the fingerprint in {SIDECAR}"
+    if (folder / SIDECAR).is_file():
+        return f"not compared: {SIDECAR} has no fingerprint of those trained on"
+    return f"not compared: there is no {SIDECAR} with a fingerprint of those trained on"
 
 
 def _check_loaded(adapted: Any, tensors: Mapping[str, Tensor]) -> str:

@@ -253,6 +253,7 @@ def test_more_directions_than_the_sketch_has_are_refused():
     [
         (["subspace", *TRAIN[1:], "--seed=-1"], "seed must be"),
         (["eval", "none", "--max_new_tokens=0"], "max_new_tokens must be"),
+        (["eval", "none", "--examples=-1"], "examples must not be negative"),
         (["demo", "--seeds=0"], "seeds must be"),
         (["demo", "--probed=0"], "probed must be"),
         (["demo", "--stop=90"], "stop must be"),

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -164,9 +165,11 @@ def test_train_and_eval_tell_before_and_after(run):
     assert "ordinary questions" in (run / "report.html").read_text()
     assert "Before and after" in (run / "report.html").read_text()
 
-    main(["eval", str(run), "--max_new_tokens=4", f"--out={run / 'again'}"])
+    options = ["--max_new_tokens=4", "--examples=2", f"--out={run / 'again'}"]
+    main(["eval", str(run), *options])
     examples = json.loads((run / "again" / "results.json").read_text())["examples"]
-    assert {row["split"] for row in examples} == {"forget", "retain", "holdout"}
+    splits = [row["split"] for row in examples]
+    assert splits == ["forget", "forget", "retain", "retain", "holdout", "holdout"]
     assert all(isinstance(row[model], str) for row in examples for model in ("before", "after"))
     config = yaml.safe_load((run / "again" / "config.yaml").read_text())
     assert config["adapter"] == f"{run}/adapter"
@@ -174,6 +177,33 @@ def test_train_and_eval_tell_before_and_after(run):
     page = (run / "again" / "report.html").read_text()
     assert "Base model" in page
     assert "Evaluated model" in page
+    assert page.count("2 of 6") == 3
+
+
+def test_a_look_at_the_base_leads_on_to_training(setting, tmp_path, capsys):
+    more = json.dumps({"holdout": str(setting / "holdout.jsonl")})
+    chosen = [*flags(setting), f"--data.more={more}", "--data.max_length=300"]
+    main(["eval", str(tmp_path), "--base=true", *chosen, "--max_new_tokens=2", "--examples=0"])
+    command = shlex.split(next_command(capsys.readouterr().out))
+    assert command[:2] == ["nsru", "train"]
+    assert command[-2:] == ["--out", "runs/nsru"]
+    found = json.loads((tmp_path / "eval-base" / "results.json").read_text())
+    assert found["examples"] == []
+
+    out = tmp_path / "run"
+    quick = ["--train.steps=2", "--train.eval_steps=1", "--train.save_steps=0"]
+    main([*command[1:-1], str(out), *quick])
+    configs = [
+        yaml.safe_load((folder / "config.yaml").read_text())
+        for folder in (tmp_path / "eval-base", out)
+    ]
+    assert all(configs[0][section] == configs[1][section] for section in ("model", "data"))
+    printed = capsys.readouterr()
+    number = r"\d\.\d{4}"
+    shown = ", ".join(f"{name} {number}" for name in ("forget", "retain", "holdout", "safe"))
+    looks = re.findall(rf"^step (\d): probability of answers: {shown}$", printed.out, re.MULTILINE)
+    assert looks == ["0", "1", "2"]
+    assert printed.err.count("scoring:   0%|") == 2, "before and after"
 
 
 def test_eval_does_not_write_into_a_training_run(run, capsys):

@@ -1,5 +1,6 @@
 """Evaluation against an independent one: one sequence at a time, full logits, no cache."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -27,7 +28,13 @@ from nsru_train.evaluation import (
     to_results,
 )
 from nsru_train.metrics import load_log, model_utility, rouge_l_recall
-from nsru_train.scoring import _generate, generation_config, greedy_answers, score_sequences
+from nsru_train.scoring import (
+    _bar,
+    _generate,
+    generation_config,
+    greedy_answers,
+    score_sequences,
+)
 
 NEW_TOKENS = 24
 
@@ -273,6 +280,28 @@ def test_evaluation_leaves_the_model_and_the_random_state_alone(model, tokenizer
     assert not weight.is_inference()
 
 
+def test_the_bar_of_answers_counts_tokens(model, tokenizer, authors, monkeypatch):
+    class Bar(contextlib.nullcontext):
+        def __init__(self, total, *_):
+            super().__init__(self)
+            self.total, self.n, self.moves = total, 0, []
+            bars.append(self)
+
+        def update(self, count=1):
+            self.moves.append(count)
+            self.n += count
+
+    bars = []
+    monkeypatch.setattr("nsru_train.scoring._bar", Bar)
+    questions = [qa.question for qa in authors["forget"][:4]]
+    answers = greedy_answers(model, tokenizer, questions, max_new_tokens=50, max_tokens=10_000)
+    (bar,) = bars
+    assert bar.n == bar.total == 50
+    longest = max(len(tokenizer(text).input_ids) for text in answers)
+    assert bar.moves[:-1] == [1] * (len(bar.moves) - 1)
+    assert len(bar.moves) > longest / 2
+
+
 def test_greedy_answers_stop_at_any_eos_of_the_generation_config(model, tokenizer, authors):
     questions = [qa.question for qa in authors["forget"]]
     full = greedy_answers(model, tokenizer, questions, max_new_tokens=NEW_TOKENS)
@@ -325,7 +354,7 @@ def test_answers_do_not_depend_on_which_rows_leave(kind):
     expected = [list(itertools.takewhile(lambda t: t not in stop, row)) for row in whole]
     assert len({len(row) for row in expected}) > 1
     with torch.no_grad():
-        found = dict(_generate(net, inputs, 20, stop, 0, False))
+        found = dict(_generate(net, inputs, 20, stop, 0, False, _bar(20, "answering", False)))
     assert [found[row] for row in range(9)] == expected
 
 

@@ -1,6 +1,7 @@
 """The report says what results.json says, names what is missing, and needs nothing but itself."""
 
 import html
+import json
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -161,13 +162,21 @@ def test_missing_parts_are_named(tmp_path):
     metrics = {"retain": {"probability": 0.91234, "rouge": None}, "model_utility": 0.62}
     page = page_of(tmp_path, {"kind": "eval", "metrics": metrics})
     missing = re.search(r"Not recorded in this run: (.*?)\.</p>", page)[1]
-    for part in ("Forgetting against retention", "Answers before and after", "Leakage", "Losses"):
-        assert part in missing
-    assert "Evaluation" not in missing
+    assert missing == "Answers before and after", "the rest is of training"
+    assert "at the end of every run" not in page
     assert "0.9123" in page
     assert "0.62" in page
     assert "config.yaml): not recorded" in page
     assert list((tmp_path / "figures").glob("*")) == []
+
+
+def test_missing_parts_of_training_are_named(tmp_path):
+    metrics = {"retain": {"probability": 0.91234}}
+    page = page_of(tmp_path, {"kind": "train", "metrics": metrics})
+    missing = re.search(r"Not recorded in this run: (.*?)\.</p>", page)[1]
+    for part in ("Forgetting against retention", "Answers before and after", "Leakage", "Losses"):
+        assert part in missing
+    assert "Evaluation" not in missing
 
 
 def test_train_run_with_one_method_and_one_seed(tmp_path):
@@ -317,19 +326,37 @@ def test_eval_run_shows_metrics_then_both_models_answers_and_the_configuration(t
     run.write_config({"adapter": "runs/nsru/adapter"})
     page = page_of(
         tmp_path,
-        {"kind": "eval", "metrics": {"forget": {"probability": 0.25}}, "examples": examples},
+        {
+            "kind": "eval",
+            "metrics": {"forget": {"probability": 0.25, "count": 12}},
+            "examples": examples,
+        },
     )
     assert page.index("<h2>Evaluation") < page.index("<h2>Answers before and after")
-    assert table_below(page, "Evaluation") == [["split", "p(answer)"], ["forget", "0.25"]]
+    assert table_below(page, "Evaluation") == [
+        ["split", "p(answer)", "n"],
+        ["forget", "0.25", "12"],
+    ]
     text = text_of(page)
     for part in (
-        "Who? Original answer Ann. Safe answer No idea. Base model = original Ann. "
-        "Evaluated model = safe answer No idea.",
-        "Where? Original answer Oslo. Base model (empty) Evaluated model not generated",
+        "forget questions , 1 of 12 Who? Original answer Ann. Safe answer No idea. "
+        "Base model = original Ann. Evaluated model = safe answer No idea.",
+        "retain questions Where? Original answer Oslo. Base model (empty) "
+        "Evaluated model not generated",
         "adapter: runs/nsru/adapter",
     ):
         assert part in text
-    assert "Answers before and after" not in text.split("Not recorded in this run:")[1]
+    assert "Not recorded in this run" not in text
+
+
+def test_evaluation_of_one_model_speaks_of_no_other(tmp_path):
+    example = {"split": "forget", "question": "Who?", "before": None, "after": "Ann."}
+    page = page_of(tmp_path, {"kind": "eval", "metrics": {"privleak": 1}, "examples": [example]})
+    text = text_of(page)
+    assert "<h2>Answers</h2>" in page
+    assert "Who? The model's answer Ann." in text
+    for word in ("Evaluated model", "Base model", "before and after", "the same questions"):
+        assert word not in text
 
 
 @pytest.mark.parametrize("value", [None, [], {}], ids=str)
@@ -557,12 +584,19 @@ def test_untouched_retain_answers_are_compared_on_their_own(demo):
     assert (run.figures_dir / "frontier-untouched.png").exists()
 
 
-def test_header_tells_where_it_ran(tmp_path):
-    run = RunFolder(tmp_path)
-    run.environment_path.write_text(
-        '{"packages": {"torch": "2.13.0"}, "cuda": {"gpus": []}, "cpu": {"model": "Some CPU"},'
-        ' "commit": "0123456789abcdef-dirty", "time": "2026-01-02T03:04:05+00:00"}'
-    )
+@pytest.mark.parametrize(
+    ("commit", "shown"),
+    [("0123456789abcdef-dirty", " · commit 0123456789ab with changes"), (None, "")],
+)
+def test_header_tells_where_it_ran(tmp_path, commit, shown):
+    environment = {
+        "packages": {"torch": "2.13.0"},
+        "cuda": {"gpus": []},
+        "cpu": {"model": "Some CPU"},
+        "commit": commit,
+        "time": "2026-01-02T03:04:05+00:00",
+    }
+    RunFolder(tmp_path).environment_path.write_text(json.dumps(environment))
     metrics = {"model_utility": 0.5}
     page = page_of(tmp_path, {"kind": "eval", "seconds": 75.2, "metrics": metrics})
-    assert "1 min 15 s · torch 2.13.0 · Some CPU · commit 0123456789ab with changes" in page
+    assert f"1 min 15 s · torch 2.13.0 · Some CPU{shown} · 2026-01-02" in page

@@ -61,7 +61,9 @@ def test_the_base_alone_needs_no_questions(out, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "tofu_groups", None)
     monkeypatch.setattr("sys.argv", ["smollm2", "--base-only", f"--out={tmp_path}"])
     smollm2.main()
-    assert f"next: sh examples/unlearn_cli.sh {tmp_path}/base" in capsys.readouterr().out
+    _, command = capsys.readouterr().out.split("next:\n")
+    quickstart = Path(__file__).parents[2].joinpath("docs/index.md").read_text()
+    assert command.replace(str(tmp_path), "runs/smollm2") in quickstart
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 

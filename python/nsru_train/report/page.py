@@ -18,7 +18,8 @@ from .theme import COLOURS, draw
 def write_report(run: str | Path | RunFolder) -> Path:
     """Write report.html and figures/*.png of a run from its results.json and metrics.jsonl.
 
-    Parts that the run did not record are named at the end of the page.
+    Parts that the run did not record are named at the end of the page, but for those of training
+    where the run is an evaluation.
 
     Args:
         run: the run folder.
@@ -100,13 +101,13 @@ def _facts(results: summary.Row, folder: RunFolder) -> list[str]:
     try:
         environment = parse_json(read_text(folder.environment_path))
         gpus = dict.fromkeys(gpu["name"] for gpu in environment["cuda"]["gpus"])
-        commit = str(environment["commit"] or "unknown")
+        commit = str(environment["commit"] or "")  # none where it was installed without git
         changed = " with changes" if commit.endswith("-dirty") else ""
         return [
             *facts,
             f"torch {environment['packages']['torch']}",
             ", ".join(gpus) or environment["cpu"]["model"],
-            f"commit {commit:.12}{changed}",
+            *([f"commit {commit:.12}{changed}"] if commit else []),
             environment["time"],
         ]
     except (OSError, ValueError, KeyError, TypeError):

@@ -197,6 +197,14 @@ def answering(examples: Sequence[Row]) -> dict[str, str]:
     return {key: label(key) for key in keys if key not in others}
 
 
+def shown(results: Row, split: str) -> str:
+    """How many of a split's questions are in "examples", as "8 of 12"; "" where that is unknown."""
+    metrics = (results.get("metrics") or {}).get(split)
+    count = number(metrics.get("count")) if isinstance(metrics, Mapping) else None
+    found = sum(row.get("split") == split for row in results.get("examples") or [])
+    return "" if count is None else f"{found} of {count:.0f}"
+
+
 def over_steps(curves: summary.Curves) -> Table:
     """Means over the seeds, at some of the steps where there are many."""
     columns = {
