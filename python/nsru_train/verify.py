@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -220,6 +220,8 @@ def verify(
             return report
         if not report.ask("base weights", _check_weights, model, folder):
             return report
+        held, layers = dict(model.named_parameters()), adaptable_layers(model)
+        touched = {_module_of(name, folder, layers) for name in tensors}
         adapted = PeftModel.from_pretrained(model, str(folder)).eval()
         try:
             report.ask("peft load", _check_loaded, adapted, tensors)
@@ -239,7 +241,10 @@ def verify(
             if "merged" in served:
                 eight_bit = any(type(m).__name__ == "Linear8bitLt" for m in model.modules())
                 kind = torch.int8 if eight_bit else served["merged"][0].dtype
-                report.ask("merged model", _check_merged, found, kind)
+                if report.ask("merged model", _check_merged, found, kind):
+                    weights = dict(served["merged"][0].named_parameters())
+                    report.ask("rest of the merged model", _check_rest, weights, held, touched)
+                    report.ask("merged model's tokenizer", _check_tokenizer, merged_dir, tokenizer)
             shown = {split: records[:show_answers] for split, records in splits.items()}
             report.answers = _answers(served, tokenizer, shown, max_new_tokens)
         finally:
@@ -387,6 +392,47 @@ def _check_merged(found: Mapping[tuple[str, str], Comparison], dtype: torch.dtyp
             f"merge in a wider dtype. {detail}"
         )
     return detail
+
+
+def _module_of(key: str, folder: Path, layers: Mapping[str, Any]) -> str:
+    """The module, or parameter of experts, that a tensor of the adapter's file belongs to."""
+    match = _LORA_KEY.fullmatch(key)
+    name = match[1] if match else key
+    return adapted_names(read_json(folder / CONFIG), layers).get(name, name)
+
+
+def _check_rest(
+    merged: Mapping[str, Tensor], base: Mapping[str, Tensor], touched: Collection[str]
+) -> str:
+    """What no adapter touches has to be the base's own, also where no question shows it."""
+    count = 0
+    for name, weight in base.items():
+        other = merged.get(name)
+        adapted = name in touched or name.rpartition(".")[0] in touched
+        if adapted or other is None or type(weight) is not torch.nn.Parameter:
+            continue  # a quantised weight, say, which a merge makes plain
+        if not torch.equal(weight.to(other.dtype), other):
+            raise ValueError(f"{name} is not the base's, and no adapter is on it; merge again.")
+        count += 1
+    return f"{count} weights without an adapter are the base's, to the last bit"
+
+
+def _check_tokenizer(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    from transformers import AutoTokenizer
+
+    if not Path(folder, "tokenizer_config.json").is_file():
+        return f"{folder} has none; serve it with the base's"
+    try:
+        own = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a damaged file raises anything in transformers
+        raise ValueError(
+            f"{folder}: its tokenizer cannot be loaded ({error}); merge again."
+        ) from error
+    for what in ("get_vocab", "chat_template", "eos_token"):
+        ours, theirs = (getattr(one, what, None) for one in (own, tokenizer))
+        if (ours() if callable(ours) else ours) != (theirs() if callable(theirs) else theirs):
+            raise ValueError(f"{folder}: {what} is not that of the base's tokenizer; merge again.")
+    return "vocabulary, chat template and end token are the base's"
 
 
 def _load(path: str | Path) -> PreTrainedModel:

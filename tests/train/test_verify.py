@@ -246,6 +246,38 @@ def test_merged_from_another_adapter(export, tmp_path):
     assert "not base + adapter" in failure(export.verify(merged=tmp_path), "merged model")
 
 
+@pytest.mark.parametrize("value", [5.0, float("nan")])
+def test_merged_weights_that_no_question_shows(export, tmp_path, value):
+    merged = AutoModelForCausalLM.from_pretrained(export.merged)
+    seen = {i for qa in FORGET + RETAIN
+            for i in encode_qa(export.tokenizer, qa.question, qa.answer).input_ids}  # fmt: skip
+    unseen = next(i for i in range(len(export.tokenizer)) if i not in seen)
+    with torch.no_grad():
+        merged.get_input_embeddings().weight[unseen] = value
+    merged.save_pretrained(tmp_path)
+    detail = failure(export.verify(merged=tmp_path), "rest of the merged model")
+    assert "embed_tokens.weight is not the base's" in detail
+
+
+@pytest.mark.parametrize("change", ["chat_template", "vocabulary", "damaged"])
+def test_tokenizer_of_the_merged_model(export, copy_of, change):
+    folder = copy_of(export.merged)
+    assert "has none; serve it with the base's" in export.verify(merged=folder).text()
+    export.tokenizer.save_pretrained(folder)
+    report = export.verify(merged=folder)
+    assert report.passed
+    assert "vocabulary, chat template and end token are the base's" in report.text()
+    other = deepcopy(export.tokenizer)
+    if change == "chat_template":
+        other.chat_template = "{{ messages[0].content }}"
+    elif change == "vocabulary":
+        other.add_tokens(["<another>"])
+    other.save_pretrained(folder)
+    if change == "damaged":
+        (folder / "tokenizer.json").write_text("{")
+    failure(export.verify(merged=folder), "merged model's tokenizer")
+
+
 def test_merge_that_lost_part_of_the_update(export, tmp_path, copy_of):
     """A difference within bf16's tolerance fails when it takes back a small update."""
     folder = copy_of(export.adapter)
