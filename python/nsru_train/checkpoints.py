@@ -17,7 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from nsru_kernels.files import read_json
 from nsru_kernels.subspaces.collection import plain_parts
+
+SUMS = "sha256.json"
 
 
 class DamagedCheckpointError(ValueError):
@@ -135,6 +138,29 @@ def check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any
         if isinstance(optimizer, torch.optim.AdamW) and state:
             own = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
             check_alike(state, own, "state")
+
+
+def write_sums(folder: Path) -> None:
+    """Keep the SHA-256 of every file of a checkpoint beside them."""
+    text = json.dumps(_sums(folder), indent=2)
+    (folder / SUMS).write_text(text + "\n", encoding="utf-8")
+
+
+def changed_files(folder: Path) -> list[str]:
+    """The files of a checkpoint that are not those that were saved there, by their sums.
+
+    One that is taken from another checkpoint can be read, and nothing else tells it from its own.
+    """
+    saved = read_json(folder / SUMS) if (folder / SUMS).is_file() else {}
+    return [name for name, own in _sums(folder).items() if saved.get(name, own) != own]
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -27,12 +28,15 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from nsru_kernels.files import check_fields
 from nsru_kernels.nn.sharded import shards_like, whole
 from nsru_train.checkpoints import (
+    SUMS,
     blaming,
+    changed_files,
     check_alike,
     check_files,
     check_optimizer,
     digest,
     rotate,
+    write_sums,
 )
 from nsru_train.updates import trainable
 
@@ -94,6 +98,8 @@ class ResumableTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                if not self._engine_saves:
+                    write_sums(partial / name)
                 _publish(partial / name, run_dir / name)
         except Exception as error:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(partial, ignore_errors=True)
@@ -214,6 +220,11 @@ class ResumableTrainer(Trainer):
                 super()._load_optimizer_and_scheduler(checkpoint)
             check_optimizer(optimizer, groups)
             check_alike(self.lr_scheduler.state_dict(), schedule, "schedule")
+        with self._blaming(checkpoint, SUMS):
+            changed = changed_files(Path(checkpoint))
+        for name in changed:
+            with self._blaming(checkpoint, name):
+                raise ValueError("it is not the file that was saved there, but can be read")
 
     def _load_scaler(self, checkpoint):
         with self._blaming(checkpoint, SCALER_NAME):
@@ -291,7 +302,18 @@ class ResumableTrainer(Trainer):
         return {
             "base model's weights": digest((k, v) for k, v in frozen.items() if k not in bases),
             "retain bases": digest((k, v) for k, v in frozen.items() if k in bases),
+            "base model's config": _config_digest(self.model.config),
         }
+
+
+def _config_digest(config: Any) -> str:
+    """Of what a model's config says about how it computes, not of where it came from."""
+    kept = {
+        name: value
+        for name, value in config.to_dict().items()
+        if not name.startswith("_") and name not in ("transformers_version", "use_cache")
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _publish(source: Path, destination: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 import nsru_kernels as nk
 from nsru_kernels import files
 from nsru_train import cli, pipeline
-from nsru_train.checkpoints import digest, rotate
+from nsru_train.checkpoints import SUMS, digest, rotate
 from nsru_train.data.encode import collate, encode_qa
 from nsru_train.losses import SAFE
 from nsru_train.losses.nll import answer_logits, answer_states
@@ -271,6 +271,24 @@ def test_resume_compares_the_retain_bases(tmp_path, tokenizer):
     trainer(0).train()
     refuses(trainer(1), "the retain bases changed")
     trainer(0).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "scheduler.pt"])
+def test_resume_notices_a_file_of_another_checkpoint(stopped, name):
+    """As a copy has that was taken while they were written; each file can be read."""
+    shutil.copy(stopped / "checkpoint-4" / name, stopped / "checkpoint-8" / name)
+    match = rf"checkpoint-8/{name} is damaged .*not the file that was saved.*checkpoint-4 is whole"
+    with pytest.raises(ValueError, match=match):
+        samples.resumable(stopped, max_steps=10).train(resume_from_checkpoint=True)
+    (stopped / "checkpoint-8" / SUMS).unlink()  # of an earlier version
+    samples.resumable(stopped, max_steps=10).train(resume_from_checkpoint=True)
+
+
+def test_resume_compares_the_config_of_the_base(stopped):
+    trainer = samples.resumable(stopped, max_steps=10)
+    trainer.model.config.rms_norm_eps *= 1000
+    with pytest.raises(ValueError, match="the base model's config changed"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_resume_needs_every_file_whole(stopped):
@@ -569,7 +587,7 @@ def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
     streamed = {row["tokens"] for row in RunFolder(tmp_path / "run").read_results()["subspaces"]}
     assert streamed == {sum(map(len, pairs))}, "every token by one process"
     checkpoint = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
-    assert checkpoint == {*CHECKPOINT[:-1], "rng_state_0.pth", "rng_state_1.pth"}
+    assert checkpoint == {*CHECKPOINT[:-1], "rng_state_0.pth", "rng_state_1.pth", SUMS}
     printed, silent = samples.torchrun(tmp_path, "eval", "run", "--generate=false")
     assert "next: nsru verify run" in printed
     assert silent == ""
