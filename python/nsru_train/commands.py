@@ -685,6 +685,7 @@ def verify(
         loaded.forget,
         loaded.retain,
         max_length=data.max_length,
+        trust_remote_code=model.trust_remote_code,
     )
     if changed := changed_adapter(run, adapter):
         report.checks.insert(0, Check("adapter of the run", False, changed))
