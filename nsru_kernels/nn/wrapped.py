@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from nsru_kernels.dispatch.precision import full_float32
 from nsru_kernels.nn.linear import NSRULinear, finite_weight
+from nsru_kernels.nn.sharded import gathering
 from nsru_kernels.nn.subspace import RetainSubspace
 
 # Of random inputs: 8-bit activations are off by a hundredth, and in each token alike.
@@ -92,16 +94,26 @@ class NSRUWrappedLinear(NSRULinear):
         )
 
     @torch.no_grad()
+    @gathering
+    def check_mergeable(self) -> None:
+        """Raise ValueError where a merged model, once saved, would be read back as another one."""
+        layer = self.base_layer
+        if is_own_kind(layer) and _own_weight(layer, affine_map(layer)[0]) is None:
+            raise ValueError(
+                f"{type(layer).__name__} computes with something else than its weight, so that a "
+                "saved model would not be read back as it was merged. Serve base and adapter "
+                "(save_lora_adapter), or train with this layer in exclude."
+            )
+
+    @torch.no_grad()
     def merged_linear(self, dtype: torch.dtype) -> nn.Module:
         """base_layer where its own weight can take the update, else an ``nn.Linear`` in dtype."""
         w_NK, bias_N = affine_map(self.base_layer, dtype)
         merged = self.delta_weight().add_(w_NK)
-        own = getattr(self.base_layer, "weight", None)
-        if type(own) is nn.Parameter and own.is_floating_point():
-            for view_NK in (own.data, own.data.T):
-                if view_NK.shape == w_NK.shape and torch.equal(view_NK, w_NK.to(own.dtype)):
-                    view_NK.copy_(finite_weight(merged.to(own.dtype)))
-                    return self.base_layer
+        own_NK = _own_weight(self.base_layer, w_NK)
+        if own_NK is not None:
+            own_NK.copy_(finite_weight(merged.to(own_NK.dtype)))
+            return self.base_layer
         return _linear_like(self.base_layer, finite_weight(merged.to(dtype)), bias_N, dtype)
 
 
@@ -117,6 +129,29 @@ def linear_sizes(module: nn.Module) -> tuple[int, int]:
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """True for an ``nn.Linear`` of an ordinary weight, which ``NSRULinear`` computes itself."""
     return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, FakeTensor)
+
+
+def is_own_kind(module: nn.Module) -> bool:
+    """True for a dense linear of a class that came with its model, which reads its weight back.
+
+    Not for what only quantises: transformers takes that out of a model that is merged.
+    """
+    kind, weight = type(module), getattr(module, "weight", None)
+    if kind is nn.Linear or kind.__name__ == "Conv1D":
+        return False
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return False
+    return weight.element_size() > 1 and not kind.__module__.startswith("transformers.integrations")
+
+
+def _own_weight(module: nn.Module, w_NK: Tensor) -> Tensor | None:
+    """The layer's own weight as [N, K] where that is W; None where it computes with another."""
+    own = getattr(module, "weight", None)
+    if type(own) is nn.Parameter and own.is_floating_point():
+        for view_NK in (own.data, own.data.T):
+            if view_NK.shape == w_NK.shape and torch.equal(view_NK, w_NK.to(own.dtype)):
+                return view_NK
+    return None
 
 
 def why_not_linear(module: nn.Module) -> str | None:
@@ -186,6 +221,11 @@ def keep_unpacked(model: nn.Module) -> None:
 @torch.no_grad()
 def affine_map(module: nn.Module, model_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(W [N, K], b [N]) of a layer that computes x Wᵀ + b, read off its outputs, in its dtype."""
+    with full_float32(place_of(module)[0]):  # or W would be rounded
+        return _read_off(module, model_dtype)
+
+
+def _read_off(module: nn.Module, model_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     k, _ = linear_sizes(module)
     device, dtype = place_of(module, model_dtype)
     bias_N = module(torch.zeros(1, k, device=device, dtype=dtype))[0]
