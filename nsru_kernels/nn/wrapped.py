@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any, TypeGuard
 
@@ -157,8 +158,8 @@ def _own_weight(module: nn.Module, w_NK: Tensor) -> Tensor | None:
 def why_not_linear(module: nn.Module) -> str | None:
     """The reason for which an adapter cannot stand beside this layer; None where it can.
 
-    It is tried: tokens have to come out as those of x Wᵀ + b would, in company and alone, and
-    gradients to go back.
+    It is tried: tokens have to come out as those of x Wᵀ + b would, in company and alone, time and
+    again, and gradients to go back. Its buffers and torch's random state are then as before.
     """
     if module in _tried:
         return None
@@ -167,44 +168,129 @@ def why_not_linear(module: nn.Module) -> str | None:
         kind += f" of {type(weight).__name__}"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight instead of calling it"
-    k, n = linear_sizes(module)
-    device, dtype = place_of(module)
+    device, _ = place_of(module)
     if device.type == "meta":
         return f"{kind} is on no device yet, so that it cannot be tried; load its weights first"
+    training, buffers = module.training, _Buffers(module)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            reason = _found_wrong(module, kind, buffers) or _wrong_in_training(module, buffers)
+    except Exception as error:  # of any library
+        reason = f"{kind} cannot compute here ({str(error).partition(chr(10))[0]:.100})"
+    finally:
+        module.train(training)
+    if buffers.changing:
+        buffers.put_back()
+        reason = f"{kind} changes its buffer {buffers.changing!r} when it is called"
+    if reason is None:
+        _tried.add(module)
+    return reason
+
+
+def _tokens(module: nn.Module) -> Tensor:
+    """x [2, 6, K]; the first six are x, z, 0, x + z, -x and 3 x."""
+    k, _ = linear_sizes(module)
     tokens_BTK = torch.randn(2, 6, k, generator=torch.Generator().manual_seed(0))
     x_K, z_K = tokens_BTK[0, :2]
     tokens_BTK[0, 2:] = torch.stack([torch.zeros(k), x_K + z_K, -x_K, 3 * x_K])
-    tokens_BTK = tokens_BTK.to(device, dtype).requires_grad_()
-    training = module.training
-    try:
-        module.eval()
-        with torch.enable_grad():
-            y_BTN = module(tokens_BTK)
-            if not isinstance(y_BTN, Tensor) or y_BTN.shape != (2, 6, n):
-                return f"{kind} gives no output [..., N={n}] of x [..., K={k}]"
-            back = y_BTN.requires_grad and torch.autograd.grad(
-                y_BTN.sum(), tokens_BTK, allow_unused=True
-            )
-        if not back or back[0] is None:
+    return tokens_BTK.to(*place_of(module))
+
+
+def _found_wrong(module: nn.Module, kind: str, buffers: _Buffers) -> str | None:
+    """What a trial in eval mode says against a layer."""
+    (k, n), weight = linear_sizes(module), getattr(module, "weight", None)
+    tokens_BTK = _tokens(module).requires_grad_()
+    module.eval()
+    back: Any = None
+    with torch.enable_grad():
+        y_BTN = module(tokens_BTK)
+        fits = isinstance(y_BTN, Tensor) and y_BTN.shape == (2, 6, n)
+        if fits and y_BTN.requires_grad:
+            back = torch.autograd.grad(y_BTN.sum(), tokens_BTK, allow_unused=True)[0]
+    with torch.no_grad():
+        buffers.watch()  # from the second call on: some pack them for good in the first
+        module(4 * tokens_BTK)
+        buffers.look()
+        if not fits:
+            return f"{kind} gives no output [..., N={n}] of x [..., K={k}]"
+        if back is None:
             packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
             remedy = " once a forward in eval mode has packed it; load the model again" * packed
             return f"gradients do not pass through {kind}{remedy}"
-        with torch.no_grad():
-            alone_2N = torch.cat([module(tokens_BTK[0, :1]), module(tokens_BTK[1, 5:])])
-        x, z, zero, both, minus, triple = y_BTN[0].detach().double()
-        beside_2N = torch.stack([x, y_BTN[1, 5].detach().double()])
-    except Exception as error:  # of any library
-        return f"{kind} cannot compute here ({str(error).partition(chr(10))[0]:.100})"
-    finally:
-        module.train(training)
+        alone_2N = torch.cat([module(tokens_BTK[0, :1]), module(tokens_BTK[1, 5:])])
+    x, z, zero, both, minus, triple = y_BTN[0].detach().double()
+    beside_2N = torch.stack([x, y_BTN[1, 5].detach().double()])
     scale = (y_BTN.detach() - zero).abs().max()
     # Neither its own size nor the other tokens, nor an earlier call, may change what one gives.
     relations = (x + z - both - zero, x + minus - 2 * zero, triple + 2 * zero - 3 * x)
     off = torch.stack(relations).abs().max()
     if not (off <= _AFFINE * scale and (alone_2N - beside_2N).abs().max() <= _ALIKE * scale):
         return f"{kind} does not compute x Wᵀ + b"
-    _tried.add(module)
     return None
+
+
+@torch.no_grad()
+def _wrong_in_training(module: nn.Module, buffers: _Buffers) -> str | None:
+    """What calls in training mode say against a layer; nothing where it only infers."""
+    with contextlib.suppress(Exception):
+        module.train()
+        tokens_BTK = _tokens(module)
+        first_BTN = module(tokens_BTK)
+        buffers.watch()
+        module(4 * tokens_BTK)
+        off = (module(tokens_BTK) - first_BTN).abs().max()
+        buffers.look()
+        if not off <= _ALIKE * (first_BTN - first_BTN[0, 2]).abs().max():
+            return f"{type(module).__name__} gives other outputs at each call in training mode"
+    return None
+
+
+class _Buffers:
+    """The buffers of a layer as they were, and whether its calls change them.
+
+    Attributes:
+        changing: the name of one that does.
+    """
+
+    changing: str | None = None
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._before = self._watched = self._held()
+
+    def _held(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name → the buffer, and a copy."""
+        return {
+            name: (buffer, buffer.detach().clone())
+            for name, buffer in self._module.named_buffers()
+            if type(buffer) is Tensor and buffer.layout == torch.strided
+        }
+
+    def watch(self) -> None:
+        """From now on they should stay as they are."""
+        self._watched = self._held()
+
+    def look(self) -> None:
+        """See whether they have stayed so."""
+        now = self._held()
+        for name, (_, was) in self._watched.items():
+            if name not in now or not _same_bits(now[name][1], was):
+                self.changing = self.changing or name
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give the layer its buffers of before."""
+        for name, (buffer, was) in self._before.items():
+            parent, _, child = name.rpartition(".")
+            buffer.copy_(was)
+            self._module.get_submodule(parent)._buffers[child] = buffer
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, NaN and all."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return torch.equal(*(t.reshape(-1).contiguous().view(torch.uint8) for t in (a, b)))
 
 
 def keep_unpacked(model: nn.Module) -> None:

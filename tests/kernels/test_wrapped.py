@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nsru_kernels as nk
 from nsru_kernels.nn.swap import match_linears
-from nsru_kernels.nn.wrapped import affine_map, dense_linear, keep_unpacked
+from nsru_kernels.nn.wrapped import affine_map, dense_linear, keep_unpacked, why_not_linear
 from nsru_kernels.subspaces.collection import fingerprint_weights
 
 pytest.importorskip("transformers")
@@ -307,6 +307,102 @@ def test_what_only_looks_linear_is_left_alone(function):
     model = nn.ModuleDict({"proj": layer_of(function), "other": nn.Linear(K, K)})
     with pytest.raises(ValueError, match=r"proj, which cannot be swapped: Odd does not compute x"):
         nk.swap_linears(model, "proj", rank=R, alpha=6)
+
+
+class Counting(nn.Linear):
+    """A subclass that keeps account of its calls, in place or by a new buffer, or what it has seen.
+
+    Args:
+        mode: in which it does.
+    """
+
+    def __init__(self, mode, account):
+        super().__init__(K, N)
+        self.register_buffer("seen", torch.full((1,), torch.nan))
+        self.register_buffer("calls", torch.zeros(()))
+        self.mode, self.account = mode, account
+
+    def forward(self, input):
+        if self.training == (self.mode == "training"):
+            self.account(self, input)
+        return super().forward(input)
+
+
+def in_place(layer, _):
+    layer.calls += 1
+
+
+def anew(layer, _):
+    layer.calls = layer.calls + 1
+
+
+def largest(layer, input):
+    layer.calls = torch.maximum(layer.calls, input.detach().abs().max())
+
+
+@pytest.mark.parametrize("account", [in_place, anew, largest])
+@pytest.mark.parametrize("mode", ["eval", "training"])
+def test_what_keeps_account_of_its_calls_is_left_alone_as_it_was(mode, account):
+    model = nn.ModuleDict({"proj": Counting(mode, account), "other": nn.Linear(K, K)})
+    layer = model["proj"]
+    buffers = dict(layer.named_buffers())
+    report = nk.swap_linears(model, "all-linear", rank=R, alpha=6)
+    assert report.skipped["proj"] == "Counting changes its buffer 'calls' when it is called"
+    assert all(value is buffers[name] for name, value in layer.named_buffers())
+    assert layer.calls == 0
+    assert layer.seen.isnan()
+    assert layer.training
+
+
+class Packing(nn.Linear):
+    """As some kernels of GPTQ: the first call turns what is held into another layout for good."""
+
+    def __init__(self):
+        super().__init__(K, N)
+        self.register_buffer("packed", torch.zeros(0))
+
+    def forward(self, input):
+        if not self.packed.numel():
+            self.packed = self.weight.detach().T.contiguous()
+        return input @ self.packed + self.bias
+
+
+def test_what_packs_its_buffers_once_is_swapped_and_stays_packed():
+    model = nn.ModuleDict({"proj": Packing()})
+    nk.swap_linears(model, "proj", rank=R, alpha=6)
+    assert model["proj"].base_layer.packed.shape == (K, N)
+
+
+class Dropping(nn.Linear):
+    def forward(self, input):
+        return super().forward(F.dropout(input, 0.1, self.training))
+
+
+class InferenceOnly(nn.Linear):
+    """As kernels of GPTQ that refuse training mode."""
+
+    def train(self, mode=True):
+        if mode:
+            raise NotImplementedError
+        return super().train(False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_dropout_of_its_own_is_left_alone(training):
+    model = nn.ModuleDict({"proj": Dropping(K, N), "other": nn.Linear(K, K)}).train(training)
+    reason = "Dropping gives other outputs at each call in training mode"
+    with pytest.raises(ValueError, match=reason):
+        nk.swap_linears(model, "proj", rank=R, alpha=6)
+    assert model["proj"].training == training
+    infers = nn.ModuleDict({"proj": InferenceOnly(K, N).eval()}).eval()
+    assert nk.swap_linears(infers, "proj", rank=R, alpha=6).swapped == ["proj"]
+
+
+def test_a_trial_leaves_the_random_state_as_it_was():
+    layer = layer_of(lambda linear, x, _: linear(x) + torch.randn(N))
+    before = torch.get_rng_state()
+    assert why_not_linear(layer) == "Odd does not compute x Wᵀ + b"
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
