@@ -20,7 +20,7 @@ from nsru_kernels.nn.wrapped import NSRUWrappedLinear, linear_sizes
 def merge_adapters(model: nn.Module, *, progress: bool = False) -> nn.Module:
     """Replace every ``NSRULinear`` by ``nn.Linear`` with W + s B Ā, summed in fp32, rounded once.
 
-    A layer of another kind gets the sum into its own weight where that is dense, as ``Conv1D``'s;
+    A layer of another kind gets the sum into its own weight where that is W, as ``Conv1D``'s;
     a quantised one becomes an ``nn.Linear`` in the model's dtype, and what stood for a 3-D
     parameter of experts that parameter. Where nothing quantised is left, transformers saves the
     model as a plain one. Of a model that ``fully_shard`` has sharded every rank makes the call:
@@ -34,8 +34,9 @@ def merge_adapters(model: nn.Module, *, progress: bool = False) -> nn.Module:
         model, for chaining.
 
     Raises:
-        ValueError: the model has no ``NSRULinear``, is one itself, is sharded otherwise, or a
-            merged weight would hold NaN or infinite values; nothing is then changed.
+        ValueError: the model has no ``NSRULinear``, is one itself, is sharded otherwise, a merged
+            weight would hold NaN or infinite values, or a layer of a class of the model's own
+            computes with another W than its weight; nothing is then changed.
     """
     check_module(model)
     modules = [(n, m) for n, m in model.named_modules() if isinstance(m, NSRULinear)]
@@ -63,6 +64,8 @@ def merge_adapters(model: nn.Module, *, progress: bool = False) -> nn.Module:
     for name, module in modules:  # computed twice, so that a refusal leaves the model whole
         try:
             module.merged_weight()
+            if isinstance(module, NSRUWrappedLinear):
+                module.check_mergeable()
         except ValueError as error:
             raise ValueError(f"merge_adapters: {name}: {error}") from error
     dtype = _dtype_of(model, modules[0][1].dtype)

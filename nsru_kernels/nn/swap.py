@@ -654,8 +654,13 @@ def _refuse_adapted(model: nn.Module) -> None:
                 "swap_linears: the model is wrapped by DistributedDataParallel, which would not "
                 "average the gradients of adapters that come later. Swap first, then wrap."
             )
+    remedy = "Call merge_and_unload() first, or constrain_peft in place of swap_linears."
+    refuse_peft("swap_linears", model, remedy)
+
+
+def refuse_peft(function: str, model: nn.Module, remedy: str) -> None:
+    """Raise ValueError where the model, or a layer of it, is PEFT's."""
+    for name, module in model.named_modules():
         if type(module).__module__.startswith("peft."):
-            raise ValueError(
-                f"swap_linears: the model is wrapped by PEFT ({name or type(module).__name__}). "
-                "Call merge_and_unload() first, or constrain_peft in place of swap_linears."
-            )
+            what = name or type(module).__name__
+            raise ValueError(f"{function}: the model is wrapped by PEFT ({what}). {remedy}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any, TypeGuard
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from nsru_kernels.dispatch.precision import full_float32
 from nsru_kernels.nn.linear import NSRULinear, finite_weight
+from nsru_kernels.nn.sharded import gathering
 from nsru_kernels.nn.subspace import RetainSubspace
 
 # Of random inputs: 8-bit activations are off by a hundredth, and in each token alike.
@@ -92,16 +95,26 @@ class NSRUWrappedLinear(NSRULinear):
         )
 
     @torch.no_grad()
+    @gathering
+    def check_mergeable(self) -> None:
+        """Raise ValueError where a merged model, once saved, would be read back as another one."""
+        layer = self.base_layer
+        if is_own_kind(layer) and _own_weight(layer, affine_map(layer)[0]) is None:
+            raise ValueError(
+                f"{type(layer).__name__} computes with something else than its weight, so that a "
+                "saved model would not be read back as it was merged. Serve base and adapter "
+                "(save_lora_adapter), or train with this layer in exclude."
+            )
+
+    @torch.no_grad()
     def merged_linear(self, dtype: torch.dtype) -> nn.Module:
         """base_layer where its own weight can take the update, else an ``nn.Linear`` in dtype."""
         w_NK, bias_N = affine_map(self.base_layer, dtype)
         merged = self.delta_weight().add_(w_NK)
-        own = getattr(self.base_layer, "weight", None)
-        if type(own) is nn.Parameter and own.is_floating_point():
-            for view_NK in (own.data, own.data.T):
-                if view_NK.shape == w_NK.shape and torch.equal(view_NK, w_NK.to(own.dtype)):
-                    view_NK.copy_(finite_weight(merged.to(own.dtype)))
-                    return self.base_layer
+        own_NK = _own_weight(self.base_layer, w_NK)
+        if own_NK is not None:
+            own_NK.copy_(finite_weight(merged.to(own_NK.dtype)))
+            return self.base_layer
         return _linear_like(self.base_layer, finite_weight(merged.to(dtype)), bias_N, dtype)
 
 
@@ -119,11 +132,34 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, FakeTensor)
 
 
+def is_own_kind(module: nn.Module) -> bool:
+    """True for a dense linear of a class that came with its model, which reads its weight back.
+
+    Not for what only quantises: transformers takes that out of a model that is merged.
+    """
+    kind, weight = type(module), getattr(module, "weight", None)
+    if kind is nn.Linear or kind.__name__ == "Conv1D":
+        return False
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return False
+    return weight.element_size() > 1 and not kind.__module__.startswith("transformers.integrations")
+
+
+def _own_weight(module: nn.Module, w_NK: Tensor) -> Tensor | None:
+    """The layer's own weight as [N, K] where that is W; None where it computes with another."""
+    own = getattr(module, "weight", None)
+    if type(own) is nn.Parameter and own.is_floating_point():
+        for view_NK in (own.data, own.data.T):
+            if view_NK.shape == w_NK.shape and torch.equal(view_NK, w_NK.to(own.dtype)):
+                return view_NK
+    return None
+
+
 def why_not_linear(module: nn.Module) -> str | None:
     """The reason for which an adapter cannot stand beside this layer; None where it can.
 
-    It is tried: tokens have to come out as those of x Wᵀ + b would, in company and alone, and
-    gradients to go back.
+    It is tried: tokens have to come out as those of x Wᵀ + b would, in company and alone, time and
+    again, and gradients to go back. Its buffers and torch's random state are then as before.
     """
     if module in _tried:
         return None
@@ -132,43 +168,72 @@ def why_not_linear(module: nn.Module) -> str | None:
         kind += f" of {type(weight).__name__}"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight instead of calling it"
-    k, n = linear_sizes(module)
-    device, dtype = place_of(module)
+    device, _ = place_of(module)
     if device.type == "meta":
         return f"{kind} is on no device yet, so that it cannot be tried; load its weights first"
+    training, buffers = module.training, [(own, own.clone()) for own in module.buffers()]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            reason = _found_wrong(module, kind) or _wrong_in_training(module, kind)
+    except Exception as error:  # of any library
+        reason = f"{kind} cannot compute here ({str(error).partition(chr(10))[0]:.100})"
+    finally:
+        module.train(training)
+        for own, before in buffers:
+            own.copy_(before)
+    if reason is None:
+        _tried.add(module)
+    return reason
+
+
+def _tokens(module: nn.Module) -> Tensor:
+    """x [2, 6, K]; the first six are x, z, 0, x + z, -x and 3 x."""
+    k, _ = linear_sizes(module)
     tokens_BTK = torch.randn(2, 6, k, generator=torch.Generator().manual_seed(0))
     x_K, z_K = tokens_BTK[0, :2]
     tokens_BTK[0, 2:] = torch.stack([torch.zeros(k), x_K + z_K, -x_K, 3 * x_K])
-    tokens_BTK = tokens_BTK.to(device, dtype).requires_grad_()
-    training = module.training
-    try:
-        module.eval()
-        with torch.enable_grad():
-            y_BTN = module(tokens_BTK)
-            if not isinstance(y_BTN, Tensor) or y_BTN.shape != (2, 6, n):
-                return f"{kind} gives no output [..., N={n}] of x [..., K={k}]"
-            back = y_BTN.requires_grad and torch.autograd.grad(
-                y_BTN.sum(), tokens_BTK, allow_unused=True
-            )
-        if not back or back[0] is None:
-            packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
-            remedy = " once a forward in eval mode has packed it; load the model again" * packed
-            return f"gradients do not pass through {kind}{remedy}"
-        with torch.no_grad():
-            alone_2N = torch.cat([module(tokens_BTK[0, :1]), module(tokens_BTK[1, 5:])])
-        x, z, zero, both, minus, triple = y_BTN[0].detach().double()
-        beside_2N = torch.stack([x, y_BTN[1, 5].detach().double()])
-    except Exception as error:  # of any library
-        return f"{kind} cannot compute here ({str(error).partition(chr(10))[0]:.100})"
-    finally:
-        module.train(training)
+    return tokens_BTK.to(*place_of(module))
+
+
+def _found_wrong(module: nn.Module, kind: str) -> str | None:
+    """What a trial in eval mode says against a layer."""
+    (k, n), weight = linear_sizes(module), getattr(module, "weight", None)
+    tokens_BTK = _tokens(module).requires_grad_()
+    module.eval()
+    with torch.enable_grad():
+        y_BTN = module(tokens_BTK)
+        if not isinstance(y_BTN, Tensor) or y_BTN.shape != (2, 6, n):
+            return f"{kind} gives no output [..., N={n}] of x [..., K={k}]"
+        back = y_BTN.requires_grad and torch.autograd.grad(
+            y_BTN.sum(), tokens_BTK, allow_unused=True
+        )
+    if not back or back[0] is None:
+        packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
+        remedy = " once a forward in eval mode has packed it; load the model again" * packed
+        return f"gradients do not pass through {kind}{remedy}"
+    with torch.no_grad():
+        alone_2N = torch.cat([module(tokens_BTK[0, :1]), module(tokens_BTK[1, 5:])])
+    x, z, zero, both, minus, triple = y_BTN[0].detach().double()
+    beside_2N = torch.stack([x, y_BTN[1, 5].detach().double()])
     scale = (y_BTN.detach() - zero).abs().max()
     # Neither its own size nor the other tokens, nor an earlier call, may change what one gives.
     relations = (x + z - both - zero, x + minus - 2 * zero, triple + 2 * zero - 3 * x)
     off = torch.stack(relations).abs().max()
     if not (off <= _AFFINE * scale and (alone_2N - beside_2N).abs().max() <= _ALIKE * scale):
         return f"{kind} does not compute x Wᵀ + b"
-    _tried.add(module)
+    return None
+
+
+@torch.no_grad()
+def _wrong_in_training(module: nn.Module, kind: str) -> str | None:
+    """What two calls in training mode say against a layer; nothing where it only infers."""
+    with contextlib.suppress(Exception):
+        module.train()
+        tokens_BTK = _tokens(module)
+        first_BTN = module(tokens_BTK)
+        off = (module(tokens_BTK) - first_BTN).abs().max()
+        if not off <= _ALIKE * (first_BTN - first_BTN[0, 2]).abs().max():
+            return f"{kind} gives other outputs at each call in training mode"
     return None
 
 
@@ -186,6 +251,11 @@ def keep_unpacked(model: nn.Module) -> None:
 @torch.no_grad()
 def affine_map(module: nn.Module, model_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(W [N, K], b [N]) of a layer that computes x Wᵀ + b, read off its outputs, in its dtype."""
+    with full_float32(place_of(module)[0]):  # or W would be rounded
+        return _read_off(module, model_dtype)
+
+
+def _read_off(module: nn.Module, model_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     k, _ = linear_sizes(module)
     device, dtype = place_of(module, model_dtype)
     bias_N = module(torch.zeros(1, k, device=device, dtype=dtype))[0]

@@ -24,7 +24,7 @@ from nsru_kernels.nn.inputs import (
 )
 from nsru_kernels.nn.names import unwrap
 from nsru_kernels.nn.subspace import RetainSubspace
-from nsru_kernels.nn.swap import match_linears, names_in
+from nsru_kernels.nn.swap import match_linears, names_in, refuse_peft
 from nsru_kernels.nn.wrapped import linear_sizes, place_of
 from nsru_kernels.subspaces.collection import InputDiagnostics, SubspaceSet, fingerprint_weights
 from nsru_kernels.subspaces.distributed import communication_device
@@ -58,7 +58,7 @@ def estimate_retain_subspaces(
     and all get the subspaces of the whole.
 
     Args:
-        model: the model before `swap_linears`.
+        model: the model before `swap_linears`, or before PEFT wraps it.
         batches: arguments of the model, dicts (`input_ids` and such), tuples in the order of its
             `forward`, or its only tensor; read once, one batch in memory.
             `attention_mask` [B, T] keeps padding out. An optional `token_mask` [B, T] is not passed
@@ -84,13 +84,16 @@ def estimate_retain_subspaces(
     Raises:
         ValueError: not exactly one of rank, energy, min_editability; a rank that an input cannot
             hold; an empty retain or forget set; NaN or infinite activations; a target without a
-            match, or one that no batch reached.
+            match, or one that no batch reached; a model that PEFT has wrapped.
         TypeError: batches that hold no tensors.
     """
     check_iterable("batches", batches)
     if forget_batches is not None:
         check_iterable("forget_batches", forget_batches)
     model = unwrap(model)
+    refuse_peft(
+        "estimate_retain_subspaces", model, "Estimate before PEFT wraps it, or merge_and_unload()."
+    )
     targets, exclude = names_in("targets", targets), names_in("exclude", exclude)
     linears = dict(match_linears(model, targets, exclude))
     _check_request(linears, width, rank, energy, min_editability, forget_batches is not None)

@@ -558,10 +558,14 @@ def eval(
     their_logs = {} if texts is None else {"MUSE": texts.log}
     if theirs:
         plain = adapter is None or is_plain(adapter)
+        why = "what was trained is no plain LoRA"
         if adapter is not None and plain:
-            nk.merge_adapters(network)  # their attack reads gradients of weights
+            try:
+                nk.merge_adapters(network)  # their attack reads gradients of weights
+            except ValueError as error:
+                plain, why = False, str(error)
         if not plain:
-            evaluation.notes.append("mia_gradnorm: left out, what was trained is no plain LoRA")
+            evaluation.notes.append(f"mia_gradnorm: left out, {why}")
         add_attack_scores(
             evaluation.rows,
             network,
@@ -697,6 +701,7 @@ def verify(
         loaded.forget,
         loaded.retain,
         max_length=data.max_length,
+        trust_remote_code=model.trust_remote_code,
     )
     if changed := changed_adapter(run, adapter):
         report.checks.insert(0, Check("adapter of the run", False, changed))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import nsru_kernels as nk
 from nsru_kernels.nn.experts import ExpertLinear, NSRUExpertLinear, expert_linears
 from nsru_kernels.nn.swap import looks_linear, replace_module
-from nsru_kernels.nn.wrapped import dense_linear, is_plain, why_not_linear
+from nsru_kernels.nn.wrapped import dense_linear, is_own_kind, is_plain, why_not_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,7 +132,9 @@ def dequantize(model: PreTrainedModel) -> None:
     from transformers.pytorch_utils import Conv1D
 
     for name, module in list(model.named_modules()):
-        if looks_linear(module) and not is_plain(module) and why_not_linear(module) is None:
+        if not looks_linear(module) or is_plain(module) or is_own_kind(module):
+            continue
+        if why_not_linear(module) is None:
             replace_module(model, name, dense_linear(module, model.dtype))
     if hasattr(model, "hf_quantizer"):  # else merge_adapters found nothing left
         model.hf_quantizer.remove_quantization_config(model)

@@ -632,10 +632,19 @@ def generation_config(
         decoder_start_token_id=start,
         pad_token_id=pad,
     )
+    _forget_positions(model)
     try:
         yield
     finally:
         model.generation_config = own
+        _forget_positions(model)
+
+
+def _forget_positions(model: nn.Module) -> None:
+    """Drop what models of the kind of Qwen2-VL keep for the rows of the batch before."""
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None  # type: ignore[assignment]
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -178,6 +178,7 @@ def verify(
     show_answers: int = 3,
     max_new_tokens: int = 48,
     max_length: int = 512,
+    trust_remote_code: bool = False,
 ) -> VerifyReport:
     """Compare base, base + adapter as peft serves it, and merged model on both sets of questions.
 
@@ -194,6 +195,7 @@ def verify(
         show_answers: greedy answers shown from each set.
         max_new_tokens: length limit of a shown answer.
         max_length: most tokens of a question with its answer.
+        trust_remote_code: run code that comes with the models.
 
     Returns:
         The report. It fails, with the likely cause, when a file is damaged, the adapter was made
@@ -214,7 +216,8 @@ def verify(
     tensors: dict[str, Tensor] = {}
     if not report.ask("adapter files", _read_finite, folder, tensors):
         return report
-    model = _load(base) if isinstance(base, (str, Path)) else base
+    trusted = {"trust_remote_code": trust_remote_code}
+    model = _load(base, **trusted) if isinstance(base, (str, Path)) else base
     with evaluating(model):
         if not report.ask("base model", _check_shapes, model, folder, tensors):
             return report
@@ -231,7 +234,7 @@ def verify(
             }
             if merged_dir is not None:
                 try:
-                    served["merged"] = (_load_merged(merged_dir, model), nullcontext)
+                    served["merged"] = (_load_merged(merged_dir, model, **trusted), nullcontext)
                 except ValueError as error:
                     report.checks.append(Check("merged model", False, str(error)))
             found = report.comparisons = _compare(served, tokenizer, splits, max_length)
@@ -244,7 +247,13 @@ def verify(
                 if report.ask("merged model", _check_merged, found, kind):
                     weights = dict(served["merged"][0].named_parameters())
                     report.ask("rest of the merged model", _check_rest, weights, held, touched)
-                    report.ask("merged model's tokenizer", _check_tokenizer, merged_dir, tokenizer)
+                    report.ask(
+                        "merged model's tokenizer",
+                        _check_tokenizer,
+                        merged_dir,
+                        tokenizer,
+                        trust_remote_code,
+                    )
             shown = {split: records[:show_answers] for split, records in splits.items()}
             report.answers = _answers(served, tokenizer, shown, max_new_tokens)
         finally:
@@ -417,13 +426,13 @@ def _check_rest(
     return f"{count} weights without an adapter are the base's, to the last bit"
 
 
-def _check_tokenizer(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:
+def _check_tokenizer(folder: str | Path, tokenizer: PreTrainedTokenizerBase, trusted: bool) -> str:
     from transformers import AutoTokenizer
 
     if not Path(folder, "tokenizer_config.json").is_file():
         return f"{folder} has none; serve it with the base's"
     try:
-        own = AutoTokenizer.from_pretrained(folder)
+        own = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # a damaged file raises anything in transformers
         raise ValueError(
             f"{folder}: its tokenizer cannot be loaded ({error}); merge again."
@@ -435,13 +444,13 @@ def _check_tokenizer(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
     return "vocabulary, chat template and end token are the base's"
 
 
-def _load(path: str | Path) -> PreTrainedModel:
-    return load_language_model(path, dtype="auto").eval()
+def _load(path: str | Path, **trusted: bool) -> PreTrainedModel:
+    return load_language_model(path, dtype="auto", **trusted).eval()
 
 
-def _load_merged(folder: str | Path, base: PreTrainedModel) -> PreTrainedModel:
+def _load_merged(folder: str | Path, base: PreTrainedModel, **trusted: bool) -> PreTrainedModel:
     try:
-        merged = _load(folder)
+        merged = _load(folder, **trusted)
     except Exception as error:  # a damaged file raises anything in transformers
         raise ValueError(f"{folder} cannot be loaded ({error}); merge again.") from error
     has, wanted = (model.get_output_embeddings().weight.shape[0] for model in (merged, base))

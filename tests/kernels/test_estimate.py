@@ -60,6 +60,13 @@ def estimate(model, batches, targets="all-linear", **options):
     )
 
 
+def test_a_model_that_peft_has_wrapped_is_refused(model):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(ValueError, match=r"wrapped by PEFT \(.*Estimate before PEFT wraps it"):
+        estimate(wrapped, make_batches(), rank=8)
+
+
 def test_subspaces_are_those_of_the_unpadded_activations(model):
     batches = make_batches()
     subspaces = estimate(model, batches, rank=5)

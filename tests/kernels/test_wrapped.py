@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nsru_kernels as nk
 from nsru_kernels.nn.swap import match_linears
-from nsru_kernels.nn.wrapped import affine_map, dense_linear, keep_unpacked
+from nsru_kernels.nn.wrapped import affine_map, dense_linear, keep_unpacked, why_not_linear
 from nsru_kernels.subspaces.collection import fingerprint_weights
 
 pytest.importorskip("transformers")
@@ -29,6 +29,13 @@ class Scaled(nn.Linear):
 
     def forward(self, input):
         return 0.5 * F.linear(input, self.weight, self.bias)
+
+
+class Named(nn.Linear):
+    """A subclass whose W is its weight."""
+
+    def forward(self, input):
+        return input @ self.weight.T + self.bias
 
 
 class InBytes(nn.Module):
@@ -62,6 +69,7 @@ def boxed():
 KINDS = {
     "Conv1D": (lambda: Conv1D(N, K), lambda layer: layer.weight.T),
     "subclass": (lambda: Scaled(K, N), lambda layer: 0.5 * layer.weight),
+    "subclass of its own weight": (lambda: Named(K, N), lambda layer: layer.weight),
     "in bytes": (InBytes, InBytes.dequantized),
     "no bias": (lambda: InBytes(bias=False), InBytes.dequantized),
     "class of weight": (boxed, lambda layer: layer.weight.as_subclass(torch.Tensor)),
@@ -149,8 +157,13 @@ def test_merged_it_is_its_own_kind_or_a_plain_linear(case):
         model.proj.merge()
     x = torch.randn(5, K).double()
     y = model.proj(x).detach()
+    if kind is Scaled:  # in memory it could be an nn.Linear, which nobody would read back
+        with pytest.raises(ValueError, match=r"merge_adapters: proj: Scaled computes with .*Serve"):
+            nk.merge_adapters(model)
+        assert torch.equal(model.proj(x), y)
+        return
     nk.merge_adapters(model)
-    assert type(model.proj) is (kind if kind is Conv1D else nn.Linear)
+    assert type(model.proj) is (kind if kind in (Conv1D, Named) else nn.Linear)
     torch.testing.assert_close(model.proj(x), y, **CLOSE)
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -294,6 +307,81 @@ def test_what_only_looks_linear_is_left_alone(function):
     model = nn.ModuleDict({"proj": layer_of(function), "other": nn.Linear(K, K)})
     with pytest.raises(ValueError, match=r"proj, which cannot be swapped: Odd does not compute x"):
         nk.swap_linears(model, "proj", rank=R, alpha=6)
+
+
+class Counting(nn.Linear):
+    """A subclass that keeps account of its calls and of what it has seen."""
+
+    def __init__(self):
+        super().__init__(K, N)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("largest", torch.full((), torch.nan))
+
+    def forward(self, input):
+        self.calls += 1
+        self.largest.copy_(input.detach().abs().max())
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_trial_leaves_buffers_as_they_were(training):
+    model = nn.ModuleDict({"proj": Counting()}).train(training)
+    nk.swap_linears(model, "proj", rank=R, alpha=6)
+    layer = model["proj"].base_layer
+    assert layer.calls == 0
+    assert layer.largest.isnan()
+    assert layer.training == training
+
+
+class Packing(nn.Linear):
+    """As some kernels of GPTQ: the first call turns what is held into another layout for good."""
+
+    def __init__(self):
+        super().__init__(K, N)
+        self.register_buffer("packed", torch.zeros(0))
+
+    def forward(self, input):
+        if not self.packed.numel():
+            self.packed = self.weight.detach().T.contiguous()
+        return input @ self.packed + self.bias
+
+
+def test_what_packs_its_buffers_once_is_swapped_and_stays_packed():
+    model = nn.ModuleDict({"proj": Packing()})
+    nk.swap_linears(model, "proj", rank=R, alpha=6)
+    assert model["proj"].base_layer.packed.shape == (K, N)
+
+
+class Dropping(nn.Linear):
+    def forward(self, input):
+        return super().forward(F.dropout(input, 0.1, self.training))
+
+
+class InferenceOnly(nn.Linear):
+    """As kernels of GPTQ that refuse training mode."""
+
+    def train(self, mode=True):
+        if mode:
+            raise NotImplementedError
+        return super().train(False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_dropout_of_its_own_is_left_alone(training):
+    model = nn.ModuleDict({"proj": Dropping(K, N), "other": nn.Linear(K, K)}).train(training)
+    reason = "Dropping gives other outputs at each call in training mode"
+    with pytest.raises(ValueError, match=reason):
+        nk.swap_linears(model, "proj", rank=R, alpha=6)
+    assert model["proj"].training == training
+    infers = nn.ModuleDict({"proj": InferenceOnly(K, N).eval()}).eval()
+    assert nk.swap_linears(infers, "proj", rank=R, alpha=6).swapped == ["proj"]
+
+
+def test_a_trial_leaves_the_random_state_as_it_was():
+    layer = layer_of(lambda linear, x, _: linear(x) + torch.randn(N))
+    before = torch.get_rng_state()
+    assert why_not_linear(layer) == "Odd does not compute x Wᵀ + b"
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

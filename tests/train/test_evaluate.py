@@ -334,7 +334,10 @@ def test_rows_that_have_ended_leave_the_batch(model, tokenizer, authors):
 
 WINDOWS = ("mistral", "gemma3_text")
 EXPERTS = ("deepseek_v3", "mixtral", "jamba")
-OTHERS = ("llama", "gpt2", "gpt_neo", "gptj", "mpt", "bloom", "falcon", "opt", "mamba", "rwkv")
+OTHERS = (
+    "llama", "gpt2", "gpt_neo", "gptj", "mpt", "bloom", "falcon", "opt", "mamba", "rwkv",
+    "qwen2_vl",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", WINDOWS + EXPERTS + OTHERS)
@@ -356,6 +359,7 @@ def test_answers_do_not_depend_on_which_rows_leave(kind):
     with torch.no_grad():
         found = dict(_generate(net, inputs, 20, stop, 0, False, _bar(20, "answering", False)))
     assert [found[row] for row in range(9)] == expected
+    assert not any(getattr(module, "rope_deltas", None) is not None for module in net.modules())
 
 
 @pytest.mark.parametrize("kind", WINDOWS + EXPERTS + OTHERS)

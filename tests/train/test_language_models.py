@@ -6,11 +6,12 @@ import architectures
 import pytest
 import torch
 from architectures import SEQ2SEQ
-from samples import FORGET, RETAIN, make_tokenizer
+from samples import FORGET, RETAIN, SIZES, make_tokenizer
 
 import nsru_kernels as nk
 from nsru_train.cli import main
 from nsru_train.data.encode import TextFormat, collate, encode_prompt, encode_qa, use_format
+from nsru_train.demo.tiny_model import make_llama
 from nsru_train.language_models import load_language_model
 from nsru_train.losses.nll import answer_nll
 from nsru_train.scoring import greedy_answers, score_sequences
@@ -127,6 +128,84 @@ def test_train_eval_merge_verify(base, tmp_path, capsys):
     assert type(merged) is kind
     assert not any(isinstance(module, nk.NSRULinear) for module in merged.modules())
     assert (run / "merged" / "preprocessor_config.json").is_file() is not apart
+
+
+OWN_CODE = """
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+    factor: float = 1.0
+
+
+class Own(nn.Linear):
+    factor = 1.0
+
+    def forward(self, input):
+        return nn.functional.linear(input, self.factor * self.weight, self.bias)
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            plain = layer.mlp.up_proj
+            layer.mlp.up_proj = Own(plain.in_features, plain.out_features, bias=False)
+            layer.mlp.up_proj.factor = config.factor
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path, monkeypatch):
+    """Saves a model that comes with code of its own, whose up_proj is factor * weight."""
+    code = tmp_path / "code"
+    code.mkdir()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(code))
+    monkeypatch.syspath_prepend(str(code))
+    tokenizer = make_tokenizer()
+
+    def save(factor):
+        folder = tmp_path / "own"
+        make_llama(tokenizer, **SIZES).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        classes = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnForCausalLM"}
+        config |= {
+            "model_type": "own_llama",
+            "architectures": ["OwnForCausalLM"],
+            "factor": factor,
+            "auto_map": {auto: f"modeling_own.{kind}" for auto, kind in classes.items()},
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "modeling_own.py").write_text(OWN_CODE)
+        return [*train(folder, tmp_path), "--model.trust_remote_code=true"]
+
+    return save
+
+
+def test_code_of_the_models_own_is_trusted_throughout(own_code, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    main([*own_code(1.0), "--objective.w_suppress=1", "--objective.suppression=npo"])
+    main(["merge", run])
+    main(["verify", run])
+    assert "ok    merged model" in capsys.readouterr().out
+
+
+def test_a_merge_that_the_models_own_code_would_misread_is_refused(own_code, tmp_path, capsys):
+    run = tmp_path / "run"
+    main(own_code(2.0))
+    with pytest.raises(SystemExit):
+        main(["merge", str(run)])
+    said = capsys.readouterr().err
+    assert "model.layers.0.mlp.up_proj: Own computes with something else than its weight" in said
+    assert not (run / "merged").exists()
+    main(["eval", str(run), "--format=open-unlearning", "--max_new_tokens=4"])
+    notes = json.loads((run / "eval" / "results.json").read_text())["notes"]
+    assert any(note.startswith("mia_gradnorm: left out, merge_adapters: ") for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from samples import save_tiny
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import nsru_kernels as nk
@@ -13,7 +14,7 @@ from nsru_train.cli import main
 from nsru_train.config import ModelConfig
 from nsru_train.demo.authors import author_splits
 from nsru_train.pipeline import load_model
-from nsru_train.quantized import refuse_wrapped, requantization_errors
+from nsru_train.quantized import dequantize, refuse_wrapped, requantization_errors
 from nsru_train.sources import save_records
 
 pytestmark = pytest.mark.usefixtures("without_figures")
@@ -95,6 +96,21 @@ def test_a_checkpoint_that_is_quantised_already(setting, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"is quantised already, by bitsandbytes, .* at none"):
         load_model(ModelConfig(str(tmp_path), quantize="int8"))
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_layers_of_the_models_own_class_are_not_dequantised(setting):
+    """They are not quantised, and their class reads them back."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base, _ = load_model(ModelConfig(str(setting[0] / "model"), quantize="nf4"))
+    base.model.layers[0].mlp.up_proj = own = Doubled(64, 48)
+    dequantize(base)
+    assert base.model.layers[0].mlp.up_proj is own
+    assert type(base.model.layers[0].mlp.down_proj) is nn.Linear
 
 
 @pytest.fixture

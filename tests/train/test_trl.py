@@ -12,6 +12,8 @@ from samples import RECORDS, save_tiny
 
 import nsru_kernels as nk
 from nsru_kernels.nn.swap import match_linears
+from nsru_train.config import ModelConfig
+from nsru_train.pipeline import load_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 REASON = "trl is not installed: pip install trl"
@@ -124,6 +126,32 @@ def test_dpo_keeps_a_reference_of_an_adapter_that_was_trained(base, bases, tmp_p
         assert torch.equal(model.get_parameter(name.replace(".default.", ".ref.")), parameter)
     assert_confined(model, bases)
     assert_confined(model, bases, "ref")
+
+
+@pytest.fixture
+def quantised(base):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return load_model(ModelConfig(base[0].config._name_or_path, quantize="int8"))[0]
+
+
+def test_adapters_of_a_quantised_base_are_confined_once_cast_back(quantised, base, bases, tmp_path):
+    """As the guide says: TRL casts them to bf16, which rounds what is projected."""
+    model = constrained(quantised, bases)
+    trainer = make_trainer("sft", model, base[1], tmp_path)
+    for p in model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    for name, basis in bases.items():
+        a_RK = tensors[f"base_model.model.{name}.lora_A.weight"].float()
+        assert (a_RK @ basis).norm() < LEAST * a_RK.norm()
+
+
+def test_a_swapped_quantised_base_is_refused(quantised, base, bases, tmp_path):
+    nk.swap_linears(quantised, "all-linear", rank=4, alpha=8, subspaces=bases)
+    with pytest.raises(ValueError, match="purely quantized models"):
+        make_trainer("sft", quantised, base[1], tmp_path)
 
 
 def test_sft_saves_and_resumes(base, bases, tmp_path):
