@@ -149,7 +149,9 @@ class SubspaceSet(dict[str, RetainSubspace]):
         """
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / _INDEX).exists():
-            raise ValueError(f"save: {folder} holds other files; give an empty or new folder.")
+            raise ValueError(
+                f"save: {folder} holds other files; remove it, or give an empty or new folder."
+            )
         with whole_folder(folder) as complete:
             entries, digests = [], {}
             for number, entry in enumerate(self.inputs):
@@ -198,7 +200,10 @@ class SubspaceSet(dict[str, RetainSubspace]):
         for found in index["inputs"]:
             entry, file = _read_entry(path, found)
             if not (folder / file).is_file():
-                raise ValueError(f"SubspaceSet.load: {folder / file} is missing; estimate again.")
+                raise ValueError(
+                    f"SubspaceSet.load: {folder / file} is missing; remove {folder} and estimate "
+                    "again."
+                )
             subspace = RetainSubspace.load(folder / file, device)
             for name in ("in_features", "rank", "tokens"):
                 if getattr(entry, name) != getattr(subspace, name):
