@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from nsru_kernels.nn.linear import NSRULinear, finite_weight
+from nsru_kernels.nn.linear import NSRULinear, added, finite_weight
 from nsru_kernels.nn.projections import projection_key
 from nsru_kernels.nn.sharded import gathering
 from nsru_kernels.nn.subspace import RetainSubspace
@@ -172,7 +172,7 @@ class NSRUExpertLinear(NSRULinear):
             return self.weight.detach()
         merged = torch.empty_like(self.weight)
         for own, weight, delta in zip(merged, self.weight, self._deltas(), strict=True):
-            own.copy_(delta.add_(weight))
+            own.copy_(added(delta, weight))
         return finite_weight(merged)
 
     @torch.no_grad()

@@ -234,14 +234,14 @@ class NSRULinear(nn.Module):
     @torch.no_grad()
     @gathering
     def merged_weight(self) -> Tensor:
-        """W + s B Ā, summed in float32, rounded once to W's dtype; W itself once it is merged.
+        """W + s B Ā, summed in float32 (float64 for a float64 W), rounded once to W's dtype; W
+        itself once it is merged.
 
         Raises: ValueError: it holds NaN or infinite values.
         """
         if self.merged:
             return self.weight.detach()
-        delta = self.delta_weight()
-        return finite_weight(delta.add_(self.weight).to(self.dtype))
+        return finite_weight(added(self.delta_weight(), self.weight).to(self.dtype))
 
     @torch.no_grad()
     def merged_linear(self, dtype: torch.dtype) -> nn.Module:
@@ -323,6 +323,11 @@ class NSRULinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def added(delta: Tensor, weight: Tensor) -> Tensor:
+    """delta + W in the wider of their dtypes, in delta's own memory where that is delta's."""
+    return delta.to(torch.promote_types(delta.dtype, weight.dtype)).add_(weight)
 
 
 def finite_weight(merged: Tensor) -> Tensor:

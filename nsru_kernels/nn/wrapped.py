@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from nsru_kernels.dispatch.precision import full_float32
-from nsru_kernels.nn.linear import NSRULinear, finite_weight
+from nsru_kernels.nn.linear import NSRULinear, added, finite_weight
 from nsru_kernels.nn.sharded import gathering
 from nsru_kernels.nn.subspace import RetainSubspace
 
@@ -110,7 +110,7 @@ class NSRUWrappedLinear(NSRULinear):
     def merged_linear(self, dtype: torch.dtype) -> nn.Module:
         """base_layer where its own weight can take the update, else an ``nn.Linear`` in dtype."""
         w_NK, bias_N = affine_map(self.base_layer, dtype)
-        merged = self.delta_weight().add_(w_NK)
+        merged = added(self.delta_weight(), w_NK)
         own_NK = _own_weight(self.base_layer, w_NK)
         if own_NK is not None:
             own_NK.copy_(finite_weight(merged.to(own_NK.dtype)))

@@ -82,7 +82,7 @@ def probability_sets(
     Args:
         tokenizer: of the model.
         splits: name -> records, as `Data.splits` gives them; safe_prob is of the safe targets of
-            "forget".
+            "forget", where that is there.
         safe: where the safe targets come from.
         max_length: most tokens of a question with its answer.
         limit: most questions of a split, taken at even distances; None takes all.
@@ -97,7 +97,9 @@ def probability_sets(
         f"{name}_prob": [(qa.question, qa.answer) for qa in spread(records, limit)]
         for name, records in splits.items()
     }
-    pairs["safe_prob"] = [(qa.question, safe.target(qa)) for qa in spread(splits["forget"], limit)]
+    if "forget" in splits:
+        forget = spread(splits["forget"], limit)
+        pairs["safe_prob"] = [(qa.question, safe.target(qa)) for qa in forget]
     return {
         name: [encode_qa(tokenizer, *pair, max_length=max_length) for pair in found]
         for name, found in pairs.items()

@@ -32,6 +32,7 @@ from nsru_train.data.encode import (
     is_too_long,
     length_batches,
     pad_token_id,
+    served_otherwise,
     use_format,
 )
 from nsru_train.data.records import QA, check_disjoint
@@ -87,6 +88,8 @@ class Data:
     safe: SafeTargets = field(default_factory=SafeTargets)
 
     def __post_init__(self) -> None:
+        if taken := sorted({"forget", "retain"} & self.more.keys()):
+            raise ValueError(f"Data: more must hold further sets, got another {taken[0]!r}.")
         check_disjoint(self.forget, self.retain, self.more)
 
     def splits(self) -> dict[str, list[QA]]:
@@ -243,8 +246,11 @@ def load_model(
         )
     try:
         use_format(tokenizer, text_format)
+        otherwise = served_otherwise(tokenizer) if tokenizer.chat_template else None
     except ValueError as error:
         raise ValueError(f"data: {error}") from error
+    if otherwise is not None:
+        logger.warning("data: %s.", otherwise)
     # Quantised weights are where they were made, and not all of them can move.
     return (model if model.device == device else model.to(device)).eval(), tokenizer
 

@@ -322,6 +322,14 @@ def test_a_merged_layer_saves_loads_moves_and_copies_as_its_unmerged_self():
     assert_fresh(layer, x)
 
 
+def test_a_float64_weight_is_merged_in_float64():
+    linear = nn.Linear(6, 5, dtype=torch.float64)
+    layer = nk.NSRULinear.from_linear(linear, rank=2, alpha=4)
+    nn.init.normal_(layer.lora_B)
+    before, update = linear.weight.clone(), layer.delta_weight().double()
+    assert torch.equal(layer.merged_weight(), before + update)
+
+
 def test_merge_adapters_returns_plain_linears():
     model = make_model(3, torch.bfloat16)
     wanted = [(m.weight.float() + m.delta_weight()).bfloat16() for m in model]

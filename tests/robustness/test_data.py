@@ -39,10 +39,10 @@ from nsru_train.data import (
     encode_qa,
     use_format,
 )
-from nsru_train.data.encode import collate
+from nsru_train.data.encode import collate, served_otherwise
 from nsru_train.demo.sets import target_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
-from nsru_train.evaluation import evaluate
+from nsru_train.evaluation import evaluate, probability_sets
 from nsru_train.losses.nll import AnswerHidden, answer_logits, answer_states
 from nsru_train.metrics import forget_quality, load_log, model_utility
 from nsru_train.pipeline import Data, load_data, load_model, token_batches, without_long
@@ -125,6 +125,37 @@ def test_the_answer_is_what_the_template_puts_around_nothing_else(template, kwar
     assert tokenizer.decode(encoded.answer) == own
     assert tokenizer.decode(encoded.input_ids[-encoded.closing :]) == closing
     assert encode_prompt(tokenizer, "Who is Ann?") == encoded.input_ids[: encoded.answer_start]
+
+
+@pytest.mark.parametrize(
+    ("template", "kwargs", "ends"),
+    [
+        (GEMMA, {}, None),
+        (CHATML, {}, None),
+        (SPACE, {}, None),
+        (None, {}, None),
+        (QWEN3, {}, (EMPTY, "")),
+        (QWEN3, {"enable_thinking": False}, None),
+        (DEEPSEEK_R1, {}, ("", "<think>\n")),
+    ],
+    ids=["gemma", "chatml", "space", "none", "qwen3", "no-thinking", "r1"],
+)
+def test_a_prompt_that_is_served_otherwise_than_trained_is_said(template, kwargs, ends):
+    tokenizer = chat_tokenizer(template)
+    use_format(tokenizer, TextFormat(template_kwargs=kwargs))
+    said = served_otherwise(tokenizer)
+    if ends is None:
+        assert said is None
+    else:
+        assert f"in {ends[0]!r} before an answer that is there" in said
+        assert f"in {ends[1]!r} before one that is to come" in said
+
+
+def test_sets_of_another_name_only():
+    with pytest.raises(ValueError, match="got another 'forget'"):
+        Data([ANN], [BOB], {"forget": [BOB]})
+    tokenizer = chat_tokenizer(CHATML)
+    assert probability_sets(tokenizer, {"a": [ANN]}, SafeTargets()).keys() == {"a_prob"}
 
 
 def test_an_answer_that_stands_elsewhere_in_the_text_is_found_at_its_place():

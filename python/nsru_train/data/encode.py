@@ -113,6 +113,24 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int
     return _tokens(tokenizer, _prompt_text(_around_answer(tokenizer, question)[0]))
 
 
+def served_otherwise(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """How a server's prompt ends that is not the one of `encode_prompt`, in words; None else.
+
+    A template may open a thought in its generation prompt, and write past answers without one.
+    """
+    trained = _prompt_text(_around_answer(tokenizer, _QUESTION)[0])
+    served = _prompt_text(_render(tokenizer, _QUESTION))
+    if served == trained:
+        return None
+    shared = _shared(trained, served)
+    ends = trained[shared:], served[shared:]
+    return (
+        f"the chat template ends the prompt in {ends[0]!r} before an answer that is there, which "
+        f"is trained and scored, but in {ends[1]!r} before one that is to come, as it is served. "
+        "Make them agree, by chat_template_kwargs such as enable_thinking or another chat template"
+    )
+
+
 def find_question(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) -> tuple[str, int]:
     """(question, its prompt's tokens) of what `encode_prompt` or `encode_qa` wrote.
 
