@@ -127,7 +127,7 @@ class GradientCheckCallback(TrainerCallback):
                 f"all {len(norms)} adapter gradients are zero in the first steps, such as that of "
                 f"{silent[0]}: training would change nothing. See that a term with weight above 0 "
                 "reaches the adapted modules, and that the rank of their retain bases is below "
-                "in_features."
+                "in_features; after a first step, that the learning rate is not far too high."
             )
         if silent:
             logger.warning(

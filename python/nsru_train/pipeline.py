@@ -35,7 +35,7 @@ from nsru_train.data.encode import (
     served_otherwise,
     use_format,
 )
-from nsru_train.data.records import QA, check_disjoint
+from nsru_train.data.records import QA, check_disjoint, normalise
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluation import SPLITS
 from nsru_train.guard import EcoGuard
@@ -91,6 +91,12 @@ class Data:
         if taken := sorted({"forget", "retain"} & self.more.keys()):
             raise ValueError(f"Data: more must hold further sets, got another {taken[0]!r}.")
         check_disjoint(self.forget, self.retain, self.more)
+        for qa in self.forget:
+            if normalise(self.safe.target(qa)) == normalise(qa.answer):
+                raise ValueError(
+                    f"data.safe_targets: for {qa.question!r:.60} it is the answer that is to be "
+                    f"forgotten, {qa.answer!r:.60}; give the record a safe_target, or leave it out."
+                )
 
     def splits(self) -> dict[str, list[QA]]:
         """Every set by its name in evaluations."""

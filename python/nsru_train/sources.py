@@ -89,8 +89,11 @@ def save_records(path: str | Path, records: Sequence[QA]) -> None:
         records: in the order of the lines; fields without content are left out.
 
     Raises:
+        ValueError: the name is that of a table, whose suffix would say how to read it.
         OSError: it cannot be written; a file that was there before is unharmed.
     """
+    if Path(path).suffix.lower() in (".csv", ".tsv", ".parquet"):
+        raise ValueError(f"save_records: path must end in .jsonl, got {path}.")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, _to_lines(records))
 

@@ -151,6 +151,20 @@ def test_a_prompt_that_is_served_otherwise_than_trained_is_said(template, kwargs
         assert f"in {ends[1]!r} before one that is to come" in said
 
 
+def test_a_safe_target_that_is_the_answer_is_refused_whoever_gives_it():
+    safe = SafeTargets({"decline": ("a  POET.",)})
+    with pytest.raises(ValueError, match=r"safe_targets: for 'Who is Ann\?' it is the answer"):
+        Data([ANN], [BOB], safe=safe)
+    Data([replace(ANN, safe_target="No.")], [BOB], safe=safe)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.parquet"])
+def test_records_are_not_saved_under_the_name_of_a_table(tmp_path, name):
+    with pytest.raises(ValueError, match=r"path must end in \.jsonl"):
+        save_records(tmp_path / name, [ANN])
+    assert not (tmp_path / name).exists()
+
+
 def test_sets_of_another_name_only():
     with pytest.raises(ValueError, match="got another 'forget'"):
         Data([ANN], [BOB], {"forget": [BOB]})
