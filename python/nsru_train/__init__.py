@@ -23,6 +23,7 @@ __all__ = [
     "TrainConfig",
     "UnlearnDataset",
     "before_and_after",
+    "describe_ordinary",
     "evaluate",
     "find_method",
     "find_subspaces",
@@ -32,6 +33,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_records",
+    "ordinary_answers",
     "prepare_dataset",
     "probability_sets",
     "save_adapter",
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     )
     from nsru_train.evaluation import before_and_after, evaluate, probability_sets
     from nsru_train.methods import ForgetRetain, Method, find_method
+    from nsru_train.ordinary import describe_ordinary, ordinary_answers
     from nsru_train.pipeline import Data, Guarded, Outcome, find_subspaces, load_model, unlearn
     from nsru_train.scoring import greedy_answers
     from nsru_train.sources import load_records, save_records
@@ -75,6 +78,7 @@ else:
         "scoring",
         "adapters",
         "evaluation",
+        "ordinary",
         "trainer",
         "pipeline",
     )

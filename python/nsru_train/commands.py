@@ -337,7 +337,7 @@ def train(
             "leakage": outcome.leakage,
             "ordinary": ordinary,
             "examples": [
-                {"split": "ordinary", "question": row["question"], "after": row["answer"]}
+                {"split": "ordinary", **{key: row[key] for key in ("question", "before", "after")}}
                 for row in ordinary
             ],
         }
@@ -477,6 +477,7 @@ def eval(
     from nsru_train.metrics import open_unlearning
     from nsru_train.metrics.tofu import check_retain_log, load_log, load_reference_auc
     from nsru_train.muse import Muse
+    from nsru_train.ordinary import refused_elsewhere
     from nsru_train.pipeline import load_data, load_model, without_long
     from nsru_train.report import write_report
     from nsru_train.run_folder import RunFolder, to_json
@@ -581,6 +582,15 @@ def eval(
             evaluation.notes = [
                 note for note in evaluation.notes if not note.startswith("forget_quality: needs")
             ]
+    taught = [] if base else [loaded.safe.target(qa) for qa in loaded.forget]
+    evaluation.notes += refused_elsewhere(
+        {
+            name: {row["question"]: row["generated"] for row in rows if "generated" in row}
+            for name, rows in evaluation.rows.items()
+            if name != "forget"
+        },
+        taught,
+    )
     results = to_results(evaluation, examples)
     if shares.rank:
         return  # the first process writes

@@ -45,7 +45,10 @@ def run_sections(
     saved = _read(path)
     if model is None:
         if "model" not in saved:
-            raise ValueError(f"run: {path} does not say the model; give --model.path.")
+            what = f"{path} does not say the model"
+            if not path.is_file():
+                what = f"{run} has no config.yaml, which nsru train writes"
+            raise ValueError(f"run: {what}; give --model.path.")
         model = _section("model", saved["model"], path)
     if data is None and need_data:
         if "data" not in saved:

@@ -161,7 +161,8 @@ def test_train_and_eval_tell_before_and_after(run):
     assert after["forget_prob"] < before["forget_prob"]
     assert len(results["ordinary"]) == 16
     shown = {row["question"]: row["after"] for row in results["examples"]}
-    assert shown == {row["question"]: row["answer"] for row in results["ordinary"]}
+    assert shown == {row["question"]: row["after"] for row in results["ordinary"]}
+    assert all(isinstance(row["before"], str) for row in results["examples"])
     assert "ordinary questions" in (run / "report.html").read_text()
     assert "Before and after" in (run / "report.html").read_text()
 

@@ -321,6 +321,7 @@ def test_checkpoint_holds_adapters_only(tmp_path):
         "rng_state.pth",
         "trainer_state.json",
         "reference_nll.json",
+        "sha256.json",
     }
     saved = safetensors.torch.load_file(folder / "model.safetensors")
     assert_identical(saved, samples.adapters(trainer.model))
