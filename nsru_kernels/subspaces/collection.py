@@ -96,11 +96,15 @@ class SubspaceSet(dict[str, RetainSubspace]):
         }
         return {name: alphas[name] for name in sorted(alphas, key=len, reverse=True)}
 
-    def table(self) -> str:
-        """The diagnostics as aligned text, one line per distinct input."""
+    def table(self, most: int | None = None) -> str:
+        """The diagnostics as aligned text, one line per distinct input.
+
+        Args:
+            most: lines; of more inputs the first are shown, and in what range all are.
+        """
         header = ("input", "modules", "K", "rank", "captured", "editability", "tokens")
         rows = [header]
-        for entry in self.inputs:
+        for entry in self.inputs[:most]:
             editability = "-" if entry.editability is None else f"{entry.editability:.2%}"
             rows.append(
                 (
@@ -114,6 +118,8 @@ class SubspaceSet(dict[str, RetainSubspace]):
                 )
             )
         lines = align_columns(rows)
+        if most is not None and len(self.inputs) > most:
+            lines.append(f"… and {len(self.inputs) - most} more. {self._ranges()}")
         limited = [entry.captured_energy for entry in self.inputs if entry.rank_limited]
         if any(captured >= ALL for captured in limited):
             lines.append(
@@ -125,6 +131,17 @@ class SubspaceSet(dict[str, RetainSubspace]):
                 "* where less than all is captured, the sketch holds no more: raise width, up to K."
             )
         return "\n".join(lines)
+
+    def _ranges(self) -> str:
+        """In what range the inputs are, in words."""
+        ranks = [entry.rank for entry in self.inputs]
+        shares = {
+            "captured": [entry.captured_energy for entry in self.inputs],
+            "editability": [e.editability for e in self.inputs if e.editability is not None],
+        }
+        parts = [f"rank {min(ranks)} to {max(ranks)}"]
+        parts += [f"{n} {min(v):.2%} to {max(v):.2%}" for n, v in shares.items() if v]
+        return f"All: {', '.join(parts)}."
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError when the weights of `model` are not those the subspaces came from.

@@ -270,7 +270,7 @@ def train(
         )  # fmt: skip
         if run.writes:
             subspaces.save(own)
-        print(subspaces.table())
+        print(subspaces.table(most=8))  # the report has them all
     fingerprint = fingerprint_weights(base)  # before they are sharded
 
     def look(step: int, model: Any) -> dict[str, float]:
@@ -617,6 +617,8 @@ def eval(
     folder.write_results(results)
     write_report(folder.path)
     print(format_table(results))
+    if not base and not Path(run, "eval-base", "results.json").is_file():
+        print(f"the base model alone, for comparison: nsru eval {run} --base true")
     written = [str(folder.results_path), str(folder.report_path)]
     if base and not RunFolder(run).config_path.exists():  # no run, so no adapter to evaluate
         _finish(written, "train", *_options(model=model, data=data), "--out", "runs/nsru")

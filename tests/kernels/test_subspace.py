@@ -164,6 +164,18 @@ def test_table_marks_what_ran_out_of_width():
     assert "raise width" in lines[3]
 
 
+def test_a_short_table_says_in_what_range_all_are():
+    found = make_set(nn.Linear(2, 2), q_proj=[], down_proj=[], up_proj=[])
+    assert found.table(most=3) == found.table()
+    found.inputs[2].rank, found.inputs[2].editability = 7, None
+    lines = found.table(most=1).splitlines()
+    words = [line.split() for line in found.table().splitlines()]
+    assert [line.split() for line in lines[:2]] == words[:2]
+    assert lines[2] == (
+        "… and 2 more. All: rank 3 to 7, captured 90.00% to 90.00%, editability 25.00% to 25.00%."
+    )
+
+
 def test_table_tells_little_data_from_a_narrow_sketch():
     found = make_set(nn.Linear(2, 2), q_proj=[], down_proj=[])
     found.inputs[1].captured_energy = 0.9999
