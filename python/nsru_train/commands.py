@@ -335,6 +335,14 @@ def train(
             ],
             "subspaces": [asdict(row) for row in subspaces.inputs] if subspaces is not None else [],
             "leakage": outcome.leakage,
+            "frontier": [
+                {
+                    "method": run_name(method, lora.project and objective.trains),
+                    "seed": train.seed,
+                    **point,
+                }
+                for point in outcome.evaluations
+            ],
             "ordinary": ordinary,
             "examples": [
                 {"split": "ordinary", **{key: row[key] for key in ("question", "before", "after")}}

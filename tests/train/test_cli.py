@@ -207,6 +207,17 @@ def test_a_look_at_the_base_leads_on_to_training(setting, tmp_path, capsys):
     assert printed.err.count("scoring:   0%|") == 2, "before and after"
 
 
+def test_the_steps_are_drawn_that_were_evaluated(setting, tmp_path):
+    out = tmp_path / "run"
+    main(["train", *flags(setting), *TRAIN, "--train.eval_steps=2", f"--out={out}"])
+    results = json.loads((out / "results.json").read_text())
+    assert [row["step"] for row in results["frontier"]] == [0, 2, 4, 6]
+    assert {row["method"] for row in results["frontier"]} == {"nsru"}
+    last, after = results["frontier"][-1], results["methods"][1]
+    assert last["forget_prob"] == pytest.approx(after["forget_prob"], rel=1e-5)
+    assert "The same over the steps" in (out / "report.html").read_text()
+
+
 def test_eval_does_not_write_into_a_training_run(run, capsys):
     assert "training run" in fails(capsys, ["eval", str(run), f"--out={run}"])
 
