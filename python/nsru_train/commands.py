@@ -309,7 +309,12 @@ def train(
     else:
         before, after = before_and_after(base, tokenizer, asked, progress=True)
         targets = [loaded.safe.target(qa) for qa in loaded.forget]
-        ordinary = ordinary_answers(base, tokenizer, targets, progress=run.writes)
+        try:
+            ordinary = ordinary_answers(base, tokenizer, targets, progress=True)
+        except (
+            Exception
+        ) as error:  # a model that trains may not generate: it is trained all the same
+            print(f"ordinary requests were not asked: {error}")
     if not run.writes:
         return
     print(format_probabilities({"before": before, "after": after}))

@@ -218,6 +218,18 @@ def test_the_steps_are_drawn_that_were_evaluated(setting, tmp_path):
     assert "The same over the steps" in (out / "report.html").read_text()
 
 
+def test_a_model_that_cannot_generate_is_trained_all_the_same(
+    setting, tmp_path, capsys, monkeypatch
+):
+    def fail(*_, **__):
+        raise RuntimeError("no cache")
+
+    monkeypatch.setattr("nsru_train.ordinary.greedy_answers", fail)
+    main(["train", *flags(setting), *TRAIN, f"--out={tmp_path / 'run'}"])
+    assert "ordinary requests were not asked: no cache" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["ordinary"] == []
+
+
 def test_eval_does_not_write_into_a_training_run(run, capsys):
     assert "training run" in fails(capsys, ["eval", str(run), f"--out={run}"])
 
