@@ -311,9 +311,7 @@ def train(
         targets = [loaded.safe.target(qa) for qa in loaded.forget]
         try:
             ordinary = ordinary_answers(base, tokenizer, targets, progress=True)
-        except (
-            Exception
-        ) as error:  # a model that trains may not generate: it is trained all the same
+        except Exception as error:  # not every model that trains can generate
             print(f"ordinary requests were not asked: {error}")
     if not run.writes:
         return

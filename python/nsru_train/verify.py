@@ -223,8 +223,7 @@ def verify(
             return report
         if not report.ask("base weights", _check_weights, model, folder):
             return report
-        held, layers = dict(model.named_parameters()), adaptable_layers(model)
-        touched = {_module_of(name, folder, layers) for name in tensors}
+        held, touched = dict(model.named_parameters()), _touched(model, folder, tensors)
         adapted = PeftModel.from_pretrained(model, str(folder)).eval()
         try:
             report.ask("peft load", _check_loaded, adapted, tensors)
@@ -403,11 +402,11 @@ def _check_merged(found: Mapping[tuple[str, str], Comparison], dtype: torch.dtyp
     return detail
 
 
-def _module_of(key: str, folder: Path, layers: Mapping[str, Any]) -> str:
-    """The module, or parameter of experts, that a tensor of the adapter's file belongs to."""
-    match = _LORA_KEY.fullmatch(key)
-    name = match[1] if match else key
-    return adapted_names(read_json(folder / CONFIG), layers).get(name, name)
+def _touched(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]) -> set[str]:
+    """The modules, and parameters of experts, that the adapter's tensors belong to."""
+    of_experts = adapted_names(read_json(folder / CONFIG), adaptable_layers(model))
+    names = (match[1] for match in filter(None, map(_LORA_KEY.fullmatch, tensors)))
+    return {of_experts.get(name, name) for name in names}
 
 
 def _check_rest(
