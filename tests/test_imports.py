@@ -23,6 +23,7 @@ LAYERS = (
         "demo.tiny_model",
         "evaluation",
         "harness",
+        "loading",
         "membership",
         "muse",
         "ordinary",
@@ -37,7 +38,7 @@ LAYERS = (
     ("open_unlearning", "report", "verify"),
     ("compare", "repair"),
     ("attack",),
-    ("demo.run",),
+    ("demo.run", "eval_run", "train_run"),
     ("cli", "commands"),
 )
 

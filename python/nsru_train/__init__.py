@@ -60,9 +60,10 @@ if TYPE_CHECKING:
         to_results,
     )
     from nsru_train.evaluation import before_and_after, evaluate, probability_sets
+    from nsru_train.loading import Data, load_model
     from nsru_train.methods import ForgetRetain, Method, find_method
     from nsru_train.ordinary import describe_ordinary, ordinary_answers
-    from nsru_train.pipeline import Data, Guarded, Outcome, find_subspaces, load_model, unlearn
+    from nsru_train.pipeline import Guarded, Outcome, find_subspaces, unlearn
     from nsru_train.scoring import greedy_answers
     from nsru_train.sources import load_records, save_records
     from nsru_train.trainer import NSRUTrainer, prepare_dataset
@@ -79,6 +80,7 @@ else:
         "adapters",
         "evaluation",
         "ordinary",
+        "loading",
         "trainer",
         "pipeline",
     )

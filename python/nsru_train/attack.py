@@ -25,12 +25,13 @@ from nsru_train.config import LoraConfig
 from nsru_train.data.records import QA
 from nsru_train.evaluation import evaluate, probability_sets, spread
 from nsru_train.language_models import load_language_model
+from nsru_train.loading import load_model
 from nsru_train.losses.batch import FORGET, Batch
 from nsru_train.methods.method import Method, mean
 from nsru_train.metrics.robustness import relearning_robustness, stability
 from nsru_train.metrics.text import has_words, rouge_l_recall
 from nsru_train.metrics.tofu import harmonic_mean
-from nsru_train.pipeline import load_model, unlearn
+from nsru_train.pipeline import unlearn
 from nsru_train.quantized import bits_config, dense_experts, dequantize
 from nsru_train.repair import QUESTIONS, FinishedRun
 from nsru_train.report import tables

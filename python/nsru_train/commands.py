@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import statistics
 import sys
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -22,18 +19,12 @@ from nsru_train.config import (
     SubspaceConfig,
     TrainConfig,
 )
-from nsru_train.methods import run_name
 from nsru_train.run_config import (
-    adapter_digest,
     changed_adapter,
-    check_same_run,
     run_sections,
     say_changed_adapter,
     say_changed_sets,
 )
-
-# Of one set: enough for means that hold to about a percent, at the cost of a few training steps.
-QUESTIONS_BEFORE_AND_AFTER = 200
 
 
 def env() -> None:
@@ -82,8 +73,6 @@ def demo(
     """
     from nsru_train.demo.run import run_demo
 
-    _check_reporting(train.report_to)
-    _check_schedule(train)
     run_demo(
         out,
         model=model,
@@ -120,7 +109,8 @@ def subspace(
         out: run folder; the subspaces go to its folder subspaces.
         seed: of the random test matrix.
     """
-    from nsru_train.pipeline import find_subspaces, load_data, load_model, without_long
+    from nsru_train.loading import load_data, load_model, without_long
+    from nsru_train.pipeline import find_subspaces
     from nsru_train.run_folder import RunFolder
 
     check_range("seed", seed, "must be from 0 to 2³² - 1", whole=True)
@@ -180,181 +170,21 @@ def train(
         out: run folder.
         resume: go on from the last checkpoint in ``out``.
     """
-    from accelerate import PartialState
-    from tqdm.auto import tqdm
-    from transformers.trainer_utils import get_last_checkpoint
+    from nsru_train.train_run import run_train
 
-    from nsru_kernels.nn.sharded import shards_of
-    from nsru_kernels.subspaces.collection import fingerprint_weights
-    from nsru_train.adapters import save_adapter
-    from nsru_train.alternatives import add_alternatives
-    from nsru_train.eval_results import format_probabilities, probability_line
-    from nsru_train.evaluation import before_and_after, probability_sets, quick_probabilities
-    from nsru_train.ordinary import describe_ordinary, ordinary_answers
-    from nsru_train.pipeline import (
-        check_layers,
-        find_subspaces,
-        load_data,
-        load_model,
-        unlearn,
-        warn_of_unused,
-        without_long,
-    )
-    from nsru_train.report import write_report
-    from nsru_train.run_folder import RunFolder
-    from nsru_train.trainer import inside_forward
-
-    objective.check_weights()
-    _check_reporting(train.report_to)
-    _check_schedule(train)
-    warn_of_unused(subspace)
-    loaded = load_data(data)
-    digests = loaded.digests()
-    run = RunFolder(out).lock()
-    last = get_last_checkpoint(run.path)
-    if last is not None and not resume:
-        raise ValueError(
-            f"out: {out} holds checkpoints of an earlier run; add --resume true to go on from "
-            f"{Path(last).name}, or give another folder."
-        )
-    if last is None and run.results_path.exists():
-        raise ValueError(
-            f"out: {out} holds a finished run without checkpoints; give another folder, or remove "
-            f"{run.results_path} to replace it."
-        )
-    own = run.path / "subspaces"
-    estimated = (own / "index.json").is_file()
-    if resume and last is None:
-        remedy = f" Its retain subspaces are whole: --subspace.path {own} takes them."
-        whole = estimated and subspace.path is None
-        print(f"resume: {out} has no checkpoint yet; starting anew.{remedy * whole}")
-    config = {
-        "model": asdict(model),
-        "data": asdict(data),
-        "subspace": asdict(subspace),
-        "lora": asdict(lora),
-        "method": method,
-        "objective": asdict(objective),
-        "train": asdict(train),
-        "out": out,
-    }
-    if last is not None:
-        check_same_run(run.config_path, config)
-        print(f"resume: going on from {last}.")
-    started = time.perf_counter()
-    base, tokenizer = load_model(model, data)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(cpu=base.device.type == "cpu")  # makes the process group
-    loaded = without_long(loaded, tokenizer, data)
-    loaded.forget = add_alternatives(
-        base, tokenizer, loaded.forget, data, [objective], run.path / "alternatives.jsonl",
-        progress=run.writes,
-    )  # fmt: skip
-    asked = probability_sets(
-        tokenizer,
-        loaded.splits(),
-        loaded.safe,
-        max_length=data.max_length,
-        limit=QUESTIONS_BEFORE_AND_AFTER,
-    )
-    check_layers(base, subspace, lora, [objective])
-    run.write_config(config)
-    run.write_environment()
-    subspaces = None
-    if lora.project and objective.trains:
-        if last is not None and estimated:
-            subspace.path = str(own)
-        subspaces = find_subspaces(
-            base, tokenizer, loaded.forget, loaded.retain, subspace,
-            max_length=data.max_length, progress=run.writes,
-        )  # fmt: skip
-        if run.writes:
-            subspaces.save(own)
-        print(subspaces.table(most=8))  # the report has them all
-    fingerprint = fingerprint_weights(base)  # before they are sharded
-
-    def look(step: int, model: Any) -> dict[str, float]:
-        found = quick_probabilities(model, tokenizer, asked)
-        if run.writes:
-            tqdm.write(probability_line(step, found))  # print would tear the progress bar
-        return found
-
-    outcome = unlearn(
-        base,
-        tokenizer,
-        loaded,
-        run.path,
-        targets=subspace.targets,
-        exclude=subspace.exclude,
-        subspaces=subspaces,
+    wrote = run_train(
+        out,
+        model=model,
+        data=data,
+        subspace=subspace,
         lora=lora,
+        method=method,
         objective=objective,
         train=train,
-        max_length=data.max_length,
-        resume=last is not None,
-        on_eval=look if train.eval_steps or objective.keeps_best else None,
-        eval_steps=train.eval_steps or 10,
+        resume=resume,
     )
-    print(outcome)
-    ordinary: list[dict[str, Any]] = []
-    sharded = bool(shards_of(base))  # then every process takes part
-    if not (run.writes or sharded):
-        return
-    save_adapter(base, run.adapter_dir, objective, fingerprint=fingerprint)
-    if sharded:
-        before, after = inside_forward(
-            base,
-            lambda model: before_and_after(model, tokenizer, asked, progress=run.writes),
-        )
-    else:
-        before, after = before_and_after(base, tokenizer, asked, progress=True)
-        targets = [loaded.safe.target(qa) for qa in loaded.forget]
-        try:
-            ordinary = ordinary_answers(base, tokenizer, targets, progress=True)
-        except Exception as error:  # not every model that trains can generate
-            print(f"ordinary requests were not asked: {error}")
-    if not run.writes:
-        return
-    print(format_probabilities({"before": before, "after": after}))
-    if ordinary:
-        print(describe_ordinary(ordinary))
-    run.write_results(
-        {
-            "kind": "train",
-            "seconds": time.perf_counter() - started,
-            "setup": {
-                "questions": {n.removesuffix("_prob"): len(asked[n]) for n in asked},
-                "sets": digests,
-                "adapter": adapter_digest(run.adapter_dir),
-            },
-            "methods": [
-                {"method": "before", "seed": train.seed, **before},
-                {
-                    "method": run_name(method, lora.project and objective.trains),
-                    "seed": train.seed,
-                    **after,
-                    **outcome.results(),
-                },
-            ],
-            "subspaces": [asdict(row) for row in subspaces.inputs] if subspaces is not None else [],
-            "leakage": outcome.leakage,
-            "frontier": [
-                {
-                    "method": run_name(method, lora.project and objective.trains),
-                    "seed": train.seed,
-                    **point,
-                }
-                for point in outcome.evaluations
-            ],
-            "ordinary": ordinary,
-            "examples": [
-                {"split": "ordinary", **{key: row[key] for key in ("question", "before", "after")}}
-                for row in ordinary
-            ],
-        }
-    )
-    write_report(run.path)
-    _finish([f"{out}/adapter", f"{out}/results.json", f"{out}/report.html"], "eval", out)
+    if wrote:
+        _finish([f"{out}/adapter", f"{out}/results.json", f"{out}/report.html"], "eval", out)
 
 
 def compare(
@@ -478,156 +308,32 @@ def eval(
         muse_retain_log: MUSE_EVAL.json of a model trained on the retain data only, or its folder,
             for PrivLeak.
     """
-    import nsru_kernels as nk
-    from nsru_kernels.files import atomic_write
-    from nsru_train.adapters import is_plain, load_adapter
-    from nsru_train.evaluation import add_base_answers, evaluate, format_table, to_results
-    from nsru_train.harness import Tasks, TaskSettings
-    from nsru_train.language_models import refuse_encoder_decoder
-    from nsru_train.membership import add_attack_scores
-    from nsru_train.metrics import open_unlearning
-    from nsru_train.metrics.tofu import check_retain_log, load_log, load_reference_auc
-    from nsru_train.muse import Muse
-    from nsru_train.ordinary import refused_elsewhere
-    from nsru_train.pipeline import load_data, load_model, without_long
-    from nsru_train.report import write_report
-    from nsru_train.run_folder import RunFolder, to_json
-    from nsru_train.shares import launched
+    from nsru_train.adapters import is_plain
+    from nsru_train.eval_run import run_eval
+    from nsru_train.harness import TaskSettings
+    from nsru_train.run_folder import RunFolder
 
-    check_range("max_new_tokens", max_new_tokens, "must be ≥ 1", whole=True)
-    check_range("examples", examples, "must not be negative", whole=True)
-    asked = TaskSettings(tasks, include_path, num_fewshot, apply_chat_template, limit, batch_size)
-    if base and adapter is not None:
-        raise ValueError(
-            f"adapter: {adapter} has no part in --base true, the model without one; leave one out."
-        )
-    of_run = data is None
-    model, data = run_sections(run, model, data)
-    loaded = load_data(data)
-    if of_run:
-        say_changed_sets(run, loaded.digests())
-    theirs = format == "open-unlearning"
-    log = load_log(retain_log) if retain_log and not theirs else None
-    their_log = open_unlearning.read_log(retain_log) if retain_log and theirs else None
-    reference_auc = load_reference_auc(retain_log) if retain_log and not theirs else None
-    if their_log is not None and "mia_min_k" in their_log:
-        reference_auc = open_unlearning.attack_auc(their_log, "min_k")
-    if out and Path(out, "metrics.jsonl").exists():
-        raise ValueError(f"out: {out} holds a training run; give another folder.")
-    if muse is None and (muse_dir or muse_retain_log):
-        raise ValueError("muse_dir, muse_retain_log: have no effect without muse; give --muse too.")
-    texts = None if muse is None else Muse(muse, muse_dir, muse_retain_log)
-    harness = Tasks(asked) if tasks is not None else None
-    shares = launched()
-    together: Any = {"progress": shares.rank == 0, "shares": shares}
-    network, tokenizer = load_model(model, data)
-    loaded = without_long(loaded, tokenizer, data)
-    if harness is not None:
-        harness.check_template(tokenizer)
-    if texts is not None:
-        refuse_encoder_decoder(network, "muse")
-    if log is not None and retain_log is not None:
-        compared = {"forget": loaded.forget, "holdout": loaded.more.get("holdout")}
-        check_retain_log(
-            retain_log,
-            {n: [(qa.question, qa.answer) for qa in own] for n, own in compared.items() if own},
-            ratios=all(qa.perturbed_answers for qa in loaded.forget),
-        )
-    if their_log is not None:
-        open_unlearning.check_retain_log(
-            their_log,
-            [(qa.question, qa.answer) for qa in loaded.forget],
-            ratios=all(qa.perturbed_answers for qa in loaded.forget),
-            holdout=len(loaded.more.get("holdout", ())),
-        )
-    adapter = None if base else adapter or f"{run}/adapter"
-    say_changed_adapter(run, adapter)
-    if adapter is not None:
-        load_adapter(network, adapter, tokenizer)
-    folder = RunFolder(out or f"{run}/{'eval-base' if base else 'eval'}")
-    evaluation = evaluate(
-        network.eval(),
-        tokenizer,
-        loaded.splits(),
-        safe=loaded.safe,
-        retain_log=log,
-        reference_auc=reference_auc,
-        max_length=data.max_length,
+    folder = run_eval(
+        run,
+        out,
+        model=model,
+        data=data,
+        adapter=adapter,
+        base=base,
+        retain_log=retain_log,
         max_new_tokens=max_new_tokens,
         generate=generate,
-        **together,
+        examples=examples,
+        format=format,
+        tasks=TaskSettings(
+            tasks, include_path, num_fewshot, apply_chat_template, limit, batch_size
+        ),
+        muse=muse,
+        muse_dir=muse_dir,
+        muse_retain_log=muse_retain_log,
     )
-    based = adapter is not None
-    if based and generate and shares.rank == 0:
-        add_base_answers(
-            evaluation, network, tokenizer, max_new_tokens=max_new_tokens, examples=examples
-        )
-    if harness is not None:
-        evaluation.tasks += harness.evaluate(network, tokenizer, base=based, shares=shares)
-    if texts is not None:
-        evaluation.tasks += texts.evaluate(network, tokenizer, base=based, **together)
-        evaluation.notes += texts.notes
-    their_logs = {} if texts is None else {"MUSE": texts.log}
-    if theirs:
-        plain = adapter is None or is_plain(adapter)
-        why = "what was trained is no plain LoRA"
-        if adapter is not None and plain:
-            try:
-                nk.merge_adapters(network)  # their attack reads gradients of weights
-            except ValueError as error:
-                plain, why = False, str(error)
-        if not plain:
-            evaluation.notes.append(f"mia_gradnorm: left out, {why}")
-        add_attack_scores(
-            evaluation.rows,
-            network,
-            tokenizer,
-            max_length=data.max_length,
-            gradients=plain,
-            **together,
-        )
-        whole = their_logs["TOFU"] = open_unlearning.to_log(evaluation.rows, their_log)
-        quality = open_unlearning.summary(whole).get("forget_quality")
-        if their_log is not None and quality is not None:  # ours is read off another kind of log
-            evaluation.overall["forget_quality"] = quality
-            evaluation.notes = [
-                note for note in evaluation.notes if not note.startswith("forget_quality: needs")
-            ]
-    taught = [] if base else [loaded.safe.target(qa) for qa in loaded.forget]
-    evaluation.notes += refused_elsewhere(
-        {
-            name: {row["question"]: row["generated"] for row in rows if "generated" in row}
-            for name, rows in evaluation.rows.items()
-            if name != "forget"
-        },
-        taught,
-    )
-    results = to_results(evaluation, examples)
-    if shares.rank:
-        return  # the first process writes
-    for name, whole in their_logs.items():
-        for part, content in (("EVAL", whole), ("SUMMARY", open_unlearning.summary(whole))):
-            atomic_write(folder.path / f"{name}_{part}.json", to_json(content, indent=2))
-    folder.write_config(
-        {
-            "model": asdict(model),
-            "data": asdict(data),
-            "adapter": adapter,
-            "retain_log": retain_log,
-            "max_new_tokens": max_new_tokens,
-            "generate": generate,
-            "examples": examples,
-            "format": format,
-            **asdict(asked),
-            "muse": muse,
-            "muse_dir": muse_dir,
-            "muse_retain_log": muse_retain_log,
-        }
-    )
-    folder.write_environment()
-    folder.write_results(results)
-    write_report(folder.path)
-    print(format_table(results))
+    if folder is None:
+        return
     if not base and not Path(run, "eval-base", "results.json").is_file():
         print(f"the base model alone, for comparison: nsru eval {run} --base true")
     written = [str(folder.results_path), str(folder.report_path)]
@@ -636,7 +342,7 @@ def eval(
     elif base:
         _finish(written, "eval", run)
     else:
-        _finish(written, "verify" if adapter is None or is_plain(adapter) else "report", run)
+        _finish(written, "verify" if is_plain(adapter or f"{run}/adapter") else "report", run)
 
 
 def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None) -> None:
@@ -652,7 +358,7 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     from nsru_kernels.hf.peft_format import load_lora_adapter
     from nsru_train.adapters import check_plain
     from nsru_train.language_models import copy_processor
-    from nsru_train.pipeline import load_model
+    from nsru_train.loading import load_model
     from nsru_train.quantized import dequantize, requantization_errors
     from nsru_train.run_folder import RunFolder
 
@@ -701,7 +407,7 @@ def verify(
         merged: merged model; default RUN/merged where it exists.
     """
     from nsru_train.adapters import check_plain
-    from nsru_train.pipeline import load_data, load_model, without_long
+    from nsru_train.loading import load_data, load_model, without_long
     from nsru_train.verify import Check
     from nsru_train.verify import verify as compare
 
@@ -892,37 +598,3 @@ def _options(**sections: Any) -> list[str]:
                 text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                 options += [f"--{section}.{field.name}", text]
     return options
-
-
-def _check_reporting(names: Sequence[str]) -> None:
-    """Raise ValueError where transformers cannot report to one of them, or not to all together."""
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    available = [*get_available_reporting_integrations(), "all", "none"]
-    if missing := sorted(set(names) - set(available)):
-        remedy = f": pip install {missing[0]}" if missing[0] in INTEGRATION_TO_CALLBACK else ""
-        raise ValueError(
-            f"train.report_to: {missing[0]!r} is unknown or its package is not installed{remedy}; "
-            f"available: {', '.join(available)}."
-        )
-    if len(names) > 1 and (alone := sorted({"all", "none"} & set(names))):
-        raise ValueError(
-            f"train.report_to: {alone[0]!r} goes with no other name, got {', '.join(names)}; give "
-            "it alone, or leave it out."
-        )
-
-
-def _check_schedule(train: TrainConfig) -> None:
-    """Raise ValueError where the scheduler does not take its settings."""
-    import torch
-    from transformers import get_scheduler
-
-    kwargs = train.lr_scheduler_kwargs
-    try:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        get_scheduler(train.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"train.lr_scheduler_kwargs: {train.lr_scheduler_type} does not take {kwargs}: {error}"
-        ) from error

@@ -22,17 +22,15 @@ from nsru_train.callbacks import GradientError
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import encode_prompt
 from nsru_train.evaluation import evaluate, probability_sets
+from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.methods import Method, find_method, run_name
 from nsru_train.metrics import open_unlearning
 from nsru_train.pipeline import (
-    Data,
     check_layers,
+    check_training,
     find_subspaces,
-    load_data,
-    load_model,
     unlearn,
     warn_of_unused,
-    without_long,
 )
 from nsru_train.report import write_report
 from nsru_train.report.summary import FORGET_TARGET, matched_damage
@@ -491,6 +489,7 @@ def run_compare(
         raise ValueError(f"settings: {unknown[0]!r} is none of the methods, {', '.join(names)}.")
     for contender in contenders:
         contender.method.check_weights()
+    check_training(train)
     warn_of_unused(subspace)
     if clash := sorted({"before", *names} & logs.keys()):
         raise ValueError(f"logs: {clash[0]!r} is the name of another row; give another one.")

@@ -15,8 +15,8 @@ from nsru_train import evaluation
 from nsru_train.cli import main
 from nsru_train.config import ModelConfig
 from nsru_train.data import QA
+from nsru_train.loading import load_model
 from nsru_train.membership import add_attack_scores
-from nsru_train.pipeline import load_model
 from nsru_train.shares import Shares
 from nsru_train.sources import load_records, save_records
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 import nsru_kernels as nk
 from nsru_kernels import files
-from nsru_train import cli, pipeline
+from nsru_train import cli, loading
 from nsru_train.checkpoints import SUMS, digest, rotate
 from nsru_train.data.encode import collate, encode_qa
 from nsru_train.losses import SAFE
@@ -542,12 +542,12 @@ def test_only_the_first_process_of_a_run_writes(tmp_path, monkeypatch):
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setattr(pipeline, "default_device", lambda: torch.device("cuda"))
-    assert pipeline._device("auto") == torch.device("cuda")
+    monkeypatch.setattr(loading, "default_device", lambda: torch.device("cuda"))
+    assert loading._device("auto") == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert pipeline._device("auto") == torch.device("cuda", 3)
-    monkeypatch.setattr(pipeline, "default_device", lambda: torch.device("cpu"))
-    assert pipeline._device("auto") == torch.device("cpu")
+    assert loading._device("auto") == torch.device("cuda", 3)
+    monkeypatch.setattr(loading, "default_device", lambda: torch.device("cpu"))
+    assert loading._device("auto") == torch.device("cpu")
 
 
 def test_processes_look_for_unused_parameters_only_where_some_may_be(tmp_path, tokenizer):

@@ -12,8 +12,8 @@ import nsru_kernels as nk
 from nsru_train.cli import main
 from nsru_train.config import ModelConfig
 from nsru_train.demo.authors import author_splits
+from nsru_train.loading import load_model
 from nsru_train.methods.fila import start_with_fila
-from nsru_train.pipeline import load_model
 from nsru_train.sources import save_records
 
 pytestmark = pytest.mark.usefixtures("without_figures")

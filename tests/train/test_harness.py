@@ -199,7 +199,7 @@ def test_few_shot_and_limit_are_those_of_lm_eval(run, tmp_path):
 @pytest.mark.usefixtures("own_tasks_alone")
 def test_what_cannot_be_asked_is_named_before_the_model_is_read(run, tmp_path, capsys, monkeypatch):
     folder = write_task(tmp_path / "tasks", OWN)
-    monkeypatch.setattr("nsru_train.pipeline.load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("nsru_train.loading.load_model", lambda *_: pytest.fail("too late"))
 
     def refused(*options):
         with pytest.raises(SystemExit):

@@ -240,7 +240,7 @@ def test_an_encoder_decoder_continues_no_texts(run, tmp_path, capsys, monkeypatc
 
 
 def test_what_cannot_be_read_is_named_before_the_model_is(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("nsru_train.pipeline.load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("nsru_train.loading.load_model", lambda *_: pytest.fail("too late"))
     own = f"--muse_dir={tmp_path}"
 
     def refused(*options):

@@ -13,7 +13,7 @@ import nsru_kernels as nk
 from nsru_train.cli import main
 from nsru_train.config import ModelConfig
 from nsru_train.demo.authors import author_splits
-from nsru_train.pipeline import load_model
+from nsru_train.loading import load_model
 from nsru_train.quantized import dequantize, refuse_wrapped, requantization_errors
 from nsru_train.sources import save_records
 

@@ -16,8 +16,9 @@ from nsru_kernels.hf.peft_format import copy_lora_adapter, load_lora_adapter
 from nsru_train.cli import main
 from nsru_train.config import DataConfig, ModelConfig
 from nsru_train.demo.authors import author_splits
+from nsru_train.loading import load_data, load_model
 from nsru_train.losses.nll import answer_nll
-from nsru_train.pipeline import load_data, load_model, token_batches
+from nsru_train.pipeline import token_batches
 from nsru_train.repair import FinishedRun, diagonal_fisher
 from nsru_train.sources import load_records, save_records
 

@@ -13,7 +13,7 @@ from samples import RECORDS, save_tiny
 import nsru_kernels as nk
 from nsru_kernels.nn.swap import match_linears
 from nsru_train.config import ModelConfig
-from nsru_train.pipeline import load_model
+from nsru_train.loading import load_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 REASON = "trl is not installed: pip install trl"

@@ -20,8 +20,9 @@ from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.demo.sets import Sets, fictitious_sets, target_sets, tofu_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
+from nsru_train.loading import MORE_SPLITS, Data, load_model
 from nsru_train.methods import Method
-from nsru_train.pipeline import MORE_SPLITS, Data, load_model
+from nsru_train.pipeline import check_training
 from nsru_train.report import write_report
 from nsru_train.report.summary import FORGET_TARGET, RETAIN_TARGET, SAFE_TARGET
 from nsru_train.run_config import check_same_run
@@ -76,6 +77,7 @@ def run_demo(
     if unknown := sorted(lrs.keys() - set(METHODS)):
         raise ValueError(f"lrs: methods must be out of {', '.join(METHODS)}, got {unknown[0]!r}.")
     check_plan(lrs, seeds, examples, probed, stop)
+    check_training(train)
     check_range("max_seconds", max_seconds, "must be positive")
     started = time.perf_counter()
     run = RunFolder(out).lock()
