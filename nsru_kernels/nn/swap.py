@@ -53,6 +53,7 @@ _EXPERTS = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
+_ROUTER = re.compile(r"(Router|Gating|Gate)$")
 _ALONE = (NSRUWrappedLinear, NSRUExpertLinear)  # not computed with those of the same input
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -63,8 +64,8 @@ class SwapReport:
 
     Attributes:
         swapped: module names, in model order.
-        skipped: name → reason, for every linear layer, and all fused experts of a layer, that were
-            left as they were.
+        skipped: name → reason, for every linear layer, and for every module that holds fused
+            experts or other matrices, that were left as they were.
         retain_ranks: name → Q of its basis, 0 for plain LoRA.
         trainable: number of adapter parameters.
         frozen: number of all other parameters.
@@ -143,7 +144,7 @@ def swap_linears(
             ("q_proj"), or regular expressions for full names (r".*layers\\.[0-3]\\..*q_proj").
             "experts" names all fused experts, "experts.down_proj" one of their parameters;
             "all-linear" leaves them out, as in PEFT, and the report gives their share; so it
-            does what reads the images of a vision-language model.
+            does what reads the images of a vision-language model, and routers of experts.
         rank: R of every adapter.
         alpha: updates are scaled by alpha / rank.
         rank_pattern: other ranks for some modules, as in PEFT: name, its end, or a regular
@@ -470,6 +471,8 @@ def _match(
             reason = "output embedding; name it to swap it"
         elif not named and text is not None and module not in text:
             reason = "outside of the text part; name it to swap it"
+        elif not named and _routes(model, name):
+            reason = "router of experts; name it to swap it"
         elif reason and named:
             raise ValueError(
                 f"target {named[0]!r} matches {name}, which cannot be swapped: {reason}."
@@ -499,6 +502,17 @@ def _text_part(model: nn.Module) -> set[nn.Module] | None:
     if getattr(config, "text_config", None) is None or not callable(get_decoder):
         return None
     return set(get_decoder().modules())
+
+
+def _routes(model: nn.Module, name: str) -> bool:
+    """Whether a linear chooses the experts of a token, by what families call that."""
+    *above, own = name.split(".")
+    holders = [model.get_submodule(".".join(above[:i])) for i in range(len(above) + 1)]
+    return (
+        any("router" in part for part in (*above, own))
+        or any(_ROUTER.search(type(holder).__name__) for holder in holders)
+        or (own == "gate" and hasattr(holders[-1], "experts"))
+    )
 
 
 def _held_by_hand(model: nn.Module) -> dict[int, str]:
@@ -562,33 +576,53 @@ def _refused_by_peft(model: nn.Module, name: str) -> str | None:
 
 
 def _fused_experts(model: nn.Module, known: Collection[str]) -> dict[str, str]:
-    """Name → what is left out, for the modules that hold all experts of a layer in 3-D parameters.
+    """Name → what is left out, for the modules that hold matrices and are no linear layers.
 
-    Their share of the parameters says how much of the knowledge no adapter reaches.
+    Such as all experts of a layer. Their share of the parameters says how much of the knowledge no
+    adapter reaches; below a hundredth nothing is said of those that are no experts.
 
     Args:
         known: names of parameters of experts of which something else is said.
     """
-    sizes = {
-        (name, is_experts(module)): sum(
+    total, text = sum(map(_entries, model.parameters())), _text_part(model)
+    sizes: dict[str, tuple[str, int]] = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "experts" or "experts" in type(module).__name__.lower():
+            kind, least = ("interface" if is_experts(module) else "experts"), 3
+        elif _holds_bare_matrices(module) and (text is None or module in text):
+            kind, least = "matrices", 2
+        else:
+            continue
+        size = sum(
             _entries(p)
             for own, p in module._parameters.items()
-            if p is not None and p.dim() == 3 and f"{name}.{own}" not in known
+            if p is not None and p.dim() >= least and f"{name}.{own}" not in known
         )
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] == "experts" or "experts" in type(module).__name__.lower()
-    }
-    total = sum(map(_entries, model.parameters()))
-    share = sum(sizes.values()) / max(1, total)
-    remedies = {
-        True: "add 'experts' to the targets to adapt them",
-        False: "only linear layers and experts of transformers' ExpertsInterface are supported",
+        if size:
+            sizes[name] = kind, size
+    shares: Counter[str] = Counter()
+    for kind, size in sizes.values():
+        shares[kind] += size / max(1, total)
+    only = "only linear layers and experts of transformers' ExpertsInterface are supported"
+    reasons = {
+        "interface": ("fused experts", "add 'experts' to the targets to adapt them"),
+        "experts": ("fused experts", only),
+        "matrices": ("matrices that are no linear layers", "no adapter reaches them"),
     }
     return {
-        name: f"fused experts, {share:.0%} of all parameters; {remedies[supported]}"
-        for (name, supported), size in sizes.items()
-        if size
+        name: f"{reasons[kind][0]}, {shares[kind]:.0%} of all parameters; {reasons[kind][1]}"
+        for name, (kind, _) in sizes.items()
+        if kind != "matrices" or shares[kind] >= 0.01
     }
+
+
+def _holds_bare_matrices(module: nn.Module) -> bool:
+    """Whether parameters of its own could be matrices of a model's: it is no layer of torch.nn."""
+    return (
+        not any(kind.__module__.startswith("torch.nn.modules") for kind in type(module).__mro__[:-2])
+        and not looks_linear(module)
+        and not isinstance(module, NSRULinear)
+    )
 
 
 def looks_linear(module: nn.Module) -> bool:

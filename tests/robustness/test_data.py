@@ -77,6 +77,7 @@ DEEPSEEK_R1 = (
     "{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
+NO_SYSTEM = CHATML.replace("in messages", "in messages if m.role != 'system'")
 SPACE = (
     "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}"
     "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
@@ -133,7 +134,7 @@ def test_the_answer_is_what_the_template_puts_around_nothing_else(template, kwar
     [
         (GEMMA, {}, None),
         (CHATML, {}, None),
-        (SPACE, {}, None),
+        (SPACE, {}, ("", " ")),
         (None, {}, None),
         (QWEN3, {}, (EMPTY, "")),
         (QWEN3, {"enable_thinking": False}, None),
@@ -235,6 +236,7 @@ def test_system_prompt_and_variables_reach_the_template():
         (QWEN3, TextFormat(template_kwargs={"add_generation_prompt": 1}), "'add_generation_prom"),
         (QWEN3, TextFormat(system_prompt="\ud800"), "surrogate"),
         (GEMMA, TextFormat(system_prompt="Be brief."), "System role not supported"),
+        (NO_SYSTEM, TextFormat(system_prompt="Be brief."), "leaves a system message out"),
     ],
 )
 def test_a_format_that_the_template_cannot_write_is_refused(template, given, message):

@@ -242,3 +242,49 @@ def test_parents_may_be_held_by_hand():
     model[1].kept = [model[0], "and more"]
     model.blocks = [model[1]]
     assert nk.swap_linears(model, "all-linear", rank=2, alpha=4).swapped == ["1.called", "1.read"]
+
+
+class Router(nn.Module):
+    """As DBRX, JetMoe and Switch have it: a linear layer inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.layer(x).softmax(-1)
+
+
+class ExpertBlock(nn.Module):
+    """Experts in one matrix, as DBRX has them, chosen by a router; and one that is called so."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.router_gate = Router(), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.w1 = nn.Parameter(torch.randn(4 * 8, 8))
+
+    def forward(self, x):
+        weights = self.first(x) + self.router_gate(x)
+        y = (x @ self.w1.T).unflatten(-1, (4, 8))
+        return self.second((weights[..., None] * y).sum(-2))
+
+
+def test_routers_are_left_alone_unless_they_are_named():
+    report = nk.swap_linears(model := ExpertBlock(), "all-linear", rank=2, alpha=4)
+    assert report.swapped == ["second"]
+    for name in ("first.layer", "router_gate"):
+        assert report.skipped[name] == "router of experts; name it to swap it"
+    nk.merge_adapters(model)
+    report = nk.swap_linears(model, ["second", "router_gate"], rank=2, alpha=4)
+    assert report.swapped == ["second", "router_gate"]
+
+
+def test_matrices_that_are_no_layers_are_named_with_their_share():
+    model = nn.ModuleDict({"block": ExpertBlock(), "embed": nn.Embedding(30, 8)})
+    share = 4 * 8 * 8 / sum(p.numel() for p in model.parameters())
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    why = f"matrices that are no linear layers, {share:.0%} of all parameters; no adapter reaches"
+    assert report.skipped["block"].startswith(why)
+    model["embed"] = nn.Embedding(100_000, 8)  # then they hold next to nothing
+    nk.merge_adapters(model)
+    assert "block" not in nk.swap_linears(model, "all-linear", rank=2, alpha=4).skipped

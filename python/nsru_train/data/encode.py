@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,7 +93,14 @@ def use_format(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> N
             f"chat_template_kwargs: the tokenizer's chat template does not read {unread[0]!r}; "
             "its text names the variables, such as enable_thinking"
         )
+    tokenizer.text_format = replace(text_format, system_prompt=None)
+    without = _render(tokenizer, _QUESTION) if system is not None else None
     tokenizer.text_format = text_format
+    if system is not None and _render(tokenizer, _QUESTION) == without:
+        raise ValueError(
+            "system_prompt: the tokenizer's chat template leaves a system message out; leave "
+            "system_prompt out too, or correct the template"
+        )
 
 
 def _format_of(tokenizer: PreTrainedTokenizerBase) -> TextFormat:
@@ -116,11 +123,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int
 def served_otherwise(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """How a server's prompt ends that is not the one of `encode_prompt`, in words; None else.
 
-    A template may open a thought in its generation prompt, and write past answers without one.
+    A template may open a thought in its generation prompt, and write past answers without one; or
+    end it in a space, which is trained as part of the answer's first word.
     """
     trained = _prompt_text(_around_answer(tokenizer, _QUESTION)[0])
-    served = _prompt_text(_render(tokenizer, _QUESTION))
-    if served == trained:
+    served = _render(tokenizer, _QUESTION)
+    if not tokenizer.chat_template or served == trained:
         return None
     shared = _shared(trained, served)
     ends = trained[shared:], served[shared:]
