@@ -52,22 +52,12 @@ class ActivationStream:
 
     def group_by_input(self, batch: Batch) -> list[list[str]]:
         """One forward; module names grouped by the tensor object that they read, in model order."""
-        calls: dict[str, list[int]] = {name: [] for name in self.linears}
-        numbers = itertools.count()
-        # Weak: activations must not pile up, and an id may come again once its tensor is gone.
-        seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-
-        def note(name: str, x: Tensor, _: Tensor | None) -> None:
-            known = seen.get(id(x))
-            if known is None or known[0]() is not x:
-                known = seen[id(x)] = (weakref.ref(x), next(numbers))
-            calls[name].append(known[1])
-
-        with _hooks(self.linears, note):
+        reads = _Reads()
+        with _hooks(self.linears, reads.note):
             self._forward(batch)
         groups: dict[Any, list[str]] = {}
-        for name, tensors in calls.items():
-            groups.setdefault(tuple(tensors) or name, []).append(name)
+        for name in self.linears:
+            groups.setdefault(reads.of(name) or name, []).append(name)
         return list(groups.values())
 
     def read_elsewhere(self, batch: Batch) -> dict[str, str]:
@@ -99,24 +89,40 @@ class ActivationStream:
         batches: Batches,
         consume: Mapping[str, Consumer],
         label: str | None,
+        groups: Sequence[Sequence[str]] = (),
     ) -> None:
         """Run all batches; consume[name](x, kept tokens) on every call of a module.
 
         Args:
             label: of the progress bar; None for no bar.
+            groups: of `group_by_input`, whose first modules are consumed for all in them.
 
-        Raises: ValueError: whatever a consumer refuses, with the module's name in front.
+        Raises: ValueError: whatever a consumer refuses, with the module's name in front; modules of
+            one group read different tensors in one of the batches.
         """
+        reads = _Reads()
 
         def hand_on(name: str, x: Tensor, tokens: Tensor | None) -> None:
+            reads.note(name, x, tokens)
+            if name not in consume:
+                return
             try:
                 consume[name](x, self._kept(x, tokens))
             except ValueError as error:
                 raise ValueError(f"input of {name}: {error}") from error
 
-        with _hooks({name: self.linears[name] for name in consume}, hand_on):
+        names = dict.fromkeys([*consume, *itertools.chain.from_iterable(groups)])
+        with _hooks({name: self.linears[name] for name in names}, hand_on):
             for batch in batches if label is None else with_progress(batches, label):
+                reads.clear()
                 self._forward(batch)
+                for first, *others in groups:
+                    if odd := [name for name in others if reads.of(name) != reads.of(first)]:
+                        raise ValueError(
+                            f"batches: {odd[0]} reads the same tensor as {first} in the first batch"
+                            ", and another one in a later batch; begin with such a batch, so that "
+                            "each gets a subspace of its own."
+                        )
 
     def _forward(self, batch: Batch) -> None:
         in_order: Sequence[Any] = ()
@@ -223,6 +229,29 @@ def _check_tokens(batch: Mapping[str, Any]) -> None:
 
 
 _REMEDY = "make tensors of them by torch.as_tensor, or tokenizer(..., return_tensors='pt')"
+
+
+class _Reads:
+    """Which tensor each module read, call by call: numbers that are equal for the same values."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._calls: dict[str, list[int]] = {}
+        self._numbers = itertools.count()
+        # Weak: activations must not pile up, and an id may come again once its tensor is gone. With
+        # its version: a tensor that was changed in place is another one.
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+
+    def note(self, name: str, x: Tensor, _: Tensor | None) -> None:
+        known, version = self._seen.get(id(x)), 0 if x.is_inference() else x._version
+        if known is None or known[0]() is not x or known[1] != version:
+            known = self._seen[id(x)] = (weakref.ref(x), version, next(self._numbers))
+        self._calls.setdefault(name, []).append(known[2])
+
+    def of(self, name: str) -> tuple[int, ...]:
+        return tuple(self._calls.get(name, ()))
 
 
 class _WeightReads(TorchDispatchMode):

@@ -618,11 +618,9 @@ def _fused_experts(model: nn.Module, known: Collection[str]) -> dict[str, str]:
 
 def _holds_bare_matrices(module: nn.Module) -> bool:
     """Whether parameters of its own could be matrices of a model's: it is no layer of torch.nn."""
-    return (
-        not any(kind.__module__.startswith("torch.nn.modules") for kind in type(module).__mro__[:-2])
-        and not looks_linear(module)
-        and not isinstance(module, NSRULinear)
-    )
+    layers = ("torch.nn.modules.", "nsru_kernels.")
+    kinds = [kind.__module__ for kind in type(module).__mro__ if kind is not nn.Module]
+    return not any(kind.startswith(layers) for kind in kinds) and not looks_linear(module)
 
 
 def looks_linear(module: nn.Module) -> bool:

@@ -121,7 +121,7 @@ def estimate_retain_subspaces(
         }
         prepare = _unit if unit_tokens else _as_it_is
         consumers = {name: prepare(sketch.update) for name, sketch in sketches.items()}
-        stream.feed(batches, consumers, "retain activations" if progress else None)
+        stream.feed(batches, consumers, "retain activations" if progress else None, groups)
         if is_distributed():
             for sketch in sketches.values():
                 sketch.all_reduce()
@@ -134,7 +134,9 @@ def estimate_retain_subspaces(
         if forget_batches is not None:
             forget = {name: _ForgetEnergy(name, whole) for name, whole in wholes.items()}
             consumers = {name: prepare(energies.update) for name, energies in forget.items()}
-            stream.feed(forget_batches, consumers, "forget activations" if progress else None)
+            stream.feed(
+                forget_batches, consumers, "forget activations" if progress else None, groups
+            )
             open_shares = {name: energies.editability() for name, energies in forget.items()}
 
     subspaces: dict[str, RetainSubspace] = {}
@@ -276,7 +278,7 @@ def _check_request(
             if rank > (k := linear_sizes(linear)[0]):
                 raise ValueError(
                     f"{function}: rank={rank} is beyond the in_features={k} of "
-                    f"{name}; lower it, or choose by energy or min_editability."
+                    f"{name}; lower it, exclude that layer, or choose by energy or min_editability."
                 )
 
 

@@ -91,6 +91,45 @@ def test_readers_of_one_tensor_share_one_subspace(model):
     assert subspaces[layer + "q_proj"] is not subspaces["model.layers.1.self_attn.q_proj"]
 
 
+class Two(nn.Module):
+    """Two linears; the second reads what ``second`` makes of the first one's input."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.q, self.k, self.second = nn.Linear(8, 4), nn.Linear(8, 4), second
+
+    def forward(self, x):
+        x = x.clone()
+        return self.q(x) + self.k(self.second(x))
+
+
+def test_a_tensor_that_was_changed_in_place_is_another_input():
+    torch.manual_seed(0)
+    batch = torch.randn(40, 8) @ torch.diag(torch.tensor([1.0] * 3 + [0.0] * 5))
+    model = Two(lambda x: x.copy_(x.flip(-1)))
+    subspaces = estimate(model, [(batch.clone(),)], rank=3)
+    assert subspaces["q"] is not subspaces["k"]
+    for name, rows in (("q", batch), ("k", batch.flip(-1))):
+        left = rows - rows @ subspaces[name].basis @ subspaces[name].basis.T
+        assert left.norm() <= 1e-5 * rows.norm()
+
+
+def test_linears_that_share_an_input_in_some_batches_only():
+    """As a cross-attention that reads its own states where there are no encoder's."""
+    torch.manual_seed(0)
+    model = Two(lambda x: x.flip(-1) if len(x) == 20 else x)
+    same, other = torch.randn(10, 8), torch.randn(20, 8)
+    with pytest.raises(ValueError, match=r"k reads the same tensor as q in the first.*begin with"):
+        estimate(model, [(same,), (other,)], rank=3)
+    with pytest.raises(ValueError, match="k reads the same tensor as q in the first"):
+        estimate(model, [(same,)], forget_batches=[(other,)], min_editability=0.1)
+    subspaces = estimate(model, [(other,), (same,)], rank=3)
+    for name, rows in (("q", [other, same]), ("k", [other.flip(-1), same])):
+        x = torch.cat(rows)
+        wanted = torch.linalg.eigvalsh(x.T.double() @ x.double()).flip(0)[:3]
+        torch.testing.assert_close(subspaces[name].eigenvalues, wanted, rtol=1e-5, atol=0)
+
+
 def test_targets_restrict_the_work(model):
     subspaces = estimate(model, make_batches(), ["v_proj"], rank=5)
     assert list(subspaces) == [f"model.layers.{i}.self_attn.v_proj" for i in range(2)]
