@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,6 +94,14 @@ def save_lora_adapter(
                 f"save_lora_adapter: {name} is no plain LoRA: lora_B has {module.lora_B.shape[1]} "
                 f"columns and lora_A {len(module.lora_A)} rows. Save it by what put it there."
             )
+    adapters = {id(p) for m in modules.values() for p in (m.lora_A, m.lora_B)}
+    beside = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapters]
+    if beside:
+        warnings.warn(
+            f"save_lora_adapter: {len(beside)} parameters beside the adapters can be trained, such "
+            f"as {beside[0]}. What they learn is not in the null space, and not saved here.",
+            stacklevel=2,
+        )
     alpha, folder = _one_alpha(modules), Path(path)
     kept = {**dict(zip(modules, modules, strict=True)), **_names_in_peft(_of_experts(modules))}
     tensors: dict[str, Tensor] = {}

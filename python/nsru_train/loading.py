@@ -13,7 +13,7 @@ import torch
 from nsru_kernels.dispatch import default_device
 from nsru_train.config import DataConfig, ModelConfig
 from nsru_train.data.encode import TextFormat, is_too_long, served_otherwise, use_format
-from nsru_train.data.records import QA, check_disjoint, normalise
+from nsru_train.data.records import QA, check_disjoint, normalise, repeated_questions
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluation import SPLITS
 from nsru_train.language_models import is_encoder_decoder, load_language_model
@@ -96,7 +96,14 @@ def load_data(config: DataConfig) -> Data:
             "name, or leave it out."
         )
     more = {name: read(spec) for name, spec in config.more.items()}
-    return Data(forget, retain, more, SafeTargets.from_file(config.safe_targets))
+    data = Data(forget, retain, more, SafeTargets.from_file(config.safe_targets))
+    for name, records in data.splits().items():
+        if again := repeated_questions(records):
+            logger.warning(
+                "data.%s: %d of %d records ask what an earlier one asks, such as %r; each counts.",
+                name, len(again), len(records), again[0],
+            )  # fmt: skip
+    return data
 
 
 def without_long(data: Data, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Data:

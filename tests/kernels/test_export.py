@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -204,6 +205,13 @@ def test_what_cannot_be_saved(base, llama, tmp_path):
 
 def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_what_is_trained_beside_the_adapters_is_said_to_be_left_out(base, tmp_path, name):
+    adapt(base).get_parameter(name).requires_grad_(True)
+    with pytest.warns(UserWarning, match=rf"1 parameters beside the adapters .*{re.escape(name)}"):
+        nk.save_lora_adapter(base, tmp_path)
 
 
 @pytest.mark.parametrize("failing", range(4))

@@ -480,6 +480,37 @@ def test_one_question_in_two_spellings_is_not_disjoint(other):
 
 
 @pytest.mark.parametrize(
+    "other",
+    [
+        "Where is O’Neil's?",
+        "Where is O'Neil's",
+        "“Where is O'Neil's?”",
+        "Where is O'Neil's ？",
+        "where is O'Neil's?!",
+    ],
+)
+def test_marks_at_the_ends_and_quotes_make_no_other_question(other):
+    with pytest.raises(ValueError, match="share 1 of 1"):
+        check_disjoint([QA("Where is O'Neil's?", "a")], [QA(other, "a")])
+
+
+@pytest.mark.parametrize("other", ["2 - 2?", "2 + 3?", "???"])
+def test_marks_inside_a_question_count(other):
+    check_disjoint([QA("2 + 2?", "4")], [QA(other, "a")])
+    check_disjoint([QA("?", "4")], [QA("??", "a")])
+
+
+def test_a_question_that_a_set_holds_twice_is_said(tmp_path, caplog):
+    for name, questions in (("f", ["Who?", "Where?", "“who?”"]), ("r", ["When?"])):
+        rows = [json.dumps({"question": q, "answer": f"a{i}"}) for i, q in enumerate(questions)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    load_data(DataConfig(str(tmp_path / "f.jsonl"), str(tmp_path / "r.jsonl")))
+    assert [record.getMessage() for record in caplog.records] == [
+        "data.forget: 1 of 3 records ask what an earlier one asks, such as '“who?”'; each counts."
+    ]
+
+
+@pytest.mark.parametrize(
     ("name", "shared", "refused"),
     [
         ("holdout", "forget", True),

@@ -9,6 +9,8 @@ from typing import Any
 
 SAFE_PARTS = ("acknowledge", "decline", "redirect")
 UNSEEN = ("retain_unseen", "retain_untouched", "holdout")  # what no loss has seen, by set
+# Typographic quotation marks as keyboards have them.
+_QUOTES = str.maketrans("‘’‚‛′“”„«»", "'''''" + '"' * 5)
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ def check_disjoint(
 ) -> None:
     """Raise ValueError when a set is empty or a question stands in two that must not share any.
 
-    Questions are compared without regard to case, white space and the ways in which Unicode writes
-    the same character. The same question with the same
-    answer in both sets would be trained towards and away from at once.
+    Questions are compared without regard to case, white space, the ways in which Unicode writes
+    the same character, the form of quotation marks, and punctuation at either end. The same
+    question with the same answer in both sets would be trained towards and away from at once.
 
     Args:
         more: sets for evaluation by name. None may share with forget, and those that stand for
@@ -128,9 +130,21 @@ def _check_apart(name: str, records: Sequence[QA], others: Mapping[str, Sequence
 
 
 def shared_questions(records: Sequence[QA], others: Sequence[QA]) -> list[str]:
-    """Questions of records that stand among the others too, as `normalise` reads them."""
-    known = {normalise(qa.question) for qa in others}
-    return [qa.question for qa in records if normalise(qa.question) in known]
+    """Questions of records that stand among the others too, maybe in other spelling."""
+    known = {_as_asked(qa.question) for qa in others}
+    return [qa.question for qa in records if _as_asked(qa.question) in known]
+
+
+def repeated_questions(records: Sequence[QA]) -> list[str]:
+    """Questions that an earlier record has, maybe in other spelling."""
+    firsts = {_as_asked(qa.question): i for i, qa in reversed([*enumerate(records)])}
+    return [qa.question for i, qa in enumerate(records) if firsts[_as_asked(qa.question)] < i]
+
+
+def _as_asked(question: str) -> str:
+    """`normalise` of it, where two exports of one file can still differ in marks."""
+    plain = unicodedata.normalize("NFKC", question).translate(_QUOTES)
+    return normalise(plain).strip(" ?!.¿¡'\"") or question
 
 
 def tofu_authors(records: Sequence[QA], per_author: int = 20) -> list[list[QA]]:
