@@ -424,7 +424,12 @@ def _match(
     exclude: str | Sequence[str],
     elsewhere: Mapping[str, str],
 ) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
-    wanted, unwanted = names_in("targets", targets), names_in("exclude", exclude)
+    linears = dict(_linears(model))
+    wanted, unwanted = (
+        # A full name means that layer, whatever it would mean as an expression.
+        [re.escape(t) if t in linears and _EXPRESSION.search(t) else t for t in names_in(*given)]
+        for given in (("targets", targets), ("exclude", exclude))
+    )
     if not wanted:
         raise ValueError("targets must name at least one linear layer, got an empty list.")
     if ALL_LINEAR in unwanted:
@@ -441,9 +446,7 @@ def _match(
     matched: list[tuple[str, nn.Module]] = []
     skipped: dict[str, str] = {}
     hits: Counter[str] = Counter()
-    linear_names: list[str] = []
-    for name, module in _linears(model):
-        linear_names.append(name)
+    for name, module in linears.items():
         of_experts = isinstance(module, ExpertLinear)
         means = _names_experts if of_experts else _names
         named = [t for t in wanted if t != ALL_LINEAR and means(t, name)]
@@ -490,7 +493,7 @@ def _match(
                         f"target {target!r} matches {name}, which cannot be swapped: {reason}."
                     )
             what = "target" if target in wanted else "exclude"
-            raise ValueError(f"{what} {_no_match(target, linear_names, skipped)}")
+            raise ValueError(f"{what} {_no_match(target, [*linears], skipped)}")
     if not matched:
         raise ValueError(f"exclude={unwanted} leaves none of the targets {wanted}.")
     return matched, skipped

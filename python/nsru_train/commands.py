@@ -62,7 +62,8 @@ def demo(
             train.lr where a method has none.
         stop: stop a run once forget_prob is at most this and safe_prob at least one minus this;
             none trains all steps.
-        probed: most questions of a set at each evaluation while training; none takes all.
+        probed: most questions of a set for its probabilities, while training and at the end; none
+            takes all.
         resume: keep what an earlier, interrupted call has finished in ``out``.
         subspace: the retain subspaces.
         lora: the adapters, of both methods.
@@ -224,7 +225,8 @@ def compare(
         train: how; save_steps and seed are not used.
         stop: stop a run once forget_prob is at most this and safe_prob at least one minus this;
             none trains all steps.
-        probed: most questions of a set at each evaluation while training; none takes all.
+        probed: most questions of a set for its probabilities, while training and at the end; none
+            takes all.
         examples: forget questions whose answers before and after are kept in the report.
         logs: NAME: FOLDER of evaluations by OpenUnlearning (TOFU_EVAL.json) of the same questions,
             a row each beside the methods: '{retain90: saves/eval/retain90}'.

@@ -130,6 +130,12 @@ class Comparison:
         ]
         self._start: dict[str, float] = {}
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many questions of each set the probabilities are means of, and how many it has."""
+        sizes = {name: len(records) for name, records in self.data.splits().items() if records}
+        asked = {name: len(self._probed.get(f"{name}_prob", ())) or sizes[name] for name in sizes}
+        return {"questions": asked, "sizes": sizes}
+
     def probe(self, model: nn.Module) -> dict[str, float]:
         """Mean answer probabilities on the sets: a point of the frontier."""
         return quick_probabilities(model, self.tokenizer, self._probed)
@@ -518,6 +524,7 @@ def run_compare(
         "lora": asdict(lora),
         "train": asdict(train),
         "methods": {c.name: {**asdict(c.method), "project": c.project} for c in contenders},
+        "compare": {"stop": stop, "probed": probed},
     }
     if resume:
         check_same_run(run.config_path, config, growing="methods")
@@ -544,12 +551,10 @@ def run_compare(
     )  # fmt: skip
     found = compare(comparison, contenders, rates, seeds)
     setup = {
-        "questions": {name: len(records) for name, records in loaded.splits().items()},
+        **comparison.counts(),
         "sets": digests,
         "model_parameters": sum(p.numel() for p in base.parameters()),
         **config,
-        "stop": stop,
-        "probed": probed,
         "lr": found.pop("lr"),
         "logs": dict(logs),
     }

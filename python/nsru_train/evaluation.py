@@ -397,7 +397,11 @@ def _add_forget_quality(result: Evaluation, retain_log: Log | None, mean: Mean) 
     if "forget" not in result.rows:
         return
     if LOG_FILES["forget"] not in result.log:
-        result.notes.append("forget_quality: forget records have no perturbed_answers")
+        rows = result.rows["forget"]
+        lacking = sum("perturbed_loss" not in row for row in rows)
+        result.notes.append(
+            f"forget_quality: {lacking} of {len(rows)} forget records have no perturbed_answers"
+        )
     elif retain_log is None:
         result.notes.append(
             "forget_quality: needs the log of a model trained on the retain data only"

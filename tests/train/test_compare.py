@@ -107,6 +107,18 @@ def test_an_interrupted_comparison_keeps_what_it_has(out, flags, monkeypatch, ca
     with pytest.raises(SystemExit):
         main([*flags, *more, "--settings={npo: {beta: 0.5}}"])
     assert "methods.npo was" in capsys.readouterr().err
+    for option in ("--probed=2", "--stop=0.5"):
+        with pytest.raises(SystemExit):
+            main([*flags, *more, option])
+        assert f"compare.{option[2:].partition('=')[0]} was" in capsys.readouterr().err
+
+
+def test_the_page_says_of_how_many_questions_the_probabilities_are(flags, tmp_path):
+    main([*flags, "--methods=[nsru]", "--lrs=[]", "--probed=2", f"--out={tmp_path}"])
+    setup = read_results(tmp_path)["setup"]
+    assert setup["questions"] == {"forget": 2, "retain": 2, "retain_unseen": 2}
+    assert setup["sizes"] == {"forget": 3, "retain": 4, "retain_unseen": 3}
+    assert "2 of 3 questions" in " ".join((tmp_path / "report.html").read_text().split())
 
 
 @pytest.mark.parametrize("name", ["nsru", "lora", *list(METHODS)[1:], "ihl projected"])

@@ -124,9 +124,7 @@ def run_demo(
         "seconds": time.perf_counter() - started,
         "command": command,
         "setup": {
-            "questions": {
-                name: len(records) for name, records in {**sets.authors, **sets.general}.items()
-            },
+            **comparison.counts(),
             "sets": data.digests(),
             "model_parameters": sum(p.numel() for p in base.parameters()),
             **({"scale": asdict(scale)} if model is None else {"model": model}),

@@ -3,7 +3,8 @@
 results.json, as far as the report reads it; each key may be missing:
 
     kind, seconds, command  what ran
-    setup       "questions": {set: how many of its questions the probabilities below are means of}
+    setup       "questions": {set: how many of its questions the probabilities below are means of},
+                "sizes": {set: how many it has}
     methods     a row for the model "before" and for each method and seed: method, seed, numbers.
                 forget_prob, safe_prob, retain_prob, <set>_prob: mean probabilities of the answers
     frontier    the same probabilities at every evaluated step: method, seed, step

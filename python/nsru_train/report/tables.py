@@ -53,12 +53,16 @@ class Table:
 
 def headline(results: Row, methods: Sequence[str]) -> list[dict[str, Any]]:
     """Probabilities before and after for each method, and in how many seeds it met the goal."""
-    counts = (results.get("setup") or {}).get("questions") or {}
+    setup = results.get("setup") or {}
+    counts, sizes = setup.get("questions") or {}, setup.get("sizes") or {}
     lines = []
     for key, title in PROBABILITIES.items():
         cells = [_reached(results, key, method) for method in methods]
         if any(cells):
-            asked = counts.get("forget" if key == "safe_prob" else key.removesuffix("_prob"))
+            name = "forget" if key == "safe_prob" else key.removesuffix("_prob")
+            asked = counts.get(name)
+            if sizes.get(name, asked) != asked:
+                asked = f"{asked} of {sizes[name]}"
             before = _probability(summary.before_value(results, key))
             lines.append({"title": title, "asked": asked, "before": before, "cells": cells})
     return lines
