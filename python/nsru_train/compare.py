@@ -25,6 +25,7 @@ from nsru_train.evaluation import evaluate, probability_sets
 from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.methods import Method, find_method, run_name
 from nsru_train.metrics import open_unlearning
+from nsru_train.own_texts import add_own_requests
 from nsru_train.pipeline import (
     check_layers,
     check_training,
@@ -455,7 +456,7 @@ def run_subspaces(
     if resume and (own / "index.json").exists():
         config = replace(config, path=str(own))
     found = find_subspaces(
-        base, tokenizer, data.forget, [*data.retain, *data.more["retain_unseen"]], config,
+        base, tokenizer, data.forget, [*data.kept, *data.more["retain_unseen"]], config,
         max_length=max_length, progress=progress,
     )  # fmt: skip
     if config.path is None:
@@ -538,6 +539,7 @@ def run_compare(
         base, tokenizer, loaded.forget, data, [c.method for c in contenders],
         run.path / "alternatives.jsonl",
     )  # fmt: skip
+    add_own_requests(base, tokenizer, loaded, data, run.path / "own_requests.jsonl", keep=resume)
     run.write_config(config)
     run.write_environment()
     subspaces = run_subspaces(

@@ -71,6 +71,8 @@ class DataConfig:
             {"enable_thinking": false}.
         write_alternatives: other answers that the model itself writes for each question to forget
             that brings none, for methods that teach them (altpo, lune).
+        own_requests: ordinary requests that a chat model makes up itself, with its own answers,
+            which join the retain set of training: against safe answers where none is wanted.
     """
 
     forget: str
@@ -87,10 +89,15 @@ class DataConfig:
     system_prompt: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     write_alternatives: int = 0
+    own_requests: int = 0
 
     def __post_init__(self) -> None:
         check_settings(
-            "data", self, max_length="must be ≥ 1", write_alternatives="must not be negative"
+            "data",
+            self,
+            max_length="must be ≥ 1",
+            write_alternatives="must not be negative",
+            own_requests="must not be negative",
         )
         if self.truncate and self.skip:
             raise ValueError("data: give truncate or skip, not both.")

@@ -39,6 +39,7 @@ class Data:
         more: further sets for evaluation by name; `evaluate` knows retain_unseen, holdout,
             real_authors and world_facts.
         safe: gives each forget question the answer wanted instead.
+        own: requests that the model made up, kept like retain but no part of evaluations.
 
     Raises:
         ValueError: forget or retain is empty, or sets share questions that they must not share.
@@ -48,6 +49,7 @@ class Data:
     retain: list[QA]
     more: dict[str, list[QA]] = field(default_factory=dict)
     safe: SafeTargets = field(default_factory=SafeTargets)
+    own: list[QA] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if taken := sorted({"forget", "retain"} & self.more.keys()):
@@ -59,6 +61,11 @@ class Data:
                     f"data.safe_targets: for {qa.question!r:.60} it is the answer that is to be "
                     f"forgotten, {qa.answer!r:.60}; give the record a safe_target, or leave it out."
                 )
+
+    @property
+    def kept(self) -> list[QA]:
+        """What the retain loss sees."""
+        return [*self.retain, *self.own]
 
     def splits(self) -> dict[str, list[QA]]:
         """Every set by its name in evaluations."""

@@ -108,7 +108,10 @@ def describe_ordinary(found: Sequence[dict[str, Any]]) -> str:
     line = f"safe answers to {len(safe)} of {len(found)} requests that have nothing to do with it"
     if not safe:
         return f"{line}."
-    return f"{line}, such as {safe[0]!r}: the retain set needs more such requests."
+    return (
+        f"{line}, such as {safe[0]!r}: the retain set needs more such requests, your own or those "
+        "that the model makes up (--data.own_requests 64)."
+    )
 
 
 def _words(text: str) -> list[str]:

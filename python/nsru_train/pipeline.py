@@ -466,7 +466,7 @@ def unlearn(
         model, objective.targets(model) or targets, lora,
         exclude=exclude, subspaces=subspaces, batch=first,
     )  # fmt: skip
-    swap = objective.adapt(model, swap, tokenizer, data.forget, data.retain)
+    swap = objective.adapt(model, swap, tokenizer, data.forget, data.kept)
     if objective.starts_elsewhere:
         refuse_encoder_decoder(model, "adapters that do not start at zero")
         if train.weight_decay:
@@ -482,7 +482,7 @@ def unlearn(
                 )[0]
                 for i in range(0, len(records), 2)
             ]
-            for records in (data.forget, data.retain)
+            for records in (data.forget, data.kept)
         )  # fmt: skip
         objective.begin(model, *twos)
     if adapter is not None:
@@ -492,7 +492,7 @@ def unlearn(
         model,
         tokenizer,
         data.forget,
-        data.retain,
+        data.kept,
         objective,
         safe=data.safe,
         retain_per_forget=train.retain_per_forget,
@@ -595,7 +595,7 @@ def _attach_guard(
         attached = objective.make_guard(
             model,
             tokenizer,
-            *([qa.question for qa in records] for records in (data.forget, data.retain)),
+            *([qa.question for qa in records] for records in (data.forget, data.kept)),
             seed=seed,
             measure=lambda: quick_probabilities(model, tokenizer, answers),
             note=note,

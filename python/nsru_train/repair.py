@@ -32,6 +32,7 @@ from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.losses.batch import RETAIN, Batch
 from nsru_train.losses.nll import answer_nll
 from nsru_train.methods.method import Method, mean
+from nsru_train.own_texts import add_own_requests
 from nsru_train.pipeline import Guarded, Outcome, token_batches, unlearn
 from nsru_train.report import write_report
 from nsru_train.run_config import saved_sections, say_changed_adapter, say_changed_sets
@@ -96,6 +97,14 @@ class FinishedRun:
             loaded[0], self.tokenizer, self.data.forget, config, [self.sections["objective"]],
             self.path / "alternatives.jsonl",
         )  # fmt: skip
+        add_own_requests(
+            loaded[0],
+            self.tokenizer,
+            self.data,
+            config,
+            self.path / "own_requests.jsonl",
+            keep=True,
+        )
         self._asked = probability_sets(
             self.tokenizer, self.data.splits(), self.data.safe,
             max_length=self.max_length, limit=QUESTIONS,

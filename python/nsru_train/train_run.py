@@ -23,6 +23,7 @@ from nsru_train.evaluation import before_and_after, probability_sets, quick_prob
 from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.methods import Method, run_name
 from nsru_train.ordinary import describe_ordinary, ordinary_answers
+from nsru_train.own_texts import add_own_requests
 from nsru_train.pipeline import (
     check_layers,
     check_training,
@@ -95,6 +96,10 @@ def run_train(
         tokenizer, loaded.splits(), loaded.safe,
         max_length=data.max_length, limit=QUESTIONS_BEFORE_AND_AFTER,
     )  # fmt: skip
+    add_own_requests(
+        base, tokenizer, loaded, data, run.path / "own_requests.jsonl",
+        keep=last is not None, progress=run.writes,
+    )  # fmt: skip
     check_layers(base, subspace, lora, [objective])
     run.write_config(config)
     run.write_environment()
@@ -104,7 +109,7 @@ def run_train(
         if last is not None and estimated:
             subspace.path = str(own)
         subspaces = find_subspaces(
-            base, tokenizer, loaded.forget, loaded.retain, subspace,
+            base, tokenizer, loaded.forget, loaded.kept, subspace,
             max_length=data.max_length, progress=run.writes,
         )  # fmt: skip
         if run.writes:

@@ -156,6 +156,7 @@ def test_a_number_out_of_range_is_refused_first(capsys, tmp_path, place, name, v
 OUT_OF_RANGE = {
     "data.max_length": [0, -5],
     "data.write_alternatives": [-1, 2.5],
+    "data.own_requests": [-1, 2.5],
     "lora.rank": [0, -2, 2.5],
     "lora.alpha": [0, -1],
     "lora.rank_pattern": [{"q_proj": 0}, {"q_proj": 2.5}],

@@ -2,12 +2,18 @@
 
 import pytest
 import torch
-from samples import FORGET, RETAIN, make_model, make_tokenizer
+from samples import FORGET, RECORDS, RETAIN, make_model, make_tokenizer, save_tiny
 
 import nsru_kernels as nk
-from nsru_train.config import SubspaceConfig
-from nsru_train.own_texts import own_texts
+from nsru_train import own_texts as module
+from nsru_train.cli import main
+from nsru_train.config import DataConfig, SubspaceConfig
+from nsru_train.data.encode import request_end
+from nsru_train.data.records import QA
+from nsru_train.loading import Data
+from nsru_train.own_texts import add_own_requests, own_requests, own_texts
 from nsru_train.pipeline import find_subspaces
+from nsru_train.sources import save_records
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
@@ -102,3 +108,98 @@ def test_a_position_table_that_is_too_short_is_said(tokenizer):
 def test_a_negative_number_of_texts_is_refused():
     with pytest.raises(ValueError, match=r"subspace.own_texts must be 0 .*got -1"):
         SubspaceConfig(own_texts=-1)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (TEMPLATE, "</s>"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "assistant:"),
+    ],
+)
+def test_where_a_request_ends_is_read_off_the_template(tokenizer, template, end):
+    tokenizer.chat_template = template
+    assert request_end(tokenizer) == end
+
+
+def say(monkeypatch, tokenizer, turns, answers):
+    """Let a model sample these turns, round by round, and answer a request by this."""
+    tokenizer.chat_template = TEMPLATE
+    rounds = iter(turns)
+
+    def sample(model, tokenizer, count, *, new_tokens, seed, progress):
+        opening = tokenizer("<user>", add_special_tokens=False).input_ids
+        texts = [tokenizer(t, add_special_tokens=False).input_ids for t in next(rounds)]
+        longest = max(map(len, texts))
+        for ids in texts:
+            row = opening + ids + [tokenizer.eos_token_id] * (longest - len(ids))
+            yield {"input_ids": torch.tensor([row])}
+
+    monkeypatch.setattr(module, "own_texts", sample)
+    monkeypatch.setattr(
+        module, "greedy_answers", lambda model, tokenizer, asked, **_: [answers[q] for q in asked]
+    )
+
+
+def test_own_requests_are_whole_and_each_once(monkeypatch, model, tokenizer):
+    turns = [
+        ["Where is a?</s><assistant>It", "where is A? </s>", "</s>Where", "Where is b?</s>"],
+        ["Where is a?</s>", "Where is c?</s>", "Where is d?</s>", "Where is e?</s>"],
+    ]
+    long = "a b c d e f g h " * 12
+    answers = dict(zip("abcde", ["In a.", long, "", "In d.", "In e."], strict=True))
+    answers = {f"Where is {name}?": answer for name, answer in answers.items()}
+    answers["where is A?"] = "In A."
+    say(monkeypatch, tokenizer, turns, answers)
+    found = own_requests(model, tokenizer, 2, progress=False)
+    assert found == [QA("where is A?", "In A."), QA("Where is d?", "In d.")]
+
+
+def test_own_requests_that_touch_the_forget_set_or_another_are_left_out(
+    monkeypatch, model, tokenizer, tmp_path, caplog
+):
+    forget = [QA(f"Where was Marsk {i}?", f"In {i}.") for i in range(5)]
+    retain, unseen = [QA("Where was Brede?", "Here.")], [QA("Where is Rome?", "There.")]
+    data = Data(forget, retain, {"retain_unseen": unseen})
+    asked = ["Who is Marsk?", "where is rome", "Where was it?", "Who was it?"]
+    answers = dict(zip(asked, ["A man.", "There.", "There.", "It was Marsk."], strict=True))
+    say(monkeypatch, tokenizer, [[f"{q}</s>" for q in asked]], answers)
+    path, config = tmp_path / "own.jsonl", DataConfig("f", "r", own_requests=4)
+    add_own_requests(model, tokenizer, data, config, path, keep=True, progress=False)
+    assert data.own == [QA("Where was it?", "There.")]
+    assert data.kept == [*retain, *data.own]
+    assert data.splits()["retain"] == retain
+    assert "data.own_requests: 1 of 4 could be used" in caplog.text
+    again = Data(forget, retain, {"retain_unseen": unseen})
+    add_own_requests(model, tokenizer, again, config, path, keep=True)  # without sampling
+    assert again.own == data.own
+
+
+def test_own_requests_need_a_chat_template(model, tokenizer):
+    with pytest.raises(ValueError, match=r"data\.own_requests: no chat template.*leave it at 0"):
+        own_requests(model, tokenizer, 2)
+
+
+def test_own_requests_reach_subspaces_and_retain_loss(monkeypatch, tmp_path, without_figures):
+    save_tiny(tmp_path / "model", RECORDS)
+    seen = {}
+
+    def stop(model, tokenizer, data, folder, **options):
+        seen["kept"], seen["tokens"] = data.kept, options["subspaces"].inputs[0].tokens
+        raise ValueError("enough")
+
+    own = [QA("Where is it?", "Here.")]
+    monkeypatch.setattr("nsru_train.train_run.unlearn", stop)
+    monkeypatch.setattr(module, "own_requests", lambda *_, **__: own)
+    for name, records in (("f", FORGET[:2]), ("r", RETAIN[:2])):
+        save_records(tmp_path / f"{name}.jsonl", records)
+    flags = [f"--model.path={tmp_path}/model", f"--data.forget={tmp_path}/f.jsonl"]
+    flags += [f"--data.retain={tmp_path}/r.jsonl", "--subspace.rank=4", "--subspace.width=8"]
+    tokens = []
+    for count in (0, 1):
+        out = tmp_path / f"run{count}"
+        with pytest.raises(SystemExit):
+            main(["train", *flags, f"--data.own_requests={count}", f"--out={out}"])
+        tokens.append(seen["tokens"])
+        assert seen["kept"] == [*RETAIN[:2], *own[:count]]
+    assert tokens[1] > tokens[0]

@@ -164,6 +164,19 @@ def encode_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.eos_token_id if bos is None else bos]
 
 
+def request_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token or word that the chat template writes next after a question: `<|im_end|>`, say.
+
+    Raises:
+        ValueError: there is no chat template, or it writes nothing there.
+    """
+    after = _around_answer(tokenizer, _QUESTION)[0].split(_QUESTION)[-1].lstrip()
+    if not tokenizer.chat_template or not after:
+        raise ValueError("no chat template says where a request ends")
+    first = _tokens(tokenizer, after)[0]
+    return tokenizer.decode([first]) if first in _added_tokens(tokenizer) else after.split()[0]
+
+
 def encode_qa(
     tokenizer: PreTrainedTokenizerBase, question: str, answer: str, *, max_length: int = 512
 ) -> Encoded:
