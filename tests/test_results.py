@@ -280,3 +280,18 @@ def test_the_evaluation_is_twice_as_fast_as_open_unlearning():
         assert theirs[name] == ours[name]
     for seconds in ("seconds", "process_seconds"):
         assert float(theirs[seconds]) >= 2 * float(ours[seconds])
+
+
+def test_the_step_of_smollm2_in_bf16_is_what_its_table_says():
+    rows = read(RESULTS / "step_smollm2_bf16_cpu.csv")
+    ratios = {(row["provider"], row["layers"]): float(row["ratio"]) for row in rows}
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for line, provider in (
+        ("NSRU", "nsru"),
+        ("PEFT, bf16 adapters (no projection)", "peft bf16"),
+        ("PEFT and eager activation projection", "peft + eager projection"),
+        ("full fine-tuning with a copied reference model", "full fine-tuning + reference model"),
+    ):
+        whole, part = (ratios[provider, layers] for layers in ("30", "6"))
+        assert f"| {line} | {whole:.3f} × | {part:.3f} × |" in page
+    assert f"{ratios['nsru', '30'] / ratios['peft bf16', '30']:.2f} of it" in page

@@ -52,7 +52,9 @@ class Case(NamedTuple):
 
 LLAMA_1B = Case("Llama-3.2-1B", 16, 2048, 32, 8, 8192, 128256, True, 8192, 512)
 LLAMA_8B = Case("Llama-3-8B", 32, 4096, 32, 8, 14336, 128256, False, 8192, 512)
-SMOLLM2_NF4 = Case("SmolLM2-135M NF4", 30, 576, 9, 3, 1536, 49152, True, 1152, 96, 8, 256, nf4=True)
+# Q is the mean rank that the default floor leaves on it.
+SMOLLM2 = Case("SmolLM2-135M", 30, 576, 9, 3, 1536, 49152, True, 1152, 96, 8, 464)
+SMOLLM2_NF4 = SMOLLM2._replace(model="SmolLM2-135M NF4", Q=256, nf4=True)
 TINY = Case("tiny", 2, 64, 4, 2, 96, 128, False, 64, 16, 4, 8)
 
 
