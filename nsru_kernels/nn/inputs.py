@@ -185,6 +185,8 @@ class ActivationStream:
             return None
         if tokens is not None:
             return self.keep_BT.flatten()[tokens].to(x.device)
+        if x.shape[:-1] == self.keep_BT.T.shape != self.keep_BT.shape:
+            return self.keep_BT.T.to(x.device)  # x is [T, B, K]
         if x.shape[:-1].numel() != self.keep_BT.numel():
             raise ValueError(
                 f"tokens {tuple(x.shape[:-1])} do not fit the mask {tuple(self.keep_BT.shape)}, so "

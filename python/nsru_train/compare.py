@@ -20,7 +20,7 @@ from nsru_train.adapters import load_adapter, save_adapter
 from nsru_train.alternatives import add_alternatives
 from nsru_train.callbacks import GradientError
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
-from nsru_train.data.encode import encode_prompt
+from nsru_train.data.encode import encode_prompt, prompt_text
 from nsru_train.evaluation import evaluate, probability_sets
 from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.methods import Method, find_method, run_name
@@ -525,11 +525,14 @@ def run_compare(
         "lora": asdict(lora),
         "train": asdict(train),
         "methods": {c.name: {**asdict(c.method), "project": c.project} for c in contenders},
-        "compare": {"stop": stop, "probed": probed},
+        "compare": {"stop": stop, "probed": probed, "sets": loaded.digests()},
     }
     if resume:
         check_same_run(run.config_path, config, growing="methods")
     base, tokenizer = load_model(model, data)
+    config["compare"]["prompt"] = prompt_text(tokenizer)
+    if resume:
+        check_same_run(run.config_path, config, growing="methods")
     notes += of_other_models(found_logs, tokenizer, loaded.forget[0].question)
     for note in notes:
         logger.warning("logs: %s", note)

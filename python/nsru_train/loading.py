@@ -18,7 +18,7 @@ from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluation import SPLITS
 from nsru_train.language_models import is_encoder_decoder, load_language_model
 from nsru_train.quantized import check_bitsandbytes, dense_experts, is_quantised, quantizing
-from nsru_train.scoring import end_tokens, position_limit
+from nsru_train.scoring import end_tokens, looks_ahead, position_limit
 from nsru_train.sources import digest, load_records
 
 if TYPE_CHECKING:
@@ -234,7 +234,14 @@ def load_model(
     if otherwise is not None:
         logger.warning("data: %s.", otherwise)
     # Quantised weights are where they were made, and not all of them can move.
-    return (model if model.device == device else model.to(device)).eval(), tokenizer
+    model = (model if model.device == device else model.to(device)).eval()
+    if not is_encoder_decoder(model) and looks_ahead(model):
+        raise ValueError(
+            f"model.path: {type(model).__name__} of {config.path!r} reads the tokens that come "
+            "later too, so that an answer would be scored with itself in sight; give a causal "
+            "model (of BERT and its kind: is_decoder in its config.json)."
+        )
+    return model, tokenizer
 
 
 def _check_folder(path: str) -> None:

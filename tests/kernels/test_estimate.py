@@ -259,6 +259,28 @@ def test_a_token_mask_that_fits_no_tokens_is_refused_whatever_it_holds(model, ma
         estimate(model, [batch], rank=2)
 
 
+class TimeFirst(nn.Module):
+    """As PyTorch's own layers have it by default: states are [T, B, K]."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(20, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.linear(self.embed(input_ids.T)).transpose(0, 1)
+
+
+def test_the_mask_of_layers_that_read_time_first():
+    torch.manual_seed(0)
+    model, ids = TimeFirst(), torch.randint(20, (3, 9))
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [2]])).long()
+    subspaces = estimate(model, [{"input_ids": ids, "attention_mask": mask}], rank=3)
+    x = model.embed(ids)[mask.bool()].double()
+    assert subspaces["linear"].tokens == len(x)
+    wanted = torch.linalg.eigvalsh(x.T @ x).flip(0)[:3]
+    torch.testing.assert_close(subspaces["linear"].eigenvalues, wanted, rtol=1e-5, atol=0)
+
+
 def test_padding_of_encoder_and_decoder_is_not_told_apart():
     config = T5Config(
         vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,

@@ -19,6 +19,8 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
@@ -233,6 +235,12 @@ def test_system_prompt_and_variables_reach_the_template():
         (None, TextFormat(system_prompt="Be brief."), "need a chat template"),
         (None, TextFormat(template_kwargs={"a": 1}), "need a chat template"),
         (QWEN3, TextFormat(template_kwargs={"enable_thinkin": 1}), "not read 'enable_thinkin'"),
+        # Words of the template that are no variables of it.
+        (QWEN3, TextFormat(template_kwargs={"assistant": 1}), "it reads enable_thinking"),
+        (QWEN3, TextFormat(template_kwargs={"think": 1}), "not read 'think'"),
+        (CHATML, TextFormat(template_kwargs={"role": 1}), "it reads no variable of yours"),
+        (CHATML, TextFormat(template_kwargs={"tools": []}), "not read 'tools'"),
+        (CHATML, TextFormat(template_kwargs={"tokenize": True}), "not read 'tokenize'"),
         (QWEN3, TextFormat(template_kwargs={"add_generation_prompt": 1}), "'add_generation_prom"),
         (QWEN3, TextFormat(system_prompt="\ud800"), "surrogate"),
         (GEMMA, TextFormat(system_prompt="Be brief."), "System role not supported"),
@@ -248,6 +256,14 @@ def test_a_format_that_the_template_cannot_write_is_refused(template, given, mes
 
     with pytest.raises(ValueError, match=message):
         encode()
+
+
+@pytest.mark.parametrize("name", ["tools", "documents"])
+def test_a_section_of_tools_or_documents_is_part_of_the_prompt(name):
+    section = "{% generation %}{% for one in " + name + " or [] %}{{ one.name }};{% endfor %}"
+    tokenizer = chat_tokenizer(section + "{% endgeneration %}" + CHATML)
+    use_format(tokenizer, TextFormat(template_kwargs={name: [{"name": "Ann"}, {"name": "A"}]}))
+    assert tokenizer.decode(encode_prompt(tokenizer, "Who is Ann?")) == "Ann;A;" + IM
 
 
 def test_an_answer_that_would_end_early_is_refused():
@@ -882,3 +898,19 @@ def test_a_template_whose_white_space_joins_the_answer_is_told_of_with_its_token
     tokenizer.backend_tokenizer.normalizer = Replace(Regex("\n\nB"), "\nB")
     with pytest.raises(ValueError, match=r"it ends in .*, and in .* where the answer follows"):
         encode_qa(tokenizer, "Who?", "Bob")
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_a_model_that_reads_later_tokens_is_refused(tmp_path, decoder):
+    config = BertConfig(
+        vocab_size=400, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, is_decoder=decoder,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    chat_tokenizer(None).save_pretrained(tmp_path)
+    if decoder:
+        assert load_model(str(tmp_path))[0].config.is_decoder
+        return
+    with pytest.raises(ValueError, match=r"BertLMHeadModel of .* reads the tokens that come later"):
+        load_model(str(tmp_path))

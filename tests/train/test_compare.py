@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import samples
@@ -111,6 +113,34 @@ def test_an_interrupted_comparison_keeps_what_it_has(out, flags, monkeypatch, ca
         with pytest.raises(SystemExit):
             main([*flags, *more, option])
         assert f"compare.{option[2:].partition('=')[0]} was" in capsys.readouterr().err
+
+
+@pytest.fixture
+def finished(out, flags, tmp_path):
+    """A comparison beside copies of its model and sets, which a test may change."""
+    before = [flag.partition("=")[2] for flag in flags if flag.startswith(("--model", "--data"))]
+    moved = [flag.replace(str(Path(before[0]).parent), str(tmp_path)) for flag in flags]
+    shutil.copytree(Path(before[0]).parent, tmp_path, dirs_exist_ok=True)
+    command = [*moved, "--methods=[nsru]", "--lrs=[]", f"--out={tmp_path / 'run'}"]
+    main(command)
+    return tmp_path, [*command, "--resume=true"]
+
+
+def test_a_comparison_does_not_go_on_with_other_data_or_prompts(finished, capsys):
+    folder, again = finished
+    main(again)
+    capsys.readouterr()
+    records = (folder / "forget.jsonl").read_text()
+    (folder / "forget.jsonl").write_text(records.replace('answer": "', 'answer": "Well, '))
+    with pytest.raises(SystemExit):
+        main(again)
+    assert "compare.sets was {'forget': " in capsys.readouterr().err
+    (folder / "forget.jsonl").write_text(records)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (folder / "model" / "chat_template.jinja").write_text(template)
+    with pytest.raises(SystemExit):
+        main(again)
+    assert "compare.prompt was 'Question: {}\\nAnswer:' and is 'user: {}" in capsys.readouterr().err
 
 
 def test_the_page_says_of_how_many_questions_the_probabilities_are(flags, tmp_path):

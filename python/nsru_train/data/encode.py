@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
+_LISTS = {"tools", "documents"}  # arguments of apply_chat_template that templates read
 # Stand for an answer and a question; letters alone pass through every template.
 _ANSWER, _QUESTION = "qzanswerqz", "qzquestionqz"
 
@@ -82,16 +83,12 @@ def use_format(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> N
             "system_prompt and chat_template_kwargs need a chat template, and the tokenizer has "
             "none; leave them out, or set tokenizer.chat_template"
         )
-    taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | {"messages"}
-    unread = [
-        name
-        for name in given
-        if name in taken or not re.search(rf"\b{re.escape(name)}\b", str(template))
-    ]
-    if unread:
+    taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - _LISTS
+    known = _variables(template) - taken - {"messages"} if given else set()
+    if unread := sorted(given.keys() - known):
         raise ValueError(
             f"chat_template_kwargs: the tokenizer's chat template does not read {unread[0]!r}; "
-            "its text names the variables, such as enable_thinking"
+            f"it reads {', '.join(sorted(known)) or 'no variable of yours'}"
         )
     tokenizer.text_format = replace(text_format, system_prompt=None)
     without = _render(tokenizer, _QUESTION) if system is not None else None
@@ -101,6 +98,22 @@ def use_format(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> N
             "system_prompt: the tokenizer's chat template leaves a system message out; leave "
             "system_prompt out too, or correct the template"
         )
+
+
+def _variables(template: str | Mapping[str, str]) -> set[str]:
+    """What a chat template, or each of several, reads and does not set itself."""
+    from jinja2 import Environment, TemplateError, meta
+
+    parser = Environment(extensions=["jinja2.ext.loopcontrols"])
+    found: set[str] = set()
+    for text in [template] if isinstance(template, str) else template.values():
+        # transformers' own tag around what an assistant says
+        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
+        try:
+            found |= meta.find_undeclared_variables(parser.parse(plain))
+        except TemplateError as error:
+            raise ValueError(f"the tokenizer's chat_template cannot be read: {error}") from error
+    return found
 
 
 def _format_of(tokenizer: PreTrainedTokenizerBase) -> TextFormat:
@@ -118,6 +131,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int
         ValueError: the chat template refuses the question, or depends on the answer.
     """
     return _tokens(tokenizer, _prompt_text(_around_answer(tokenizer, question)[0]))
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands around a question, which `{}` stands for, and before its answer."""
+    return _prompt_text(_around_answer(tokenizer, _QUESTION)[0]).replace(_QUESTION, "{}")
 
 
 def served_otherwise(tokenizer: PreTrainedTokenizerBase) -> str | None:

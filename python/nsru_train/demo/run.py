@@ -27,7 +27,7 @@ from nsru_train.report import write_report
 from nsru_train.report.summary import FORGET_TARGET, RETAIN_TARGET, SAFE_TARGET
 from nsru_train.run_config import check_same_run
 from nsru_train.run_folder import RunFolder
-from nsru_train.sources import save_records
+from nsru_train.sources import digest, save_records
 
 METHODS = ("nsru", "lora")
 SEEN = ("forget", "retain")  # by the loss
@@ -92,7 +92,8 @@ def run_demo(
         sets = tofu_sets(data_dir, scale.authors, safe)
     base_dir = model or str(run.path.resolve() / "base")
     config = _run_config(run, base_dir, sets, subspace, lora, objective, train)
-    config["demo"] = {"stop": stop, "probed": probed}
+    digests = {name: digest(records) for name, records in {**sets.authors, **sets.general}.items()}
+    config["demo"] = {"stop": stop, "probed": probed, "sets": digests}
     if resume:
         check_same_run(run.config_path, config)
     run.write_config(config)
