@@ -603,7 +603,7 @@ def _fused_experts(model: nn.Module, known: Collection[str]) -> dict[str, str]:
         )
         if size:
             sizes[name] = kind, size
-    shares: Counter[str] = Counter()
+    shares: dict[str, float] = dict.fromkeys(("interface", "experts", "matrices"), 0.0)
     for kind, size in sizes.values():
         shares[kind] += size / max(1, total)
     only = "only linear layers and experts of transformers' ExpertsInterface are supported"

@@ -35,7 +35,7 @@ from nsru_train.pipeline import unlearn
 from nsru_train.quantized import bits_config, dense_experts, dequantize
 from nsru_train.repair import QUESTIONS, FinishedRun
 from nsru_train.report import tables
-from nsru_train.run_config import check_same_run
+from nsru_train.run_config import adapter_digest, check_same_run
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import greedy_answers
 
@@ -109,7 +109,10 @@ def attack(path: str, out: str, settings: AttackSettings, *, resume: bool = Fals
                 f"retain_model: {settings.retain_model} has another tokenizer than the run's "
                 "model; give one that was trained from the same base model."
             )
-    asked = {"attack": {**asdict(settings), "attacks": list(settings.attacks)}}
+    asked = {
+        "attack": {**asdict(settings), "attacks": list(settings.attacks)},
+        "run": {"adapter": adapter_digest(run.adapter), "sets": run.data.digests()},
+    }
     if resume:
         check_same_run(run.folder.config_path, asked)
     else:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from samples import FORGET, make_model, make_tokenizer, save_tiny
 
 from nsru_train import attack as attacks
@@ -132,6 +133,14 @@ def test_an_interrupted_attack_keeps_what_it_has(run, attacked, monkeypatch, cap
     with pytest.raises(SystemExit):
         main([*again, "--steps=7"])
     assert "attack.steps was 6 and is 7" in capsys.readouterr().err
+    weights = run / "adapter" / "adapter_model.safetensors"
+    whole_file = weights.read_bytes()
+    tensors = load_file(weights)
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, weights)
+    with pytest.raises(SystemExit):
+        main(again)
+    assert "run.adapter was" in capsys.readouterr().err
+    weights.write_bytes(whole_file)
     main(again)
     assert done == [{"opening": OPENING}]
     found = json.loads((out / "results.json").read_text())
