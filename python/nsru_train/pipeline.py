@@ -499,6 +499,7 @@ def unlearn(
         seed=train.seed,
         max_length=max_length,
     )
+    _warn_of_uneven(len(dataset), train.batch_size)
     os.environ.setdefault("WANDB_DIR", str(Path(folder).resolve()))  # else the working directory
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -558,6 +559,17 @@ def unlearn(
             for name, module in _adapted(model)
         ],
     )
+
+
+def _warn_of_uneven(count: int, batch_size: int) -> None:
+    """Say where accelerate fills the last batch of several processes from an epoch's beginning."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and count % (batch_size * world):
+        logger.warning(
+            "train.batch_size: %d questions to forget do not fill batches of %d on %d processes, "
+            "so that some are used twice in an epoch; choose a size that they fill.",
+            count, batch_size, world,
+        )  # fmt: skip
 
 
 def _attach_guard(

@@ -7,6 +7,7 @@ import torch
 from samples import FORGET, RETAIN, make_model, make_tokenizer
 
 import nsru_kernels as nk
+from nsru_train import pipeline
 from nsru_train.config import LoraConfig, Objective, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import encode_qa
 from nsru_train.data.safe_targets import SafeTargets
@@ -125,3 +126,12 @@ def test_rmu_trains_the_mlps_of_its_layers_in_their_null_spaces(model, tokenizer
     )  # fmt: skip
     assert list(outcome.swap.swapped) == ["model.layers.0.mlp.down_proj"]
     assert all(row["leakage"] < 1e-6 for row in outcome.leakage)
+
+
+@pytest.mark.parametrize(("world", "count", "warned"), [(1, 7, 0), (2, 8, 0), (2, 7, 1), (2, 4, 0)])
+def test_questions_that_several_processes_use_twice_are_said(
+    monkeypatch, caplog, world, count, warned
+):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    pipeline._warn_of_uneven(count, 2)
+    assert len(caplog.records) == warned
