@@ -10,9 +10,9 @@ FLOOR = 1e-3
 def unlikelihood(nll_sum: Tensor, lengths: Tensor) -> Tensor:
     """-log(1 - p(y⁻)) for each sequence, p(y⁻) = exp(-NLL_θ / |y⁻| - 0.001).
 
-    Up to that thousandth p is the answer's probability as evaluation reports it, the geometric mean over its tokens. (The
-    plain product is below 0.02 for 40 tokens at 0.9 each: it would stop where nearly everything is
-    still known.) Bounded from below by 0, and from above by 6.9, reached at p = 1.
+    Up to that thousandth p is the answer's probability as evaluation reports it, the geometric mean
+    over its tokens. (The plain product is below 0.02 for 40 tokens at 0.9 each: it would stop where
+    nearly everything is still known.) Bounded from below by 0, and from above by 6.9, at p = 1.
 
     Args:
         nll_sum: [B], NLL of the undesired answer, summed over its tokens and EOS.
