@@ -133,7 +133,7 @@ class TritonProducts:
         self.products: Any = triton_products
 
     def rows(self, x_MC: Tensor, v_RC: Tensor) -> Tensor:
-        return self.products.rows_product(x_MC, v_RC.T)
+        return self.products.shrink(x_MC, v_RC.T)
 
     def both(self, x_MC: Tensor, p_MR: Tensor, v_CR: Tensor) -> tuple[Tensor, Tensor]:
         if not one_read_pays(p_MR.shape[1]):

@@ -327,7 +327,7 @@ def test_splits_of_long_sums_change_nothing_but_roundings(monkeypatch):
     for processors in (1, 500):
         monkeypatch.setattr(launch, "multiprocessors", lambda device, n=processors: n)
         check_backward(triton, args, needs=adapters_and_x(1), dys=[dy])
-        ds = triton_products.rows_product(dy, b)
+        ds = triton_products.shrink(dy, b)
         assert_close_to_exact(ds, dy @ b, dy.double() @ b.double(), "dS")
 
 
@@ -340,8 +340,8 @@ def test_autotuning_times_the_row_of_the_table_once(monkeypatch):
     monkeypatch.setattr(launch, "capturing", lambda device: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     on_gpu = type("OnGpu", (), {"device": torch.device("cuda", 0)})()
-    first, second = triton_products.CONFIGS["rows"][80]
-    key = ("rows", torch.float16, 64, 8)
+    first, second = triton_products.CONFIGS["shrink"][80]
+    key = ("shrink", torch.float16, 64, 8)
     assert launch.tuned((first, second), key, on_gpu, lambda config: config) is second
     assert launch.tuned((first, second), key, on_gpu, lambda config: config) is second
     assert len(timed) == 1

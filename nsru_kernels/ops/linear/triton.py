@@ -29,7 +29,7 @@ from nsru_kernels.ops.linear.triton_products import (
     fits_tma,
     kext_gemm,
     packed,
-    rows_product,
+    shrink,
 )
 from nsru_kernels.ops.products import (
     frozen_gradients,
@@ -78,7 +78,7 @@ def forward(
         s_MR = x_MK.new_empty(x_MK.shape[0], a_RK.shape[0])
         parts = a_RK.split_with_sizes([b_NR.shape[1] for b_NR in bs_NR])
     else:
-        s_MR = rows_product(x_MK, a_RK.T, dropout_p, seed)
+        s_MR = shrink(x_MK, a_RK.T, dropout_p, seed)
         parts = (a_RK,) * len(bs_NR)
     ys = []
     for w_NK, s, part, b_NR, bias_N, scaling in zip(
@@ -129,7 +129,7 @@ def backward(
             continue
         together = need_b[i] and need_ds and one_read_pays(b_NR.shape[1])
         if need_ds and not together:
-            rows_product(dy_MN, b_NR, scaling=scaling, out=ds)
+            shrink(dy_MN, b_NR, scaling=scaling, out=ds)
         if need_b[i]:
             dbs[i] = columns_product(
                 dy_MN, s, scaling, rank_first=False, v_CR=b_NR,

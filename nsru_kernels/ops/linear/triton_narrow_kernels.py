@@ -1,6 +1,6 @@
 """Device code of the narrow products: long sums with few columns, bound by reading X once.
 
-    rows_kernel      P = X V          S = drop(x) Āᵀ and dS = dY B
+    shrink_kernel    P = X V          S = drop(x) Āᵀ and dS = dY B
     columns_kernel   D = Xᵀ P         dB = dYᵀ S and dĀᵀ = drop(x)ᵀ dS; on request X V as well
 
 X [M, C] may have any strides, its rows 64-bit offsets. What several programs add to goes through
@@ -31,7 +31,7 @@ def load_dropped(
 
 
 @triton.jit(do_not_specialize=BY_TOKENS)
-def rows_kernel(
+def shrink_kernel(
     x_ptr, v_ptr, out_ptr,
     M, C, R, columns_per_split,
     stride_xm, stride_xc, stride_vc, stride_vr,

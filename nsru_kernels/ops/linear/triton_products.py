@@ -36,7 +36,7 @@ CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
         90: (_tiles(128, 256, 64, 8, 3), _tiles(128, 128, 64, 8, 4)),
         100: (_tiles(128, 256, 64, 8, 3), _tiles(128, 128, 64, 8, 4)),
     },
-    "rows": {
+    "shrink": {
         80: (_narrow(64, 128, 4, 4), _narrow(128, 64, 8, 4)),
         86: (_narrow(64, 64, 8, 4), _narrow(128, 64, 8, 4)),
         90: (_narrow(64, 128, 4, 4), _narrow(128, 64, 8, 4)),
@@ -53,14 +53,14 @@ CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
 # loaded element by element: both want registers.
 SMALL: dict[str, Config] = {
     "kext": _tiles(64, 64, 32, 4, 3),
-    "rows": _narrow(32, 32, 4, 3),
+    "shrink": _narrow(32, 32, 4, 3),
     "columns": _narrow(32, 32, 4, 3),
 }
 # The others spill on sm_86.
-SMALL_86 = SMALL | {"kext": _tiles(32, 64, 32, 4, 3), "rows": _narrow(32, 32, 8, 3)}
+SMALL_86 = SMALL | {"kext": _tiles(32, 64, 32, 4, 3), "shrink": _narrow(32, 32, 8, 3)}
 
 
-def rows_product(
+def shrink(
     x_MC: Tensor,
     v_CR: Tensor,
     dropout_p: float = 0.0,
@@ -85,14 +85,14 @@ def rows_product(
         grid = (*blocks, splits)
         # Also for one split: a direct store would be a second compiled kernel, chosen by M.
         partials = x_MC.new_empty(splits, m, r, dtype=torch.float32)
-        narrow_kernels.rows_kernel[grid](
+        narrow_kernels.shrink_kernel[grid](
             x_MC, v_CR, partials, m, c, r, per_split, *x_MC.stride(), *v_CR.stride(),
             seed_of(seed), dropout_p, dropout_p > 0, launch.dot_precision(x_MC.dtype),
             BLOCK_R=block_r, **config.options,
         )  # fmt: skip
         return _sum_partials(partials, out_MR, scaling)
 
-    return launch.tuned(_configs("rows", x_MC), ("rows", x_MC.dtype, c, r), x_MC, run)
+    return launch.tuned(_configs("shrink", x_MC), ("shrink", x_MC.dtype, c, r), x_MC, run)
 
 
 def columns_product(
