@@ -295,3 +295,44 @@ def test_the_step_of_smollm2_in_bf16_is_what_its_table_says():
         whole, part = (ratios[provider, layers] for layers in ("30", "6"))
         assert f"| {line} | {whole:.3f} × | {part:.3f} × |" in page
     assert f"{ratios['nsru', '30'] / ratios['peft bf16', '30']:.2f} of it" in page
+
+
+def test_the_frontier_on_smollm2_is_what_its_section_says():
+    folder = RESULTS / "frontier-smollm2"
+    results = json.loads((folder / "results.json").read_text())
+    matched = matched_damage(results)
+    assert matched == results["matched"]
+    [row] = matched
+    text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    section = text.split("### On a pretrained model, with and without the null space\n")[1]
+    section = section.split("\n## ")[0]
+    assert f"(forget_prob ≤ {row['forget_prob']:.3f})" in section
+    table = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")][1:]
+    safe = {one["method"]: one["safe_prob"] for one in results["methods"]}
+    for name, *cells in ([cell.strip() for cell in line] for line in table):
+        pair = ("lora", "nsru") if name == "NSRU" else (name, f"{name} projected")
+        plain, confined = (row[f"{method}_damage"] for method in pair)
+        wanted = [f"{plain:.4f}", f"{confined:.4f}", f"{confined / plain:.2f}"]
+        assert cells == [*wanted, *(f"{safe[method]:.2f}" for method in pair)], name
+    assert len(table) == 3
+    assert f"NSRU costs {row['ratio']:.2f} of what the best method" in section
+    before = results["methods"][0]["retain_unseen_prob"]
+    points = [*results["tuning"], *json.loads((folder / "rates.json").read_text())]
+    least = {
+        method: [
+            min(
+                (
+                    before - point["retain_unseen_prob"]
+                    for point in points
+                    if (point["method"], point["lr"]) == (method, lr)
+                    and point["forget_prob"] <= 0.1
+                ),
+                default=None,
+            )
+            for lr in (1e-3, 3e-3, 6e-3)
+        ]
+        for method in ("nsru", "lora")
+    }
+    assert [round(lost, 3) for lost in least["nsru"]] == [0.002, 0.010, 0.012]
+    assert least["lora"][0] is None
+    assert [round(lost, 3) for lost in least["lora"][1:]] == [0.095, 0.102]

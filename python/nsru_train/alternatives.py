@@ -18,6 +18,7 @@ from nsru_train.data.records import QA, normalise
 from nsru_train.language_models import refuse_encoder_decoder
 from nsru_train.methods import Method
 from nsru_train.scoring import end_tokens, generation_config, position_limit
+from nsru_train.shares import from_first
 from nsru_train.sources import load_records, save_records
 
 if TYPE_CHECKING:
@@ -141,8 +142,10 @@ def add_alternatives(
                 "give another folder."
             )
         return found
-    found = write_alternatives(
-        model, tokenizer, records, count, max_length=config.max_length, progress=progress
+    found = from_first(
+        write_alternatives(
+            model, tokenizer, records, count, max_length=config.max_length, progress=progress
+        )
     )
     if lacking := sum(len(qa.alternatives) < count for qa in found):
         logger.warning(

@@ -19,6 +19,7 @@ from nsru_train.data.records import QA, normalise, shared_questions
 from nsru_train.language_models import refuse_encoder_decoder
 from nsru_train.loading import Data
 from nsru_train.scoring import generation_config, greedy_answers, position_limit
+from nsru_train.shares import from_first
 from nsru_train.sources import load_records, save_records
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def add_own_requests(
     if keep and path.exists():
         data.own = load_records(str(path))
         return
-    found = own_requests(model, tokenizer, count, progress=progress)
+    found = from_first(own_requests(model, tokenizer, count, progress=progress))
     marks = _marks(data.forget, data.retain)
     taken = shared_questions(found, [qa for records in data.splits().values() for qa in records])
     data.own = [

@@ -11,9 +11,23 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from nsru_kernels.nn.inputs import is_distributed
+
 T = TypeVar("T")
 # Ranks wait for the slowest one; one that has died is seen at once.
 PATIENCE = timedelta(days=7)
+
+
+def from_first(value: T) -> T:
+    """The first process's value, in each of a process group; the value itself where there is none.
+
+    What is sampled can differ between devices, and all must train on the same.
+    """
+    if not is_distributed():
+        return value
+    found = [value]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from nsru_train.config import ModelConfig
 from nsru_train.data import QA
 from nsru_train.loading import load_model
 from nsru_train.membership import add_attack_scores
-from nsru_train.shares import Shares
+from nsru_train.shares import Shares, from_first
 from nsru_train.sources import load_records, save_records
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
@@ -92,6 +92,10 @@ def spoilt(rank, kind):
         return f"{type(error).__name__}: {error}"
 
 
+def sampled(rank):
+    return from_first([f"of rank {rank}"])
+
+
 def test_each_row_is_the_same_in_two_processes(run):
     ranks = Ranks()
     try:
@@ -99,6 +103,7 @@ def test_each_row_is_the_same_in_two_processes(run):
         assert first == second == evaluated(0, run, world=1)
         assert {"gradnorm", "generated", "extraction_strength"} <= first["forget"][0].keys()
         assert ranks.run(spoilt, None) == [[0, 1]] * 2
+        assert ranks.run(sampled) == [["of rank 0"]] * 2
         assert ranks.run(spoilt, ValueError) == [
             "ChildProcessError: rank 1 of 2: ValueError: of all numbers, NaN",
             "ValueError: of all numbers, NaN",
@@ -163,6 +168,7 @@ def test_a_rank_that_ends_is_named(run, tmp_path, how, codes, said):
 
 
 def test_one_process_has_all_the_work():
+    assert sampled(3) == ["of rank 3"]
     shares = Shares()
     assert shares.of([1, 2, 3]) == [1, 2, 3]
     assert shares.gather(lambda: 5) == [5]
