@@ -304,7 +304,7 @@ def test_the_frontier_on_smollm2_is_what_its_section_says():
     assert matched == results["matched"]
     [row] = matched
     text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
-    section = text.split("### On a pretrained model, with and without the null space\n")[1]
+    section = text.split("## Other methods on a pretrained model\n")[1]
     section = section.split("\n## ")[0]
     assert f"(forget_prob ≤ {row['forget_prob']:.3f})" in section
     table = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")][1:]
@@ -316,6 +316,11 @@ def test_the_frontier_on_smollm2_is_what_its_section_says():
         assert cells == [*wanted, *(f"{safe[method]:.2f}" for method in pair)], name
     assert len(table) == 3
     assert f"NSRU costs {row['ratio']:.2f} of what the best method" in section
+    known = {one["method"]: one for one in results["methods"]}
+    for method, lost in (("nsru", (8, 12)), ("lora", (45, 34)), ("npo projected", (10, 1))):
+        for group, thousandths in zip(("real_authors", "world_facts"), lost, strict=True):
+            key = f"{group}_exact_memorisation"
+            assert round(1000 * (known["before"][key] - known[method][key])) == thousandths
     before = results["methods"][0]["retain_unseen_prob"]
     points = [*results["tuning"], *json.loads((folder / "rates.json").read_text())]
     least = {

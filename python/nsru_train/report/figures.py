@@ -86,6 +86,7 @@ def damage(results: Row, key: str, methods: Sequence[str]) -> Figure:
     """Damage at equal forgetting of many methods, a row each: without and with projection."""
     matched = summary.matched_damage(results, key)
     pairs = summary.projection_pairs(methods)
+    untrained = {row.get("method") for row in results.get("frontier") or [] if row.get("lr") == 0}
     found = {
         m: summary.values(matched, f"{m}_damage") for pair in pairs.values() for m in pair if m
     }
@@ -108,7 +109,8 @@ def damage(results: Row, key: str, methods: Sequence[str]) -> Figure:
         if len(means) == 2:
             axes.plot(means, [row, row], lw=1.4, color=LIGHT["axis"], zorder=0)
         if not means:
-            _note(axes, "does not forget", (LEAST_DAMAGE, row), (6, -3.5), LIGHT["muted"], "left")
+            why = "trains nothing" if untrained & {*pairs[name]} else "does not forget"
+            _note(axes, why, (LEAST_DAMAGE, row), (6, -3.5), LIGHT["muted"], "left")
     axes.set(
         xscale="log",
         xlim=(0.8 * LEAST_DAMAGE, 1.4),
