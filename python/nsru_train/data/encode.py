@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 _LISTS = {"tools", "documents"}  # arguments of apply_chat_template that templates read
+_GIVEN = {"messages", "raise_exception", "strftime_now"}  # by transformers, to each template
 # Stand for an answer and a question; letters alone pass through every template.
 _ANSWER, _QUESTION = "qzanswerqz", "qzquestionqz"
 
@@ -84,7 +85,7 @@ def use_format(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> N
             "none; leave them out, or set tokenizer.chat_template"
         )
     taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - _LISTS
-    known = _variables(template) - taken - {"messages"} if given else set()
+    known = _variables(template) - taken - _GIVEN if given else set()
     if unread := sorted(given.keys() - known):
         raise ValueError(
             f"chat_template_kwargs: the tokenizer's chat template does not read {unread[0]!r}; "
