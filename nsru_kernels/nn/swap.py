@@ -193,7 +193,7 @@ def swap_linears(
     linears, skipped = _match(model, targets, exclude, getattr(subspaces, "read_elsewhere", {}))
     if elsewhere := _read_elsewhere(model, dict(linears), batch):
         linears, skipped = _match(model, targets, exclude, {**skipped, **elsewhere})
-    skipped |= _fused_experts(model, {*dict(linears), *skipped})
+    skipped |= _matrices_left(model, {*dict(linears), *skipped})
     names = [name for name, _ in linears]
     ranks = take_all("swap_linears: rank_pattern", rank_pattern, names, rank)
     alphas = take_all("swap_linears: alpha_pattern", alpha_pattern, names, alpha)
@@ -487,7 +487,7 @@ def _match(
         matched.append((name, module))
     for target in wanted + unwanted:
         if not hits[target]:
-            for name, reason in _fused_experts(model, ()).items():
+            for name, reason in _matrices_left(model, ()).items():
                 if target in wanted and target != ALL_LINEAR and _names(target, name):
                     raise ValueError(
                         f"target {target!r} matches {name}, which cannot be swapped: {reason}."
@@ -578,7 +578,7 @@ def _refused_by_peft(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def _fused_experts(model: nn.Module, known: Collection[str]) -> dict[str, str]:
+def _matrices_left(model: nn.Module, known: Collection[str]) -> dict[str, str]:
     """Name → what is left out, for the modules that hold matrices and are no linear layers.
 
     Such as all experts of a layer. Their share of the parameters says how much of the knowledge no

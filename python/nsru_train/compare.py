@@ -525,12 +525,12 @@ def run_compare(
         "lora": asdict(lora),
         "train": asdict(train),
         "methods": {c.name: {**asdict(c.method), "project": c.project} for c in contenders},
-        "compare": {"stop": stop, "probed": probed, "sets": loaded.digests()},
+        "compare": {"stop": stop, "probed": probed, "sets": digests},
     }
     if resume:
         check_same_run(run.config_path, config, growing="methods")
     base, tokenizer = load_model(model, data)
-    config["compare"]["prompt"] = prompt_text(tokenizer)
+    config["compare"]["prompt"] = prompt_text(tokenizer, "{}")
     if resume:
         check_same_run(run.config_path, config, growing="methods")
     notes += of_other_models(found_logs, tokenizer, loaded.forget[0].question)

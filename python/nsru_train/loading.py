@@ -228,7 +228,7 @@ def load_model(
         )
     try:
         use_format(tokenizer, text_format)
-        otherwise = served_otherwise(tokenizer) if tokenizer.chat_template else None
+        otherwise = served_otherwise(tokenizer)
     except ValueError as error:
         raise ValueError(f"data: {error}") from error
     if otherwise is not None:

@@ -88,6 +88,7 @@ def run_train(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=base.device.type == "cpu")  # makes the process group
     loaded = without_long(loaded, tokenizer, data)
+    check_layers(base, subspace, lora, [objective])
     loaded.forget = add_alternatives(
         base, tokenizer, loaded.forget, data, [objective], run.path / "alternatives.jsonl",
         progress=run.writes,
@@ -100,7 +101,6 @@ def run_train(
         base, tokenizer, loaded, data, run.path / "own_requests.jsonl",
         keep=last is not None, progress=run.writes,
     )  # fmt: skip
-    check_layers(base, subspace, lora, [objective])
     run.write_config(config)
     run.write_environment()
     project = lora.project and objective.trains

@@ -91,14 +91,15 @@ def use_format(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> N
             f"chat_template_kwargs: the tokenizer's chat template does not read {unread[0]!r}; "
             f"it reads {', '.join(sorted(known)) or 'no variable of yours'}"
         )
-    tokenizer.text_format = replace(text_format, system_prompt=None)
-    without = _render(tokenizer, _QUESTION) if system is not None else None
+    if system is not None:
+        without = replace(text_format, system_prompt=None)
+        said, unsaid = (_render(tokenizer, _QUESTION, None, f) for f in (text_format, without))
+        if said == unsaid:
+            raise ValueError(
+                "system_prompt: the tokenizer's chat template leaves a system message out; leave "
+                "system_prompt out too, or correct the template"
+            )
     tokenizer.text_format = text_format
-    if system is not None and _render(tokenizer, _QUESTION) == without:
-        raise ValueError(
-            "system_prompt: the tokenizer's chat template leaves a system message out; leave "
-            "system_prompt out too, or correct the template"
-        )
 
 
 def _variables(template: str | Mapping[str, str]) -> set[str]:
@@ -131,12 +132,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int
     Raises:
         ValueError: the chat template refuses the question, or depends on the answer.
     """
-    return _tokens(tokenizer, _prompt_text(_around_answer(tokenizer, question)[0]))
+    return _tokens(tokenizer, prompt_text(tokenizer, question))
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands around a question, which `{}` stands for, and before its answer."""
-    return _prompt_text(_around_answer(tokenizer, _QUESTION)[0]).replace(_QUESTION, "{}")
+def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """The text of `encode_prompt`."""
+    return _prompt_text(_around_answer(tokenizer, question)[0])
 
 
 def served_otherwise(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -145,9 +146,10 @@ def served_otherwise(tokenizer: PreTrainedTokenizerBase) -> str | None:
     A template may open a thought in its generation prompt, and write past answers without one; or
     end it in a space, which is trained as part of the answer's first word.
     """
-    trained = _prompt_text(_around_answer(tokenizer, _QUESTION)[0])
-    served = _render(tokenizer, _QUESTION)
-    if not tokenizer.chat_template or served == trained:
+    if not tokenizer.chat_template:
+        return None
+    trained, served = prompt_text(tokenizer, _QUESTION), _render(tokenizer, _QUESTION)
+    if served == trained:
         return None
     shared = _shared(trained, served)
     ends = trained[shared:], served[shared:]
@@ -165,7 +167,7 @@ def find_question(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) 
     its text without special tokens, and the number of all tokens.
     """
     ids = list(input_ids)
-    parts = _prompt_text(_around_answer(tokenizer, _QUESTION)[0]).split(_QUESTION)
+    parts = prompt_text(tokenizer, _QUESTION).split(_QUESTION)
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     start, end = text.find(parts[0]), text.rfind(parts[-1])
     if len(parts) != 2 or not 0 <= start <= end - len(parts[0]):
@@ -328,10 +330,15 @@ def _prompt_text(before: str) -> str:
     return before.rstrip(" ")
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, question: str, answer: str | None = None) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    answer: str | None = None,
+    text_format: TextFormat | None = None,
+) -> str:
     if not tokenizer.chat_template:
         return f"Question: {question}\nAnswer: {answer or ''}"
-    text_format = _format_of(tokenizer)
+    text_format = text_format or _format_of(tokenizer)
     contents = {"system": text_format.system_prompt, "user": question, "assistant": answer}
     messages = [
         {"role": role, "content": text} for role, text in contents.items() if text is not None

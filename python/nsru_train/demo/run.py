@@ -27,7 +27,7 @@ from nsru_train.report import write_report
 from nsru_train.report.summary import FORGET_TARGET, RETAIN_TARGET, SAFE_TARGET
 from nsru_train.run_config import check_same_run
 from nsru_train.run_folder import RunFolder
-from nsru_train.sources import digest, save_records
+from nsru_train.sources import save_records
 
 METHODS = ("nsru", "lora")
 SEEN = ("forget", "retain")  # by the loss
@@ -92,7 +92,9 @@ def run_demo(
         sets = tofu_sets(data_dir, scale.authors, safe)
     base_dir = model or str(run.path.resolve() / "base")
     config = _run_config(run, base_dir, sets, subspace, lora, objective, train)
-    digests = {name: digest(records) for name, records in {**sets.authors, **sets.general}.items()}
+    more = {name: records for name, records in sets.authors.items() if name not in SEEN}
+    data = Data(sets.forget, sets.retain, {**more, **sets.general}, safe)
+    digests = data.digests()
     config["demo"] = {"stop": stop, "probed": probed, "sets": digests}
     if resume:
         check_same_run(run.config_path, config)
@@ -106,8 +108,6 @@ def run_demo(
         base, tokenizer = base_model(Path(base_dir), sets.memorised, scale, max_seconds, progress)
 
     say("2/5  evaluate before, and estimate the retain subspaces")
-    more = {name: records for name, records in sets.authors.items() if name not in SEEN}
-    data = Data(sets.forget, sets.retain, {**more, **sets.general}, safe)
     subspaces = run_subspaces(run, base, tokenizer, data, subspace, resume, progress=progress)
     print(subspaces.table())
     comparison = Comparison(
@@ -126,7 +126,7 @@ def run_demo(
         "command": command,
         "setup": {
             **comparison.counts(),
-            "sets": data.digests(),
+            "sets": digests,
             "model_parameters": sum(p.numel() for p in base.parameters()),
             **({"scale": asdict(scale)} if model is None else {"model": model}),
             "lora": asdict(lora),
