@@ -481,33 +481,23 @@ def test_surrogates_in_parts_are_refused():
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("question", "other"),
     [
-        "Wer war Zoe\u0308?",
-        "wer war Zo\u00cb?",
-        "Wer war Zo\u00ad\u00eb?",
-        "Wer\u00a0war\u200b Zoë?",
+        ("Wer war Zo\u00eb?", "Wer war Zoe\u0308?"),
+        ("Wer war Zo\u00eb?", "wer war Zo\u00cb?"),
+        ("Wer war Zo\u00eb?", "Wer war Zo\u00ad\u00eb?"),
+        ("Wer war Zo\u00eb?", "Wer\u00a0war\u200b Zoë?"),
+        ("Where is O'Neil's?", "Where is O’Neil's?"),
+        ("Where is O'Neil's?", "Where is O'Neil's"),
+        ("Where is O'Neil's?", "“Where is O'Neil's?”"),
+        ("Where is O'Neil's?", "Where is O'Neil's ？"),
+        ("Where is O'Neil's?", "where is O'Neil's?!"),
     ],
 )
-def test_one_question_in_two_spellings_is_not_disjoint(other):
+def test_one_question_in_two_spellings_is_not_disjoint(question, other):
     with pytest.raises(ValueError, match="share 1 of 1"):
-        check_disjoint([QA("Wer war Zo\u00eb?", "a")], [QA(other, "a")])
+        check_disjoint([QA(question, "a")], [QA(other, "a")])
     check_disjoint([QA("Wer war Zo\u00eb?", "a")], [QA("Wer war Zoe?", "a")])
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        "Where is O’Neil's?",
-        "Where is O'Neil's",
-        "“Where is O'Neil's?”",
-        "Where is O'Neil's ？",
-        "where is O'Neil's?!",
-    ],
-)
-def test_marks_at_the_ends_and_quotes_make_no_other_question(other):
-    with pytest.raises(ValueError, match="share 1 of 1"):
-        check_disjoint([QA("Where is O'Neil's?", "a")], [QA(other, "a")])
 
 
 @pytest.mark.parametrize("other", ["2 - 2?", "2 + 3?", "???"])
