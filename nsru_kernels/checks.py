@@ -81,3 +81,15 @@ def check_settings(section: str, settings: Any, **ranges: str) -> None:
             parts = {f"{name}: {key}": part for key, part in value.items()}
         for part, number in parts.items():
             check_range(part, number, ranges[field.name], "int" in kind, remedy)
+
+
+def check_mask(name: str, mask: Tensor) -> None:
+    """Refuse what does not tell tokens (True, or 1, 2, ...) from what is left out (False, 0).
+
+    Raises: ValueError: there are fractions, negative numbers or NaN.
+    """
+    if mask.dtype != torch.bool and not ((mask >= 0) & (mask == mask.round())).all():
+        raise ValueError(
+            f"{name} must be bool or whole numbers, 0 for tokens that are left out; tokens have no "
+            "weights, and -100 or NaN mean nothing here."
+        )

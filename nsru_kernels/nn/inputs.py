@@ -22,6 +22,8 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nsru_kernels.checks import check_mask
+
 # Arguments of one forward: by name, in order, or the only one.
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 Batches = Iterable[Batch]
@@ -160,8 +162,11 @@ class ActivationStream:
                     "batches: one mask cannot tell the padding of encoder and decoder apart; give "
                     "an encoder-decoder model batches without padding."
                 )
-        self.keep_BT = None if keep_BT is None or keep_BT.all() else keep_BT
-        self.module(*in_order, **{**arguments, **self.extra})
+        for rows in _told_apart(keep_BT, [*in_order, *arguments.values()]):
+            part_BT = None if keep_BT is None else keep_BT[rows]
+            self.keep_BT = None if part_BT is None or part_BT.all() else part_BT
+            named = {name: _rows(value, rows) for name, value in arguments.items()}
+            self.module(*[_rows(value, rows) for value in in_order], **{**named, **self.extra})
 
     def _moved(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
@@ -196,6 +201,21 @@ class ActivationStream:
         return self.keep_BT.reshape(x.shape[:-1]).to(x.device)
 
 
+def _told_apart(keep_BT: Tensor | None, values: Sequence[Any]) -> list[slice]:
+    """The batch whole; in two parts where it is as long as wide, for a layer may read [T, B, K]."""
+    whole = [slice(None)]
+    if keep_BT is None or keep_BT.shape[0] != keep_BT.shape[1] or keep_BT.all():
+        return whole
+    for value in values:
+        if value is not None and not (isinstance(value, Tensor) and len(value) == len(keep_BT)):
+            return whole
+    return [slice(1), slice(1, None)]
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    return value[rows] if isinstance(value, Tensor) and rows != slice(None) else value
+
+
 def _check_no_numbers(batch: Any) -> None:
     """Raise TypeError where numbers stand in lists or arrays: a model takes tensors."""
     leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
@@ -226,8 +246,9 @@ def _check_tokens(batch: Mapping[str, Any]) -> None:
             f"batches: token_mask must be like input_ids, {tuple(ids.shape)}, got "
             f"{tuple(mask.shape)}."
         )
-    if mask is not None and mask.isnan().any():
-        raise ValueError("batches: token_mask must be 1 for tokens that count, else 0, got NaN.")
+    for name in ("attention_mask", "token_mask"):
+        if (mask := batch.get(name)) is not None:
+            check_mask(f"batches: {name}", mask)
 
 
 _REMEDY = "make tensors of them by torch.as_tensor, or tokenizer(..., return_tensors='pt')"

@@ -344,6 +344,8 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """In the block every ``NSRULinear`` of ``model`` acts as its frozen linear, merged or not.
 
     In every thread of the process: another one that calls the model meanwhile gets base outputs.
+    With gradient checkpointing use it in ``torch.no_grad()``: what a backward outside of the block
+    computes again has the adapters.
 
     Args:
         model: any module; what is inside and no ``NSRULinear`` is left alone.

@@ -304,6 +304,8 @@ def plain_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def fingerprint_weights(model: nn.Module, rounded_to: torch.dtype | None = None) -> str:
     """A hash over names, shapes and evenly spaced entries of the weights, adapters left out.
 
+    They are of all rows and columns, so that no edit of a part of a matrix goes by unseen.
+
     Entries are compared in bf16, so that a model loaded in fp32 or bf16 has the same fingerprint;
     at most 1024 of a tensor are read, so that it takes milliseconds, and a fine-tuned copy of the
     model differs in thousands of them. rounded_to tells what it would be in another dtype.
@@ -324,6 +326,8 @@ def fingerprint_weights(model: nn.Module, rounded_to: torch.dtype | None = None)
     for name, weight in sorted(weights.items()):
         flat = weight.detach().resolve_neg().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
+        while math.gcd(step, flat.numel()) > 1:  # else all may be of one column
+            step += 1
         sample = flat[::step].to("cpu", rounded_to).to(torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(sample.numpy().tobytes())

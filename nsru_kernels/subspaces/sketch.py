@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsru_kernels.checks import check_dense, check_range
+from nsru_kernels.checks import check_dense, check_mask, check_range
 from nsru_kernels.dispatch.precision import full_float32
 from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.ops.sketch import energy_limit, update_sketch
@@ -115,12 +115,13 @@ class RetainSketch:
 
         Args:
             x: [..., K], any floating dtype.
-            mask: [...] like x without its last dimension; bool, or 0/1 as in `attention_mask`.
-                True keeps the token. Tokens left out may hold anything, NaN included.
+            mask: [...] like x without its last dimension; bool, or whole numbers as in
+                `attention_mask`: 0 leaves the token out, which may hold anything, NaN included.
 
         Raises:
             TypeError: x is not floating.
-            ValueError: shape or device do not fit, or a kept token has NaN or infinite entries.
+            ValueError: shape or device do not fit, mask holds fractions or negative numbers, or a
+                kept token has NaN or infinite entries.
                 The sketch is then as it was before the call.
 
         Activations of any size are taken: tiny ones are scaled for the sums, by a power of two.
@@ -312,6 +313,7 @@ class RetainSketch:
                 f"update: mask must be {tuple(x.shape[:-1])} like x without its last dimension, "
                 f"got {tuple(mask.shape)}."
             )
+        check_mask("update: mask", mask)
         keep_M = mask.reshape(-1).to(self.device, torch.bool)
         count = int(keep_M.sum())
         return x_MK, None if count == rows else keep_M, count

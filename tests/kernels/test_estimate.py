@@ -250,7 +250,9 @@ def test_token_mask_leaves_tokens_out(model):
     ("mask", "message"),
     [
         (torch.ones(2, 5), r"token_mask must be like input_ids, \(2, 6\), got \(2, 5\)"),
-        (torch.full((2, 6), torch.nan), "token_mask must be 1 .*got NaN"),
+        (torch.full((2, 6), torch.nan), "token_mask must be bool or whole numbers"),
+        (torch.full((2, 6), 0.5), "token_mask must be bool or whole numbers"),
+        (torch.full((2, 6), -100), "token_mask must be bool or whole numbers"),
     ],
 )
 def test_a_token_mask_that_fits_no_tokens_is_refused_whatever_it_holds(model, mask, message):
@@ -270,10 +272,11 @@ class TimeFirst(nn.Module):
         return self.linear(self.embed(input_ids.T)).transpose(0, 1)
 
 
-def test_the_mask_of_layers_that_read_time_first():
+@pytest.mark.parametrize("length", [9, 3])
+def test_the_mask_of_layers_that_read_time_first(length):
     torch.manual_seed(0)
-    model, ids = TimeFirst(), torch.randint(20, (3, 9))
-    mask = (torch.arange(9) < torch.tensor([[9], [4], [2]])).long()
+    model, ids = TimeFirst(), torch.randint(20, (3, length))
+    mask = (torch.arange(length) < torch.tensor([[length], [2], [1]])).long()
     subspaces = estimate(model, [{"input_ids": ids, "attention_mask": mask}], rank=3)
     x = model.embed(ids)[mask.bool()].double()
     assert subspaces["linear"].tokens == len(x)

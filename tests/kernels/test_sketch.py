@@ -510,6 +510,7 @@ def test_bad_activations_leave_the_state_as_it_was(width, bad):
         ((torch.zeros(4, 99),), ValueError, "K=100"),
         ((torch.zeros(4, 100, dtype=torch.long),), TypeError, "floating"),
         ((torch.zeros(4, 100), torch.ones(3)), ValueError, "mask must be"),
+        ((torch.zeros(4, 100), torch.full((4,), 0.5)), ValueError, "mask must be bool or whole"),
         ((torch.zeros(4, 100, device="meta"),), ValueError, "device='meta'"),
     ],
 )

@@ -238,3 +238,12 @@ def test_fingerprint_tells_models_apart():
         model[1].weight *= 1.01
     with pytest.raises(ValueError, match="estimate the subspaces again"):
         subspaces.check_model(model)
+
+
+@pytest.mark.parametrize("edited", [(slice(None), slice(128, None)), (slice(128, None),)])
+def test_fingerprint_sees_rows_and_columns_of_a_large_matrix(edited):
+    model = nn.Linear(1024, 1024)
+    found = fingerprint_weights(model)
+    with torch.no_grad():
+        model.weight[edited] = 0
+    assert fingerprint_weights(model) != found
