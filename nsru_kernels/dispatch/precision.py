@@ -27,28 +27,34 @@ def float32_precision(device_type: str) -> str:
     return "bf16" if allowed == "medium" else "ieee"
 
 
-@contextlib.contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
+def full_float32(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """In the block library products of float32 matrices are in float32, whatever was allowed."""
-    before = float32_precision(device.type)
-    settings = _settings(device.type)
-    if before not in _LOWERED:
-        yield
-    elif settings is None:
+    return _raised(device.type) if lowered(device.type) else contextlib.nullcontext()
+
+
+def lowered(device_type: str) -> bool:
+    """True where products of float32 matrices are not in float32."""
+    return float32_precision(device_type) in _LOWERED
+
+
+@contextlib.contextmanager
+def _raised(device_type: str) -> Iterator[None]:
+    settings = _settings(device_type)
+    if settings is None:
         allowed = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
             yield
         finally:
             torch.set_float32_matmul_precision(allowed)
-    else:
-        settings.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            settings.fp32_precision = "none"  # follows what holds for all devices
-            if settings.fp32_precision != before:
-                settings.fp32_precision = before
+        return
+    before, settings.fp32_precision = settings.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = "none"  # follows what holds for all devices
+        if settings.fp32_precision != before:
+            settings.fp32_precision = before
 
 
 def _settings(device_type: str) -> Any:

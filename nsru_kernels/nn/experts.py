@@ -146,9 +146,9 @@ class NSRUExpertLinear(NSRULinear):
         if self.lora_A.is_inference():  # whose edits are not counted
             return project_adapter(self.lora_A, self.basis, backend=self.backend).to(dtype)
         known = self.group.projected
-        if known is None or known[0] != projection_key(dtype, (self.lora_A,), self.basis):
+        if known is None or known.key != projection_key(dtype, (self.lora_A,), self.basis):
             known = self.group.projections.refresh(self.group, dtype)
-        return known[2]
+        return known.value
 
     def by_expert(self, a_RK: Tensor, b_NR: Tensor) -> tuple[Tensor, Tensor]:
         """(A [E, R, K], B [E, N, R]) of tensors like ``lora_A`` and ``lora_B``."""

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from nsru_kernels.checks import check_dense
-from nsru_kernels.nn.projections import Projections, projection_key, steps
+from nsru_kernels.dispatch.config import requested_backend
+from nsru_kernels.nn.projections import Projected, Projections, projection_key, steps
 from nsru_kernels.nn.sharded import refuse_shards
-from nsru_kernels.ops.linear import compute_dtype, projected_linears, projected_update
+from nsru_kernels.ops.linear import compute_dtype, few, projected_linears, projected_update
+from nsru_kernels.ops.project.autograd import KeptProjection
+from nsru_kernels.ops.project.gram import gram_inverse_of
 
 if TYPE_CHECKING:
     from nsru_kernels.nn.linear import NSRULinear
-    from nsru_kernels.nn.projections import Projected
 
     Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, float]  # of one linear
 
@@ -42,7 +44,7 @@ class LinearGroup:
     """Linears that read one input; its members share it.
 
     Attributes:
-        projected: (key, its sources, Ā [ΣR, K]), the members' projected adapters; see Projections.
+        projected: the members' projected adapters; see Projections.
         obstacle: why the members last worked alone; None where they did not.
     """
 
@@ -78,6 +80,8 @@ class LinearGroup:
 
     def call(self, module: NSRULinear, x: Tensor) -> Tensor:
         """The output of ``module`` for x [..., K]: taken, computed with all others, or alone."""
+        if (y := self._of_few(module, x)) is not None:
+            return y
         if len(self._members) == 1 or torch.compiler.is_compiling():
             return self.compute((module,), (module.operands(),), x)[0]
         waiting, position = _slot.waiting, module._position
@@ -99,6 +103,49 @@ class LinearGroup:
         ys = self.compute(modules, operands, x)
         _slot.waiting = _Waiting(self, x, modules, operands, ys, position)
         return ys[position]
+
+    def _of_few(self, module: NSRULinear, x: Tensor) -> Tensor | None:
+        """The output for few tokens, each member by itself; None where it goes the usual way."""
+        weight, bias, lora_a, lora_b, scaling = module.operands()
+        if not few.fits(x, weight) or (module.dropout and module.training):
+            return None
+        if module.backend not in few.BACKENDS:
+            return None
+        basis = module._subspace[0]._buffers["basis"] if module._subspace else None
+        key, known = projection_key(x.dtype, (lora_a,), basis), self.projected
+        kept = known and known.variables.get(module._position)
+        if not kept or kept[0] != key:
+            variables = self._variables(module, x)
+            if variables is None:
+                return None
+            kept = variables[module._position]
+        return few.linear(x, weight, bias, kept[1], lora_b, scaling)
+
+    def _variables(self, asked: NSRULinear, x: Tensor) -> dict[int, tuple[tuple, Tensor]] | None:
+        """Ā of each member as a variable of the graph; None where it cannot be kept."""
+        modules = self.modules()
+        if requested_backend(asked.backend) not in few.BACKENDS:
+            return None
+        if asked not in modules:  # a copy of one
+            return None
+        lora_as = tuple([m.lora_A for m in modules])
+        for module, lora_a in zip(modules, lora_as, strict=True):
+            if module._subspace != asked._subspace or module.backend != asked.backend:
+                return None
+            # Shards of FSDP and ZeRO; in inference mode edits are not counted.
+            if type(lora_a) not in _PLAIN or lora_a.shape != (module.rank, module.in_features):
+                return None
+            if lora_a.is_inference() or lora_a.device != x.device:
+                return None
+        known, basis = self.projected, asked.basis
+        if known is None or known.key != projection_key(x.dtype, lora_as, basis):
+            known = self.projections.refresh(self, x.dtype)
+        kept = known.value, basis, gram_inverse_of(basis)
+        with torch.inference_mode(False), torch.enable_grad():
+            variables = KeptProjection.apply(kept, *lora_as)
+        for i, (lora_a, variable) in enumerate(zip(lora_as, variables, strict=True)):
+            known.variables[i] = projection_key(x.dtype, (lora_a,), basis), variable
+        return known.variables
 
     def compute(
         self,
@@ -132,9 +179,9 @@ class LinearGroup:
             members = modules if together else self.modules()
             of_all = lora_as if together else tuple([m.lora_A for m in members])
             known = self.projected
-            if known is None or known[0] != projection_key(dtype, of_all, basis):
+            if known is None or known.key != projection_key(dtype, of_all, basis):
                 known = self.projections.refresh(self, dtype)
-            projected = known[2]
+            projected = known.value
             if not together:
                 start = sum([m.rank for m in members[: first._position]])
                 projected = projected[start : start + first.rank]

@@ -9,7 +9,7 @@ which bumps no version counter). A hand edit through ``.data`` is seen by neithe
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,22 @@ from nsru_kernels.ops.project.autograd import project_groups
 if TYPE_CHECKING:
     from nsru_kernels.nn.group import LinearGroup
 
-    Projected = tuple[tuple, tuple, Tensor]  # key, what it names, Ā [ΣR, K]
+
+class Projected(NamedTuple):
+    """A group's projected adapters.
+
+    Attributes:
+        key: `projection_key` of what they came from.
+        sources: what the key names, kept alive, so that nothing new gets their identities.
+        value: Ā [ΣR, K], the members' on top of each other.
+        variables: position of a member → (its own key, its rows as a variable of the graph); empty
+            before it is called with few tokens.
+    """
+
+    key: tuple
+    sources: tuple[Tensor | None, ...]
+    value: Tensor
+    variables: dict[int, tuple[tuple, Tensor]]
 
 
 class _Steps:
@@ -89,10 +104,11 @@ class Projections:
         with torch.inference_mode(False), torch.no_grad():
             projected = iter(project_groups(based, dtype, asked.backend) if based else ())
             for group, lora_as, basis in zip(stale, held, bases, strict=True):
-                group.projected = (
+                group.projected = Projected(
                     projection_key(dtype, lora_as, basis),
-                    (*lora_as, basis),  # kept alive, so that nothing new gets their identities
+                    (*lora_as, basis),
                     _stack(lora_as, dtype) if basis is None else next(projected),
+                    {},
                 )
                 if group is asked:
                     result = group.projected
@@ -120,7 +136,7 @@ def _stale_alike(asked: LinearGroup, other: LinearGroup, dtype: torch.dtype) -> 
     if other.projected is None:
         return True
     members = other.modules()
-    key = other.projected[0]
+    key = other.projected.key
     lora_as, basis = tuple(m.lora_A for m in members), members[0].basis
     return key[0] == dtype and key != projection_key(dtype, lora_as, basis)
 

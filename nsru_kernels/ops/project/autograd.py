@@ -122,31 +122,51 @@ class Projection(torch.autograd.Function):
     def backward(ctx, *grads):
         bases, gram_inverses = ctx.saved_tensors[: len(grads)], ctx.saved_tensors[len(grads) :]
         wanted = ctx.needs_input_grad[3:]
-        given = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        das = _project_given(given, bases, gram_inverses, ctx.backend)
-        return None, None, None, *map(_to, das, ctx.dtypes)
+        das: list[Tensor | None] = [None] * len(grads)
+        given = [i for i, grad in enumerate(grads) if grad is not None and wanted[i]]
+        if given:
+            projected = project_many(
+                [grads[i] for i in given],
+                [bases[i] for i in given],
+                [gram_inverses[i] for i in given],
+                ctx.backend,
+            )
+            for i, da in zip(given, projected, strict=True):
+                das[i] = da.to(ctx.dtypes[i])
+        return None, None, None, *das
 
 
-def _project_given(
-    grads: Sequence[Tensor | None],
-    bases: Sequence[Tensor],
-    gram_inverses: Sequence[Tensor | None],
-    backend: str,
-) -> list[Tensor | None]:
-    """dA_i of every dĀ_i, unrounded; None of None."""
-    given = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
-    result: list[Tensor | None] = [None] * len(grads)
-    if given:
-        projected = project_many(
-            [grad for _, grad in given],
-            [bases[i] for i, _ in given],
-            [gram_inverses[i] for i, _ in given],
-            backend,
-        )
-        for (i, _), da in zip(given, projected, strict=True):
-            result[i] = da
-    return result
+class KeptProjection(torch.autograd.Function):
+    """Ā_i as variables of the graph, of values that are kept; dA_i = dĀ_i P by library products.
 
+    Nothing is saved for backward, so that the same variables serve every forward and backward for
+    as long as the values do. ``kept`` is (Ā [ΣR, K], basis, gram_inverse): no variables.
+    """
 
-def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+    @staticmethod
+    def forward(ctx, kept, *lora_as):
+        ctx.set_materialize_grads(False)
+        projected, ctx.basis, ctx.gram_inverse = kept
+        ctx.edits = None if ctx.basis is None else ctx.basis._version
+        ctx.dtypes = [a.dtype for a in lora_as]
+        return projected.split([len(a) for a in lora_as])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        das, given = list(grads), [i for i, grad in enumerate(grads) if grad is not None]
+        da = grads[given[0]] if len(given) == 1 else torch.cat([grads[i] for i in given])
+        if ctx.basis is not None:
+            if ctx.basis._version != ctx.edits:
+                raise RuntimeError(
+                    "the basis of a retain subspace was modified by an inplace operation between "
+                    "forward and backward; edit it before the forward or after the backward."
+                )
+            if torch.is_autocast_enabled(da.device.type):
+                with torch.autocast(da.device.type, enabled=False):
+                    da = reference.project(da, ctx.basis, ctx.gram_inverse)
+            else:
+                da = reference.project(da, ctx.basis, ctx.gram_inverse)
+        rows = (da,) if len(given) == 1 else da.split([len(grads[i]) for i in given])
+        for i, row in zip(given, rows, strict=True):
+            das[i] = row.to(ctx.dtypes[i])
+        return None, *das

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from nsru_kernels.dispatch.precision import full_float32
+from nsru_kernels.dispatch.precision import full_float32, lowered
 
 # A column whose squared norm is this close to one is a unit vector that storage rounded:
 # bf16 moves it by at most 2^-8.
@@ -24,11 +24,13 @@ def project(a_RK: Tensor, basis_KQ: Tensor, gram_inverse_QQ: Tensor | None) -> T
     if not a_RK.dtype == basis_KQ.dtype == torch.float32:
         dtype = accumulate_dtype(a_RK.dtype)
         a_RK, basis_KQ = a_RK.to(dtype), basis_KQ.to(dtype)
-    with full_float32(a_RK.device):  # TF32 would leave 1e-4 of A along the basis
-        along_RQ = a_RK @ basis_KQ
-        if gram_inverse_QQ is not None:
-            along_RQ = along_RQ @ gram_inverse_QQ.to(a_RK.dtype)
-        return torch.addmm(a_RK, along_RQ, basis_KQ.T, alpha=-1)
+    if lowered(a_RK.device.type):  # TF32 would leave 1e-4 of A along the basis
+        with full_float32(a_RK.device):
+            return project(a_RK, basis_KQ, gram_inverse_QQ)
+    along_RQ = a_RK @ basis_KQ
+    if gram_inverse_QQ is not None:
+        along_RQ = along_RQ @ gram_inverse_QQ.to(a_RK.dtype)
+    return torch.addmm(a_RK, along_RQ, basis_KQ.T, alpha=-1)
 
 
 def project_many(

@@ -176,13 +176,13 @@ def test_the_projection_is_kept_until_an_adapter_changes():
     model, _ = make_model()
     group = model[0].q.group
     model(batch())
-    *_, kept = group.projected
+    kept = group.projected.value
     assert kept.shape == (3 * R, K)
     model(batch())
-    assert group.projected[-1] is kept
+    assert group.projected.value is kept
     step(model, None)
     torch.testing.assert_close(model(batch()), alone(model)(batch()))
-    assert group.projected[-1] is not kept
+    assert group.projected.value is not kept
 
 
 def test_a_recorded_graph_projects_by_itself(monkeypatch):
