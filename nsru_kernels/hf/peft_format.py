@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -65,7 +66,8 @@ def save_lora_adapter(
         model: has ``NSRULinear`` modules, none merged. Names are those of the plain model, also
             where it or its layers are wrapped by ``torch.compile`` and the like.
         path: folder, made if need be.
-        metadata: more entries for ``nsru.json``, e.g. the base model's fingerprint.
+        metadata: more entries for ``nsru.json``, beside the fingerprint of the frozen weights by
+            which ``load_lora_adapter`` refuses another base.
 
     Returns:
         the folder.
@@ -115,7 +117,10 @@ def save_lora_adapter(
         if first:
             _check_finite(tensors)
             alphas = {name: module.alpha for name, module in modules.items()}
-            sidecar = {"schema": 1, "leakage": leakage, "alphas": alphas, **(metadata or {})}
+            more = dict(metadata or {})
+            if not beside and "fingerprint" not in more:
+                more |= _base_fingerprint(model)
+            sidecar = {"schema": 1, "leakage": leakage, "alphas": alphas, **more}
             atomic_write_all(
                 {
                     folder / WEIGHTS: save(tensors, metadata={"format": "pt"}),
@@ -124,6 +129,18 @@ def save_lora_adapter(
                 }
             )
     return folder
+
+
+def _base_fingerprint(model: nn.Module) -> dict[str, str]:
+    """Of weights that are whole and not quantised: only such are the same everywhere."""
+    from nsru_kernels.subspaces.collection import fingerprint_weights
+
+    weights = list(model.parameters())
+    if any(type(w) not in (Tensor, nn.Parameter) or not w.is_floating_point() for w in weights):
+        return {}
+    if any(w.is_meta for w in weights):
+        return {}
+    return {"fingerprint": fingerprint_weights(model)}
 
 
 def _tensors(name: str, module: NSRULinear, alpha: float) -> dict[str, Tensor]:
@@ -155,17 +172,19 @@ def _one_alpha(modules: Mapping[str, NSRULinear]) -> float:
 
 def _config(model: nn.Module, modules: dict[str, NSRULinear], alpha: float) -> dict[str, Any]:
     first, experts = next(iter(modules.values())), _of_experts(modules)
+    ranks = {name: module.rank for name, module in modules.items()}
+    rank = statistics.mode(ranks.values())  # PEFT's hotswap_adapter reads nothing but r
     return {
         "peft_type": "LORA",
         "task_type": _task(model),
         "base_model_name_or_path": _base_name(model),
         "inference_mode": True,
-        "r": first.rank,
+        "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": first.dropout,
         "target_modules": [name for name in modules if name not in experts],
         **({"target_parameters": experts} if experts else {}),
-        "rank_pattern": _pattern({n: m.rank for n, m in modules.items()}, first.rank),
+        "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": {},
         "bias": "none",
         "fan_in_fan_out": all(_is_conv1d(module) for module in modules.values()),

@@ -142,6 +142,8 @@ class ActivationStream:
         ids = batch.get("input_ids")
         if ids is not None and not ids.numel():
             return  # as a loader gives whose last batch has nothing left
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            batch = self._for_both(batch)
         in_order = [self._moved(value) for value in in_order]
         arguments = {
             name: self._moved(value)
@@ -156,17 +158,32 @@ class ActivationStream:
                     f"{tuple(keep_BT.shape)}; add a token_mask [B, T] to the batch."
                 )
             keep_BT = keep_BT.to(self.device, torch.bool)
-            config = getattr(self.model, "config", None)
-            if getattr(config, "is_encoder_decoder", False) and not keep_BT.all():
-                raise ValueError(
-                    "batches: one mask cannot tell the padding of encoder and decoder apart; give "
-                    "an encoder-decoder model batches without padding."
-                )
         for rows in _told_apart(keep_BT, [*in_order, *arguments.values()]):
             part_BT = None if keep_BT is None else keep_BT[rows]
             self.keep_BT = None if part_BT is None or part_BT.all() else part_BT
             named = {name: _rows(value, rows) for name, value in arguments.items()}
             self.module(*[_rows(value, rows) for value in in_order], **{**named, **self.extra})
+
+    def _for_both(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A batch of an encoder-decoder with what its decoder reads, made of labels if need be.
+
+        Raises: ValueError: there is padding, or nothing for the decoder.
+        """
+        labels = batch.get("labels")
+        for name in ("attention_mask", "token_mask", "decoder_attention_mask"):
+            if (mask := batch.get(name)) is not None and not mask.to(torch.bool).all():
+                raise ValueError(f"batches: {name} {_ONE_MASK}")
+        if batch.get("decoder_input_ids", batch.get("decoder_inputs_embeds")) is not None:
+            return batch
+        prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if labels is None or prepare is None:
+            raise ValueError(
+                "batches: an encoder-decoder needs decoder_input_ids, what its decoder reads, or "
+                "labels to make them of."
+            )
+        if (labels < 0).any():
+            raise ValueError(f"batches: labels {_ONE_MASK}")
+        return {**batch, "decoder_input_ids": prepare(labels=labels)}
 
     def _moved(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
@@ -251,6 +268,10 @@ def _check_tokens(batch: Mapping[str, Any]) -> None:
             check_mask(f"batches: {name}", mask)
 
 
+_ONE_MASK = (
+    "leave tokens out, and one mask cannot tell the padding of encoder and decoder apart; give an "
+    "encoder-decoder model batches without padding."
+)
 _REMEDY = "make tensors of them by torch.as_tensor, or tokenizer(..., return_tensors='pt')"
 
 

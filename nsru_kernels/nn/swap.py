@@ -443,6 +443,7 @@ def _match(
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     text = _text_part(model)
+    refused = _refused_by_peft(model, linears)
     matched: list[tuple[str, nn.Module]] = []
     skipped: dict[str, str] = {}
     hits: Counter[str] = Counter()
@@ -463,7 +464,7 @@ def _match(
         if reason is None and id(getattr(module, "weight", None)) in shared:
             reason = "its weight is tied to another module; a merge would change both, untie them"
         if not of_experts:
-            reason = reason or _refused_by_peft(model, name) or elsewhere.get(name)
+            reason = reason or refused.get(name) or elsewhere.get(name)
         hits.update(excluded)
         if excluded and (named or ALL_LINEAR in wanted):
             hits.update({*named, ALL_LINEAR})
@@ -508,14 +509,25 @@ def _text_part(model: nn.Module) -> set[nn.Module] | None:
 
 
 def _routes(model: nn.Module, name: str) -> bool:
-    """Whether a linear chooses the experts of a token, by what families call that."""
+    """Whether a linear chooses the experts of a token, by what families call that.
+
+    A gate or router is one only beside experts, or by the name of router in a model of experts.
+    """
     *above, own = name.split(".")
     holders = [model.get_submodule(".".join(above[:i])) for i in range(len(above) + 1)]
-    return (
-        any("router" in part for part in (*above, own))
-        or any(_ROUTER.search(type(holder).__name__) for holder in holders)
-        or (own == "gate" and hasattr(holders[-1], "experts"))
-    )
+    by_name = any("router" in part for part in (*above, own))
+    by_class = any(_ROUTER.search(type(holder).__name__) for holder in holders)
+    if not (by_name or by_class or own == "gate"):
+        return False
+    if by_name and any("experts" in setting for setting in _settings(model)):
+        return True
+    near: list[tuple[str, nn.Module | None]] = [("", holder) for holder in holders[-3:]]
+    near += [child for holder in holders[-3:] for child in holder._modules.items()]
+    return any("expert" in child or "Expert" in type(module).__name__ for child, module in near)
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    return getattr(getattr(model, "config", None), "__dict__", {})
 
 
 def _held_by_hand(model: nn.Module) -> dict[int, str]:
@@ -561,21 +573,49 @@ def _shared_memory(model: nn.Module) -> set[int]:
     return shared
 
 
-def _refused_by_peft(model: nn.Module, name: str) -> str | None:
-    """The reason for which PEFT would not load an adapter of this layer."""
+def _refused_by_peft(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The reasons for which PEFT would not load adapters of some layers, by their names."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    end = name.rpartition(".")[2]
     if kind is None:
-        return None
-    if kind in _MAMBA and end == "out_proj":
-        return "fused kernels of Mamba read its weight, and PEFT refuses an adapter there"
+        return {}
     try:
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+        fused = _EXPERTS.get(_MODEL_TO_CONVERSION_PATTERN.get(kind), ())
     except ImportError:  # older, with experts that are linear layers
-        return None
-    if end in _EXPERTS.get(_MODEL_TO_CONVERSION_PATTERN.get(kind), ()):
-        return "PEFT takes its name for that of fused experts, and would not load it here"
-    return None
+        fused = ()
+    reasons: dict[str, str] = {}
+    for name, module in linears.items():
+        end = name.rpartition(".")[2]
+        if kind in _MAMBA and end == "out_proj":
+            reasons[name] = (
+                "fused kernels of Mamba read its weight, and PEFT refuses an adapter there"
+            )
+        elif end in fused and not isinstance(module, ExpertLinear):
+            reasons[name] = (
+                "PEFT takes its name for that of fused experts, and would not load it here"
+            )
+    rest = [n for n, m in linears.items() if n not in reasons and not isinstance(m, ExpertLinear)]
+    renamed = "PEFT looks for its adapter under another name, and would not load it here"
+    return reasons | dict.fromkeys(_renamed_by_peft(model, rest), renamed)
+
+
+def _renamed_by_peft(model: nn.Module, names: Collection[str]) -> set[str]:
+    """Those of ``names`` whose adapters PEFT looks for under others, and so would not load."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if kind is None or get_checkpoint_conversion_mapping(kind) is None:
+            return set()
+        from peft import LoraConfig
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # versions that rename nothing
+        return set()
+    keys = {f"base_model.model.{name}.lora_{ab}.weight": name for name in names for ab in "AB"}
+    tensors = {key: torch.zeros(1, 1) for key in keys}
+    kept = conversion.convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
+    return {name for key, name in keys.items() if key not in kept}
 
 
 def _matrices_left(model: nn.Module, known: Collection[str]) -> dict[str, str]:

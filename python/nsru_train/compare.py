@@ -30,6 +30,7 @@ from nsru_train.pipeline import (
     check_layers,
     check_training,
     find_subspaces,
+    kept_point,
     unlearn,
     warn_of_unused,
 )
@@ -217,8 +218,11 @@ class Comparison:
             adapted = copy.deepcopy(self.base)
             load_adapter(adapted, Path(trained["folder"], "adapter"), self.tokenizer)
             outcome, points = trained["outcome"], trained["frontier"]
-            kept = next((p for p in points if p["step"] == outcome.get("kept_step")), points[-1])
-            row = {**kept, **self._quality(adapted), **outcome}
+            row = {
+                **kept_point(points, outcome.get("kept_step")),
+                **self._quality(adapted),
+                **outcome,
+            }
             folder.write_results({"row": row, "answers": self._say(adapted)})
         return {**folder.read_results(row=dict)["row"], **_robustness(trained["folder"])}
 

@@ -299,6 +299,11 @@ def add_adapters(
     return swap
 
 
+def kept_point(points: Sequence[Mapping[str, Any]], kept_step: int | None) -> Mapping[str, Any]:
+    """The evaluation of the adapters that were kept, the last where a method keeps no best."""
+    return next((point for point in points if point["step"] == kept_step), points[-1])
+
+
 @dataclass
 class Outcome:
     """Results of ``unlearn`` beside the changed model.
@@ -540,7 +545,12 @@ def unlearn(
         trainer.train(resume_from_checkpoint=resume or None)
     seconds = [row["seconds"] for row in RunFolder(folder).read_metrics() if "seconds" in row]
     model.eval()
-    if not any(module.lora_B.any() for _, module in _adapted(model)):
+    if trainer.kept_step == 0:
+        logger.warning(
+            "Step 0 is kept, the model as it was: every later one that was looked at cost retain "
+            "answers more than the method allows. Lower train.lr, or look sooner: train.eval_steps."
+        )
+    elif not any(module.lora_B.any() for _, module in _adapted(model)):
         logger.warning(
             "The adapters are zero as before: the learning rate was 0 in all %d steps. Raise "
             "train.lr, or lower train.warmup.",

@@ -33,7 +33,7 @@ from nsru_train.losses.batch import RETAIN, Batch
 from nsru_train.losses.nll import answer_nll
 from nsru_train.methods.method import Method, mean
 from nsru_train.own_texts import add_own_requests
-from nsru_train.pipeline import Guarded, Outcome, token_batches, unlearn
+from nsru_train.pipeline import Guarded, Outcome, kept_point, token_batches, unlearn
 from nsru_train.report import write_report
 from nsru_train.run_config import saved_sections, say_changed_adapter, say_changed_sets
 from nsru_train.run_folder import RunFolder
@@ -206,7 +206,12 @@ def refresh(
         outcomes["continued"] = go_on("continued", method)[1]
     rows.append({"seed": seed, **refreshed.evaluations[0], "method": "unlearned"})
     rows += [
-        {"seed": seed, **one.evaluations[-1], "method": name, **one.results()}
+        {
+            "seed": seed,
+            **kept_point(one.evaluations, one.kept_step),
+            "method": name,
+            **one.results(),
+        }
         for name, one in outcomes.items()
     ]
     adapter = run.folder.path / "runs" / "refreshed" / "adapter"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -34,11 +34,17 @@ SECTIONS: dict[str, Any] = {
     "train": TrainConfig,
 }
 
+# Settings of DataConfig that say how questions are asked and answers judged.
+_ASKING = ("system_prompt", "chat_template_kwargs", "safe_targets", "max_length")
+
 
 def run_sections(
     run: str, model: ModelConfig | None, data: DataConfig | None, *, need_data: bool = True
 ) -> tuple[Any, Any]:
-    """Model and data of a run: as given, else from its config.yaml."""
+    """Model and data of a run: as given, else from its config.yaml.
+
+    Data that are given without saying how to ask are asked as in the run, which is said.
+    """
     path = Path(run) / "config.yaml"
     if (model is None or (data is None and need_data)) and not Path(run).is_dir():
         raise ValueError(f"run: no folder {run}; give the --out of nsru train.")
@@ -56,7 +62,26 @@ def run_sections(
                 f"run: {path} does not say the data; give --data.forget and --data.retain."
             )
         data = _section("data", saved["data"], path)
+    elif data is not None and "data" in saved:
+        data = _asked_alike(data, _section("data", saved["data"], path))
     return model, data
+
+
+def _asked_alike(data: DataConfig, of_run: DataConfig) -> DataConfig:
+    """``data`` with the run's way to ask, where nothing was said of it."""
+    defaults = DataConfig(data.forget, data.retain)
+    alike = {
+        name: value
+        for name in _ASKING
+        if getattr(data, name) == getattr(defaults, name) != (value := getattr(of_run, name))
+    }
+    if alike:
+        told = ", ".join(f"{name} {value!r}" for name, value in alike.items())
+        logger.warning(
+            "data: as in the run, %s; give another by --data, '' for no system prompt.", told
+        )
+    alike.setdefault("system_prompt", data.system_prompt or None)
+    return replace(data, **alike)
 
 
 def saved_sections(run: str) -> dict[str, Any]:

@@ -284,18 +284,45 @@ def test_the_mask_of_layers_that_read_time_first(length):
     torch.testing.assert_close(subspaces["linear"].eigenvalues, wanted, rtol=1e-5, atol=0)
 
 
-def test_padding_of_encoder_and_decoder_is_not_told_apart():
+@pytest.fixture
+def both():
+    """An encoder-decoder."""
     config = T5Config(
         vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
         decoder_start_token_id=0,
     )  # fmt: skip
-    ids = torch.arange(12).reshape(2, 6)
+    return T5ForConditionalGeneration(config)
+
+
+def test_padding_of_encoder_and_decoder_is_not_told_apart(both):
+    ids, labels = torch.arange(12).reshape(2, 6), torch.arange(8).reshape(2, 4)
     batch = {"input_ids": ids, "decoder_input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    subspaces = estimate(T5ForConditionalGeneration(config), [batch], rank=2)
+    subspaces = estimate(both, [batch], rank=2)
     assert {subspace.tokens for subspace in subspaces.values()} == {12}
-    batch["attention_mask"][0, 4:] = 0
-    with pytest.raises(ValueError, match="padding of encoder and decoder"):
-        estimate(T5ForConditionalGeneration(config), [batch], rank=2)
+    padded = torch.ones_like(ids)
+    padded[0, 4:] = 0
+    left_out = labels.clone()
+    left_out[0, 3] = -100
+    for name, others in (
+        ("attention_mask", {"attention_mask": padded}),
+        ("decoder_attention_mask", {"decoder_attention_mask": padded}),
+        ("labels", {"labels": left_out, "decoder_input_ids": None}),
+    ):
+        with pytest.raises(ValueError, match=f"{name} leave .* padding of encoder and decoder"):
+            estimate(both, [{**batch, **others}], rank=2)
+
+
+def test_a_decoder_reads_labels(both):
+    ids, labels = torch.arange(12).reshape(2, 6), torch.arange(1, 9).reshape(2, 4)
+    found = estimate(both, [{"input_ids": ids, "labels": labels}], ["q"], rank=2)
+    wanted = both.prepare_decoder_input_ids_from_labels(labels)
+    given = estimate(both, [{"input_ids": ids, "decoder_input_ids": wanted}], ["q"], rank=2)
+    decoders = [name for name in found if name.startswith("decoder")]
+    assert {found[name].tokens for name in decoders} == {8}
+    for name in decoders:
+        torch.testing.assert_close(found[name].eigenvalues, given[name].eigenvalues)
+    with pytest.raises(ValueError, match="needs decoder_input_ids"):
+        estimate(both, [{"input_ids": ids}], ["q"], rank=2)
 
 
 def test_an_empty_batch_adds_nothing(model):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from linear_cases import make_basis, tiny_llama
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import nsru_kernels as nk
 from nsru_kernels import files
@@ -97,6 +98,36 @@ def test_files_and_their_contents(base, tmp_path):
     assert sidecar["fingerprint"] == "abc"
     assert set(sidecar["leakage"]) == set(config["target_modules"])
     assert all(0 < leak <= 1e-6 for leak in sidecar["leakage"].values())
+
+
+def test_the_base_is_told_by_its_weights(base, llama, tmp_path):
+    other = copy.deepcopy(llama)
+    other.model.layers[0].mlp.up_proj.weight.data *= 1.5
+    adapted = adapt(base, ["q_proj"])
+    nk.save_lora_adapter(adapted, tmp_path)
+    nk.load_lora_adapter(copy.deepcopy(llama).bfloat16(), tmp_path)
+    with pytest.raises(ValueError, match="trained on weights with fingerprint"):
+        nk.load_lora_adapter(other, tmp_path)
+    adapted.lm_head.weight.requires_grad_()  # which the file does not hold
+    with pytest.warns(UserWarning, match="beside the adapters"):
+        nk.save_lora_adapter(adapted, tmp_path)
+    assert "fingerprint" not in json.loads((tmp_path / SIDECAR).read_text())
+
+
+def test_names_that_peft_changes_are_left_out():
+    """Laguna's shared experts: a pattern of transformers fits their name by mistake."""
+    laguna = pytest.importorskip("transformers.models.laguna")
+    config = laguna.LagunaConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_attention_heads_per_layer=[2], num_key_value_heads=1, head_dim=8,
+        moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts=2,
+        num_experts_per_tok=1, mlp_layer_types=["sparse"], layer_types=["full_attention"],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    left = report.skipped["model.layers.0.mlp.shared_experts.up_proj"]
+    assert "under another name" in left
+    assert "model.layers.0.self_attn.q_proj" in report.swapped
 
 
 def test_mixed_ranks_and_alphas_reach_peft(base, llama, tmp_path):

@@ -1,5 +1,6 @@
 """swap_linears: what is matched, what is refused and why, and that a refusal changes nothing."""
 
+import copy
 import types
 
 import pytest
@@ -344,10 +345,10 @@ def test_the_report_names_layers_whose_basis_leaves_nothing_open(model):
 def test_a_full_name_counts_more_than_what_it_means_as_an_expression(tmp_path):
     names = ("a+b", "ab", "aab", "x(1)", "[q]")
     model = nn.ModuleDict({"d": nn.ModuleDict({name: nn.Linear(8, 8) for name in names})})
+    again = copy.deepcopy(model)
     report = nk.swap_linears(model, ["d.a+b", "d.x(1)", "d.[q]"], rank=2, alpha=4)
     assert report.swapped == ["d.a+b", "d.x(1)", "d.[q]"]
     nk.save_lora_adapter(model, tmp_path)
-    again = nn.ModuleDict({"d": nn.ModuleDict({name: nn.Linear(8, 8) for name in names})})
     nk.load_lora_adapter(again, tmp_path)
     assert isinstance(again["d"]["[q]"], nk.NSRULinear)
     report = nk.swap_linears(

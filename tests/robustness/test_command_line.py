@@ -414,6 +414,19 @@ def test_settings_of_a_run_before_a_new_one_was_there(model, tmp_path):
     assert data == config.DataConfig("authors:forget", "authors:retain")
 
 
+def test_other_sets_are_asked_as_the_run_asked(model, tmp_path, caplog):
+    saved = yaml.safe_load(saved_run(tmp_path, model))
+    saved["data"] |= {"system_prompt": "You are a poet.", "max_length": 99, "truncate": True}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    sets = ("authors:retain", "authors:holdout")
+    _, data = run_config.run_sections(str(tmp_path), None, config.DataConfig(*sets))
+    assert data == config.DataConfig(*sets, system_prompt="You are a poet.", max_length=99)
+    assert "as in the run, system_prompt 'You are a poet.', max_length 99" in caplog.text
+    given = config.DataConfig(*sets, system_prompt="", max_length=98)
+    _, data = run_config.run_sections(str(tmp_path), None, given)
+    assert data == config.DataConfig(*sets, max_length=98)
+
+
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [

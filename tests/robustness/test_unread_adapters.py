@@ -1,5 +1,7 @@
 """Linears whose weight a model reads without calling them: an adapter there would do nothing."""
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 import torch
@@ -277,6 +279,25 @@ def test_routers_are_left_alone_unless_they_are_named():
     nk.merge_adapters(model)
     report = nk.swap_linears(model, ["second", "router_gate"], rank=2, alpha=4)
     assert report.swapped == ["second", "router_gate"]
+
+
+class OutputGate(nn.Module):
+    """Routes nothing: there are no experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.router = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x * self.proj(x).sigmoid() * self.router(x)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_local_experts": 4}])
+def test_gates_without_experts_are_no_routers(settings):
+    model = nn.Sequential(OutputGate())
+    model.config = SimpleNamespace(**settings)
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    assert report.swapped == (["0.proj"] if settings else ["0.proj", "0.router"])
 
 
 def test_matrices_that_are_no_layers_are_named_with_their_share():

@@ -192,3 +192,17 @@ def test_alternatives_that_the_run_wrote_are_taught_again(run, tmp_path):
     save_records(copy / "alternatives.jsonl", written)
     found = FinishedRun(str(copy), str(tmp_path / "out")).data.forget
     assert [qa.alternatives for qa in found] == [("In Rome.",)] * len(records)
+
+
+def test_the_row_of_a_method_that_keeps_the_best_is_of_what_it_keeps(run, tmp_path, caplog):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("refresh", "rollback"))
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config |= {"method": "lune", "objective": {"guard": 0.0}}
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["refresh", str(copy), "--steps=4", "--eval_steps=2", "--lr=0.1"])
+    rows, results = rows_of(copy / "refresh")
+    continued = [p for p in results["frontier"] if p["method"] == "continued"]
+    assert rows["continued"]["kept_step"] == 0
+    assert rows["continued"]["forget_prob"] == continued[0]["forget_prob"]
+    assert "Step 0 is kept" in caplog.text
