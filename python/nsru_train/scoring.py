@@ -323,8 +323,9 @@ def greedy_answers(
 
     Left padding and a KV cache. Sampling settings and penalties of the model's own generation
     config are not used; its EOS tokens are, and the token with which a turn ends. Equal questions
-    are answered once. Only questions of one length are batched for a model that sees padding in
-    spite of the attention mask, as RWKV does, or BART by its positions.
+    are answered once. Questions are batched as far as it makes no difference: those of one length
+    where a model sees padding in spite of the attention mask, as BART does by its positions; none
+    where it mixes up their states, as RWKV does in transformers.
 
     Args:
         model: with or without adapters or guard.
@@ -422,10 +423,9 @@ def continuations(
     pad = pad_token_id(tokenizer, model)
     found: dict[str, list[int]] = {}
     with evaluating(model):
-        mixed = len(prompts[order[0]]) == len(prompts[order[-1]]) or _masks_padding(
-            model, prompts[order[-1]], pad, begun
-        )
-        batches = shares.of(_prompt_batches(prompts, order, max_tokens, max_new_tokens, mixed))
+        one = len(prompts) == 1
+        together = "none" if one else _answered_together(model, prompts[order[-1]], pad, begun)
+        batches = shares.of(_prompt_batches(prompts, order, max_tokens, max_new_tokens, together))
         longest = [int(min(max_new_tokens, limit - len(prompts[batch[0]]))) for batch in batches]
         # All answers of a batch grow together, so its tokens tell how far it is, not its answers.
         with _bar(sum(longest), "answering", progress, "token") as bar:
@@ -445,17 +445,17 @@ def _prompt_batches(
     order: Sequence[str],
     max_tokens: int,
     max_new_tokens: int,
-    mixed: bool,
+    together: str,
 ) -> list[Sequence[str]]:
-    """Prompts of falling length in batches of at most max_tokens, new ones included.
-
-    Not ``mixed``, those of a batch have one length.
-    """
+    """Prompts of falling length in batches of at most max_tokens, new ones included; which ones
+    may stand together is said by `_answered_together`."""
     batches = []
     while order:
         width = len(prompts[order[0]])
         rows = max(1, max_tokens // (width + max_new_tokens))
-        if not mixed:
+        if together == "none":
+            rows = 1
+        elif together == "one length":
             rows = min(rows, sum(len(prompts[name]) == width for name in order))
         batches.append(order[:rows])
         order = order[rows:]
@@ -578,51 +578,69 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(eos if isinstance(eos, Iterable) else [eos]) - {None}
 
 
-_masking: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_batching: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
-def _masks_padding(
+def _answered_together(
     model: PreTrainedModel, prompt: Sequence[int], pad: int, begun: Tensor | None
-) -> bool:
-    """Whether padding, whatever tokens it holds, makes no difference to a prompt's answer."""
-    if model not in _masking:
-        logits = []
-        other = next((token for token in prompt if token != pad), prompt[0])
-        for padding in ([], [pad] * 8, [other] * 8):
-            inputs = _left_padded([prompt], pad, len(padding) + len(prompt), begun)
-            inputs["input_ids"][0, : len(padding)] = torch.tensor(padding)
-            with generation_config(model, 1, None, pad):
-                output = model.generate(
-                    **{name: value.to(_device(model)) for name, value in inputs.items()},
-                    return_dict_in_generate=True,
-                    output_logits=True,
-                )
-            logits.append(output.logits[0].float())
-        whole = _left_padded([prompt], pad, len(prompt), begun)
-        del whole["attention_mask"]
-        whole = {name: value.to(_device(model)) for name, value in whole.items()}
-        logits.append(type(model).forward(model, **whole).logits[:, -1].float())
-        alone, *padded, scored = (values[logits[0].isfinite()] for values in logits)
+) -> str:
+    """Which prompts may stand in one batch: those of "any length", "one length", or "none".
 
-        def alike(values: Tensor) -> bool:
-            # Equal but for rounding, where experts get other numbers of tokens.
-            return bool(((values - alone).abs() <= 1e-2 * alone.std()).all())
+    By what makes no difference to a prompt's answer: padding, whatever tokens it holds, and
+    another prompt beside it. Some models mix up the states of several.
+    """
+    if model in _batching:
+        return _batching[model]
 
-        _masking[model] = all(map(alike, padded))
-        name = type(model).__name__
-        if not _masking[model]:
-            logger.warning(
-                "%s sees padding in spite of the attention mask: only questions of one length "
-                "are answered together, which takes longer.",
-                name,
+    def generated(**inputs: Tensor) -> Tensor:
+        """Logits of the first two tokens after the first prompt, [2, V]."""
+        with generation_config(model, 2, None, pad):
+            output = model.generate(
+                **{name: value.to(_device(model)) for name, value in inputs.items()},
+                return_dict_in_generate=True,
+                output_logits=True,
             )
-        if not alike(scored):
-            logger.warning(
-                "%s generates otherwise than it is scored and trained, by other positions for "
-                "example: its greedy answers, and ROUGE, are not those of the model in training.",
-                name,
-            )
-    return _masking[model]
+        return torch.stack([logits[0] for logits in output.logits]).float()
+
+    whole = _left_padded([prompt], pad, len(prompt), begun)
+    alone = generated(**whole)
+
+    def alike(logits: Tensor) -> bool:
+        # Equal but for rounding, where experts get other numbers of tokens.
+        wanted, finite = alone[: len(logits)], alone[: len(logits)].isfinite()
+        close = (logits - wanted)[finite].abs() <= 1e-2 * wanted[finite].std()
+        return bool(close.all())
+
+    other = next((token for token in prompt if token != pad), prompt[0])
+    padded = []
+    for token in (pad, other):
+        inputs = _left_padded([prompt], pad, 8 + len(prompt), begun)
+        inputs["input_ids"][0, :8] = token
+        padded.append(alike(generated(**inputs)))
+    beside = generated(**_left_padded([prompt, prompt[::-1]], pad, len(prompt), begun))
+    name, found = type(model).__name__, "any length"
+    if not alike(beside):
+        found = "none"
+        logger.warning(
+            "%s mixes up the states of several prompts in a batch: questions are answered one by "
+            "one, which takes longer.", name,
+        )  # fmt: skip
+    elif not all(padded):
+        found = "one length"
+        logger.warning(
+            "%s sees padding in spite of the attention mask: only questions of one length "
+            "are answered together, which takes longer.",
+            name,
+        )
+    del whole["attention_mask"]
+    inputs = {name: value.to(_device(model)) for name, value in whole.items()}
+    if not alike(type(model).forward(model, **inputs).logits[:, -1].float()):
+        logger.warning(
+            "%s generates otherwise than it is scored and trained, by other positions for "
+            "example: its greedy answers, and ROUGE, are not those of the model in training.",
+            name,
+        )
+    return _batching.setdefault(model, found)
 
 
 @contextmanager

@@ -747,16 +747,17 @@ def test_a_model_that_reads_padding_answers_as_one_by_one(caplog):
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.2)
     questions = ["Who?", ANN.question, BOB.question, "What is it that Bob and Ann want?", "Why?"]
+    questions += ["Who is Eve?", "Who is Tom?", "Who is Kim?"]  # of one length
     alone = [greedy_answers(model, tokenizer, [q], max_new_tokens=12)[0] for q in questions]
     assert len(set(alone)) > 1
     assert greedy_answers(model, tokenizer, questions, max_new_tokens=12) == alone
-    said = [record.getMessage() for record in caplog.records if "padding" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "one by" in record.getMessage()]
     assert len(said) == 1
-    assert "RwkvForCausalLM sees padding" in said[0]
+    assert "RwkvForCausalLM mixes up the states of several prompts" in said[0]
     caplog.clear()
     llama = make_llama(tokenizer, hidden_size=16, layers=1, heads=2, intermediate_size=16)
     greedy_answers(llama, tokenizer, questions, max_new_tokens=2)
-    assert "padding" not in caplog.text
+    assert "answered" not in caplog.text
 
 
 def test_a_text_longer_than_the_position_table_is_named():
