@@ -35,8 +35,8 @@ class RetainSubspace(nn.Module):
             sketch held.
 
     Raises:
-        ValueError: shapes do not fit, entries are NaN or infinite, eigenvalues negative or not
-            falling, trace or tokens negative.
+        ValueError: shapes do not fit, entries are NaN or infinite, columns are longer than 1 or not
+            orthogonal, eigenvalues negative or not falling, trace or tokens negative.
     """
 
     basis: Tensor
@@ -226,3 +226,18 @@ def _check_basis(basis: Tensor) -> None:
         raise ValueError(
             f"basis {tuple(basis.shape)} holds NaN or infinite values; estimate the subspace again."
         )
+    if not basis.is_meta and basis.numel() and (most := _largest_square(basis)) > 1.02:
+        raise ValueError(
+            f"basis {tuple(basis.shape)} must have orthonormal columns, or such with weights up to "
+            f"1, got a largest singular value of {most**0.5:.3g}; take U = torch.linalg.qr(basis).Q."
+        )
+
+
+def _largest_square(basis_KQ: Tensor) -> float:
+    """The largest eigenvalue of UᵀU from below, by some steps of power iteration."""
+    generator = torch.Generator().manual_seed(0)
+    columns = basis_KQ.detach().float()
+    vector = torch.randn(basis_KQ.shape[1], generator=generator).to(columns.device)
+    for _ in range(10):
+        vector = columns.T @ (columns @ (vector / vector.norm()))
+    return float(vector.norm())

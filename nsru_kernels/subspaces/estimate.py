@@ -184,8 +184,8 @@ class _ForgetEnergy:
     def __init__(self, name: str, subspace: RetainSubspace) -> None:
         self.name = name
         self.basis_KQ = subspace.basis
-        # The last entry is ‖X_f‖²_F: one tensor to reduce over ranks.
-        self.energy = self.basis_KQ.new_zeros(subspace.rank + 1, dtype=torch.float64)
+        # The last entries are ‖X_f‖²_F and the tokens: one tensor to reduce over ranks.
+        self.energy = self.basis_KQ.new_zeros(subspace.rank + 2, dtype=torch.float64)
 
     def update(self, x: Tensor, keep: Tensor | None) -> None:
         x_MK = x.flatten(0, -2) if keep is None else x[keep]
@@ -197,8 +197,9 @@ class _ForgetEnergy:
             total = wide_MK.square().sum(1).sum(dtype=torch.float64)
         with torch.autocast(x.device.type, enabled=False):
             along_MQ = wide_MK @ self.basis_KQ
-        self.energy[:-1] += along_MQ.square().sum(0, dtype=torch.float64) / lift**2
-        self.energy[-1] += total / lift**2
+        self.energy[:-2] += along_MQ.square().sum(0, dtype=torch.float64) / lift**2
+        self.energy[-2] += total / lift**2
+        self.energy[-1] += len(x_MK)
 
     def editability(self) -> list[float]:
         """The share of ‖X_f‖² left open at rank 0, 1, ... Q; never rising."""
@@ -209,7 +210,9 @@ class _ForgetEnergy:
             raise ValueError(f"forget activations of {self.name} have NaN or infinite entries.")
         if self.energy[-1] == 0:
             raise ValueError(f"forget set is empty: {self.name} has seen no activations from it.")
-        taken = self.energy[:-1].cumsum(0) / self.energy[-1]
+        if self.energy[-2] == 0:  # all its tokens are zero there: no subspace takes anything
+            return [1.0] * (len(self.energy) - 1)
+        taken = self.energy[:-2].cumsum(0) / self.energy[-2]
         return [1.0, *(1 - taken).clamp_(0, 1).tolist()]
 
 

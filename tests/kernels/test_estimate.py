@@ -356,6 +356,17 @@ def test_error_names_the_module_and_cleans_up(model):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_an_input_that_is_zero_on_the_forget_set_is_open():
+    """As of a dead layer."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    nn.init.eye_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
+    retain, forget = torch.rand(20, 4), -torch.rand(20, 4)
+    found = estimate(model, [retain], ["2"], min_editability=0.5, forget_batches=[forget])
+    assert found["2"].rank == 4
+    assert found.inputs[0].editability == 1
+
+
 def test_bad_forget_activations_are_refused(model):
     batch = make_batches(1)[0]
 

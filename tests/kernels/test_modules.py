@@ -484,7 +484,7 @@ def test_functional_call_uses_the_parameters_it_is_given():
         ({"rank": 0}, ValueError, "rank must be ≥ 1, got 0"),
         ({"dropout": -0.1}, ValueError, r"dropout must be in \[0, 1\], got -0.1"),
         ({"backend": "gpu"}, ValueError, "backend must be 'auto' or one of .*got 'gpu'"),
-        ({"basis": torch.ones(5, 2)}, ValueError, r"\[K=16, Q\].*got \(5, 2\).*another layer"),
+        ({"basis": torch.eye(5, 2)}, ValueError, r"\[K=16, Q\].*got \(5, 2\).*another layer"),
         ({"basis": torch.ones(16)}, ValueError, r"floating \[K, Q\] matrix.*got \(16,\)"),
         ({"basis": torch.ones(16, 17)}, ValueError, r"Q ≤ K, got \(16, 17\)"),
         ({"basis": torch.full((16, 2), float("nan"))}, ValueError, "holds NaN or infinite"),

@@ -79,6 +79,8 @@ def test_truncate_refuses(request_):
         ({"basis": torch.zeros(2, 3)}, r"\[K, Q\]"),
         ({"eigenvalues": torch.zeros(2)}, r"\[Q=3\]"),
         ({"basis": torch.full((12, 3), torch.nan)}, "basis .* holds NaN"),
+        ({"basis": 2 * torch.eye(12, 3)}, "orthonormal columns.*singular value of 2;"),
+        ({"basis": torch.eye(12, 1).repeat(1, 3)}, "orthonormal columns"),
         ({"eigenvalues": torch.full((3,), torch.inf)}, "eigenvalues has NaN"),
     ],
 )

@@ -187,7 +187,7 @@ def test_missing_and_unfit_subspaces(model):
     expect_refusal(model, "no entry for 8 of 8 targets", subspaces={})
 
     subspaces = subspaces_for(model)
-    subspaces["layers.1.mlp.2"] = types.SimpleNamespace(basis=torch.ones(K, 2))
+    subspaces["layers.1.mlp.2"] = types.SimpleNamespace(basis=torch.eye(K, 2))
     expect_refusal(model, r"layers\.1\.mlp\.2: .*\[K=12, Q\].*got \(8, 2\)", subspaces=subspaces)
     subspaces["layers.1.mlp.2"] = types.SimpleNamespace(basis=torch.full((INNER, 2), float("nan")))
     expect_refusal(model, r"layers\.1\.mlp\.2: basis \(12, 2\) holds NaN", subspaces=subspaces)
