@@ -132,15 +132,17 @@ def save_lora_adapter(
 
 
 def _base_fingerprint(model: nn.Module) -> dict[str, str]:
-    """Of weights that are whole and not quantised: only such are the same everywhere."""
+    """Of weights that are not quantised, which would be others elsewhere."""
     from nsru_kernels.subspaces.collection import fingerprint_weights
 
-    weights = list(model.parameters())
-    if any(type(w) not in (Tensor, nn.Parameter) or not w.is_floating_point() for w in weights):
-        return {}
-    if any(w.is_meta for w in weights):
-        return {}
-    return {"fingerprint": fingerprint_weights(model)}
+    floats = all(weight.is_floating_point() for weight in model.parameters())
+    return {"fingerprint": fingerprint_weights(model)} if floats and _are_whole(model) else {}
+
+
+def _are_whole(model: nn.Module) -> bool:
+    """True where all weights are here: none is sharded or on no device."""
+    weights = model.parameters()
+    return all(type(w) in (Tensor, nn.Parameter) and not w.is_meta for w in weights)
 
 
 def _tensors(name: str, module: NSRULinear, alpha: float) -> dict[str, Tensor]:
@@ -484,13 +486,15 @@ def check_fingerprint(model: nn.Module, sidecar: Path) -> bool:
     """Raise ValueError when ``nsru.json`` says that the adapter was trained on other weights.
 
     Returns:
-        Whether it says which ones.
+        Whether they could be compared: it says which ones, and the model's are all here.
     """
     from nsru_kernels.subspaces.collection import dtype_hint, fingerprint_weights
 
     if not sidecar.is_file():
         return False
     wanted = read_json(sidecar).get("fingerprint")
+    if any(type(weight).__name__ == "DTensor" or weight.is_meta for weight in model.parameters()):
+        return False
     if wanted is not None and (found := fingerprint_weights(model)) != wanted:
         raise ValueError(
             f"it was trained on weights with fingerprint {wanted}, the model has {found}; load the "

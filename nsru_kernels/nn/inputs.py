@@ -142,8 +142,11 @@ class ActivationStream:
         ids = batch.get("input_ids")
         if ids is not None and not ids.numel():
             return  # as a loader gives whose last batch has nothing left
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            batch = self._for_both(batch)
+        both = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        if both or batch.get("encoder_hidden_states") is not None:
+            _refuse_padding(batch)
+        if both:
+            batch = self._with_decoder_inputs(batch)
         in_order = [self._moved(value) for value in in_order]
         arguments = {
             name: self._moved(value)
@@ -164,17 +167,11 @@ class ActivationStream:
             named = {name: _rows(value, rows) for name, value in arguments.items()}
             self.module(*[_rows(value, rows) for value in in_order], **{**named, **self.extra})
 
-    def _for_both(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A batch of an encoder-decoder with what its decoder reads, made of labels if need be.
-
-        Raises: ValueError: there is padding, or nothing for the decoder.
-        """
-        labels = batch.get("labels")
-        for name in ("attention_mask", "token_mask", "decoder_attention_mask"):
-            if (mask := batch.get(name)) is not None and not mask.to(torch.bool).all():
-                raise ValueError(f"batches: {name} {_ONE_MASK}")
+    def _with_decoder_inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The batch with what a decoder reads, made of labels if need be."""
         if batch.get("decoder_input_ids", batch.get("decoder_inputs_embeds")) is not None:
             return batch
+        labels = batch.get("labels")
         prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
         if labels is None or prepare is None:
             raise ValueError(
@@ -216,6 +213,18 @@ class ActivationStream:
                 f"out of the targets."
             )
         return self.keep_BT.reshape(x.shape[:-1]).to(x.device)
+
+
+def _refuse_padding(batch: Mapping[str, Any]) -> None:
+    """Raise ValueError where an encoder's or a decoder's mask leaves tokens out."""
+    for name in (
+        "attention_mask",
+        "token_mask",
+        "encoder_attention_mask",
+        "decoder_attention_mask",
+    ):
+        if (mask := batch.get(name)) is not None and not mask.to(torch.bool).all():
+            raise ValueError(f"batches: {name} {_ONE_MASK}")
 
 
 def _told_apart(keep_BT: Tensor | None, values: Sequence[Any]) -> list[slice]:
@@ -269,8 +278,8 @@ def _check_tokens(batch: Mapping[str, Any]) -> None:
 
 
 _ONE_MASK = (
-    "leave tokens out, and one mask cannot tell the padding of encoder and decoder apart; give an "
-    "encoder-decoder model batches without padding."
+    "leave tokens out, and one mask cannot tell the padding of encoder and decoder apart; give a "
+    "model with both batches without padding."
 )
 _REMEDY = "make tensors of them by torch.as_tensor, or tokenizer(..., return_tensors='pt')"
 

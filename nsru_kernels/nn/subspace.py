@@ -229,7 +229,7 @@ def _check_basis(basis: Tensor) -> None:
     if not basis.is_meta and basis.numel() and (most := _largest_square(basis)) > 1.02:
         raise ValueError(
             f"basis {tuple(basis.shape)} must have orthonormal columns, or such with weights up to "
-            f"1, got a largest singular value of {most**0.5:.3g}; take U = torch.linalg.qr(basis).Q."
+            f"1, got a largest singular value of {most**0.5:.3g}; use torch.linalg.qr(basis).Q."
         )
 
 

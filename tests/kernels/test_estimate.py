@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from linear_cases import tiny_llama
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from nsru_kernels import swap_linears
 from nsru_kernels.subspaces import estimate_retain_subspaces
@@ -310,6 +310,18 @@ def test_padding_of_encoder_and_decoder_is_not_told_apart(both):
     ):
         with pytest.raises(ValueError, match=f"{name} leave .* padding of encoder and decoder"):
             estimate(both, [{**batch, **others}], rank=2)
+
+
+def test_padding_of_encoder_states_is_not_told_apart():
+    config = GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True)
+    batch = {"input_ids": torch.ones(2, 6, dtype=torch.long)}
+    batch["encoder_hidden_states"] = torch.randn(2, 4, 16)
+    subspaces = estimate(GPT2LMHeadModel(config), [batch], ["c_attn"], rank=2)
+    found = {name.split(".")[-2]: subspace.tokens for name, subspace in subspaces.items()}
+    assert found == {"attn": 12, "crossattention": 8}
+    batch["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="encoder_attention_mask leave tokens out"):
+        estimate(GPT2LMHeadModel(config), [batch], ["c_attn"], rank=2)
 
 
 def test_a_decoder_reads_labels(both):
