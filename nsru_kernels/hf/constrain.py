@@ -132,6 +132,11 @@ class NullSpaceA(nn.Linear):
             "DistributedDataParallel."
         )
 
+    def _apply(self, fn, recurse=True):
+        # Two casts can bring an address back, and neither is counted as an edit.
+        self.null_space.known = None
+        return super()._apply(fn, recurse)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.current()
         super()._save_to_state_dict(destination, prefix, keep_vars)

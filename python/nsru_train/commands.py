@@ -452,7 +452,8 @@ def report(run: str) -> None:
 
     if not Path(run).is_dir():
         raise ValueError(f"run: no folder {run}; give the --out of nsru train.")
-    _finish([str(write_report(Path(run)))], "eval", run)
+    is_run = all(Path(run, part).exists() for part in ("config.yaml", "adapter"))
+    _finish([str(write_report(Path(run)))], *(("eval", run) if is_run else ()))
 
 
 def refresh(
@@ -586,7 +587,8 @@ COMMANDS: dict[str, Any] = {
 def _finish(written: list[str], *following: str) -> None:
     for path in written:
         print(f"wrote {path}")
-    print(f"next: {shlex.join(['nsru', *following])}")
+    if following:
+        print(f"next: {shlex.join(['nsru', *following])}")
 
 
 def _options(**sections: Any) -> list[str]:

@@ -94,6 +94,17 @@ def assert_same_training(wrapped, swapped, optimizer, steps=4):
             torch.testing.assert_close(layer.lora_B["default"].weight, module.lora_B, **EXACT)
 
 
+def test_two_casts_before_it_is_saved(constrained, tmp_path):
+    model, bases = constrained
+    logits(model)
+    model.bfloat16().float().save_pretrained(tmp_path)
+    for name, a_RK in load_file(tmp_path / WEIGHTS).items():
+        if "lora_A" in name:
+            basis = bases[name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")]
+            basis = getattr(basis, "basis", basis)
+            assert (a_RK @ basis).norm() <= LEAST * a_RK.norm()
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
