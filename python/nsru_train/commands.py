@@ -290,7 +290,8 @@ def eval(
         base: evaluate the base model without adapter.
         retain_log: results.json of a model trained on the retain data only, for forget quality and
             privleak; its TOFU_EVAL.json, or the folder of it, where format is open-unlearning.
-        out: folder for results.json, report and config.yaml; default RUN/eval, or RUN/eval-base.
+        out: folder for results.json, report and config.yaml; default RUN/eval, RUN/eval-base, or
+            RUN/eval-NAME of another adapter.
         max_new_tokens: longest generated answer.
         generate: false leaves out generated answers, and ROUGE with them.
         examples: questions of a set whose answers are kept in report and results.json; 0 or more.

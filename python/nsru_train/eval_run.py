@@ -76,6 +76,14 @@ class RetainLog:
             )
 
 
+def _default_out(run: str, adapter: str | None, base: bool) -> str:
+    """A folder in the run's that is no other adapter's."""
+    if base or adapter is None or Path(adapter).resolve() == Path(run, "adapter").resolve():
+        return f"{run}/{'eval-base' if base else 'eval'}"
+    path = Path(adapter).resolve()
+    return f"{run}/eval-{path.parent.name if path.name == 'adapter' else path.name}"
+
+
 def run_eval(
     run: str,
     out: str | None,
@@ -127,11 +135,12 @@ def run_eval(
     if texts is not None:
         refuse_encoder_decoder(network, "muse")
     reference.check(loaded)
+    out = out or _default_out(run, adapter, base)
     adapter = None if base else adapter or f"{run}/adapter"
     say_changed_adapter(run, adapter)
     if adapter is not None:
         load_adapter(network, adapter, tokenizer)
-    folder = RunFolder(out or f"{run}/{'eval-base' if base else 'eval'}")
+    folder = RunFolder(out)
     evaluation = evaluate(
         network.eval(),
         tokenizer,

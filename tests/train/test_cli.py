@@ -145,7 +145,8 @@ def test_an_adapter_that_the_run_did_not_save_is_noticed(run, tmp_path, capsys, 
     main(["eval", str(copy), "--max_new_tokens=2", f"--out={tmp_path / 'eval'}"])
     assert "is not what the run saved" in caplog.text
     caplog.clear()
-    main(["eval", str(copy), f"--adapter={run / 'adapter'}", f"--out={tmp_path / 'other'}"])
+    main(["eval", str(copy), f"--adapter={run / 'adapter'}"])
+    assert (copy / f"eval-{run.name}" / "results.json").is_file(), "not the run's own evaluation"
     assert "is not what the run saved" not in caplog.text
 
 

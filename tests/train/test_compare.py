@@ -126,6 +126,29 @@ def finished(out, flags, tmp_path):
     return tmp_path, [*command, "--resume=true"]
 
 
+def test_steps_that_a_method_does_not_keep_do_not_count(out, flags, tmp_path):
+    """A rate is not chosen for what its guard threw away, nor compared by it."""
+    finished = shutil.copytree(out, tmp_path / "run")
+    for lr, kept in (("0.01", 1), ("0.02", 0)):
+        path = finished / "runs" / f"npo-{lr}-0" / "results.json"
+        run = json.loads(path.read_text())
+        run["outcome"]["kept_step"] = kept
+        start = run["frontier"][0]
+        run["frontier"] = [
+            {**start, "step": 0},
+            {**start, "step": 1, "forget_prob": 0.09 + float(lr)},
+            {**start, "step": 2, "forget_prob": 1e-6},
+        ]
+        path.write_text(json.dumps(run))
+    shutil.rmtree(finished / "runs" / "npo-0.01-0" / "judged", ignore_errors=True)
+    main([*flags, "--methods=[nsru, npo, npo projected]", f"--out={finished}", "--resume=true"])
+    results = read_results(finished)
+    assert results["setup"]["lr"]["npo"] == 0.01
+    assert [p["step"] for p in results["frontier"] if p["method"] == "npo"] == [0, 1]
+    [row] = [row for row in results["methods"] if row["method"] == "npo"]
+    assert row["forget_prob"] == pytest.approx(0.1)
+
+
 def test_a_comparison_does_not_go_on_with_other_data_or_prompts(finished, capsys):
     folder, again = finished
     main(again)
