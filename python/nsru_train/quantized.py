@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import nsru_kernels as nk
 from nsru_kernels.nn.experts import ExpertLinear, NSRUExpertLinear, expert_linears
-from nsru_kernels.nn.swap import looks_linear, replace_module
+from nsru_kernels.nn.left_out import looks_linear
+from nsru_kernels.nn.swap import replace_module
 from nsru_kernels.nn.wrapped import dense_linear, is_own_kind, is_plain, why_not_linear
 
 if TYPE_CHECKING:
