@@ -87,9 +87,20 @@ def split_for_decoder(model: Any, batch: Mapping[str, Tensor]) -> tuple[dict[str
     inputs = {
         "input_ids": batch["input_ids"][:, :prompt],
         "attention_mask": mask_BS[:, :prompt],
-        "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels_BN),
+        "decoder_input_ids": decoder_inputs(model, labels_BN),
     }
     return inputs, labels_BN
+
+
+def decoder_inputs(model: Any, labels_BN: Tensor) -> Tensor:
+    """What the decoder reads to predict ``labels``. Raises ValueError where it does not say so."""
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None:
+        raise ValueError(
+            f"{type(model).__name__} has no prepare_decoder_input_ids_from_labels, by which "
+            "transformers says what its decoder reads; take an encoder-decoder such as T5 or BART."
+        )
+    return prepare(labels=labels_BN)
 
 
 def copy_processor(model: Any, folder: str | os.PathLike[str]) -> None:

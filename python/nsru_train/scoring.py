@@ -23,7 +23,7 @@ from nsru_train.data.encode import (
     length_batches,
     pad_token_id,
 )
-from nsru_train.language_models import is_encoder_decoder
+from nsru_train.language_models import decoder_inputs, is_encoder_decoder
 from nsru_train.losses.nll import (
     AnswerHidden,
     AnswerLogits,
@@ -548,7 +548,7 @@ def _decoder_start(
     """What an encoder-decoder's answers begin with, [1, N]: its start token, and their opening."""
     words = encode_qa(tokenizer, "?", opening, max_length=1 << 30).answer if opening else []
     labels = torch.tensor([[*words, tokenizer.eos_token_id]])
-    return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    return decoder_inputs(model, labels)
 
 
 def _left_padded(

@@ -5,6 +5,7 @@ import json
 import architectures
 import pytest
 import torch
+import transformers
 from architectures import SEQ2SEQ
 from samples import FORGET, RETAIN, SIZES, make_tokenizer
 
@@ -227,3 +228,20 @@ def test_what_needs_one_decoder_is_refused_by_name(options, reason, tmp_path, mo
     said = capsys.readouterr().err
     assert reason in said
     assert "T5ForConditionalGeneration is an encoder-decoder" in said
+
+
+def test_a_decoder_whose_inputs_are_not_said_is_refused_by_name():
+    """Of M2M-100 and Blenderbot transformers does not say how labels become inputs."""
+    tokenizer = make_tokenizer()
+    config = transformers.M2M100Config(
+        vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.M2M100ForConditionalGeneration(config).eval()
+    use_format(tokenizer, TextFormat(apart=True))
+    with pytest.raises(ValueError, match="such as T5 or BART"):
+        greedy_answers(model, tokenizer, ["Who?", "Why?"])
+    items = [encode_qa(tokenizer, "Who?", "Ann.")]
+    with pytest.raises(ValueError, match="M2M100ForConditionalGeneration has no prepare_decoder"):
+        score_sequences(model, tokenizer, items)
