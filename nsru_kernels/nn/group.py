@@ -107,9 +107,9 @@ class LinearGroup:
     def _of_few(self, module: NSRULinear, x: Tensor) -> Tensor | None:
         """The output for few tokens, each member by itself; None where it goes the usual way."""
         weight, bias, lora_a, lora_b, scaling = module.operands()
-        if not few.fits(x, weight) or (module.dropout and module.training):
+        if not few.fits(x, weight, module.rank) or module.backend not in few.BACKENDS:
             return None
-        if module.backend not in few.BACKENDS:
+        if module.dropout and module.training:
             return None
         basis = module._subspace[0]._buffers["basis"] if module._subspace else None
         key, known = projection_key(x.dtype, (lora_a,), basis), self.projected

@@ -6,11 +6,15 @@ saves. Ā comes as a variable (``ops.project.autograd.KeptProjection``), through
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsru_kernels.dispatch.choice import as_op
+from nsru_kernels.dispatch import cpu_extension
+from nsru_kernels.dispatch.choice import Query, as_op, measured
+from nsru_kernels.ops.linear.backends import LINEAR
 
 # Entries of x up to which this is faster, measured on a CPU at K = 64, 576 and 2048.
 MOST = 1 << 14
@@ -18,8 +22,9 @@ BACKENDS = ("auto", "eager")
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def fits(x: Tensor, weight: Tensor) -> bool:
-    """True for few tokens of a linear on the CPU, outside of autocast and of compiled graphs."""
+def fits(x: Tensor, weight: Tensor, rank: int) -> bool:
+    """True for few tokens of a linear on the CPU, outside of autocast and of compiled graphs, where
+    no kernel was measured to win."""
     return (
         type(x) in _PLAIN
         and type(weight) in _PLAIN
@@ -30,7 +35,20 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype
         and not torch.is_autocast_enabled("cpu")
         and not as_op(x)
+        and not (_has_kernels() and _kernel_wins(x, weight, rank))
     )
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    return cpu_extension.unavailable(torch.device("cpu")) is None
+
+
+def _kernel_wins(x: Tensor, weight: Tensor, rank: int) -> bool:
+    sizes = (x.numel() // x.shape[-1], x.shape[-1], weight.shape[0], rank)
+    query, threads = Query("linear", "forward", sizes, (x.dtype,)), torch.get_num_threads()
+    winner = measured(LINEAR, x.device, query, threads)
+    return winner is not None and winner.backend != "eager"
 
 
 def linear(

@@ -6,11 +6,23 @@ import pickle
 
 import pytest
 import torch
-from group_models import R, adapted, alone, assert_same, batch, gradients, make_model, step
+from group_models import (
+    WIDTHS,
+    K,
+    R,
+    adapted,
+    alone,
+    assert_same,
+    batch,
+    gradients,
+    make_model,
+    step,
+)
 from test_gradient_projection import checkpointed
 from test_grouping import CHANGES
 
 from nsru_kernels import BackendUnavailable
+from nsru_kernels.dispatch import plans
 from nsru_kernels.ops.linear import few
 
 
@@ -151,6 +163,23 @@ def test_an_edit_of_a_basis_before_backward_is_refused(few_most, served):
     model[0].q.basis.mul_(0.5)
     with pytest.raises(RuntimeError, match=r"basis .* modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_kernel_that_was_measured_to_win_serves(few_most, served, monkeypatch):
+    asked = []
+
+    def winner(op, device, query, threads):
+        asked.append(query.sizes)
+        return plans.Winner("cpu", None) if query.sizes[0] == 1 else None
+
+    monkeypatch.setattr(few, "_has_kernels", lambda: True)
+    monkeypatch.setattr(few, "measured", winner)
+    model, _ = make_model()
+    model(batch(1))
+    assert not served
+    model(batch(2))
+    assert len(served) == 3
+    assert asked[-3:] == [(2, K, n, R) for n in WIDTHS.values()]
 
 
 def test_dropout_and_a_named_backend_go_the_usual_way(few_most, served, monkeypatch):
