@@ -307,17 +307,31 @@ def test_the_frontier_on_smollm2_is_what_its_section_says():
     section = text.split("## Other methods on a pretrained model\n")[1]
     section = section.split("\n## ")[0]
     assert f"(forget_prob ≤ {row['forget_prob']:.3f})" in section
-    table = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")][1:]
+    tables: list[list[list[str]]] = []
+    for line in section.splitlines():
+        if line.startswith("| | "):
+            tables.append([])
+        elif line.startswith("| "):
+            tables[-1].append([cell.strip() for cell in line.split("|")[1:-1]])
+    table, others = tables
+    known = {one["method"]: one for one in results["methods"]}
+    start = known["before"]["retain_unseen_prob"]
+    for name, *cells in others:
+        pair = [known[name], known[f"{name} projected"]]
+        ends = [(one["forget_prob"], start - one["retain_unseen_prob"]) for one in pair]
+        assert cells == [f"{v:.{3 + i}f}" for end in ends for i, v in enumerate(end)], name
+    assert len(others) == 6
     safe = {one["method"]: one["safe_prob"] for one in results["methods"]}
-    for name, *cells in ([cell.strip() for cell in line] for line in table):
+    for name, *cells in table:
         pair = ("lora", "nsru") if name == "NSRU" else (name, f"{name} projected")
         plain, confined = (row[f"{method}_damage"] for method in pair)
         wanted = [f"{plain:.4f}", f"{confined:.4f}", f"{confined / plain:.2f}"]
         assert cells == [*wanted, *(f"{safe[method]:.2f}" for method in pair)], name
     assert len(table) == 3
     assert f"NSRU costs {row['ratio']:.2f} of what the best method" in section
-    known = {one["method"]: one for one in results["methods"]}
-    for method, lost in (("nsru", (8, 12)), ("lora", (45, 34)), ("npo projected", (10, 1))):
+    knowledge = {"nsru": (8, 12), "lora": (45, 34), "npo projected": (10, 1)}
+    knowledge |= {"simnpo projected": (9, 12), "lune projected": (34, 31)}
+    for method, lost in knowledge.items():
         for group, thousandths in zip(("real_authors", "world_facts"), lost, strict=True):
             key = f"{group}_exact_memorisation"
             assert round(1000 * (known["before"][key] - known[method][key])) == thousandths
