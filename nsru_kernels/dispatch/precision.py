@@ -7,6 +7,7 @@ devices or one. After the second was used the first must not be read: it raises.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,7 @@ def _raised(device_type: str) -> Iterator[None]:
             settings.fp32_precision = before
 
 
+@functools.cache
 def _settings(device_type: str) -> Any:
     """PyTorch's object for products on such a device; None before 2.9."""
     module = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn

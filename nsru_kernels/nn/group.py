@@ -28,6 +28,7 @@ from nsru_kernels.ops.project.gram import gram_inverse_of
 
 if TYPE_CHECKING:
     from nsru_kernels.nn.linear import NSRULinear
+    from nsru_kernels.nn.projections import Variables
 
     Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, float]  # of one linear
 
@@ -114,15 +115,15 @@ class LinearGroup:
         basis = module._subspace[0]._buffers["basis"] if module._subspace else None
         key, known = projection_key(x.dtype, (lora_a,), basis), self.projected
         kept = known and known.variables.get(module._position)
-        if not kept or kept[0] != key:
+        if not kept or kept[0] != key or kept[1] != scaling:
             variables = self._variables(module, x)
             if variables is None:
                 return None
             kept = variables[module._position]
-        return few.linear(x, weight, bias, kept[1], lora_b, scaling)
+        return few.linear(x, weight, bias, kept[2], lora_b)
 
-    def _variables(self, asked: NSRULinear, x: Tensor) -> dict[int, tuple[tuple, Tensor]] | None:
-        """Ā of each member as a variable of the graph; None where it cannot be kept."""
+    def _variables(self, asked: NSRULinear, x: Tensor) -> Variables | None:
+        """s Ā of each member as a variable of the graph; None where it cannot be kept."""
         modules = self.modules()
         if requested_backend(asked.backend) not in few.BACKENDS:
             return None
@@ -140,11 +141,12 @@ class LinearGroup:
         known, basis = self.projected, asked.basis
         if known is None or known.key != projection_key(x.dtype, lora_as, basis):
             known = self.projections.refresh(self, x.dtype)
-        kept = known.value, basis, gram_inverse_of(basis)
+        scalings = [module.scaling for module in modules]
+        kept = known.value, scalings, basis, gram_inverse_of(basis)
         with torch.inference_mode(False), torch.enable_grad():
             variables = KeptProjection.apply(kept, *lora_as)
         for i, (lora_a, variable) in enumerate(zip(lora_as, variables, strict=True)):
-            known.variables[i] = projection_key(x.dtype, (lora_a,), basis), variable
+            known.variables[i] = projection_key(x.dtype, (lora_a,), basis), scalings[i], variable
         return known.variables
 
     def compute(

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from nsru_kernels.nn.group import LinearGroup
 
 
+Variables = dict[int, tuple[tuple, float, Tensor]]
+
+
 class Projected(NamedTuple):
     """A group's projected adapters.
 
@@ -30,14 +33,14 @@ class Projected(NamedTuple):
         key: `projection_key` of what they came from.
         sources: what the key names, kept alive, so that nothing new gets their identities.
         value: Ā [ΣR, K], the members' on top of each other.
-        variables: position of a member → (its own key, its rows as a variable of the graph); empty
-            before it is called with few tokens.
+        variables: position of a member → (its own key, s, s times its rows as a variable of the
+            graph); empty before it is called with few tokens.
     """
 
     key: tuple
     sources: tuple[Tensor | None, ...]
     value: Tensor
-    variables: dict[int, tuple[tuple, Tensor]]
+    variables: Variables
 
 
 class _Steps:

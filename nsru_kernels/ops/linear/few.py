@@ -1,7 +1,7 @@
-"""y = x Wᵀ + b + s x Āᵀ Bᵀ for few tokens, by plain products that PyTorch's autograd records.
+"""y = x Wᵀ + b + x (s Ā)ᵀ Bᵀ for few tokens, by plain products that PyTorch's autograd records.
 
 There a call costs more in Python than in products: a Function of our own has more to do than it
-saves. Ā comes as a variable (``ops.project.autograd.KeptProjection``), through which gradients go.
+saves. s Ā is a variable (``ops.project.autograd.KeptProjection``), through which gradients go.
 """
 
 from __future__ import annotations
@@ -51,12 +51,9 @@ def _kernel_wins(x: Tensor, weight: Tensor, rank: int) -> bool:
     return winner is not None and winner.backend != "eager"
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a_RK: Tensor, b_NR: Tensor, scaling: float
-) -> Tensor:
-    """y [..., N] in x's dtype, in which Ā is."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, a_RK: Tensor, b_NR: Tensor) -> Tensor:
+    """y [..., N] in x's dtype, in which s Ā is."""
     x_MK = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     b_RN = (b_NR if b_NR.dtype == x.dtype else b_NR.to(x.dtype)).t()
-    s_MR = F.linear(x_MK, a_RK)
-    y_MN = torch.addmm(F.linear(x_MK, weight, bias), s_MR, b_RN, alpha=scaling)
+    y_MN = torch.addmm(F.linear(x_MK, weight, bias), F.linear(x_MK, a_RK), b_RN)
     return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], -1)

@@ -137,36 +137,46 @@ class Projection(torch.autograd.Function):
 
 
 class KeptProjection(torch.autograd.Function):
-    """Ā_i as variables of the graph, of values that are kept; dA_i = dĀ_i P by library products.
+    """s_i Ā_i as variables of the graph, of values that are kept; dA_i = s_i dĀ_i P by library
+    products.
 
     Nothing is saved for backward, so that the same variables serve every forward and backward for
-    as long as the values do. ``kept`` is (Ā [ΣR, K], basis, gram_inverse): no variables.
+    as long as the values do. ``kept`` is (Ā [ΣR, K], scalings, basis, gram_inverse): no variables.
     """
 
     @staticmethod
     def forward(ctx, kept, *lora_as):
         ctx.set_materialize_grads(False)
-        projected, ctx.basis, ctx.gram_inverse = kept
+        projected, ctx.scalings, ctx.basis, ctx.gram_inverse = kept
         ctx.edits = None if ctx.basis is None else ctx.basis._version
         ctx.dtypes = [a.dtype for a in lora_as]
-        return projected.split([len(a) for a in lora_as])
+        rows = projected.split([len(a) for a in lora_as])
+        return tuple([a * s for a, s in zip(rows, ctx.scalings, strict=True)])
 
     @staticmethod
     def backward(ctx, *grads):
+        if len(grads) == 1:
+            da = _projected(ctx, grads[0], ctx.scalings[0])
+            return None, da if da.dtype == ctx.dtypes[0] else da.to(ctx.dtypes[0])
         das, given = list(grads), [i for i, grad in enumerate(grads) if grad is not None]
-        da = grads[given[0]] if len(given) == 1 else torch.cat([grads[i] for i in given])
-        if ctx.basis is not None:
-            if ctx.basis._version != ctx.edits:
-                raise RuntimeError(
-                    "the basis of a retain subspace was modified by an inplace operation between "
-                    "forward and backward; edit it before the forward or after the backward."
-                )
-            if torch.is_autocast_enabled(da.device.type):
-                with torch.autocast(da.device.type, enabled=False):
-                    da = reference.project(da, ctx.basis, ctx.gram_inverse)
-            else:
-                da = reference.project(da, ctx.basis, ctx.gram_inverse)
-        rows = (da,) if len(given) == 1 else da.split([len(grads[i]) for i in given])
-        for i, row in zip(given, rows, strict=True):
-            das[i] = row.to(ctx.dtypes[i])
+        parts, scale = [grads[i] for i in given], ctx.scalings[0]
+        if len({*ctx.scalings}) > 1:
+            parts, scale = [grads[i] * ctx.scalings[i] for i in given], 1.0
+        da = _projected(ctx, torch.cat(parts), scale)
+        for i, row in zip(given, da.split([len(part) for part in parts]), strict=True):
+            das[i] = row if row.dtype == ctx.dtypes[i] else row.to(ctx.dtypes[i])
         return None, *das
+
+
+def _projected(ctx, da_RK: Tensor, scale: float) -> Tensor:
+    if ctx.basis is None:
+        return da_RK * scale
+    if ctx.basis._version != ctx.edits:
+        raise RuntimeError(
+            "the basis of a retain subspace was modified by an inplace operation between forward "
+            "and backward; edit it before the forward or after the backward."
+        )
+    if torch.is_autocast_enabled(da_RK.device.type):
+        with torch.autocast(da_RK.device.type, enabled=False):
+            return reference.project(da_RK, ctx.basis, ctx.gram_inverse, scale)
+    return reference.project(da_RK, ctx.basis, ctx.gram_inverse, scale)

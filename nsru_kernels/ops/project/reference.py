@@ -19,18 +19,20 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def project(a_RK: Tensor, basis_KQ: Tensor, gram_inverse_QQ: Tensor | None) -> Tensor:
-    """The adapter with its component along the basis removed, unrounded [R, K]."""
+def project(
+    a_RK: Tensor, basis_KQ: Tensor, gram_inverse_QQ: Tensor | None, scale: float = 1.0
+) -> Tensor:
+    """The adapter with its component along the basis removed, times ``scale``, unrounded [R, K]."""
     if not a_RK.dtype == basis_KQ.dtype == torch.float32:
         dtype = accumulate_dtype(a_RK.dtype)
         a_RK, basis_KQ = a_RK.to(dtype), basis_KQ.to(dtype)
     if lowered(a_RK.device.type):  # TF32 would leave 1e-4 of A along the basis
         with full_float32(a_RK.device):
-            return project(a_RK, basis_KQ, gram_inverse_QQ)
+            return project(a_RK, basis_KQ, gram_inverse_QQ, scale)
     along_RQ = a_RK @ basis_KQ
     if gram_inverse_QQ is not None:
         along_RQ = along_RQ @ gram_inverse_QQ.to(a_RK.dtype)
-    return torch.addmm(a_RK, along_RQ, basis_KQ.T, alpha=-1)
+    return torch.addmm(a_RK, along_RQ, basis_KQ.t(), beta=scale, alpha=-scale)
 
 
 def project_many(

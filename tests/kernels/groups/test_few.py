@@ -67,7 +67,11 @@ def test_values_and_gradients_are_those_of_the_usual_way(dtype, lead, few_most, 
     assert groups == [3, 3], "one token more goes the usual way"
 
 
-@pytest.mark.parametrize("name", CHANGES)
+def rescale(model, x):
+    model[0].k.alpha *= 3
+
+
+@pytest.mark.parametrize("name", [*CHANGES, "rescale"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_change_is_seen(name, grad, few_most, served):
     model, _ = make_model()
@@ -77,7 +81,7 @@ def test_a_change_is_seen(name, grad, few_most, served):
         x = batch()
         with torch.set_grad_enabled(grad):
             m(x)
-            CHANGES[name](m, x)
+            (rescale if name == "rescale" else CHANGES[name])(m, x)
             results.append(m(x).detach())
     assert len(served) >= 5
     torch.testing.assert_close(*results)
@@ -109,12 +113,12 @@ def test_variables_last_as_long_as_the_adapters(few_most):
     with torch.inference_mode():
         model(batch())
     known = model[0].q.group.projected
-    assert [len(variable) for _, variable in known.variables.values()] == [R] * 3
-    kept = [variable for _, variable in known.variables.values()]
+    assert [len(variable) for *_, variable in known.variables.values()] == [R] * 3
+    kept = [variable for *_, variable in known.variables.values()]
     for seed in range(2):
         gradients(model, batch(seed=seed))
     assert model[0].q.group.projected is known
-    assert [variable for _, variable in known.variables.values()] == kept
+    assert [variable for *_, variable in known.variables.values()] == kept
     step(model, None)
     model(batch())
     assert model[0].q.group.projected is not known
