@@ -355,3 +355,15 @@ def test_the_frontier_on_smollm2_is_what_its_section_says():
     assert [round(lost, 3) for lost in least["nsru"]] == [0.002, 0.010, 0.012]
     assert least["lora"][0] is None
     assert [round(lost, 3) for lost in least["lora"][1:]] == [0.095, 0.102]
+
+
+def test_host_time_on_a_cpu_is_what_its_section_says():
+    rows = read(RESULTS / "host_time_cpu.csv")
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    section = text.split("## Few tokens on a CPU\n")[1].split("\n## ")[0]
+    names = {"frozen": "frozen", "one by one": "nsru alone", "as a group": "nsru group"}
+    for line, provider in names.items():
+        ratios = [row["ratio"] for row in rows if row["provider"] == provider]
+        assert f"| {line} | " + " | ".join(f"{float(r):.2f}" for r in ratios) + " |" in section
+    calls = {row["provider"]: row["python_calls"] for row in rows}
+    assert f"{calls['nsru group']} Python calls are left of PEFT's {calls['peft']}" in section
