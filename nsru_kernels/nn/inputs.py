@@ -233,7 +233,10 @@ def _told_apart(keep_BT: Tensor | None, values: Sequence[Any]) -> list[slice]:
     if keep_BT is None or keep_BT.shape[0] != keep_BT.shape[1] or keep_BT.all():
         return whole
     for value in values:
-        if value is not None and not (isinstance(value, Tensor) and len(value) == len(keep_BT)):
+        if isinstance(value, Tensor):
+            if value.shape[:1] != keep_BT.shape[:1]:
+                return whole
+        elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
             return whole
     return [slice(1), slice(1, None)]
 

@@ -268,7 +268,7 @@ class TimeFirst(nn.Module):
         super().__init__()
         self.embed, self.linear = nn.Embedding(20, 8), nn.Linear(8, 8)
 
-    def forward(self, input_ids, attention_mask=None):
+    def forward(self, input_ids, attention_mask=None, scale=None):
         return self.linear(self.embed(input_ids.T)).transpose(0, 1)
 
 
@@ -277,7 +277,8 @@ def test_the_mask_of_layers_that_read_time_first(length):
     torch.manual_seed(0)
     model, ids = TimeFirst(), torch.randint(20, (3, length))
     mask = (torch.arange(length) < torch.tensor([[length], [2], [1]])).long()
-    subspaces = estimate(model, [{"input_ids": ids, "attention_mask": mask}], rank=3)
+    batch = {"input_ids": ids, "attention_mask": mask, "scale": 1.0}
+    subspaces = estimate(model, [batch], rank=3)
     x = model.embed(ids)[mask.bool()].double()
     assert subspaces["linear"].tokens == len(x)
     wanted = torch.linalg.eigvalsh(x.T @ x).flip(0)[:3]
