@@ -606,10 +606,16 @@ def _answered_together(
     alone = generated(**whole)
 
     def alike(logits: Tensor) -> bool:
-        # Equal but for rounding, where experts get other numbers of tokens.
-        wanted, finite = alone[: len(logits)], alone[: len(logits)].isfinite()
-        close = (logits - wanted)[finite].abs() <= 1e-2 * wanted[finite].std()
-        return bool(close.all())
+        # Equal but for rounding, by which experts get other numbers of tokens and 16 bits move
+        # single logits by a tenth. Where the first token is another one, so is what follows.
+        if not torch.equal(logits[0].argmax(), alone[0].argmax()):
+            logits = logits[:1]
+        finite = alone[: len(logits)].isfinite()
+        wanted = alone[: len(logits)][finite]
+        off = (logits[finite] - wanted).abs() / wanted.std()
+        if model.dtype == torch.float32:
+            return bool((off <= 1e-2).all())
+        return bool(off.square().mean() <= 0.1**2)
 
     other = next((token for token in prompt if token != pad), prompt[0])
     padded = []

@@ -1,5 +1,6 @@
 """Data of outsiders: chat templates, records and logs in other forms, masked vocabularies."""
 
+import copy
 import json
 import logging
 import re
@@ -49,7 +50,12 @@ from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.losses.nll import AnswerHidden, answer_logits, answer_states
 from nsru_train.metrics import forget_quality, load_log, model_utility
 from nsru_train.pipeline import token_batches
-from nsru_train.scoring import greedy_answers, position_limit, score_sequences
+from nsru_train.scoring import (
+    _answered_together,
+    greedy_answers,
+    position_limit,
+    score_sequences,
+)
 from nsru_train.sources import digest, load_records, save_records
 from nsru_train.verify import Comparison
 
@@ -755,9 +761,13 @@ def test_a_model_that_reads_padding_answers_as_one_by_one(caplog):
     assert len(said) == 1
     assert "RwkvForCausalLM mixes up the states of several prompts" in said[0]
     caplog.clear()
-    llama = make_llama(tokenizer, hidden_size=16, layers=1, heads=2, intermediate_size=16)
-    greedy_answers(llama, tokenizer, questions, max_new_tokens=2)
-    assert "answered" not in caplog.text
+    assert greedy_answers(model.bfloat16(), tokenizer, questions[-2:], max_new_tokens=2)
+    assert _answered_together(model, [1, 2, 3], 0, None) == "none"
+    llama = make_llama(tokenizer, hidden_size=64, layers=8, heads=2, intermediate_size=64)
+    for dtype in (torch.float32, torch.bfloat16):
+        caplog.clear()
+        greedy_answers(copy.deepcopy(llama).to(dtype), tokenizer, questions, max_new_tokens=2)
+        assert "answered" not in caplog.text, "rounding is no reason"
 
 
 def test_a_text_longer_than_the_position_table_is_named():
