@@ -210,7 +210,7 @@ class Comparison:
         for point in kept["frontier"]:
             check_fields(folder.results_path, point, _POINT)
         step = kept["outcome"].get("kept_step")
-        if step is not None:  # the others are no model that this method gives
+        if lr and step is not None:  # the others are no model that this method gives
             kept["frontier"] = [p for p in kept["frontier"] if p["step"] in (0, step)]
         return {**kept, "folder": str(folder.path)}
 

@@ -30,6 +30,8 @@ def fits(x: Tensor, weight: Tensor, rank: int) -> bool:
         and type(weight) in _PLAIN
         and x.is_cpu
         and weight.is_cpu
+        and x.layout is torch.strided
+        and not x.is_nested
         and 0 < x.numel() <= MOST
         and x.shape[-1] == weight.shape[-1]
         and x.dtype == weight.dtype
