@@ -276,7 +276,8 @@ def _check_tokens(batch: Mapping[str, Any]) -> None:
             f"{tuple(mask.shape)}."
         )
     for name in ("attention_mask", "token_mask"):
-        if (mask := batch.get(name)) is not None:
+        mask = batch.get(name)
+        if mask is not None and mask.ndim < 4:  # of four dimensions it is added to attention scores
             check_mask(f"batches: {name}", mask)
 
 

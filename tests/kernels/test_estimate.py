@@ -246,6 +246,14 @@ def test_token_mask_leaves_tokens_out(model):
     assert subspaces[name].tokens == count
 
 
+def test_a_mask_that_is_added_to_scores_stands_beside_that_of_tokens(model):
+    batch = {"input_ids": torch.arange(12).reshape(2, 6)}
+    batch["token_mask"] = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    batch["attention_mask"] = torch.full((2, 1, 6, 6), -1e9).triu(1)
+    subspaces = estimate(model, [batch], ["q_proj"], rank=2)
+    assert {subspace.tokens for subspace in subspaces.values()} == {10}
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
