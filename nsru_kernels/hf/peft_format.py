@@ -19,7 +19,14 @@ from nsru_kernels.files import atomic_write_all, check_fields, read_json, read_t
 from nsru_kernels.nn.experts import ExpertLinear, NSRUExpertLinear, expert_linears
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.names import plain_name, unwrap
-from nsru_kernels.nn.sharded import gathered, on_first_rank, refuse_parts, reshard, shards_like
+from nsru_kernels.nn.sharded import (
+    gathered,
+    is_shard,
+    on_first_rank,
+    refuse_parts,
+    reshard,
+    shards_like,
+)
 from nsru_kernels.nn.swap import SwapReport, by_pattern, swap_linears
 from nsru_kernels.nn.wrapped import is_plain, linear_sizes
 
@@ -135,14 +142,15 @@ def _base_fingerprint(model: nn.Module) -> dict[str, str]:
     """Of weights that are not quantised, which would be others elsewhere."""
     from nsru_kernels.subspaces.collection import fingerprint_weights
 
-    floats = all(weight.is_floating_point() for weight in model.parameters())
-    return {"fingerprint": fingerprint_weights(model)} if floats and _are_whole(model) else {}
+    plain = (
+        type(w) in (Tensor, nn.Parameter) and w.is_floating_point() for w in model.parameters()
+    )
+    return {"fingerprint": fingerprint_weights(model)} if _are_whole(model) and all(plain) else {}
 
 
 def _are_whole(model: nn.Module) -> bool:
     """True where all weights are here: none is sharded or on no device."""
-    weights = model.parameters()
-    return all(type(w) in (Tensor, nn.Parameter) and not w.is_meta for w in weights)
+    return not any(is_shard(weight) or weight.is_meta for weight in model.parameters())
 
 
 def _tensors(name: str, module: NSRULinear, alpha: float) -> dict[str, Tensor]:
@@ -493,7 +501,7 @@ def check_fingerprint(model: nn.Module, sidecar: Path) -> bool:
     if not sidecar.is_file():
         return False
     wanted = read_json(sidecar).get("fingerprint")
-    if any(type(weight).__name__ == "DTensor" or weight.is_meta for weight in model.parameters()):
+    if not _are_whole(model):
         return False
     if wanted is not None and (found := fingerprint_weights(model)) != wanted:
         raise ValueError(

@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from nsru_kernels.nn.linear import NSRULinear, added, finite_weight
-from nsru_kernels.nn.projections import projection_key
 from nsru_kernels.nn.sharded import gathering
 from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.ops.grouped import Groups
@@ -145,10 +144,7 @@ class NSRUExpertLinear(NSRULinear):
         """Ā [E·R, K] in ``dtype``, without gradient; computed once per optimizer step."""
         if self.lora_A.is_inference():  # whose edits are not counted
             return project_adapter(self.lora_A, self.basis, backend=self.backend).to(dtype)
-        known = self.group.projected
-        if known is None or known.key != projection_key(dtype, (self.lora_A,), self.basis):
-            known = self.group.projections.refresh(self.group, dtype)
-        return known.value
+        return self.group.current(dtype, (self.lora_A,), self.basis).value
 
     def by_expert(self, a_RK: Tensor, b_NR: Tensor) -> tuple[Tensor, Tensor]:
         """(A [E, R, K], B [E, N, R]) of tensors like ``lora_A`` and ``lora_B``."""

@@ -79,6 +79,15 @@ class LinearGroup:
     def backend(self) -> str:
         return self.modules()[0].backend
 
+    def current(
+        self, dtype: torch.dtype, lora_as: tuple[Tensor, ...], basis: Tensor | None
+    ) -> Projected:
+        """The members' projected adapters as they are now, ``lora_as`` on ``basis``."""
+        known = self.projected
+        if known is None or known.key != projection_key(dtype, lora_as, basis):
+            known = self.projections.refresh(self, dtype)
+        return known
+
     def call(self, module: NSRULinear, x: Tensor) -> Tensor:
         """The output of ``module`` for x [..., K]: taken, computed with all others, or alone."""
         if (y := self._of_few(module, x)) is not None:
@@ -138,9 +147,8 @@ class LinearGroup:
                 return None
             if lora_a.is_inference() or lora_a.device != x.device:
                 return None
-        known, basis = self.projected, asked.basis
-        if known is None or known.key != projection_key(x.dtype, lora_as, basis):
-            known = self.projections.refresh(self, x.dtype)
+        basis = asked.basis
+        known = self.current(x.dtype, lora_as, basis)
         scalings = [module.scaling for module in modules]
         kept = known.value, scalings, basis, gram_inverse_of(basis)
         with torch.inference_mode(False), torch.enable_grad():
@@ -180,10 +188,7 @@ class LinearGroup:
             dtype = compute_dtype(x) if torch.is_autocast_enabled(device) else x.dtype
             members = modules if together else self.modules()
             of_all = lora_as if together else tuple([m.lora_A for m in members])
-            known = self.projected
-            if known is None or known.key != projection_key(dtype, of_all, basis):
-                known = self.projections.refresh(self, dtype)
-            projected = known.value
+            projected = self.current(dtype, of_all, basis).value
             if not together:
                 start = sum([m.rank for m in members[: first._position]])
                 projected = projected[start : start + first.rank]

@@ -29,7 +29,12 @@ from nsru_train.metrics.tofu import Log, check_retain_log, load_log, load_refere
 from nsru_train.muse import Muse
 from nsru_train.ordinary import refused_elsewhere
 from nsru_train.report import write_report
-from nsru_train.run_config import run_sections, say_changed_adapter, say_changed_sets
+from nsru_train.run_config import (
+    is_own_adapter,
+    run_sections,
+    say_changed_adapter,
+    say_changed_sets,
+)
 from nsru_train.run_folder import RunFolder, to_json
 from nsru_train.shares import launched
 
@@ -78,7 +83,7 @@ class RetainLog:
 
 def _default_out(run: str, adapter: str | None, base: bool) -> str:
     """A folder in the run's that is no other adapter's."""
-    if base or adapter is None or Path(adapter).resolve() == Path(run, "adapter").resolve():
+    if base or adapter is None or is_own_adapter(run, adapter):
         return f"{run}/{'eval-base' if base else 'eval'}"
     path = Path(adapter).resolve()
     return f"{run}/eval-{path.parent.name if path.name == 'adapter' else path.name}"

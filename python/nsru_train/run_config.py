@@ -126,9 +126,14 @@ def adapter_digest(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def is_own_adapter(run: str, adapter: str) -> bool:
+    """True for the folder of the adapter that the run itself saved."""
+    return Path(adapter).resolve() == Path(run, "adapter").resolve()
+
+
 def changed_adapter(run: str, adapter: str | None) -> str | None:
     """What is wrong with a run's own adapter that is not the one it saved; None where it is."""
-    if adapter is None or Path(adapter).resolve() != Path(run, "adapter").resolve():
+    if adapter is None or not is_own_adapter(run, adapter):
         return None
     try:
         saved = read_json(Path(run) / "results.json")["setup"]["adapter"]
