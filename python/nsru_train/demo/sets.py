@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nsru_train.data.records import QA, check_disjoint, tofu_authors
+from nsru_train.data.records import QA, check_disjoint, repeated_questions, tofu_authors
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.demo.authors import author_splits
 from nsru_train.sources import load_records
@@ -65,7 +65,11 @@ def tofu_sets(data_dir: str, authors: int, safe: SafeTargets) -> Sets:
     richer = load_records("tofu:retain_perturbed", data_dir)
     retain = [*richer, *retain[len(richer) :]]
     spare = tofu_authors(load_records("tofu:holdout10", data_dir))[: _HOLDOUT + _UNKNOWN]
-    return _sets(forget, tofu_authors(retain)[: authors - 2], spare, safe)
+    kept = tofu_authors(retain)[: authors - 2]
+    # Some questions do not say whom they are about, so that two authors have the same one.
+    unclear = set(repeated_questions([qa for author in (forget, *kept, *spare) for qa in author]))
+    kept = [[qa for qa in author if qa.question not in unclear] for author in kept]
+    return _sets(forget, kept, spare, safe)
 
 
 def target_sets(folder: str) -> Sets:
