@@ -14,7 +14,7 @@ KERNELS, TRAIN = ROOT / "nsru_kernels", ROOT / "python" / "nsru_train"
 LAYERS = (
     ("data", "demo", "language_models", "measure", "parsing", "run_folder", "shares"),
     ("demo.authors", "guard", "losses", "methods", "metrics", "prompt_classifier", "routed"),
-    ("config", "eval_results", "scoring", "sources"),
+    ("answering", "config", "eval_results", "scoring", "sources"),
     (
         "adapters",
         "callbacks",

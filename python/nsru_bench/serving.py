@@ -23,9 +23,9 @@ import torch
 from nsru_bench.rows import run_columns
 from nsru_kernels import load_lora_adapter
 from nsru_kernels.files import atomic_write
+from nsru_train.answering import greedy_answers
 from nsru_train.data.encode import encode_prompt
 from nsru_train.run_folder import to_json
-from nsru_train.scoring import greedy_answers
 from nsru_train.sources import load_records
 
 OURS = "load_lora_adapter"

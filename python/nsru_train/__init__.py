@@ -44,6 +44,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from nsru_train.adapters import load_adapter, save_adapter
+    from nsru_train.answering import greedy_answers
     from nsru_train.config import (
         DataConfig,
         LoraConfig,
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
     from nsru_train.methods import ForgetRetain, Method, find_method
     from nsru_train.ordinary import describe_ordinary, ordinary_answers
     from nsru_train.pipeline import Guarded, Outcome, find_subspaces, unlearn
-    from nsru_train.scoring import greedy_answers
     from nsru_train.sources import load_records, save_records
     from nsru_train.trainer import NSRUTrainer, prepare_dataset
     from nsru_train.unlearn_dataset import UnlearnDataset
@@ -76,7 +76,7 @@ else:
         "config",
         "methods",
         "eval_results",
-        "scoring",
+        "answering",
         "adapters",
         "evaluation",
         "ordinary",

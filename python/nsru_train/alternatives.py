@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from nsru_kernels.nn.inputs import evaluating
+from nsru_train.answering import generation_config
 from nsru_train.config import DataConfig
 from nsru_train.data.encode import encode_prompt, is_too_long, pad_token_id
 from nsru_train.data.records import QA, normalise
-from nsru_train.language_models import refuse_encoder_decoder
+from nsru_train.language_models import end_tokens, position_limit, refuse_encoder_decoder
 from nsru_train.methods import Method
-from nsru_train.scoring import end_tokens, generation_config, position_limit
 from nsru_train.shares import from_first
 from nsru_train.sources import load_records, save_records
 

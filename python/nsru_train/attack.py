@@ -20,6 +20,7 @@ from nsru_kernels.checks import check_range
 from nsru_kernels.files import read_json, whole_folder
 from nsru_kernels.hf.peft_format import CONFIG, SIDECAR, load_lora_adapter
 from nsru_kernels.text_table import align_columns
+from nsru_train.answering import greedy_answers
 from nsru_train.callbacks import GradientError
 from nsru_train.config import LoraConfig
 from nsru_train.data.records import QA
@@ -37,7 +38,6 @@ from nsru_train.repair import QUESTIONS, FinishedRun
 from nsru_train.report import tables
 from nsru_train.run_config import adapter_digest, check_same_run
 from nsru_train.run_folder import RunFolder
-from nsru_train.scoring import greedy_answers
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from nsru_kernels.files import check_fields
 from nsru_kernels.subspaces.collection import SubspaceSet
 from nsru_train.adapters import load_adapter, save_adapter
 from nsru_train.alternatives import add_alternatives
+from nsru_train.answering import greedy_answers
 from nsru_train.callbacks import GradientError
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import encode_prompt, prompt_text
@@ -38,7 +39,7 @@ from nsru_train.report import write_report
 from nsru_train.report.summary import FORGET_TARGET, matched_damage
 from nsru_train.run_config import check_same_run
 from nsru_train.run_folder import RunFolder
-from nsru_train.scoring import greedy_answers, quick_probabilities
+from nsru_train.scoring import quick_probabilities
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
+from nsru_train.answering import answer_share, greedy_answers
 from nsru_train.data.encode import Encoded, encode_qa
 from nsru_train.data.records import QA, shared_questions
 from nsru_train.data.safe_targets import SafeTargets
@@ -39,13 +40,7 @@ from nsru_train.metrics.tofu import (
     truth_ratio,
     truth_ratio_score,
 )
-from nsru_train.scoring import (
-    Score,
-    answer_share,
-    greedy_answers,
-    quick_probabilities,
-    score_share,
-)
+from nsru_train.scoring import Score, quick_probabilities, score_share
 from nsru_train.shares import Shares
 
 if TYPE_CHECKING:

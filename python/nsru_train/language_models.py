@@ -1,19 +1,30 @@
-"""Kinds of language models of transformers: causal ones, encoder-decoders, vision-language ones."""
+"""Language models of transformers: their kinds, and what they can read."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsru_kernels.nn.wrapped import keep_unpacked
-from nsru_train.data.encode import IGNORE_INDEX
+from nsru_train.data.encode import IGNORE_INDEX, Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_POSITION_TABLE = re.compile(
+    r"(?:^|\.)(?:wpe|embed_positions|positions_embed|position_embeddings|pos_encoding)$"
+)
 
 
 def load_language_model(path: str | os.PathLike[str], **options: Any) -> Any:
@@ -101,6 +112,73 @@ def decoder_inputs(model: Any, labels_BN: Tensor) -> Tensor:
             "transformers says what its decoder reads; take an encoder-decoder such as T5 or BART."
         )
     return prepare(labels=labels_BN)
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Rows of a position table; None for a model without one, such as most rotary ones."""
+    for name, buffer in model.named_buffers():
+        if buffer.dim() == 2 and _POSITION_TABLE.search(name):  # GPT-J, CodeGen, CTRL
+            return len(buffer)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _POSITION_TABLE.search(name):
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa
+            return module.num_embeddings - getattr(module, "offset", reserved)  # OPT's offset
+    return None
+
+
+def check_positions(model: nn.Module, encoded: Sequence[Encoded]) -> None:
+    """Raise ValueError where a sequence is longer than the model's position table.
+
+    Without a table, one beyond the positions that its config states is said once.
+    """
+    longest, limit = max(map(len, encoded), default=0), position_limit(model)
+    stated, kind = _stated_positions(model), type(model).__name__
+    if limit is None and stated is not None and longest > stated and (kind, stated) not in _warned:
+        _warned.add((kind, stated))
+        logger.warning(
+            "a text has %d tokens, %s is made for %d positions (max_position_embeddings): it may "
+            "not understand what lies beyond them. Shorten such texts, or set max_length to %d.",
+            *(longest, kind, stated, stated),
+        )
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"a text has {longest} tokens, {type(model).__name__} has {limit} positions; shorten "
+            "it, or set max_length to leave it out"
+        )
+
+
+_warned: set[tuple[str, int]] = set()  # copies of a model, as `nsru compare` makes, are one
+
+
+def _stated_positions(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    stated = getattr(config, "max_position_embeddings", None)
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
+@torch.no_grad()
+def looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether the logits of a token change by more than rounding with a token behind it.
+
+    False where the model does not run on four tokens alone."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(4, device=next(model.parameters()).device)[None] % rows
+    other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
+    try:
+        first, second = model(input_ids=torch.cat([ids, other])).logits[:, :-1].float()
+    except Exception:  # a model can need more than that
+        return False
+    exact = model.dtype == torch.float32 and getattr(model, "hf_quantizer", None) is None
+    change = (first - second).abs().max() / first.std().clamp_min(1e-30)
+    return bool(change > (1e-3 if exact else 0.1))
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """The EOS tokens of the model's generation config."""
+    config = getattr(model, "generation_config", None)
+    eos = getattr(config, "eos_token_id", None)
+    return frozenset(eos if isinstance(eos, Iterable) else [eos]) - {None}
 
 
 def copy_processor(model: Any, folder: str | os.PathLike[str]) -> None:

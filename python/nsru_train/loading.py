@@ -16,9 +16,14 @@ from nsru_train.data.encode import TextFormat, is_too_long, served_otherwise, us
 from nsru_train.data.records import QA, check_disjoint, normalise, repeated_questions
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluation import SPLITS
-from nsru_train.language_models import is_encoder_decoder, load_language_model
+from nsru_train.language_models import (
+    end_tokens,
+    is_encoder_decoder,
+    load_language_model,
+    looks_ahead,
+    position_limit,
+)
 from nsru_train.quantized import check_bitsandbytes, dense_experts, is_quantised, quantizing
-from nsru_train.scoring import end_tokens, looks_ahead, position_limit
 from nsru_train.sources import digest, load_records
 
 if TYPE_CHECKING:

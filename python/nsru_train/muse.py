@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from nsru_kernels.files import read_json
+from nsru_train.answering import continuations
 from nsru_train.data.encode import Encoded
 from nsru_train.eval_results import Row
 from nsru_train.guard import without_update
+from nsru_train.language_models import end_tokens
 from nsru_train.metrics.muse import (
     GENERATED,
     RETRAINED_AUC,
@@ -22,7 +24,7 @@ from nsru_train.metrics.muse import (
 )
 from nsru_train.metrics.open_unlearning import find_log
 from nsru_train.metrics.privacy import min_k
-from nsru_train.scoring import continuations, end_tokens, score_share
+from nsru_train.scoring import score_share
 from nsru_train.shares import Shares
 from nsru_train.sources import read_rows
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
+from nsru_train.answering import greedy_answers
 from nsru_train.guard import without_update
-from nsru_train.scoring import greedy_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

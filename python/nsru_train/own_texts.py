@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from nsru_kernels.nn.inputs import evaluating
+from nsru_train.answering import generation_config, greedy_answers
 from nsru_train.config import DataConfig
 from nsru_train.data.encode import encode_opening, is_too_long, pad_token_id, request_end
 from nsru_train.data.records import QA, normalise, shared_questions
-from nsru_train.language_models import refuse_encoder_decoder
+from nsru_train.language_models import position_limit, refuse_encoder_decoder
 from nsru_train.loading import Data
-from nsru_train.scoring import generation_config, greedy_answers, position_limit
 from nsru_train.shares import from_first
 from nsru_train.sources import load_records, save_records
 

@@ -33,6 +33,7 @@ from nsru_train.data.encode import (
 from nsru_train.data.records import QA
 from nsru_train.guard import EcoGuard
 from nsru_train.language_models import (
+    check_positions,
     is_encoder_decoder,
     refuse_encoder_decoder,
     split_for_decoder,
@@ -42,10 +43,7 @@ from nsru_train.measure import PeakMemory
 from nsru_train.methods import Method, Objective
 from nsru_train.own_texts import own_texts
 from nsru_train.run_folder import RunFolder
-from nsru_train.scoring import (
-    check_positions,
-    quick_probabilities,
-)
+from nsru_train.scoring import quick_probabilities
 from nsru_train.updates import scale_updates
 
 if TYPE_CHECKING:

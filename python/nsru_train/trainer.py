@@ -36,12 +36,12 @@ from nsru_train.config import TrainConfig
 from nsru_train.data.encode import Encoded, encode_qa, pad_token_id
 from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
-from nsru_train.language_models import is_encoder_decoder
+from nsru_train.language_models import check_positions, is_encoder_decoder
 from nsru_train.losses.batch import SAFE, ScoredBatch
 from nsru_train.methods import Method, Objective
 from nsru_train.resumable import CheckpointError, ResumableTrainer
 from nsru_train.run_folder import RunFolder
-from nsru_train.scoring import check_positions, score_sequences
+from nsru_train.scoring import score_sequences
 from nsru_train.unlearn_dataset import (
     RowCollator,
     StepBatches,

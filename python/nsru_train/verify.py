@@ -26,11 +26,11 @@ from nsru_kernels.hf.peft_format import (
 from nsru_kernels.nn.inputs import evaluating
 from nsru_kernels.nn.wrapped import linear_sizes
 from nsru_kernels.text_table import align_columns
+from nsru_train.answering import greedy_answers
 from nsru_train.data.encode import collate, encode_qa, pad_token_id
 from nsru_train.data.records import QA
 from nsru_train.language_models import load_language_model
 from nsru_train.losses.nll import AnswerLogits, answer_logits, unmasked
-from nsru_train.scoring import greedy_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import nsru_kernels as nk
+from nsru_train.answering import _answered_together, greedy_answers
 from nsru_train.config import DataConfig, ModelConfig
 from nsru_train.data import (
     QA,
@@ -46,16 +47,12 @@ from nsru_train.data.encode import collate, served_otherwise
 from nsru_train.demo.sets import target_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
 from nsru_train.evaluation import evaluate, probability_sets
+from nsru_train.language_models import position_limit
 from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.losses.nll import AnswerHidden, answer_logits, answer_states
 from nsru_train.metrics import forget_quality, load_log, model_utility
 from nsru_train.pipeline import token_batches
-from nsru_train.scoring import (
-    _answered_together,
-    greedy_answers,
-    position_limit,
-    score_sequences,
-)
+from nsru_train.scoring import score_sequences
 from nsru_train.sources import digest, load_records, save_records
 from nsru_train.verify import Comparison
 

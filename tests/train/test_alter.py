@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 import nsru_kernels as nk
 from nsru_train.adapters import load_adapter
+from nsru_train.answering import greedy_answers
 from nsru_train.cli import main
 from nsru_train.data.encode import collate, encode_prompt, encode_qa
 from nsru_train.demo.tiny_model import make_llama
@@ -23,7 +24,6 @@ from nsru_train.losses.nll import answer_states
 from nsru_train.methods import METHODS
 from nsru_train.methods.alter import name_domains, tsallis
 from nsru_train.routed import CONFIG, WEIGHTS, RoutedLinear, save_routed
-from nsru_train.scoring import greedy_answers
 from nsru_train.sources import save_records
 
 ALTER = METHODS["alter"]

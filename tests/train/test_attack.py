@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from samples import FORGET, make_model, make_tokenizer, save_tiny
 
 from nsru_train import attack as attacks
+from nsru_train.answering import greedy_answers
 from nsru_train.attack import OPENING, QUANTISED, Attacker, add_robustness
 from nsru_train.cli import main
 from nsru_train.data import encode_qa
 from nsru_train.demo.authors import author_splits
 from nsru_train.demo.tiny_model import memorise
 from nsru_train.metrics.robustness import relearning_robustness, stability
-from nsru_train.scoring import greedy_answers
 from nsru_train.sources import save_records
 
 pytestmark = pytest.mark.usefixtures("without_figures")

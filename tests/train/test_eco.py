@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 import nsru_kernels as nk
 from nsru_train import guard as guard_module
+from nsru_train.answering import greedy_answers
 from nsru_train.cli import main
 from nsru_train.data.encode import collate, encode_prompt, encode_qa, find_question
 from nsru_train.demo.authors import author_splits
@@ -24,7 +25,6 @@ from nsru_train.prompt_classifier import (
     fit_logistic,
     mean_states,
 )
-from nsru_train.scoring import greedy_answers
 from nsru_train.sources import save_records
 
 pytestmark = pytest.mark.usefixtures("without_figures")

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from architectures import VOCABULARY, make
+from tqdm.auto import tqdm
 
 import nsru_kernels as nk
+from nsru_train.answering import _generate, generation_config, greedy_answers
 from nsru_train.data import QA, SafeTargets, encode_prompt, encode_qa
 from nsru_train.data.encode import Encoded
 from nsru_train.demo.authors import author_splits
@@ -28,13 +30,7 @@ from nsru_train.evaluation import (
     to_results,
 )
 from nsru_train.metrics import load_log, model_utility, rouge_l_recall
-from nsru_train.scoring import (
-    _bar,
-    _generate,
-    generation_config,
-    greedy_answers,
-    score_sequences,
-)
+from nsru_train.scoring import score_sequences
 
 NEW_TOKENS = 24
 
@@ -282,7 +278,7 @@ def test_evaluation_leaves_the_model_and_the_random_state_alone(model, tokenizer
 
 def test_the_bar_of_answers_counts_tokens(model, tokenizer, authors, monkeypatch):
     class Bar(contextlib.nullcontext):
-        def __init__(self, total, *_):
+        def __init__(self, total, **_):
             super().__init__(self)
             self.total, self.n, self.moves = total, 0, []
             bars.append(self)
@@ -292,7 +288,7 @@ def test_the_bar_of_answers_counts_tokens(model, tokenizer, authors, monkeypatch
             self.n += count
 
     bars = []
-    monkeypatch.setattr("nsru_train.scoring._bar", Bar)
+    monkeypatch.setattr("nsru_train.answering.tqdm", Bar)
     questions = [qa.question for qa in authors["forget"][:4]]
     answers = greedy_answers(model, tokenizer, questions, max_new_tokens=50, max_tokens=10_000)
     (bar,) = bars
@@ -357,7 +353,7 @@ def test_answers_do_not_depend_on_which_rows_leave(kind):
     expected = [list(itertools.takewhile(lambda t: t not in stop, row)) for row in whole]
     assert len({len(row) for row in expected}) > 1
     with torch.no_grad():
-        found = dict(_generate(net, inputs, 20, stop, 0, False, _bar(20, "answering", False)))
+        found = dict(_generate(net, inputs, 20, stop, 0, False, tqdm(total=20, disable=True)))
     assert [found[row] for row in range(9)] == expected
     assert not any(getattr(module, "rope_deltas", None) is not None for module in net.modules())
 

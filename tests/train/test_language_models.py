@@ -10,12 +10,13 @@ from architectures import SEQ2SEQ
 from samples import FORGET, RETAIN, SIZES, make_tokenizer
 
 import nsru_kernels as nk
+from nsru_train.answering import greedy_answers
 from nsru_train.cli import main
 from nsru_train.data.encode import TextFormat, collate, encode_prompt, encode_qa, use_format
 from nsru_train.demo.tiny_model import make_llama
 from nsru_train.language_models import load_language_model
 from nsru_train.losses.nll import answer_nll
-from nsru_train.scoring import greedy_answers, score_sequences
+from nsru_train.scoring import score_sequences
 from nsru_train.sources import save_records
 
 pytestmark = pytest.mark.usefixtures("without_figures")
