@@ -31,6 +31,7 @@ from nsru_bench.training_ways import (
     FULL,
     LLAMA_1B,
     LLAMA_8B,
+    RECORDED,
     SMOLLM2_NF4,
     TINY,
     Case,
@@ -119,22 +120,21 @@ def check(ways: Mapping[str, Way], results: Mapping[str, Result], dtype: torch.d
             error = abs(loss - first) / abs(first)
             bound = 1e-4 if exact else 8 * 2.0**-9
             assert error <= bound, f"{name}: loss {loss} against {first}, off by {error:.1e}"
-    if "nsru" not in results:
-        return
-    ours = results["nsru"].gradients  # dA and dB in turns, in model order
-    modules = nsru_modules(ways["nsru"].model)
-    for (name, module), d_a in zip(modules.items(), ours[::2], strict=True):
-        d_a = d_a.double()
-        leak = ((d_a @ module.basis.double()).norm() / d_a.norm()).item()
-        assert leak <= 1e-3, f"nsru: {leak:.1e} of dA of {name} is inside the retain subspace"
-    if "peft + eager projection" not in results:
-        return
-    theirs = results["peft + eager projection"].gradients
-    for label, start in (("dA", 0), ("dB", 1)):
-        found, wanted = (_flat(grads[start::2]) for grads in (ours, theirs))
-        # bf16 models of many layers drift apart by a few percent; an unprojected dA is off by a
-        # fifth and more.
-        assert_near(f"nsru: {label}", found, wanted, 1e-3 if exact else 0.15)
+    for way in {"nsru", RECORDED} & results.keys():
+        ours = results[way].gradients  # dA and dB in turns, in model order
+        modules = nsru_modules(ways[way].model)
+        for (name, module), d_a in zip(modules.items(), ours[::2], strict=True):
+            d_a = d_a.double()
+            leak = ((d_a @ module.basis.double()).norm() / d_a.norm()).item()
+            assert leak <= 1e-3, f"{way}: {leak:.1e} of dA of {name} is inside the retain subspace"
+        if "peft + eager projection" not in results:
+            continue
+        theirs = results["peft + eager projection"].gradients
+        for label, start in (("dA", 0), ("dB", 1)):
+            found, wanted = (_flat(grads[start::2]) for grads in (ours, theirs))
+            # bf16 models of many layers drift apart by a few percent; an unprojected dA is off by a
+            # fifth and more.
+            assert_near(f"{way}: {label}", found, wanted, 1e-3 if exact else 0.15)
 
 
 def _flat(gradients: list[Tensor]) -> Tensor:

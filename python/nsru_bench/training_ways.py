@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import peft
 import psutil
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import nsru_kernels as nk
 from nsru_bench.cases import normal_numbers
 from nsru_kernels.nn.swap import replace_module
+from nsru_kernels.ops.linear import few
 from nsru_train.data.encode import Encoded
 from nsru_train.losses.batch import FORGET, RETAIN, SAFE
 from nsru_train.losses.nll import answer_nll
@@ -24,7 +27,8 @@ from nsru_train.methods import Objective
 from nsru_train.trainer import unlearning_loss
 from nsru_train.unlearn_dataset import Row, RowCollator
 
-ADAPTED = ("nsru", "peft bf16", "peft + eager projection")  # all with the same update
+RECORDED = "nsru, products recorded"  # as few tokens on a CPU are; on a GPU for the host's sake
+ADAPTED = ("nsru", RECORDED, "peft bf16", "peft + eager projection")  # all with the same update
 FULL = "full fine-tuning + reference model"
 SCALING = 2.0
 OBJECTIVE = Objective()
@@ -67,15 +71,18 @@ class Way:
         optimizer: of what is trained; None for the frozen model.
         prepare: batch → batch, inside the step.
         held: tensors beside the model's own that stay in memory between steps.
+        inside: makes the context of every forward.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
     prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: batch
     held: tuple[Tensor, ...] = ()
+    inside: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        return unlearning_loss(self.model, self.prepare(batch), OBJECTIVE)[0]
+        with self.inside():
+            return unlearning_loss(self.model, self.prepare(batch), OBJECTIVE)[0]
 
     def step(self, batch: dict[str, Tensor]) -> None:
         self.loss(batch).backward()
@@ -194,7 +201,7 @@ def make_way(model: nn.Module, **options: Any) -> Way:
 
 
 @torch.no_grad()
-def make_nsru(case: Case, base: nn.Module) -> Way:
+def make_nsru(case: Case, base: nn.Module, **options: Any) -> Way:
     model, bases = shared_copy(base), make_bases(base, case.Q)
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     nk.swap_linears(
@@ -207,7 +214,14 @@ def make_nsru(case: Case, base: nn.Module) -> Way:
         for adapter, scale in ((module.lora_A, case.hidden**-0.5), (module.lora_B, 0.02)):
             # Exact in the dtype of the run: all ways start equal.
             adapter.copy_((normal(adapter.shape) * scale).to(module.dtype))
-    return make_way(model)
+    return make_way(model, **options)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Computes every linear as one of few tokens, whatever their number."""
+    with patch.dict(few.MOST, cpu=1 << 40, cuda=1 << 40):
+        yield
 
 
 def nsru_modules(model: nn.Module) -> dict[str, nk.NSRULinear]:
@@ -275,6 +289,7 @@ def make_ways(case: Case, base: nn.Module, names: Iterable[str] | None = None) -
     makers: dict[str, Callable[[], Way]] = {
         "frozen": lambda: make_way(shared_copy(base)),
         "nsru": lambda: nsru,
+        RECORDED: lambda: make_nsru(case, base, inside=recorded),
         "peft bf16": lambda: make_peft(case, base, nsru.model, projected=False),
         "peft + eager projection": lambda: make_peft(case, base, nsru.model, projected=True),
         FULL: lambda: make_full(base),

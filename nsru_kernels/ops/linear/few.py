@@ -16,28 +16,30 @@ from nsru_kernels.dispatch import cpu_extension
 from nsru_kernels.dispatch.choice import Query, as_op, measured
 from nsru_kernels.ops.linear.backends import LINEAR
 
-# Entries of x up to which this is faster, measured on a CPU at K = 64, 576 and 2048.
-MOST = 1 << 14
+# Entries of x up to which this is faster, by kind of device: on a CPU measured at K = 64, 576 and
+# 2048, on a GPU not measured yet.
+MOST = {"cpu": 1 << 14, "cuda": 0}
 BACKENDS = ("auto", "eager")
 _PLAIN = (Tensor, nn.Parameter)
 
 
 def fits(x: Tensor, weight: Tensor, rank: int) -> bool:
-    """True for few tokens of a linear on the CPU, outside of autocast and of compiled graphs, where
-    no kernel was measured to win."""
+    """True for few tokens of a linear, outside of autocast and of recorded graphs; on a CPU only
+    where no kernel was measured to win."""
+    device = x.device.type
     return (
         type(x) in _PLAIN
         and type(weight) in _PLAIN
-        and x.is_cpu
-        and weight.is_cpu
         and x.layout is torch.strided
         and not x.is_nested
-        and 0 < x.numel() <= MOST
+        and 0 < x.numel() <= MOST.get(device, 0)
+        and x.device == weight.device
         and x.shape[-1] == weight.shape[-1]
         and x.dtype == weight.dtype
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(device)
         and not as_op(x)
-        and not (_has_kernels() and _kernel_wins(x, weight, rank))
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        and not (x.is_cpu and _has_kernels() and _kernel_wins(x, weight, rank))
     )
 
 

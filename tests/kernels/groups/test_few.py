@@ -1,7 +1,6 @@
 """Few tokens: each member by itself, by products that autograd records, equal to the usual way."""
 
 import copy
-import functools
 import pickle
 
 import pytest
@@ -41,8 +40,11 @@ def served(monkeypatch):
 
 @pytest.fixture
 def few_most(monkeypatch):
-    """Sets the limit; the folder's other tests have 0."""
-    set_most = functools.partial(monkeypatch.setattr, few, "MOST")
+    """Sets the limit; the folder's other tests have none."""
+
+    def set_most(entries, device="cpu"):
+        monkeypatch.setattr(few, "MOST", {device: entries})
+
     set_most(1000)
     return set_most
 
@@ -65,6 +67,18 @@ def test_values_and_gradients_are_those_of_the_usual_way(dtype, lead, few_most, 
     few_most(x.numel() - 1)
     model(x)
     assert groups == [3, 3], "one token more goes the usual way"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_where_the_limit_is_raised(few_most, served, groups):
+    model, _ = make_model()
+    model, x = model.cuda(), batch().cuda()
+    want = gradients(model, x)
+    assert not served, "by default"
+    few_most(1000, "cuda")
+    got = gradients(model, x)
+    assert len(served) == 3
+    assert_same(got, want, rtol=1e-3, atol=1e-3)
 
 
 def rescale(model, x):
