@@ -160,6 +160,15 @@ def test_smollm2_does_at_most_a_fifth_of_the_damage(smollm2):
             assert row["safe_prob"] >= 0.9
 
 
+def test_the_readme_quotes_smollm2(smollm2):
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    ours, theirs = (
+        [row[f"{method}_damage"] for row in smollm2["matched"]] for method in ("nsru", "lora")
+    )
+    assert f"by {min(ours):.3f} to {max(ours):.3f} with NSRU" in page
+    assert f"by {min(theirs):.2f} to {max(theirs):.2f} with the same LoRA" in page
+
+
 def test_unlearning_document_quotes_the_rates_on_smollm2():
     rates = json.loads((RESULTS / "smollm2" / "rates.json").read_text())
     text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")

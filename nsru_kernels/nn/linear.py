@@ -346,6 +346,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     In every thread of the process: another one that calls the model meanwhile gets base outputs.
     With gradient checkpointing use it in ``torch.no_grad()``: what a backward outside of the block
     computes again has the adapters.
+    A copy of the model that is made in the block has them off for good.
 
     Args:
         model: any module; what is inside and no ``NSRULinear`` is left alone.
