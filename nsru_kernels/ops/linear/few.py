@@ -26,17 +26,17 @@ _PLAIN = (Tensor, nn.Parameter)
 def fits(x: Tensor, weight: Tensor, rank: int) -> bool:
     """True for few tokens of a linear, outside of autocast and of recorded graphs; on a CPU only
     where no kernel was measured to win."""
-    device = x.device.type
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN:
+        return False
+    device = x.device
     return (
-        type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and x.layout is torch.strided
+        x.layout is torch.strided
         and not x.is_nested
-        and 0 < x.numel() <= MOST.get(device, 0)
-        and x.device == weight.device
+        and 0 < x.numel() <= MOST.get(device.type, 0)
+        and weight.device == device
         and x.shape[-1] == weight.shape[-1]
         and x.dtype == weight.dtype
-        and not torch.is_autocast_enabled(device)
+        and not torch.is_autocast_enabled(device.type)
         and not as_op(x)
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
         and not (x.is_cpu and _has_kernels() and _kernel_wins(x, weight, rank))
