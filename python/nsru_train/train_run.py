@@ -152,7 +152,7 @@ def run_train(
         before, after = before_and_after(base, tokenizer, asked, progress=True)
     if not run.writes:
         return False
-    ordinary = [] if sharded else _ask_ordinary(base, tokenizer, loaded)
+    ordinary = _ask_ordinary(base, tokenizer, loaded)
     print(format_probabilities({"before": before, "after": after}))
     if ordinary:
         print(describe_ordinary(ordinary))
@@ -205,6 +205,9 @@ def _last_checkpoint(run: RunFolder, resume: bool) -> str | None:
 
 
 def _ask_ordinary(model: nn.Module, tokenizer: Any, data: Data) -> list[dict[str, Any]]:
+    if shards_of(model):
+        print("ordinary requests were not asked: the model is sharded.")
+        return []
     targets = [data.safe.target(qa) for qa in data.forget]
     try:
         return ordinary_answers(model, tokenizer, targets, progress=True)
