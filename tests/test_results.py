@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
@@ -167,6 +168,39 @@ def test_the_readme_quotes_smollm2(smollm2):
     )
     assert f"by {min(ours):.3f} to {max(ours):.3f} with NSRU" in page
     assert f"by {min(theirs):.2f} to {max(theirs):.2f} with the same LoRA" in page
+
+
+def test_unlearning_document_quotes_what_sets_the_scale():
+    page = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    energy, rules, steps = (
+        read(RESULTS / "smollm2" / f"scale_{name}.csv") for name in ("energy", "rules", "steps")
+    )
+    changes = {(row["rule"], float(row["floor"]), float(row["power"])): row for row in steps}
+    assert f"{float(changes['none', 1.0, 0.0]['forget_change']):.4f} (rms) with LoRA" in page
+    for power in (0.0, 0.5, 1.0):
+        found = [
+            float(changes["unit answers", f, power]["forget_change"]) for f in (0.02, 0.05, 0.2)
+        ]
+        assert "{:.4f}, {:.4f} and {:.4f}".format(*found) in page
+    kept = float(changes["unit answers", 0.05, 0.5]["kept_change"])
+    assert f"to keep moved by {kept:.4f} in that step" in page
+    assert f"with LoRA by {float(changes['none', 1.0, 0.0]['kept_change']):.4f}" in page
+    shared = Counter()
+    for row in energy:
+        shared[row["input"]] += float(row["energy"]) * (row["kind"] in ("first", "template"))
+    *others, second, first = sorted(shared.values())
+    assert f"{first:.2%}".replace("%", " %") in page
+    assert f"{second:.1%} at".replace("%", " %") in page
+    assert f"{min(others):.0%}"[:-1] + f" to {max(others):.0%}".replace("%", " %") in page
+    for rule, floor, text in (
+        ("unit answers", 0.05, "then {:.1f} times"),
+        ("all energy", 0.05, "{:.1f} times when energy"),
+        ("unit answers", 0.02, "more ({:.1f} at 2 %)"),
+        ("unit answers", 0.2, "less ({:.1f} at 20 %;"),
+    ):
+        chosen = [r for r in rules if r["rule"] == rule and float(r["floor"]) == floor]
+        forget, retain = (sum(float(r[f"{n}_open"]) for r in chosen) for n in ("forget", "retain"))
+        assert text.format(forget / retain) in page
 
 
 def test_unlearning_document_quotes_the_rates_on_smollm2():

@@ -255,8 +255,8 @@ def draw(
         bottom = [low + held[name] for low, name in zip(bottom, names, strict=True)]
     short = [name.removeprefix("model.layers.").replace("self_attn.", "") for name in names]
     left.set_xticks(range(len(names)), short, rotation=90, fontsize=6)
-    left.set_ylabel("share of the forget activations' energy")
-    left.legend(fontsize=7)
+    left.set_title("Share of the forget activations' energy", fontsize=9, pad=20)
+    left.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     for rule, colour in zip(RULES, ("#b03a2e", "#e59866", "#1f618d"), strict=True):
         shown = [row for row in rules if row["rule"] == rule and row["floor"] == 0.05]
         middle.scatter(
@@ -264,11 +264,12 @@ def draw(
             s=16, color=colour, label=rule,
         )  # fmt: skip
     middle.set(xscale="log", yscale="log")
-    middle.set_xlabel("open of answers to keep")
-    middle.set_ylabel("open of answers to forget, floor 5 %")
+    middle.set_title("Open at a floor of 5 %, each input (↖ better)", fontsize=9)
+    middle.set_xlabel("share of answers to keep")
+    middle.set_ylabel("share of answers to forget")
     middle.legend(fontsize=7)
     for power, marker in zip(POWERS, "os^", strict=True):
-        shown = [r for r in steps if r["power"] == power and r["rule"] in (*list(RULES)[2:],)]
+        shown = [r for r in steps if r["power"] == power and r["rule"] == "unit answers"]
         right.plot(
             [row["floor"] for row in shown], [row["forget_change"] for row in shown],
             marker=marker, label=f"alpha / editability^{power:g}",
@@ -276,8 +277,11 @@ def draw(
     plain = next(row for row in steps if row["rule"] == "none")
     right.axhline(plain["forget_change"], color="#888", lw=0.8, label="LoRA")
     right.set(xscale="log", yscale="log")
-    right.set_xlabel("editability floor")
-    right.set_ylabel("change of a forget token's NLL by one step")
+    right.set_xticks(FLOORS, [f"{floor:.0%}" for floor in FLOORS])
+    right.minorticks_off()
+    right.set_title("Change of a forget token's NLL by one step", fontsize=9)
+    right.set_xlabel("floor of the editability")
+    right.set_ylabel("root mean square")
     right.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
