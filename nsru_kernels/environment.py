@@ -132,7 +132,7 @@ def has_bf16_products() -> bool:
 
 
 def _cpu_info() -> dict[str, str]:
-    """What Linux says of the first core; "flags" are the instruction sets, on Arm as well."""
+    """The first core as Linux describes it; "flags" are the instruction sets, on Arm as well."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return {}

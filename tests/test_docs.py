@@ -98,3 +98,11 @@ def test_public_names_say_what_they_take(name):
         return
     told = {p.arg_name for p in text.params} | {"device", "dtype"}
     assert not inspect.signature(found).parameters.keys() - told
+
+
+@pytest.mark.parametrize("folder", ["nsru_kernels", "python"])
+def test_docstrings_begin_with_what_a_thing_is(folder):
+    questions = re.compile(r'"""(What|Whether|Which|How)\b')
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        found = questions.findall(path.read_text(encoding="utf-8"))
+        assert not found, path

@@ -17,7 +17,7 @@ _LOWERED = ("tf32", "bf16")
 
 
 def float32_precision(device_type: str) -> str:
-    """What is in force: "tf32", "bf16", or "ieee" also where nobody asked for anything."""
+    """The precision in force: "tf32", "bf16", or "ieee" also where nobody asked for anything."""
     settings = _settings(device_type)
     if settings is not None:
         found = settings.fp32_precision

@@ -33,7 +33,7 @@ _OTHER_LAYERS = ("LoraParallelLinear", "MultiheadAttention", "ParamWrapper")
 
 
 class Constraint:
-    """What `constrain_peft` did to a model; a context manager that undoes it.
+    """The changes of `constrain_peft` to a model; a context manager that undoes them.
 
     Attributes:
         retain_ranks: module name → Q of its basis.
@@ -107,7 +107,7 @@ class NullSpaceA(nn.Linear):
         return self._parameters["weight"]  # type: ignore[return-value]
 
     def key(self) -> tuple:
-        """What changes when A does, as far as PyTorch counts it."""
+        """A key that changes when A does, as far as PyTorch counts it."""
         return projection_key(self.stored.dtype, (self.stored,), self.null_space.subspace.basis)
 
     def current(self) -> Tensor:

@@ -241,7 +241,7 @@ def _is_conv1d(module: NSRULinear) -> bool:
 
 
 def _pattern(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
-    """What differs from the default, by keys that fit one module only, in whatever order."""
+    """Values other than the default, by keys that fit one module only, in whatever order."""
     other = {name: value for name, value in values.items() if value != default}
     ends = {name for name in other if any(longer.endswith("." + name) for longer in values)}
     return {f"^{name}" if name in ends else name: value for name, value in other.items()}
@@ -448,8 +448,8 @@ def _sizes(
 
 
 def _in_config(config: Mapping[str, Any], option: str) -> Callable[[str, bool], bool]:
-    """Whether a module is named there, by PEFT's rules for lists of names and for expressions, or
-    the second argument where nothing is."""
+    """True where a module is named there, by PEFT's rules for lists of names and for
+    expressions, or the second argument where nothing is."""
     names: Any = config.get(option) or None
     if isinstance(names, str) and names != "all-linear":
         try:

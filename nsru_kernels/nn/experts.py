@@ -34,7 +34,7 @@ _IMPLEMENTATION = "nsru"
 
 
 class Routing:
-    """Which expert reads which tokens: S pairs of a token and an expert, by expert.
+    """The tokens of each expert: S pairs of a token and an expert, by expert.
 
     Args:
         experts_TC: the C experts that each of T tokens is sent to.

@@ -186,7 +186,7 @@ class ActivationStream:
         return value.to(self.device) if isinstance(value, Tensor) else value
 
     def _by_name(self, values: Sequence[Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
-        """What takes no name, and the others by theirs, so that masks among them are known."""
+        """Arguments without a name, and the others by theirs, so that masks are known."""
         signature = inspect.signature(self.model.forward)
         try:
             bound = signature.bind_partial(*values)
@@ -289,7 +289,7 @@ _REMEDY = "make tensors of them by torch.as_tensor, or tokenizer(..., return_ten
 
 
 class _Reads:
-    """Which tensor each module read, call by call: numbers that are equal for the same values."""
+    """The tensors that each module read, call by call: numbers, equal for the same values."""
 
     def __init__(self) -> None:
         self.clear()

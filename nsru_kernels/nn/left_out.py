@@ -231,7 +231,7 @@ def matrices_left(model: nn.Module, known: Collection[str]) -> dict[str, str]:
 
 
 def _holds_bare_matrices(module: nn.Module) -> bool:
-    """Whether parameters of its own could be matrices of a model's: it is no layer of torch.nn."""
+    """True where its own parameters could be matrices of a model's: it is no layer of torch.nn."""
     layers = ("torch.nn.modules.", "nsru_kernels.")
     kinds = [kind.__module__ for kind in type(module).__mro__ if kind is not nn.Module]
     return not any(kind.startswith(layers) for kind in kinds) and not looks_linear(module)

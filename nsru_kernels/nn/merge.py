@@ -93,7 +93,7 @@ def _forget_quantiser(model: Any) -> None:
 
 
 class _Sharded(nn.Module):
-    """What ``fully_shard`` knows as an adapted linear, merged: it hands A and B on to nobody."""
+    """An adapted linear to ``fully_shard``, merged: it hands A and B on to nobody."""
 
     def __setattr__(self, name, value):
         if name in ("lora_A", "lora_B"):

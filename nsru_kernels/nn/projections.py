@@ -124,7 +124,7 @@ def _stack(lora_as: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
 
 
 def projection_key(dtype: torch.dtype, lora_as: tuple[Tensor, ...], basis: Tensor | None) -> tuple:
-    """What a projection and the way of its gradients depend on, as far as PyTorch counts it."""
+    """All that a projection and the way of its gradients depend on, as far as PyTorch counts it."""
     key: list = [dtype, steps.count]
     for tensor in lora_as if basis is None else (*lora_as, basis):
         version = 0 if tensor.is_inference() else tensor._version

@@ -249,7 +249,7 @@ def match_linears(
 
 
 def names_in(argument: str, given: str | Iterable[str]) -> list[str]:
-    """What names linear layers as a list. Raises TypeError: it is no name and no names."""
+    """Names of linear layers as a list. Raises TypeError: it is no name and no names."""
     names = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
     if odd := [name for name in names if not isinstance(name, str)]:
         raise TypeError(
@@ -289,7 +289,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module | nn.Parameter
 
 
 def _adapt(linear: nn.Module) -> Callable[..., NSRULinear]:
-    """What makes the adapted layer of this one."""
+    """The maker of the layer that takes this one's place."""
     if isinstance(linear, ExpertLinear):
         return NSRUExpertLinear
     return NSRULinear.from_linear if is_plain(linear) else NSRUWrappedLinear
@@ -383,7 +383,7 @@ def take_all(
 
 
 def _names(target: str, name: str) -> bool:
-    """Whether a target or an exclusion means this module."""
+    """True where a target or an exclusion means this module."""
     if not _EXPRESSION.search(target):
         return name == target or name.endswith("." + target)
     try:

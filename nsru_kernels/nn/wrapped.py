@@ -196,7 +196,7 @@ def _tokens(module: nn.Module) -> Tensor:
 
 
 def _found_wrong(module: nn.Module, kind: str) -> str | None:
-    """What a trial in eval mode says against a layer."""
+    """Reasons against a layer, by a trial in eval mode."""
     (k, n), weight = linear_sizes(module), getattr(module, "weight", None)
     tokens_BTK = _tokens(module).requires_grad_()
     module.eval()
@@ -226,7 +226,7 @@ def _found_wrong(module: nn.Module, kind: str) -> str | None:
 
 @torch.no_grad()
 def _wrong_in_training(module: nn.Module, kind: str) -> str | None:
-    """What two calls in training mode say against a layer; nothing where it only infers."""
+    """Reasons against a layer, by two calls in training mode; none where it only infers."""
     with contextlib.suppress(Exception):
         module.train()
         tokens_BTK = _tokens(module)

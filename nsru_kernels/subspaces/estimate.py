@@ -240,7 +240,7 @@ def _truncate(
 
 
 def _agree(found: Agreed | None) -> Agreed:
-    """What the first rank found that has batches; all ranks see the same model."""
+    """The findings of the first rank that has batches; all ranks see the same model."""
     if is_distributed():
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, found)

@@ -44,7 +44,7 @@ def run(session: Session) -> None:
 
 
 def failure(operands: Operands, plan: str, provider: Provider) -> str | None:
-    """What is wrong with a plan at these operands; None where nothing is or it cannot serve."""
+    """The fault of a plan at these operands; None where there is none or it cannot serve."""
     try:
         check(operands, plan, provider)
         first, second = (values(operands, provider) for _ in range(2))

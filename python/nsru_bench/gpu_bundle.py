@@ -1,4 +1,4 @@
-"""What a borrowed GPU machine lacks, built beforehand; see ``gpu_check.py``.
+"""Everything that a borrowed GPU machine lacks, built beforehand; see ``gpu_check.py``.
 
     make gpu-bundle                      # needs nvcc and Python 3.12 with its headers, no GPU
 

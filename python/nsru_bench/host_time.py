@@ -80,7 +80,7 @@ def one_thread() -> Iterator[None]:
 
 
 class PythonCalls(NamedTuple):
-    """What a call ran through: Python frames entered, and the most that were open at once.
+    """Python frames that a call entered, and the most that were open at once.
 
     Attributes:
         calls, deepest: of all frames.

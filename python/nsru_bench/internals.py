@@ -1,4 +1,4 @@
-"""What benchmarks use of nsru_kernels beyond its public functions, in one place.
+"""Parts of nsru_kernels that benchmarks use beyond its public functions, in one place.
 
 Plans one by one, which the public ops choose themselves, and the ops with the adapter projected
 beforehand, as modules call them.
@@ -172,6 +172,6 @@ def narrow_products(device: torch.device) -> dict[str, Any]:
 
 
 def by_short_products(device: torch.device) -> bool:
-    """Whether the library's update of 16-bit activations leaves the host alone."""
+    """True where the library's update of 16-bit activations leaves the host alone."""
     x_MK = torch.empty(0, 1, device=device, dtype=torch.bfloat16)
     return multiplies_short(x_MK, x_MK.float())

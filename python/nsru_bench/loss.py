@@ -42,7 +42,7 @@ class Provider(NamedTuple):
 
 
 def full_logits(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-    """What a causal language model does: logits [T, V], then cross entropy in fp32."""
+    """The way of a causal language model: logits [T, V], then cross entropy in fp32."""
     return F.cross_entropy((hidden @ head_weight.T).float(), targets, reduction="none")
 
 

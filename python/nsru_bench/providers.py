@@ -55,7 +55,7 @@ def frozen(operands: Operands) -> Provider:
 
 
 def modules(operands: Operands, *, cached: bool, together: bool = True) -> Provider:
-    """What ``swap_linears`` makes of a model: ``cached`` as in further micro-batches of a step,
+    """The modules that ``swap_linears`` makes: ``cached`` as in further micro-batches of a step,
     else as in the first, which projects the adapter."""
     block, rank = frozen_linears(operands), operands.rank
     names = list(block)
@@ -105,8 +105,8 @@ def backend(operands: Operands, name: str, *, together: bool) -> Provider:
 
 
 def plans(operands: Operands, *, together: bool) -> dict[str, Provider]:
-    """What a plan table can name: every backend, or each of its plans. Those that cannot run here
-    raise ``BackendUnavailable``."""
+    """All that a plan table can name: every backend, or each of its plans. Those that cannot run
+    here raise ``BackendUnavailable``."""
     found = {f"{PREFIX}{name}": backend(operands, name, together=together) for name in BACKENDS}
     for plan, provider in every_plan(operands).items():
         name = plan.split()[0]
@@ -151,7 +151,7 @@ def peft_autocast(operands: Operands) -> Provider:
 
 
 def eager(operands: Operands, *, materialised: bool) -> Provider:
-    """What is written by hand: x times the projector, or minus its part in the subspace."""
+    """Projections written by hand: x times the projector, or minus its part in the subspace."""
     dtype, basis = operands.x.dtype, operands.basis.to(operands.x.dtype)
     lora_as, lora_bs = copies(operands.lora_as, dtype), copies(operands.lora_bs, dtype)
     linears = list(frozen_linears(operands).values())

@@ -1,4 +1,4 @@
-"""What sets the scale of a projected update: energy by token, open shares by rule, one AdamW step.
+"""The scale of a projected update: energy by token, open shares by rule, one AdamW step.
 
     python -m nsru_bench.scale --model runs/smollm2/target --out benchmarks/results/smollm2
 
@@ -130,7 +130,7 @@ def _kinds(tokenizer, records: Sequence[QA]) -> list[tuple[Encoded, Tensor]]:
 
 
 def _shared(sequences: Sequence[Sequence[int]]) -> int:
-    """How many first entries are the same in all sequences."""
+    """Number of first entries that are the same in all sequences."""
     columns = zip(*sequences, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 

@@ -1,4 +1,4 @@
-"""Whether others serve an exported adapter as we do: its greedy answers, word for word.
+"""An exported adapter served by others and by us: its greedy answers, word for word.
 
     python -m nsru_bench.serving BASE ADAPTER QUESTIONS.jsonl... --out RESULT.json
 

@@ -16,7 +16,7 @@ from nsru_bench import rows, timing
 
 @dataclass(frozen=True)
 class Limits:
-    """What this device can do at most, measured in this run: the denominators of every floor."""
+    """Limits of this device, measured in this run: the denominators of every floor."""
 
     flops: float  # FLOP/s of a large matrix product in the dtype of the run
     bytes_per_second: float  # read plus written, of a large copy
@@ -71,7 +71,7 @@ class Session:
             self.until = now + share * (self.started + self.seconds - now)
 
     def fits(self, what: str, seconds: float) -> bool:
-        """Whether the budget has room for about ``seconds`` more; remembers what had none."""
+        """True where the budget has room for about ``seconds`` more; remembers what had none."""
         if self.left() >= (min(seconds, 3) if self.quick else seconds):  # estimates are generous
             return True
         self.skipped.append(what)

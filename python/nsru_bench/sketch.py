@@ -58,7 +58,7 @@ def make_batch(session: Session, tokens: int, k: int) -> Tensor:
 
 
 def make_streaming(session: Session, tokens: int, k: int, width: int) -> dict[str, Method]:
-    """What has an update for each batch and is fast enough for many rounds."""
+    """Methods that have an update for each batch and are fast enough for many rounds."""
     device = session.device
     methods: dict[str, Method] = {
         "covariance": Covariance(k, device),

@@ -30,11 +30,11 @@ class Method:
         raise NotImplementedError
 
     def kept(self) -> Iterable[Tensor]:
-        """What must stay in memory between two batches."""
+        """Tensors that must stay in memory between two batches."""
         raise NotImplementedError
 
     def sums(self, x_MK: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What it holds after a first batch x, each with the exact value; none for an SVD."""
+        """Sums held after a first batch x, each with the exact value; none for an SVD."""
         return []
 
     def state_bytes(self) -> int:

@@ -153,5 +153,5 @@ def _peak_bytes(call: Call, device: torch.device) -> int | None:
 
 
 def copies_beyond_caches(device: torch.device, moved: int) -> int:
-    """How many inputs of ``moved`` bytes a call rotates over, so that none is still in a cache."""
+    """Number of inputs of ``moved`` bytes that a call rotates over, none still in a cache."""
     return 2 if device.type == "cpu" else max(2, min(16, 2**28 // moved))

@@ -274,7 +274,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def has_room_for_full(base: nn.Module) -> bool:
-    """Whether weights, gradients and both moments of a trained copy fit; says so if not."""
+    """True where weights, gradients and both moments of a trained copy fit; says so if not."""
     needed = 4 * storage_bytes(base.parameters())
     free = free_bytes(next(base.parameters()).device)
     if needed > free:

@@ -37,7 +37,7 @@ def write_plans(folder: Path) -> Path:
 
 
 def plan_table(folder: Path) -> dict[str, Any]:
-    """What a file of ``nsru_kernels/plans`` holds, from the rows of linear, siblings, fold.
+    """The content of a file of ``nsru_kernels/plans``, from the rows of linear, siblings, fold.
 
     A CPU's table has "threads".
 
@@ -83,7 +83,7 @@ def whole_entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def _overlap(sizes: list[int], others: list[int]) -> bool:
-    """Whether a call can be within a factor of two of both."""
+    """True where a call can be within a factor of two of both."""
     return all(max(a, b) <= 4 * min(a, b) for a, b in zip(sizes, others, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""What runs save in their folder adapter: plain LoRA, routed experts, or a guard of prompts."""
+"""The folder ``adapter`` of a run: plain LoRA, routed experts, or a guard of prompts."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any 
 
 
 def is_plain(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` holds nothing but plain LoRA."""
+    """True where ``path`` holds nothing but plain LoRA."""
     return not any((Path(path) / name).is_file() for name in (CONFIG, WEIGHT))
 
 

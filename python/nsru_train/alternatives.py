@@ -119,7 +119,7 @@ def add_alternatives(
     *,
     progress: bool = True,
 ) -> list[QA]:
-    """What to forget, with the alternatives that ``config`` asks for where a method teaches some.
+    """Records to forget, with the alternatives that ``config`` wants where a method teaches some.
 
     They are kept in ``path``, from where a run that goes on reads them.
 

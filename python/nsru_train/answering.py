@@ -1,4 +1,4 @@
-"""What a model answers: greedy or sampled continuations of prompts, in batches."""
+"""Answers of a model: greedy or sampled continuations of prompts, in batches."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def _opened(tokenizer: PreTrainedTokenizerBase, question: str, opening: str) -> 
 def _decoder_start(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opening: str
 ) -> Tensor:
-    """What an encoder-decoder's answers begin with, [1, N]: its start token, and their opening."""
+    """The beginning of an encoder-decoder's answers, [1, N]: its start token, and their opening."""
     words = encode_qa(tokenizer, "?", opening, max_length=1 << 30).answer if opening else []
     labels = torch.tensor([[*words, tokenizer.eos_token_id]])
     return decoder_inputs(model, labels)
@@ -301,7 +301,7 @@ _batching: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary
 def _answered_together(
     model: PreTrainedModel, prompt: Sequence[int], pad: int, begun: Tensor | None
 ) -> str:
-    """Which prompts may stand in one batch: those of "any length", "one length", or "none".
+    """The prompts that may stand in one batch: those of "any length", "one length", or "none".
 
     By what makes no difference to a prompt's answer: padding, whatever tokens it holds, and
     another prompt beside it. Some models mix up the states of several.

@@ -1,4 +1,4 @@
-"""What a finished run still knows: relearnt, quantised, or asked in other ways."""
+"""Attacks on a finished run: what it forgot, relearnt, after quantising, or asked otherwise."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ class Attacker:
             raise ValueError(f"{package} cannot quantise it: {str(error)[:200]}") from error
 
     def known(self, model: nn.Module, asked: Sequence[QA]) -> dict[str, float]:
-        """What a model knows of the forget set, asked by these records."""
+        """A model's knowledge of the forget set, asked by these records."""
         found = evaluate(
             model,
             self.run.tokenizer,

@@ -96,7 +96,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _what_is_kept(given: list[str]) -> str:
-    """What an interrupted command leaves behind, and how to go on."""
+    """A line on what an interrupted command leaves behind, and how to go on."""
     from transformers.trainer_utils import get_last_checkpoint
 
     command = _command(given) or ""

@@ -134,7 +134,7 @@ class Comparison:
         self._start: dict[str, float] = {}
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """How many questions of each set the probabilities are means of, and how many it has."""
+        """Counts of each set: the questions that probabilities are means of, and all of them."""
         sizes = {name: len(records) for name, records in self.data.splits().items() if records}
         asked = {name: len(self._probed.get(f"{name}_prob", ())) or sizes[name] for name in sizes}
         return {"questions": asked, "sizes": sizes}
@@ -157,7 +157,7 @@ class Comparison:
         return kept["row"]
 
     def is_enough(self, point: Mapping[str, float]) -> bool:
-        """Whether a point of the frontier has forgotten, and says the safe answer instead."""
+        """True where a point of the frontier has forgotten, and says the safe answer instead."""
         if self.stop is None:
             return point["forget_prob"] <= FORGET_TARGET
         return point["forget_prob"] <= self.stop and point["safe_prob"] >= 1 - self.stop
@@ -250,7 +250,7 @@ class Comparison:
         ]
 
     def _done(self, folder: RunFolder) -> bool:
-        """Whether this command made the folder's results, or an earlier one that goes on."""
+        """True where this command made the folder's results, or an earlier one that goes on."""
         path = folder.results_path
         return path.exists() and (self.resume or path.stat().st_mtime >= self._started)
 
@@ -280,7 +280,7 @@ class Comparison:
 
 
 def _robustness(folder: str) -> dict[str, float]:
-    """What `nsru attack` found of a run, where it was asked."""
+    """Findings of `nsru attack` on a run, where it was asked."""
     attacked = Path(folder, "attack", "results.json")
     rows = RunFolder(attacked.parent).read_results()["methods"] if attacked.is_file() else []
     return {k: v for row in rows for k, v in row.items() if k.startswith("robustness")}

@@ -41,7 +41,7 @@ from nsru_train.shares import launched
 
 @dataclass(frozen=True)
 class RetainLog:
-    """What is known of a model trained on the retain data alone.
+    """Numbers of a model trained on the retain data alone.
 
     Attributes:
         path: as it was given; None where nothing was.

@@ -224,7 +224,7 @@ class AttachedGuard:
         self._linears = {}
 
     def flags(self, questions: Sequence[str]) -> list[bool]:
-        """Whether each raw question asks for what was to be forgotten."""
+        """For each raw question, True where it asks for what was to be forgotten."""
         if len(self._known) > 10_000:
             self._known.clear()
         if new := list(set(questions) - self._known.keys()):

@@ -26,7 +26,7 @@ SEED = 1234  # lm-eval's own
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """Which tasks, and lm-eval's options of the same names; see ``nsru eval --help``.
+    """Tasks, and lm-eval's options of the same names; see ``nsru eval --help``.
 
     Raises:
         ValueError: one is out of its range, or has no effect for want of tasks.

@@ -64,7 +64,7 @@ def load_language_model(path: str | os.PathLike[str], **options: Any) -> Any:
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    """Whether a model reads the prompt by an encoder and writes the answer by a decoder."""
+    """True where a model reads the prompt by an encoder and writes the answer by a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
@@ -104,7 +104,7 @@ def split_for_decoder(model: Any, batch: Mapping[str, Tensor]) -> tuple[dict[str
 
 
 def decoder_inputs(model: Any, labels_BN: Tensor) -> Tensor:
-    """What the decoder reads to predict ``labels``. Raises ValueError where it does not say so."""
+    """The decoder's input for ``labels``. Raises ValueError where the model does not say it."""
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is None:
         raise ValueError(
@@ -159,7 +159,7 @@ def _stated_positions(model: nn.Module) -> int | None:
 
 @torch.no_grad()
 def looks_ahead(model: PreTrainedModel) -> bool:
-    """Whether the logits of a token change by more than rounding with a token behind it.
+    """True where the logits of a token change by more than rounding with a token behind it.
 
     False where the model does not run on four tokens alone."""
     rows = model.get_input_embeddings().weight.shape[0]

@@ -1,4 +1,4 @@
-"""What a run begins with: the sets of questions, checked, and the model with its tokenizer."""
+"""The beginning of a run: sets of questions, checked, and the model with its tokenizer."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Data:
 
     @property
     def kept(self) -> list[QA]:
-        """What the retain loss sees."""
+        """Questions of the retain loss."""
         return [*self.retain, *self.own]
 
     def splits(self) -> dict[str, list[QA]]:

@@ -120,7 +120,7 @@ class Muse:
         progress: bool = False,
         shares: Shares = Shares(),  # noqa: B008
     ) -> Items:
-        """What the model generates and how likely it finds the texts: see `metrics.muse.Items`."""
+        """Continuations by the model, and how likely it finds the texts: `metrics.muse.Items`."""
         asked = {"verbmem_f": self.sets["verbmem", "forget"]}
         for name in ("knowmem_f", "knowmem_r"):
             split = ASKED[name][1]

@@ -99,7 +99,7 @@ def refused_elsewhere(
 
 
 def describe_ordinary(found: Sequence[dict[str, Any]]) -> str:
-    """How many ordinary requests get a safe answer, in a line.
+    """A line on how many ordinary requests get a safe answer.
 
     Args:
         found: of `ordinary_answers`.

@@ -44,7 +44,7 @@ _WORDS = {
 
 
 def in_words(hint: Any, several: bool = False) -> str:
-    """What a type hint of a setting takes, in the words of someone who writes YAML."""
+    """The values that a type hint takes, in the words of someone who writes YAML."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, types.UnionType):
         return " or ".join(in_words(option, several) for option in inner)
@@ -59,7 +59,7 @@ def in_words(hint: Any, several: bool = False) -> str:
 
 
 def explain_value(text: str, hints: Mapping[str, Any]) -> str | None:
-    """What jsonargparse says of a value of a wrong type: the setting, its kind, what came.
+    """The setting, its kind and what came, of jsonargparse's message on a value of a wrong type.
 
     Args:
         text: its message, on one line.

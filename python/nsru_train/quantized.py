@@ -35,7 +35,7 @@ def check_bitsandbytes(quantize: str) -> None:
 
 
 def bits_config(quantize: str, dtype: Any) -> Any:
-    """What transformers is told: nf4 or int8, and the dtype that NF4 computes in."""
+    """The configuration for transformers: nf4 or int8, and the dtype that NF4 computes in."""
     from transformers import BitsAndBytesConfig
 
     if quantize == "int8":
@@ -65,7 +65,7 @@ def quantizing(config: ModelConfig, device: torch.device) -> dict[str, Any]:
 
 
 def dense_experts(model: PreTrainedModel) -> str:
-    """What quantisation passes by, in words; empty where there is nothing."""
+    """A sentence on what quantisation passes by; empty where there is nothing."""
     experts: list[ExpertLinear] = []
     for name, module in model.named_modules():
         experts += expert_linears(name, module).values()

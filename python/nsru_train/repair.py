@@ -1,4 +1,4 @@
-"""What a finished run lost of retain answers, brought back: by a few steps, or by none.
+"""Repairs of a finished run: retain answers that it lost, brought back by a few steps, or by none.
 
 After the local perturbation theory of arXiv 2606.02398, of which only the abstract was at hand:
 what counts as a coordinate, how many are taken and how long is trained are our definitions.

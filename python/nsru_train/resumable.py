@@ -188,7 +188,7 @@ class ResumableTrainer(Trainer):
 
     @property
     def _engine_saves(self) -> bool:
-        """Whether checkpoints hold shards in the format of FSDP1 or DeepSpeed."""
+        """True where checkpoints hold shards in the format of FSDP1 or DeepSpeed."""
         fsdp1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
         return fsdp1 or self.is_deepspeed_enabled
 
@@ -239,7 +239,7 @@ class ResumableTrainer(Trainer):
         return "rng_state.pth" if alone else f"rng_state_{self.args.process_index}.pth"
 
     def _checkpoint_files(self) -> list[str]:
-        """What a checkpoint must hold; shards are the engine's, which looks for them itself."""
+        """Names of a checkpoint's files; shards are the engine's, which looks for them itself."""
         if self._engine_saves:
             return [TRAINER_STATE_NAME]
         scaler = [SCALER_NAME] if getattr(self.accelerator, "scaler", None) is not None else []

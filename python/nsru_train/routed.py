@@ -98,7 +98,7 @@ class Router(nn.Module):
 
 
 def _holds_tokens(argument: Any) -> bool:
-    """Whether it is a cache, whatever the model calls it, of tokens that came before."""
+    """True for a cache, whatever the model calls it, of tokens that came before."""
     if not hasattr(argument, "get_seq_length"):
         return False
     try:

@@ -132,7 +132,7 @@ def is_own_adapter(run: str, adapter: str) -> bool:
 
 
 def changed_adapter(run: str, adapter: str | None) -> str | None:
-    """What is wrong with a run's own adapter that is not the one it saved; None where it is."""
+    """The fault of a run's own adapter that is not the one it saved; None where it is."""
     if adapter is None or not is_own_adapter(run, adapter):
         return None
     try:

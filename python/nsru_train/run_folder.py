@@ -274,7 +274,7 @@ def _check_present(path: str | Path, found: Mapping[str, Any], fields: Mapping[s
 
 
 def _is_cut_off(line: bytes) -> bool:
-    """Whether a row could have begun like this: rows are ASCII but for what a run names."""
+    """True where a row could have begun like this: rows are ASCII but for what a run names."""
     return line.startswith(b"{") and line.decode(errors="replace").isprintable()
 
 

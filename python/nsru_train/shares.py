@@ -49,7 +49,7 @@ class Shares:
         return jobs[self.rank :: self.world]
 
     def gather(self, work: Callable[[], T]) -> list[T]:
-        """What ``work`` gives in each process, by rank. All must call it.
+        """The result of ``work`` in each process, by rank. All must call it.
 
         Raises:
             ChildProcessError: another rank has died or failed; the message names it.

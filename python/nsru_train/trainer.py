@@ -110,7 +110,7 @@ def prepare_dataset(
     seed: int = 0,
     max_length: int = 512,
 ) -> UnlearnDataset:
-    """What `NSRUTrainer` trains on, encoded, with what the method's loss reads of the base model.
+    """The dataset of `NSRUTrainer`, encoded, with what the method's loss reads of the base model.
 
     Args:
         model: with or without adapters; one forward of each answer to forget, adapters off.
@@ -476,7 +476,7 @@ def _known_as_adapted(model: nn.Module) -> Iterator[None]:
 
 
 def _all_take_part(model: nn.Module, dataset: UnlearnDataset) -> bool:
-    """Whether every step uses every trainable parameter, as far as one token can tell.
+    """True where every step uses every trainable parameter, as far as one token can tell.
 
     A router of experts sends one token to fewer of them than there are.
     """

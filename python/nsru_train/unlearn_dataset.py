@@ -230,7 +230,7 @@ def make_train_dataset(
 
 
 def taught(qa: QA, safe: SafeTargets, alternatives: bool) -> tuple[str, ...]:
-    """What is taught instead of an answer: its alternatives, or its safe target."""
+    """The answers taught instead: alternatives, or the safe target."""
     return (alternatives and qa.alternatives) or (safe.target(qa),)
 
 

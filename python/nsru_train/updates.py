@@ -74,7 +74,7 @@ class BestAdapters:
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What is trained, by name."""
+    """Trained parameters by name."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 

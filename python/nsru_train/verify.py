@@ -412,7 +412,7 @@ def _touched(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]
 def _check_rest(
     merged: Mapping[str, Tensor], base: Mapping[str, Tensor], touched: Collection[str]
 ) -> str:
-    """What no adapter touches has to be the base's own, also where no question shows it."""
+    """Tensors that no adapter touches have to be the base's own, even where no question tells."""
     count = 0
     for name, weight in base.items():
         other = merged.get(name)

@@ -132,8 +132,8 @@ _kept: OrderedDict[tuple, list[Launch]] = OrderedDict()
 def launches(
     groups: Sequence[Group], tiles: Tiles, write: Write
 ) -> Iterator[tuple[Launch, Arguments]]:
-    """What fills the outputs: a launch for each triple of dtypes, and a second one where a few
-    problems are not aligned to 16 bytes and would slow down the others."""
+    """The launches that fill the outputs: one for each triple of dtypes, and a second one where a
+    few problems are not aligned to 16 bytes and would slow down the others."""
     device = groups[0].basis.device
     adapters = [a_RK for group in groups for a_RK in group.adapters]
     counts = [len(group.adapters) for group in groups]
@@ -281,7 +281,7 @@ def schedule(sizes: tuple[Size, ...], tiles: Tiles, lag: int) -> Schedule:
 
 
 def describe(problems: Sequence[Problem], plan: Schedule) -> Tensor:
-    """What the kernel reads of each problem, FIELDS numbers."""
+    """FIELDS numbers for each problem, as the kernel reads them."""
     fields: list[int] = []
     row = 0
     for i, (basis, gram_inverse, _, rows) in enumerate(problems):

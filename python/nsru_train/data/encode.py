@@ -44,7 +44,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """What a tokenizer does not say about the text of a question and its answer.
+    """Settings of the text of a question and its answer that a tokenizer does not have.
 
     Args:
         system_prompt: content of a system message before the question.
@@ -103,7 +103,7 @@ def use_format(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> N
 
 
 def _variables(template: str | Mapping[str, str]) -> set[str]:
-    """What a chat template, or each of several, reads and does not set itself."""
+    """Variables that a chat template, or each of several, reads and does not set itself."""
     from jinja2 import Environment, TemplateError, meta
 
     parser = Environment(extensions=["jinja2.ext.loopcontrols"])
@@ -141,7 +141,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
 
 
 def served_otherwise(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """How a server's prompt ends that is not the one of `encode_prompt`, in words; None else.
+    """The end of a server's prompt that is not the one of `encode_prompt`, in words; None else.
 
     A template may open a thought in its generation prompt, and write past answers without one; or
     end it in a space, which is trained as part of the answer's first word.
@@ -235,7 +235,7 @@ def encode_qa(
 def is_too_long(
     tokenizer: PreTrainedTokenizerBase, question: str, answer: str, *, max_length: int
 ) -> bool:
-    """Whether `encode_qa` refuses this, or cuts it where the format truncates."""
+    """True where `encode_qa` refuses this, or cuts it where the format truncates."""
     return len(_encode_whole(tokenizer, question, answer)) > _limit(tokenizer, max_length)
 
 

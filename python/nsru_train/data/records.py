@@ -89,7 +89,7 @@ def check_parts(name: str, parts: Mapping[str, Any]) -> None:
 
 
 def normalise(text: str) -> str:
-    """What a reader sees of a text: composed, case-folded, with runs of white space as one space.
+    """The text as a reader sees it: composed, case-folded, with runs of white space as one space.
 
     Marks that have no width, such as soft hyphens, are left out.
     """

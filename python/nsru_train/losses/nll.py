@@ -173,7 +173,7 @@ def shared_states(
 
 
 def reads_prompts_once(model: nn.Module, tokens: Sequence[int]) -> bool:
-    """Whether `shared_states` knows the model: it keeps a KV cache, and its head is plain.
+    """True where `shared_states` knows the model: it keeps a KV cache, and its head is plain.
 
     A few tokens show it, of a text like those to come.
     """
@@ -184,7 +184,7 @@ def reads_prompts_once(model: nn.Module, tokens: Sequence[int]) -> bool:
 
 @functools.cache
 def cache_name() -> str:
-    """What transformers calls a KV cache, in arguments and outputs: it has two names over time."""
+    """The name of a KV cache in arguments and outputs of transformers, which has two over time."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     known = BaseModelOutputWithPast.__dataclass_fields__
@@ -196,7 +196,7 @@ _caching: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary
 
 @torch.no_grad()
 def keeps_cache(model: Any) -> bool:
-    """Whether all that a causal model keeps of a prompt is a KV cache, whose rows can be chosen.
+    """True where all that a causal model keeps of a prompt is a KV cache, whose rows can be chosen.
 
     A hook before its backbone, as a guard's, knows the rows by their number.
     """

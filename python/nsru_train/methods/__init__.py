@@ -80,7 +80,7 @@ def find_method(name: str) -> type[Method]:
 
 
 def run_name(method: str, project: bool) -> str:
-    """What results and reports call a run: NSRU without its projection is "lora"."""
+    """The name of a run in results and reports: NSRU without its projection is "lora"."""
     if method == "nsru":
         return "nsru" if project else "lora"
     return method.rpartition(":")[2] + (" projected" if project else "")

@@ -1,4 +1,4 @@
-"""What a method of unlearning says of itself, and the shape that most of them share."""
+"""The interface of a method of unlearning, and the shape that most of them share."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Method:
 
     @property
     def starts_elsewhere(self) -> bool:
-        """Whether `begin` gives the adapters another start than zero."""
+        """True where `begin` gives the adapters another start than zero."""
         return False
 
     def begin(
@@ -168,7 +168,7 @@ class Method:
         measure: Callable[[], float],
         note: Callable[..., None],
     ) -> AttachedGuard:
-        """What unlearns in place of adapters, attached to ``model``.
+        """The guard that stands in place of adapters, attached to ``model``.
 
         Args:
             forget: raw questions whose answers are to be forgotten.
@@ -179,7 +179,7 @@ class Method:
         raise NotImplementedError
 
     def score(self, start: Mapping[str, float], now: Mapping[str, float]) -> float | None:
-        """How good the adapters of an evaluation are; None where they may not be kept.
+        """The worth of an evaluation's adapters; None where they may not be kept.
 
         Args:
             start: results before the first step, forget_prob and retain_prob among them.

@@ -28,7 +28,7 @@ Items = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def first_answer(text: str) -> str:
-    """What a model generated, up to where it begins to ask further questions."""
+    """A generated text, up to where it begins to ask further questions."""
     for stop in STOPS:
         text = text.split(stop)[0]
     return text

@@ -139,7 +139,7 @@ def aggregates(log: Log, retain_log: Log | None = None) -> dict[str, float]:
 
 
 def rel_diff(value: float, reference: float) -> float:
-    """How far a number is from the retain model's, in percent of that.
+    """The distance of a number from the retain model's, in percent of that.
 
     privleak is the same of 1 - AUC."""
     return 100 * (value - reference) / (reference + 1e-10)
@@ -184,7 +184,7 @@ def texts(log: Log, split: str) -> list[tuple[str, str]]:
 
 
 def same_questions(log: Log, split: str, records: Sequence[tuple[str, str]]) -> bool | None:
-    """Whether a split of a log is of these (question, answer)s; None where it has no texts.
+    """True where a split of a log is of these (question, answer)s; None where it has no texts.
 
     A prompt may stand around a question. White space does not count: tokenizers clean it up.
     """
@@ -278,7 +278,7 @@ def comparison_row(log: Log, records: Mapping[str, Sequence[tuple[str, str]]]) -
 def to_log(
     rows: Mapping[str, Sequence[Mapping[str, Any]]], retain_log: Log | None = None
 ) -> dict[str, Any]:
-    """What `evaluate` found, as the content of a TOFU_EVAL.json, with every aggregate.
+    """The findings of `evaluate` as the content of a TOFU_EVAL.json, with every aggregate.
 
     Left out are attacks that the rows do not allow: min-k++ and gradnorm need what
     `nsru_train.membership` adds, the reference attack the losses of the retain log's model.

@@ -1,4 +1,4 @@
-"""How much of a number survives an attack: OpenUnlearning's robustness, in its symmetric form.
+"""Robustness, the share of a number that survives an attack, in OpenUnlearning's symmetric form.
 
 Source: Dorna et al. 2025, arXiv 2506.12618, section on meta-evaluation; the paper cuts its ratios
 at 1, the symmetric form punishes a change in either direction alike.

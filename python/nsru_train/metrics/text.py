@@ -33,7 +33,7 @@ def rouge_scores(reference: str, prediction: str) -> dict[str, float]:
 
 
 def has_words(reference: str) -> bool:
-    """Whether ``reference`` has a word by which `rouge_l_recall` could find it again."""
+    """True where ``reference`` has a word by which `rouge_l_recall` could find it again."""
     return re.search("[a-z0-9]", reference.lower()) is not None
 
 

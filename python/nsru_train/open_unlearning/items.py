@@ -46,7 +46,7 @@ def encode(dataset: Any, name: str) -> dict[int, Encoded]:
 def encode_safe(
     dataset: Any, indices: Iterable[int], templates: SafeTargets, draws: int
 ) -> list[list[Encoded]]:
-    """What is taught instead of each answer: the dataset's alternate, else a safe target.
+    """The answers that are taught instead: the dataset's alternate, else a safe target.
 
     Args:
         draws: of an alternate, which QAwithIdkDataset draws anew at each access.

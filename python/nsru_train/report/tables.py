@@ -188,7 +188,7 @@ def tasks(results: Row, *, parts: bool) -> Table:
 
 
 def attacks(rows: Sequence[Row]) -> Table:
-    """What each attack brought back of the forget set, and what of the number before survived."""
+    """Numbers of the forget set after each attack, and the share of them that survives it."""
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith(("forget", "robust")))
     cells = [[str(row["name"]), *(_show(row.get(key)) for key in keys)] for row in rows]
     return Table(["attack", *map(_name, keys)], cells)
@@ -202,7 +202,7 @@ def answering(examples: Sequence[Row]) -> dict[str, str]:
 
 
 def shown(results: Row, split: str) -> str:
-    """How many of a split's questions are in "examples", as "8 of 12"; "" where that is unknown."""
+    """The count of a split's questions in "examples", as "8 of 12"; "" where that is unknown."""
     metrics = (results.get("metrics") or {}).get(split)
     count = number(metrics.get("count")) if isinstance(metrics, Mapping) else None
     found = sum(row.get("split") == split for row in results.get("examples") or [])
