@@ -66,9 +66,10 @@ class Group(NamedTuple):
     @property
     def identity(self) -> tuple:
         """All but the addresses of rows."""
-        output, _, basis, core = self
+        output, _, basis, gram_inverse = self
+        address = None if gram_inverse is None else gram_inverse.data_ptr()
         return (
-            *(output.dtype, output.stride(0), None if core is None else core.data_ptr()),
+            *(output.dtype, output.stride(0), address),
             *(basis.data_ptr(), basis.dtype, basis.shape, basis.stride()),
         )
 

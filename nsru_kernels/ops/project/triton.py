@@ -36,8 +36,8 @@ def project_many(
         BackendUnavailable: a dtype that the kernels do not hold, float64 above all.
     """
     outputs = [torch.empty(a.shape, dtype=torch.float32, device=a.device) for a in as_RK]
-    operands = zip(outputs, as_RK, bases_KQ, gram_inverses_QQ, strict=True)
-    project_into([Group(output, [a], basis, core) for output, a, basis, core in operands])
+    operands = zip(outputs, ([a] for a in as_RK), bases_KQ, gram_inverses_QQ, strict=True)
+    project_into([Group(*one) for one in operands])
     return outputs
 
 
