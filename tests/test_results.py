@@ -398,6 +398,9 @@ def test_the_frontier_on_smollm2_is_what_its_section_says():
     assert [round(lost, 3) for lost in least["nsru"]] == [0.002, 0.010, 0.012]
     assert least["lora"][0] is None
     assert [round(lost, 3) for lost in least["lora"][1:]] == [0.095, 0.102]
+    at = {(point["method"], point["lr"], point["step"]): point for point in points}
+    assert round(at["simnpo", 3e-3, 20]["retain_prob"], 3) == 0.968
+    assert round(at["simnpo projected", 3e-3, 20]["forget_prob"], 2) == 0.25
 
 
 def test_host_time_on_a_cpu_is_what_its_section_says():
