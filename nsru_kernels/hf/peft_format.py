@@ -119,7 +119,8 @@ def save_lora_adapter(
         for name, module in modules.items():
             with gathered(module):
                 if first:
-                    leakage[name] = module.leakage()
+                    if module.basis is not None:
+                        leakage[name] = module.leakage()
                     tensors |= _tensors(kept[name], module, alpha)
         if first:
             _check_finite(tensors)
@@ -139,13 +140,9 @@ def save_lora_adapter(
 
 
 def _base_fingerprint(model: nn.Module) -> dict[str, str]:
-    """Of weights that are not quantised, which would be others elsewhere."""
     from nsru_kernels.subspaces.collection import fingerprint_weights
 
-    plain = (
-        type(w) in (Tensor, nn.Parameter) and w.is_floating_point() for w in model.parameters()
-    )
-    return {"fingerprint": fingerprint_weights(model)} if _are_whole(model) and all(plain) else {}
+    return {"fingerprint": fingerprint_weights(model)} if _are_whole(model) else {}
 
 
 def _are_whole(model: nn.Module) -> bool:

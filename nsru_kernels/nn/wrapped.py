@@ -108,7 +108,7 @@ class NSRUWrappedLinear(NSRULinear):
 
     @torch.no_grad()
     def merged_linear(self, dtype: torch.dtype) -> nn.Module:
-        """base_layer where its own weight can take the update, else an ``nn.Linear`` in dtype."""
+        """base_layer where its own weight can take the update, else a plain layer in dtype."""
         w_NK, bias_N = affine_map(self.base_layer, dtype)
         merged = added(self.delta_weight(), w_NK)
         own_NK = _own_weight(self.base_layer, w_NK)
@@ -276,15 +276,22 @@ def _read_off(module: nn.Module, model_dtype: torch.dtype | None) -> tuple[Tenso
 
 
 def dense_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    """An ``nn.Linear`` in ``dtype`` of what a layer that computes x Wᵀ + b computes; frozen."""
+    """A plain layer in ``dtype`` of what a layer that computes x Wᵀ + b computes; frozen."""
     return _linear_like(module, *affine_map(module, dtype), dtype)
 
 
 @torch.no_grad()
 def _linear_like(module: nn.Module, w_NK: Tensor, bias_N: Tensor, dtype: torch.dtype) -> nn.Linear:
     (n, k), has_bias = w_NK.shape, getattr(module, "bias", None) is not None or bias_N.any()
-    linear = nn.Linear(k, n, bias=bool(has_bias), device=w_NK.device, dtype=dtype)
-    linear.weight.copy_(w_NK)
+    # transformers put quantised linears in the place of GPT-2's Conv1D, too.
+    source: Any = getattr(module, "source_cls", type(module))
+    linear: Any
+    if source.__name__ == "Conv1D":
+        linear = source(n, k).to(w_NK.device, dtype)
+        linear.weight.copy_(w_NK.t())
+    else:
+        linear = nn.Linear(k, n, bias=bool(has_bias), device=w_NK.device, dtype=dtype)
+        linear.weight.copy_(w_NK)
     if has_bias:
         linear.bias.copy_(bias_N)
     return linear.requires_grad_(False).train(module.training)

@@ -21,6 +21,8 @@ from nsru_train.config import (
 )
 from nsru_train.run_config import (
     changed_adapter,
+    folder_of,
+    is_own_adapter,
     run_sections,
     say_changed_adapter,
     say_changed_sets,
@@ -352,7 +354,8 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     """Merge a run's adapter into its base model, in float32, and save an ordinary model.
 
     Args:
-        run: run folder; the merged model goes to its folder merged.
+        run: run folder; the merged model goes to its folder merged, that of another adapter to
+            merged-NAME.
         model: another base model than the run's.
         adapter: another adapter folder than the run's.
     """
@@ -366,6 +369,7 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     from nsru_train.run_folder import RunFolder
 
     adapter = adapter or f"{run}/adapter"
+    out = folder_of(run, adapter, "merged")
     check_plain(adapter)
     say_changed_adapter(run, adapter)
     model, _ = run_sections(run, model, None, need_data=False)
@@ -377,7 +381,7 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
     nk.merge_adapters(network, progress=True)
     if quantised:
         dequantize(network)  # the layers without an adapter, and the model's config
-        print(f"The base is quantised; {run}/merged is in {network.dtype}.")
+        print(f"The base is quantised; {out} is in {network.dtype}.")
     if errors:
         worst = max(errors, key=errors.__getitem__)
         print(
@@ -385,12 +389,13 @@ def merge(run: str, model: ModelConfig | None = None, adapter: str | None = None
             f"update on average, and by {errors[worst]:.0%} in {worst}: serve it as it is, or the "
             "adapter on the quantised base."
         )
-    with whole_folder(f"{run}/merged") as folder:
+    with whole_folder(out) as folder:
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         copy_processor(network, folder)
     locked.unlock()
-    _finish([f"{run}/merged"], "verify", run)
+    named = () if is_own_adapter(run, adapter) else ("--adapter", adapter)
+    _finish([out], "verify", run, *named)
 
 
 def verify(
@@ -407,7 +412,7 @@ def verify(
         model: another base model than the run's.
         data: other sets than the run's.
         adapter: another adapter folder than the run's.
-        merged: merged model; default RUN/merged where it exists.
+        merged: merged model; default that of `nsru merge`, where it exists.
     """
     from nsru_train.adapters import check_plain
     from nsru_train.loading import load_data, load_model, without_long
@@ -423,8 +428,8 @@ def verify(
         say_changed_sets(run, loaded.digests())
     base, tokenizer = load_model(model, data)
     loaded = without_long(loaded, tokenizer, data)
-    if merged is None and Path(run, "merged").is_dir():
-        merged = f"{run}/merged"
+    if merged is None and Path(made := folder_of(run, adapter, "merged")).is_dir():
+        merged = made
     report = compare(
         base,
         adapter,

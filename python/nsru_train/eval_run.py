@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +11,10 @@ from torch import nn
 
 import nsru_kernels as nk
 from nsru_kernels.checks import check_range
-from nsru_kernels.files import atomic_write
+from nsru_kernels.files import atomic_write, parse_json, read_text
 from nsru_train.adapters import is_plain, load_adapter
 from nsru_train.config import DataConfig, ModelConfig
+from nsru_train.data.encode import prompt_text
 from nsru_train.evaluation import (
     Evaluation,
     add_base_answers,
@@ -30,13 +32,14 @@ from nsru_train.muse import Muse
 from nsru_train.ordinary import refused_elsewhere
 from nsru_train.report import write_report
 from nsru_train.run_config import (
-    is_own_adapter,
+    folder_of,
     run_sections,
     say_changed_adapter,
     say_changed_sets,
 )
 from nsru_train.run_folder import RunFolder, to_json
 from nsru_train.shares import launched
+from nsru_train.sources import digest
 
 
 @dataclass(frozen=True)
@@ -48,22 +51,40 @@ class RetainLog:
         ours: TOFU's columns, where the evaluation writes our format.
         theirs: OpenUnlearning's metrics, where it writes theirs.
         auc: membership_auc, where it was measured.
+        setup: of `_setup`, where our results say it.
     """
 
     path: str | None = None
     ours: Log | None = None
     theirs: dict[str, Any] | None = None
     auc: float | None = None
+    setup: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | None, *, theirs: bool) -> RetainLog:
         if path is None:
             return cls()
         if not theirs:
-            return cls(path, ours=load_log(path), auc=load_reference_auc(path))
+            content = parse_json(read_text(path))
+            setup = content.get("setup") if isinstance(content, Mapping) else None
+            setup = setup if isinstance(setup, Mapping) else {}
+            return cls(path, ours=load_log(path), auc=load_reference_auc(path), setup=setup)
         log = open_unlearning.read_log(path)
         auc = open_unlearning.attack_auc(log, "min_k") if "mia_min_k" in log else None
         return cls(path, theirs=log, auc=auc)
+
+    def notes(self, setup: Mapping[str, Any]) -> Iterator[str]:
+        """A line on each way in which its model was asked otherwise than by ``setup``."""
+        if self.setup.get("compared", setup["compared"]) != setup["compared"]:
+            yield (
+                "retain_log: it was made with other paraphrases or wrong answers of the same "
+                "questions: truth ratios and forget_quality compare what is not alike"
+            )
+        if self.setup.get("prompt", setup["prompt"]) != setup["prompt"]:
+            yield (
+                f"retain_log: its model was asked by {self.setup['prompt']!r:.200}, this one by "
+                f"{setup['prompt']!r:.200}"
+            )
 
     def check(self, data: Data) -> None:
         """Raise ValueError where it lacks what is compared, or is of other questions."""
@@ -81,12 +102,13 @@ class RetainLog:
             )
 
 
-def _default_out(run: str, adapter: str | None, base: bool) -> str:
-    """A folder in the run's that is no other adapter's."""
-    if base or adapter is None or is_own_adapter(run, adapter):
-        return f"{run}/{'eval-base' if base else 'eval'}"
-    path = Path(adapter).resolve()
-    return f"{run}/eval-{path.parent.name if path.name == 'adapter' else path.name}"
+def _setup(data: Data, tokenizer: Any) -> dict[str, str]:
+    """Data and prompt that an evaluation and that of a retain model have to have alike."""
+    forget = (
+        replace(qa, topic=None, domain=None, safe_target=None, alternatives=())
+        for qa in data.forget
+    )
+    return {"compared": digest([*forget]), "prompt": prompt_text(tokenizer, "{}")}
 
 
 def run_eval(
@@ -140,7 +162,7 @@ def run_eval(
     if texts is not None:
         refuse_encoder_decoder(network, "muse")
     reference.check(loaded)
-    out = out or _default_out(run, adapter, base)
+    out = out or (f"{run}/eval-base" if base else folder_of(run, adapter, "eval"))
     adapter = None if base else adapter or f"{run}/adapter"
     say_changed_adapter(run, adapter)
     if adapter is not None:
@@ -188,7 +210,9 @@ def run_eval(
         )
     if shares.rank:
         return None  # the first process writes
-    results = to_results(evaluation, examples)
+    setup = _setup(loaded, tokenizer)
+    evaluation.notes += reference.notes(setup)
+    results = {**to_results(evaluation, examples), "setup": setup}
     for name, whole in logs.items():
         for part, content in (("EVAL", whole), ("SUMMARY", open_unlearning.summary(whole))):
             atomic_write(folder.path / f"{name}_{part}.json", to_json(content, indent=2))

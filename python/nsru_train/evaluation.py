@@ -431,6 +431,12 @@ def _add_privacy(
             "privleak: against an AUC of 0.5, which a model that never saw the forget set need not "
             "have; give the log of a model trained on the retain data only"
         )
+    if reference_auc == 1:
+        result.notes.append(
+            "privleak: left out, by the log's membership_auc of 1 its model was trained on the "
+            "forget set, or the holdout questions differ in kind"
+        )
+        return
     result.overall["privleak"] = privleak(auc, 0.5 if reference_auc is None else reference_auc)
 
 

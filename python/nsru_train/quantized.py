@@ -127,11 +127,8 @@ def _requantized(base_layer: nn.Module, merged: Tensor) -> Tensor:
 def dequantize(model: PreTrainedModel) -> None:
     """Make every quantised linear layer a plain one of what it computes, in the model's dtype.
 
-    transformers' own way fails where adapters were merged into all of them, and leaves an
-    ``nn.Linear`` where GPT-2 has a ``Conv1D``.
+    transformers' own way fails where adapters were merged into all of them.
     """
-    from transformers.pytorch_utils import Conv1D
-
     for name, module in list(model.named_modules()):
         if not looks_linear(module) or is_plain(module) or is_own_kind(module):
             continue
@@ -139,11 +136,3 @@ def dequantize(model: PreTrainedModel) -> None:
             replace_module(model, name, dense_linear(module, model.dtype))
     if hasattr(model, "hf_quantizer"):  # else merge_adapters found nothing left
         model.hf_quantizer.remove_quantization_config(model)
-    with torch.device("meta"):
-        plain = type(model)(model.config)
-    for name, module in plain.named_modules():
-        linear = model.get_submodule(name)
-        if isinstance(module, Conv1D) and isinstance(linear, nn.Linear):
-            module.weight = nn.Parameter(linear.weight.T.contiguous(), requires_grad=False)
-            module.bias = linear.bias
-            replace_module(model, name, module)

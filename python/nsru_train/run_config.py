@@ -131,6 +131,14 @@ def is_own_adapter(run: str, adapter: str) -> bool:
     return Path(adapter).resolve() == Path(run, "adapter").resolve()
 
 
+def folder_of(run: str, adapter: str | None, name: str) -> str:
+    """The run's folder ``name``, with the adapter's own name behind it where it is another one."""
+    if adapter is None or is_own_adapter(run, adapter):
+        return f"{run}/{name}"
+    path = Path(adapter).resolve()
+    return f"{run}/{name}-{path.parent.name if path.name == 'adapter' else path.name}"
+
+
 def changed_adapter(run: str, adapter: str | None) -> str | None:
     """The fault of a run's own adapter that is not the one it saved; None where it is."""
     if adapter is None or not is_own_adapter(run, adapter):

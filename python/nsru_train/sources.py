@@ -264,6 +264,8 @@ def _from_chat(row: Mapping[str, Any]) -> Mapping[str, Any]:
             more = message.keys() - {"role", "content"}
             rest |= {f"{name}.{key}": message[key] for key in sorted(more)}
     question, answer = texts
+    if "completion" in chat and isinstance(answer, str):
+        answer = answer.lstrip(" ")  # which parts it from a prompt that it is appended to
     return {"question": question, "answer": answer, **rest}
 
 

@@ -199,7 +199,7 @@ def _last_checkpoint(run: RunFolder, resume: bool) -> str | None:
     if last is None and run.results_path.exists():
         raise ValueError(
             f"out: {run.path} holds a finished run without checkpoints; give another folder, or "
-            f"remove {run.results_path} to replace it."
+            "remove this one to replace it."
         )
     return last
 

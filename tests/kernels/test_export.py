@@ -100,6 +100,12 @@ def test_files_and_their_contents(base, tmp_path):
     assert all(0 < leak <= 1e-6 for leak in sidecar["leakage"].values())
 
 
+def test_no_leakage_is_told_where_no_subspace_is_known(base, tmp_path):
+    nk.swap_linears(base, ["q_proj"], rank=4, alpha=8)
+    nk.save_lora_adapter(base, tmp_path)
+    assert json.loads((tmp_path / SIDECAR).read_text())["leakage"] == {}
+
+
 def test_the_base_is_told_by_its_weights(base, llama, tmp_path):
     other = copy.deepcopy(llama)
     other.model.layers[0].mlp.up_proj.weight.data *= 1.5

@@ -147,6 +147,10 @@ def test_an_adapter_that_the_run_did_not_save_is_noticed(run, tmp_path, capsys, 
     caplog.clear()
     main(["eval", str(copy), f"--adapter={run / 'adapter'}"])
     assert (copy / f"eval-{run.name}" / "results.json").is_file(), "not the run's own evaluation"
+    main(["merge", str(copy), f"--adapter={run / 'adapter'}"])
+    assert (copy / f"merged-{run.name}" / "model.safetensors").is_file(), "not the run's own model"
+    main(["verify", str(copy), f"--adapter={run / 'adapter'}"])
+    assert "verify passed" in capsys.readouterr().out
     assert "is not what the run saved" not in caplog.text
 
 
@@ -423,7 +427,19 @@ def test_privleak_is_against_the_retain_log(run, tmp_path):
     assert any(note.startswith("privleak: against an AUC of 0.5") for note in first["notes"])
     second = evaluated("second", f"--retain_log={tmp_path / 'first' / 'results.json'}")
     assert second["metrics"]["privleak"] == pytest.approx(0)
-    assert not any(note.startswith("privleak") for note in second["notes"])
+    assert not any(note.startswith(("privleak", "retain_log")) for note in second["notes"])
+    log = tmp_path / "first" / "results.json"
+    setup = {"compared": "x", "prompt": "Sing: {}"}
+    of_a_member = {**first["metrics"], "membership_auc": 1.0}
+    log.write_text(json.dumps({**first, "metrics": of_a_member, "setup": setup}))
+    third = evaluated("third", f"--retain_log={log}")
+    assert "privleak" not in third["metrics"]
+    for told in (
+        "retain_log: it was made with other paraphrases or wrong answers",
+        "retain_log: its model was asked by 'Sing: {}'",
+        "privleak: left out, by the log's membership_auc of 1",
+    ):
+        assert sum(note.startswith(told) for note in third["notes"]) == 1, told
 
 
 def test_a_retain_log_of_other_questions_is_named_before_any_is_asked(

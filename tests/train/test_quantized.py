@@ -138,6 +138,40 @@ def test_a_merged_gpt2_is_one_again(other_base, tmp_path, capsys):
     assert "verify passed" in capsys.readouterr().out
 
 
+def test_a_gpt2_that_was_merged_from_python_is_one_again(other_base, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    other_base("gpt2", n_embd=64, n_layer=1, n_head=2)
+    model, _ = load_model(ModelConfig(str(tmp_path / "gpt2"), quantize="int8"))
+    names = ["c_attn", "c_fc", "mlp.c_proj", "attn.c_proj"]
+    nk.swap_linears(model, names, rank=2, alpha=4)
+    for module in model.modules():
+        if isinstance(module, nk.NSRULinear):
+            nn.init.normal_(module.lora_B)
+    nk.merge_adapters(model).eval()
+    model.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=model.dtype).eval()
+    ids = torch.arange(5)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_an_adapter_of_a_quantised_base_knows_it(setting, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    folder, _ = setting
+
+    def adapted(quantize):
+        model, _ = load_model(ModelConfig(str(folder / "model"), quantize=quantize))
+        return model
+
+    model = adapted("int8")
+    nk.swap_linears(model, ["q_proj"], rank=2, alpha=4)
+    nk.save_lora_adapter(model, tmp_path / "adapter")
+    nk.load_lora_adapter(adapted("int8"), tmp_path / "adapter")
+    for quantize in ("none", "nf4"):
+        with pytest.raises(ValueError, match="it was trained on weights with fingerprint"):
+            nk.load_lora_adapter(adapted(quantize), tmp_path / "adapter")
+
+
 def test_a_base_that_stays_as_it_was_is_refused(other_base, tmp_path, capsys):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -50,12 +50,13 @@ def test_a_domain_stands_beside_whatever_says_the_question(tmp_path):
     chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A poet."}]
     rows = [
         {"messages": chat, "field": "poets"},
-        {"prompt": "What?", "completion": "A town.", "field": "towns"},
+        {"prompt": "What?", "completion": " A town.", "field": "towns"},
         {"question": "When?", "answer": "Then."},
     ]
     path = write(tmp_path / "a.jsonl", *rows)
     records = load_records(path, domain_column="field")
     assert [qa.question for qa in records] == ["Who?", "What?", "When?"]
+    assert records[1].answer == "A town.", "without the space that parts it from its prompt"
     assert [qa.domain for qa in records] == ["poets", "towns", None]
     (tmp_path / "a.csv").write_text("question,answer,domain\nWho?,A poet.,poets\nWhat?,Two.,\n")
     assert [qa.domain for qa in load_records(tmp_path / "a.csv")] == ["poets", None]

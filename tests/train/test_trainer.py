@@ -353,6 +353,19 @@ def test_resume_is_bit_identical(tmp_path, uninterrupted, save_steps):
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
 
 
+def test_nothing_is_left_to_train_after_the_last_step(tmp_path, uninterrupted):
+    """Step 11 is no end of an epoch, and transformers would take a twelfth there."""
+    first = samples.resumable(tmp_path, max_steps=11)
+    first.args.save_steps = 11
+    first.train()
+    resumed = samples.resumable(tmp_path, max_steps=11)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-11"))
+    assert resumed.state.global_step == 11
+    assert [row["step"] for row in metrics(tmp_path)] == [row["step"] for row in uninterrupted[1]]
+    assert_identical(samples.adapters(resumed.model), uninterrupted[0])
+    assert not (tmp_path / "checkpoint-12").exists()
+
+
 class EpochOfEachStep(samples.TrainerCallback):
     def __init__(self, dataset):
         self.dataset, self.seen = dataset, []
