@@ -21,7 +21,7 @@ RESULTS = {  # folder → what it compares, with what sizes
     "smollm2": "SmolLM2-135M, two of twelve TOFU authors",
     "tofu-cpu": "a Llama of 5.8M parameters, two of forty TOFU authors, NPO at 0.05",
     "tofu-cpu-defaults": "the same by the present defaults",
-    "frontier-smollm2": "SmolLM2-135M, two of twelve TOFU authors, four methods and ECO",
+    "frontier-smollm2": "SmolLM2-135M, two of twelve TOFU authors, ten methods",
     "frontier-fictitious": "a Llama of 1.0M parameters, fictitious authors",
 }
 

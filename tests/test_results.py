@@ -203,8 +203,7 @@ def test_unlearning_document_quotes_what_sets_the_scale():
         assert text.format(forget / retain) in page
 
 
-def test_unlearning_document_quotes_the_rates_on_smollm2():
-    rates = json.loads((RESULTS / "smollm2" / "rates.json").read_text())
+def test_unlearning_document_quotes_the_rates_on_smollm2(smollm2):
     text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
     section = text.split("## On a pretrained model\n")[1].split("\n## ")[0]
     rows = [re.sub("[*]", "", line).split("|")[1:-1] for line in section.splitlines()]
@@ -213,9 +212,9 @@ def test_unlearning_document_quotes_the_rates_on_smollm2():
         for row in rows
         if len(row) > 5 and "e-" in row[1]
     }
-    before = rates["before"]["retain_unseen_prob"]
+    before = smollm2["methods"][0]["retain_unseen_prob"]
     runs = {}
-    for point in rates["tuning"]:
+    for point in smollm2["tuning"]:
         runs.setdefault((point["method"], point["lr"]), []).append(point)
     assert shown.keys() == runs.keys()
     for run, points in runs.items():
@@ -229,6 +228,26 @@ def test_unlearning_document_quotes_the_rates_on_smollm2():
         wanted += [abs(round(before - last["retain_unseen_prob"], 3))]
         cells = [cell.strip() for cell in shown[run]]
         assert [float(c) if c and c != "never" else None for c in cells] == wanted, run
+
+
+def test_unlearning_document_quotes_the_floors_on_smollm2(smollm2):
+    floors = json.loads((RESULTS / "smollm2" / "floors.json").read_text())
+    text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    before = smollm2["methods"][0]
+    for row in floors:
+        first = next(point for point in row["frontier"] if point["forget_prob"] <= 0.1)
+        last = row["frontier"][-1]
+        lost = [
+            before["retain_unseen_prob"] - point["retain_unseen_prob"] for point in (first, last)
+        ]
+        cells = [
+            f"{row['min_editability']:.0%}".replace("%", " %"), f"{row['mean_rank']:.0f}",
+            f"{row['mean_captured_energy']:.1%}".replace("%", " %"), f"{first['step']}",
+            f"{first['forget_prob']:.3f}", f"{lost[0]:.4f}", f"{last['step']}",
+            f"{last['safe_prob']:.2f}", f"{lost[1]:.4f}",
+            *(f"{before[name] - value:.3f}" for name, value in row["general"].items()),
+        ]  # fmt: skip
+        assert f"| {' | '.join(cells)} |" in text
 
 
 def test_unlearning_document_quotes_the_seeds_on_smollm2(smollm2):
@@ -246,6 +265,14 @@ def test_unlearning_document_quotes_the_seeds_on_smollm2(smollm2):
             f"{row['world_facts_exact_memorisation']:.3f}",
         ]  # fmt: skip
         assert table[row["method"], row["seed"]].split(" | ") == cells
+    for quoted, kind in (
+        ("NSRU lost {:.3f} on `real_authors` and {:.3f} on `world_facts`", "nsru"),
+        ("LoRA {:.3f} and {:.3f}. The aim", "lora"),
+    ):
+        keys = [f"{group}_exact_memorisation" for group in ("real_authors", "world_facts")]
+        own = [row for row in runs if row["method"] == kind]
+        lost = [before[key] - fmean(row[key] for row in own) for key in keys]
+        assert quoted.format(*lost) in text
 
 
 def test_unlearning_document_quotes_what_the_null_space_does_for_other_methods():
