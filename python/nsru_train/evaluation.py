@@ -231,6 +231,12 @@ def evaluate(
         result.metrics[split] = _means(split, split_rows, result.notes)
         if split in LOG_FILES and "truth_ratio" in result.metrics[split]:
             result.log[LOG_FILES[split]] = _log(split_rows)
+            plain = sum(qa.paraphrased_answer is None for qa in splits[split])
+            if 0 < plain < len(split_rows):
+                result.notes.append(
+                    f"{split}: truth_ratio of {plain} of {len(split_rows)} records is of their own "
+                    "answer, for they have no paraphrased_answer"
+                )
     _add_utility(result, mean, answered)
     _add_forget_quality(result, retain_log, mean)
     _add_privacy(result, splits, reference_auc)

@@ -138,14 +138,16 @@ def without_long(data: Data, tokenizer: PreTrainedTokenizerBase, config: DataCon
     kept["forget"] = [
         qa for qa in kept["forget"] if fits(qa, data.safe.target(qa), *qa.alternatives)
     ]
+    taught = {**dict.fromkeys(kept, ""), "forget": " with their safe targets"}
     option, effect = ("skip", "left out") if config.skip else ("truncate", "their answers cut")
     for name, records in data.splits().items():
         if too_long := len(records) - len(kept[name]):
-            logger.warning("data.%s: %d of %d %s records are too long and %s.",
-                           option, too_long, len(records), name, effect)  # fmt: skip
+            logger.warning("data.%s: %d of %d %s records%s are too long and %s.",
+                           option, too_long, len(records), name, taught[name], effect)  # fmt: skip
         if not kept[name] and config.skip:
             raise ValueError(
-                f"data.skip: no {name} record fits in max_length {config.max_length}; raise it."
+                f"data.skip: no {name} record fits in max_length {config.max_length}"
+                f"{taught[name]}; raise it."
             )
     return Data(kept.pop("forget"), kept.pop("retain"), kept, data.safe) if config.skip else data
 

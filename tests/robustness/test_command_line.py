@@ -16,6 +16,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, CLIPConfig, WhisperConfig
 
 import nsru_kernels as nk
@@ -487,6 +488,14 @@ def test_the_trainers_argument_is_said_as_a_flag(capsys, monkeypatch):
 
     monkeypatch.setitem(cli.COMMANDS, "env", full)
     assert "resume with --resume true" in fails(capsys, "env")
+
+
+def test_what_safetensors_cannot_write_ends_in_one_line(capsys, monkeypatch):
+    def full():
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setitem(cli.COMMANDS, "env", full)
+    assert fails(capsys, "env").strip().endswith("No space left on device")
 
 
 def test_files_of_other_kinds_and_long_texts(capsys, caplog, model, tmp_path):

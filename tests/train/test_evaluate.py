@@ -442,6 +442,15 @@ def test_option_splits_and_incomplete_records(model, tokenizer):
     assert "retain: truth_ratio left out, 1 of 2 records lack perturbed_answers" in result.notes
 
 
+def test_an_answer_that_stands_in_for_a_paraphrase_is_said(model, tokenizer):
+    plain = QA("Who is Ann?", "A poet.", perturbed_answers=("A baker.",))
+    whole = QA("Who is Bob?", "A smith.", paraphrased_answer="Smith", perturbed_answers=("Monk",))
+    for records, told in (([plain, whole], 1), ([plain], 0), ([whole], 0)):
+        result = evaluate(model, tokenizer, {"forget": records}, generate=False, progress=False)
+        said = "forget: truth_ratio of 1 of 2 records is of their own answer, for they have no "
+        assert sum(note.startswith(said) for note in result.notes) == told
+
+
 def test_results_and_table(evaluation):
     results = json.loads(json.dumps(to_results(evaluation)))
     assert (results["schema"], results["kind"]) == (1, "eval")
