@@ -230,6 +230,23 @@ def test_unlearning_document_quotes_the_rates_on_smollm2(smollm2):
         assert [float(c) if c and c != "never" else None for c in cells] == wanted, run
 
 
+def test_the_defaults_forget_on_smollm2(smollm2):
+    found = json.loads((RESULTS / "smollm2" / "defaults.json").read_text())
+    before, last = smollm2["methods"][0], found["frontier"][-1]
+    first = next(point for point in found["frontier"] if point["forget_prob"] <= 0.1)
+    assert {point["lr"] for point in found["frontier"]} == {5e-4}
+    lost = [before["retain_unseen_prob"] - point["retain_unseen_prob"] for point in (first, last)]
+    general = [before[name] - value for name, value in found["general"].items()]
+    text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    for said in (
+        f"P forget {first['forget_prob']:.3f} after {first['step']} steps, for {lost[0]:.4f} on",
+        f"at step {last['step']} with P safe {last['safe_prob']:.2f}, P forget "
+        f"{last['forget_prob']:.3f} and\n{lost[1]:.4f} lost",
+        "General knowledge lost {:.3f} and {:.3f}".format(*general),
+    ):
+        assert said in text, said
+
+
 def test_unlearning_document_quotes_the_floors_on_smollm2(smollm2):
     floors = json.loads((RESULTS / "smollm2" / "floors.json").read_text())
     text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
