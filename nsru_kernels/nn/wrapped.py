@@ -275,13 +275,13 @@ def _read_off(module: nn.Module, model_dtype: torch.dtype | None) -> tuple[Tenso
     return torch.cat(rows).T, bias_N
 
 
-def dense_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
+def dense_linear(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A plain layer in ``dtype`` of what a layer that computes x Wᵀ + b computes; frozen."""
     return _linear_like(module, *affine_map(module, dtype), dtype)
 
 
 @torch.no_grad()
-def _linear_like(module: nn.Module, w_NK: Tensor, bias_N: Tensor, dtype: torch.dtype) -> nn.Linear:
+def _linear_like(module: nn.Module, w_NK: Tensor, bias_N: Tensor, dtype: torch.dtype) -> nn.Module:
     (n, k), has_bias = w_NK.shape, getattr(module, "bias", None) is not None or bias_N.any()
     # transformers put quantised linears in the place of GPT-2's Conv1D, too.
     source: Any = getattr(module, "source_cls", type(module))

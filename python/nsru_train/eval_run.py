@@ -11,7 +11,7 @@ from torch import nn
 
 import nsru_kernels as nk
 from nsru_kernels.checks import check_range
-from nsru_kernels.files import atomic_write, parse_json, read_text
+from nsru_kernels.files import atomic_write
 from nsru_train.adapters import is_plain, load_adapter
 from nsru_train.config import DataConfig, ModelConfig
 from nsru_train.data.encode import prompt_text
@@ -27,7 +27,7 @@ from nsru_train.language_models import refuse_encoder_decoder
 from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.membership import add_attack_scores
 from nsru_train.metrics import open_unlearning
-from nsru_train.metrics.tofu import Log, check_retain_log, load_log, load_reference_auc
+from nsru_train.metrics.tofu import Log, check_retain_log, load_log, load_reference
 from nsru_train.muse import Muse
 from nsru_train.ordinary import refused_elsewhere
 from nsru_train.report import write_report
@@ -65,10 +65,9 @@ class RetainLog:
         if path is None:
             return cls()
         if not theirs:
-            content = parse_json(read_text(path))
-            setup = content.get("setup") if isinstance(content, Mapping) else None
-            setup = setup if isinstance(setup, Mapping) else {}
-            return cls(path, ours=load_log(path), auc=load_reference_auc(path), setup=setup)
+            log = load_log(path)
+            auc, setup = load_reference(path)
+            return cls(path, ours=log, auc=auc, setup=setup)
         log = open_unlearning.read_log(path)
         auc = open_unlearning.attack_auc(log, "min_k") if "mia_min_k" in log else None
         return cls(path, theirs=log, auc=auc)

@@ -471,6 +471,9 @@ def test_a_retain_log_of_other_questions_is_named_before_any_is_asked(
     assert "of another holdout set: 6 questions" in refused(rename("holdout"))
     few = refused(lambda found: found["metrics"]["holdout"].update(count=5))
     assert "of another holdout set: 5 questions" in few
+    path.unlink()
+    error = fails(capsys, ["eval", str(run), f"--retain_log={path}"])
+    assert f"log {path}: cannot be read" in error
 
 
 def test_adapter_of_another_base(setting, run, tmp_path, capsys):

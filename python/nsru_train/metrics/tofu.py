@@ -178,12 +178,15 @@ def load_log(path: str | Path) -> dict[str, dict[str, Any]]:
     return dict(log)
 
 
-def load_reference_auc(path: str | Path) -> float | None:
-    """membership_auc in a results.json of `nsru eval`, where it was measured."""
+def load_reference(path: str | Path) -> tuple[float | None, Mapping[str, Any]]:
+    """membership_auc and setup of a results.json of `nsru eval`, as far as it has them."""
     content = parse_json(read_text(path))
-    metrics = content.get("metrics") if isinstance(content, Mapping) else None
-    found = metrics.get("membership_auc") if isinstance(metrics, Mapping) else None
-    return found if isinstance(found, (int, float)) else None
+    parts = (
+        content.get(key) if isinstance(content, Mapping) else None for key in ("metrics", "setup")
+    )
+    metrics, setup = (part if isinstance(part, Mapping) else {} for part in parts)
+    auc = metrics.get("membership_auc")
+    return auc if isinstance(auc, (int, float)) else None, setup
 
 
 def check_retain_log(
