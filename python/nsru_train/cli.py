@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from safetensors import SafetensorError
 
+from nsru_kernels import __version__
 from nsru_train.commands import COMMANDS, bench
 from nsru_train.methods import Method, find_method
 from nsru_train.open_unlearning.mapping import expand
@@ -62,6 +63,9 @@ def main(args: list[str] | None = None) -> None:
     if not given:
         print(WELCOME)
         return
+    if given == ["--version"]:
+        print(f"nsru-kernels {__version__}")
+        return
     first = os.environ.get("RANK", "0") == "0"  # under torchrun
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _command(given) not in TOGETHER:
         if not first:
@@ -104,7 +108,9 @@ def _what_is_kept(given: list[str]) -> str:
     command = _command(given) or ""
     options = inspect.signature(COMMANDS[command]).parameters if command in COMMANDS else {}
     if "resume" not in options:
-        return "Nothing half-written is left; the same command starts again."
+        drawn = " Where its results.json is there, `nsru report` draws what is missing."
+        again = "Nothing half-written is left; the same command starts again."
+        return again + drawn * (command in ("refresh", "rollback"))
     again = shlex.join(["nsru", *[word for word in given if not word.startswith("--resume")]])
     if command != "train":
         return f"What was finished is kept. To go on: {again} --resume=true"

@@ -316,7 +316,6 @@ def eval(
     from nsru_train.adapters import is_plain
     from nsru_train.eval_run import run_eval
     from nsru_train.harness import TaskSettings
-    from nsru_train.run_folder import RunFolder
 
     folder = run_eval(
         run,
@@ -342,7 +341,7 @@ def eval(
     if not base and not Path(run, "eval-base", "results.json").is_file():
         print(f"the base model alone, for comparison: nsru eval {run} --base true")
     written = [str(folder.results_path), str(folder.report_path)]
-    if base and not RunFolder(run).config_path.exists():  # no run, so no adapter to evaluate
+    if base and not Path(run, "adapter").is_dir():
         _finish(written, "train", *_options(model=model, data=data), "--out", "runs/nsru")
     elif base:
         _finish(written, "eval", run)

@@ -166,7 +166,7 @@ def run_eval(
     say_changed_adapter(run, adapter)
     if adapter is not None:
         load_adapter(network, adapter, tokenizer)
-    folder = RunFolder(out)
+    folder = RunFolder(out).lock()
     evaluation = evaluate(
         network.eval(),
         tokenizer,

@@ -188,6 +188,19 @@ def _section(name: str, values: Any, path: Path, method: str = "nsru") -> Any:
         ) from error
 
 
+def _alike(before: Any, now: Any, folder: Path) -> bool:
+    """True where a setting is what it was; a path within the run's folder moves with it."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return before.keys() == now.keys() and all(
+            _alike(before[name], value, folder) for name, value in now.items()
+        )
+    if before == now or not (isinstance(before, str) and isinstance(now, str)):
+        return before == now
+    path, folder = Path(now).resolve(), folder.resolve()
+    inside = path.relative_to(folder).parts if path.is_relative_to(folder) else ()
+    return bool(inside) and Path(before).parts[-len(inside) :] == inside
+
+
 def check_same_run(path: Path, config: Mapping[str, Any], growing: str = "") -> None:
     """A resumed run must go on as it began. Raises ValueError naming what differs.
 
@@ -209,7 +222,7 @@ def check_same_run(path: Path, config: Mapping[str, Any], growing: str = "") -> 
         odd += [
             f"{section}.{name} was {before.get(name)!r} and is {value!r}"
             for name, value in values.items()
-            if before.get(name) != value
+            if not _alike(before.get(name), value, path.parent)
         ]
     if odd:
         raise ValueError(

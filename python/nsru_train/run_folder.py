@@ -48,6 +48,7 @@ _ROWS: dict[str, dict[str, Any]] = {
 _SECTIONS = {"setup": dict, "metrics": dict, "notes": list[str]}
 _METRICS_ROW = {"seconds": float, "seed": int | str, "method": str}
 _LOCK = ".lock"
+_OWN = ("adapter", "adapters", "runs")  # folders in which nobody else keeps files
 _held: set[Path] = set()  # locks of this process, for another may have had its number before
 
 
@@ -145,8 +146,10 @@ class RunFolder:
         _held.add(path)
         self._release = weakref.finalize(self, _unlock, path, os.getpid())
         shutil.rmtree(self.path / ".partial", ignore_errors=True)
-        for folder in (self.path, self.adapter_dir):
-            remove_leftovers(folder)
+        remove_leftovers(self.path)
+        for name in _OWN:
+            for folder in self.path.glob(f"{name}/**"):
+                remove_leftovers(folder)
         return self
 
     def unlock(self) -> None:

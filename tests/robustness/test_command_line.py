@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, CLIPConfig, WhisperConfig
 import nsru_kernels as nk
 from nsru_train import cli, config, pipeline, run_config
 from nsru_train.demo.tiny_model import make_llama, train_tokenizer
+from nsru_train.run_folder import RunFolder
 from nsru_train.trainer import CheckpointError, NSRUTrainer
 
 
@@ -406,6 +407,22 @@ def test_resume_of_the_demo_says_only_what_differs(capsys, monkeypatch, tmp_path
     assert "train.lr was 0.0005 and is 0.1; demo.stop was None and is 0.2. Use" in error
 
 
+def test_a_moved_folder_goes_on_with_what_lies_in_it(tmp_path):
+    def sections(folder):
+        own = {"forget": f"{folder}/data/forget.jsonl", "more": {"holdout": f"{folder}/h.jsonl"}}
+        return {"data": {**own, "retain": "elsewhere/retain.jsonl"}}
+
+    moved = tmp_path / "moved"
+    saved = RunFolder(moved).write_config(sections(tmp_path / "before"))
+    run_config.check_same_run(saved, sections(moved))
+    other = sections(moved)
+    other["data"]["forget"] = f"{moved}/data/other.jsonl"
+    with pytest.raises(ValueError, match=r"data\.forget was .*before/data/forget"):
+        run_config.check_same_run(saved, other)
+    with pytest.raises(ValueError, match=r"data\.forget was .*moved/data/forget"):
+        run_config.check_same_run(RunFolder(moved).write_config(sections(moved)), sections("x"))
+
+
 def test_settings_of_a_run_before_a_new_one_was_there(model, tmp_path):
     saved = yaml.safe_load(saved_run(tmp_path, model))
     for name in ("truncate", "system_prompt", "chat_template_kwargs"):
@@ -747,6 +764,7 @@ def test_the_next_merge_removes_what_a_killed_one_left(capsys, model, tmp_path):
         ("train", "checkpoint-5/trainer_state.json", "OUT/checkpoint-5 is kept."),
         ("compare", None, "What was finished is kept. To go on: nsru compare"),
         ("subspace", None, "the same command starts again"),
+        ("refresh", None, "`nsru report` draws what is missing"),
     ],
 )
 def test_an_interrupt_says_what_is_kept(
@@ -761,16 +779,19 @@ def test_an_interrupt_says_what_is_kept(
         (tmp_path / left).parent.mkdir()
         (tmp_path / left).write_text("{}")
     sets = [f"--model.path={model}", "--data.forget=authors:forget", "--data.retain=authors:retain"]
+    given = [str(tmp_path)] if command == "refresh" else sets
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, *sets, f"--out={tmp_path}"])
+        cli.main([command, *given, f"--out={tmp_path}"])
     assert stop.value.code == 130
     said = capsys.readouterr().err
     assert wanted.replace("OUT", str(tmp_path)) in said
     assert "Traceback" not in said
-    if command != "subspace" and (left is None or "checkpoint" in left):
+    if command in ("train", "compare") and (left is None or "checkpoint" in left):
         assert said.rstrip().endswith("--resume=true") == (command == "compare" or bool(left))
 
 
 def test_nsru_alone_says_where_to_begin(capsys):
     cli.main([])
     assert "nsru demo          begin here" in capsys.readouterr().out
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"nsru-kernels {nk.__version__}\n"

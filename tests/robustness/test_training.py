@@ -502,8 +502,10 @@ def test_a_lock_lasts_as_long_as_its_run(tmp_path):
 
 def test_the_next_start_removes_what_a_kill_left(tmp_path):
     left = [".subspaces.0123abcd/x.safetensors", ".partial/checkpoint-4/model.safetensors",
-            "adapter/.adapter_model.safetensors.deadbeef", ".results.json.00000000"]  # fmt: skip
-    kept = [".notes", ".git/config", "adapter/adapter_model.safetensors", "a.0123abcd"]
+            "adapter/.adapter_model.safetensors.deadbeef", ".results.json.00000000",
+            "adapters/a/.nsru.json.0123abcd", "runs/npo-1-0/adapter/.a.json.01234567"]  # fmt: skip
+    kept = [".notes", ".git/config", "adapter/adapter_model.safetensors", "a.0123abcd",
+            "own/.notes.0123abcd"]  # fmt: skip
     for name in (*left, *kept):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

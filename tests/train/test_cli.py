@@ -195,6 +195,9 @@ def test_a_look_at_the_base_leads_on_to_training(setting, tmp_path, capsys):
     assert command[-2:] == ["--out", "runs/nsru"]
     found = json.loads((tmp_path / "eval-base" / "results.json").read_text())
     assert found["examples"] == []
+    own = [*chosen, "--max_new_tokens=2", "--examples=0", f"--out={tmp_path}"]
+    main(["eval", str(tmp_path), "--base=true", *own])
+    assert shlex.split(next_command(capsys.readouterr().out))[1] == "train"  # no adapter here yet
 
     out = tmp_path / "run"
     quick = ["--train.steps=2", "--train.eval_steps=1", "--train.save_steps=0"]
