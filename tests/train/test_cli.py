@@ -443,6 +443,9 @@ def test_privleak_is_against_the_retain_log(run, tmp_path):
         "privleak: left out, by the log's membership_auc of 1",
     ):
         assert sum(note.startswith(told) for note in third["notes"]) == 1, told
+    log.write_text(json.dumps(first["log"]))  # TOFU's own: no questions, no setup
+    fourth = evaluated("fourth", f"--retain_log={log}")
+    assert sum(note.startswith("retain_log: it does not say") for note in fourth["notes"]) == 1
 
 
 def test_a_retain_log_of_other_questions_is_named_before_any_is_asked(
