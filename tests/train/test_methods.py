@@ -367,6 +367,39 @@ def test_rmu_adapts_the_mlps_below_its_layer_and_runs_no_other():
     assert all(p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
 
 
+def test_lune_takes_the_base_models_states_out_of_what_is_forgotten():
+    lune = METHODS["lune"]
+    assert (lune().rows, lune().parts) == ((SAFE,), ("safe",))
+    model, batch = small_model_and_batch()
+    batch["kind"] = torch.tensor([FORGET, SAFE])
+    method = lune(suppress_states=0.5).prepare(model)
+    assert (method.rows, method.parts, method.layer) == ((SAFE, FORGET), ("safe", "states"), 3)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with nk.adapters_disabled(model):
+        base = model.model(**inputs, output_hidden_states=True).hidden_states[4][0, 2:5].detach()
+    output = model(**inputs, output_hidden_states=True)
+    now = output.hidden_states[4][0, 2:5]
+    states = ((now * base).sum(1) / (base * base).sum(1)).square().mean()
+    safe = torch.nn.functional.cross_entropy(output.logits[1, :2], batch["labels"][1, 1:3])
+    parts = method.loss(ScoredBatch(model, batch))
+    torch.testing.assert_close(parts["states"], states)
+    torch.testing.assert_close(parts["safe"], safe)
+    torch.testing.assert_close(parts["total"], safe + 0.5 * states)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    start = method.loss(ScoredBatch(model, batch))["states"]
+    start.backward()
+    assert start.item() == pytest.approx(1, rel=1e-5)
+    pushed = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert pushed == {f"model.layers.{i}.mlp.down_proj.lora_B" for i in (2, 3)}
+    for wrong in ({"layer": 2}, {"suppress_states": -1.0}):
+        with pytest.raises(ValueError, match=rf"objective\.{next(iter(wrong))}"):
+            lune(**wrong)
+    with pytest.raises(ValueError, match="one of the model's 6 decoder layers"):
+        lune(suppress_states=1.0, layer=6).prepare(model)
+
+
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.trains and n != "rmu"])
 def test_total_is_the_weighted_sum_of_the_parts(name):
     def loss(**weights):
