@@ -34,6 +34,7 @@ LAYERS = (
     ),
     ("trainer",),
     ("alternatives", "own_texts"),
+    ("estimating",),
     ("pipeline",),
     ("open_unlearning", "report", "verify"),
     ("compare", "repair"),

@@ -31,9 +31,9 @@ from nsru_train.config import ModelConfig
 from nsru_train.data.encode import Encoded, collate, encode_qa
 from nsru_train.data.records import QA
 from nsru_train.demo.sets import target_sets
+from nsru_train.estimating import token_batches
 from nsru_train.loading import load_model
 from nsru_train.losses.nll import answer_states
-from nsru_train.pipeline import token_batches
 
 KINDS = ("first", "template", "question", "answer")
 # Rule -> tokens scaled to norm 1, and the editability counted on the positions of answers only.

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from nsru_train.data import QA, SafeTargets
+    from nsru_train.estimating import find_subspaces
     from nsru_train.eval_results import (
         Evaluation,
         format_probabilities,
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from nsru_train.loading import Data, load_model
     from nsru_train.methods import ForgetRetain, Method, find_method
     from nsru_train.ordinary import describe_ordinary, ordinary_answers
-    from nsru_train.pipeline import Guarded, Outcome, find_subspaces, unlearn
+    from nsru_train.pipeline import Guarded, Outcome, unlearn
     from nsru_train.sources import load_records, save_records
     from nsru_train.trainer import NSRUTrainer, prepare_dataset
     from nsru_train.unlearn_dataset import UnlearnDataset
@@ -82,6 +83,7 @@ else:
         "ordinary",
         "loading",
         "trainer",
+        "estimating",
         "pipeline",
     )
 

@@ -112,8 +112,8 @@ def subspace(
         out: run folder; the subspaces go to its folder subspaces.
         seed: of the random test matrix.
     """
+    from nsru_train.estimating import find_subspaces
     from nsru_train.loading import load_data, load_model, without_long
-    from nsru_train.pipeline import find_subspaces
     from nsru_train.run_folder import RunFolder
 
     check_range("seed", seed, "must be from 0 to 2³² - 1", whole=True)

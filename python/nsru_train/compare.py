@@ -22,19 +22,13 @@ from nsru_train.answering import greedy_answers
 from nsru_train.callbacks import GradientError
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import encode_prompt, prompt_text
+from nsru_train.estimating import find_subspaces, warn_of_unused
 from nsru_train.evaluation import evaluate, probability_sets
 from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.methods import Method, find_method, run_name
 from nsru_train.metrics import open_unlearning
 from nsru_train.own_texts import add_own_requests
-from nsru_train.pipeline import (
-    check_layers,
-    check_training,
-    find_subspaces,
-    kept_point,
-    unlearn,
-    warn_of_unused,
-)
+from nsru_train.pipeline import check_layers, check_training, kept_point, unlearn
 from nsru_train.report import write_report
 from nsru_train.report.summary import FORGET_TARGET, matched_damage
 from nsru_train.run_config import check_same_run

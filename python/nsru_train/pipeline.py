@@ -1,4 +1,4 @@
-"""The way from a model and two sets of questions to a plain LoRA adapter, step by step."""
+"""The way from a model and its retain subspaces to a trained adapter, step by step."""
 
 from __future__ import annotations
 
@@ -12,36 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 import nsru_kernels as nk
 from nsru_kernels.hf.peft_format import copy_lora_adapter
-from nsru_kernels.nn.inputs import is_distributed
 from nsru_kernels.nn.swap import match_linears, take_all
 from nsru_kernels.subspaces.estimate import SubspaceSet
 from nsru_train.config import LoraConfig, SubspaceConfig, TrainConfig
-from nsru_train.data.encode import (
-    IGNORE_INDEX,
-    Encoded,
-    collate,
-    encode_qa,
-    length_batches,
-    pad_token_id,
-)
-from nsru_train.data.records import QA
+from nsru_train.data.encode import encode_qa
+from nsru_train.estimating import token_batches
 from nsru_train.guard import EcoGuard
-from nsru_train.language_models import (
-    check_positions,
-    is_encoder_decoder,
-    refuse_encoder_decoder,
-    split_for_decoder,
-)
+from nsru_train.language_models import refuse_encoder_decoder
 from nsru_train.loading import Data
 from nsru_train.measure import PeakMemory
 from nsru_train.methods import Method, Objective
-from nsru_train.own_texts import own_texts
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import quick_probabilities
 from nsru_train.updates import scale_updates
@@ -50,53 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-
-def token_batches(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    records: Sequence[QA],
-    *,
-    max_tokens: int,
-    max_length: int,
-    answers_only: bool = False,
-) -> list[dict[str, torch.Tensor]]:
-    """Questions with their answers as model inputs, batched by length.
-
-    answers_only adds a token_mask of the positions that predict an answer's token or EOS. For an
-    encoder-decoder, where one mask cannot stand for both parts, each is a batch, and all counts.
-    """
-    encoded = [
-        encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in records
-    ]
-    return encoded_batches(
-        model, tokenizer, encoded,
-        max_tokens=max_tokens, answers_only=answers_only,
-    )  # fmt: skip
-
-
-def encoded_batches(
-    model: nn.Module,
-    tokenizer,
-    encoded: Sequence[Encoded],
-    *,
-    max_tokens: int,
-    answers_only: bool = False,
-) -> list[dict[str, torch.Tensor]]:
-    """`token_batches` of what is encoded already."""
-    check_positions(model, encoded)
-    device, pad = next(model.parameters()).device, pad_token_id(tokenizer, model)
-    batches = []
-    apart = is_encoder_decoder(model)
-    alone = [[i] for i in range(len(encoded))]
-    for ids in alone if apart else length_batches(encoded, max_tokens):
-        batch = collate([encoded[i] for i in ids], pad)
-        if apart:
-            batch, _ = split_for_decoder(model, batch)
-        elif answers_only:
-            batch["token_mask"] = F.pad(batch["labels"][:, 1:] != IGNORE_INDEX, (0, 1))
-        batches.append({name: tensor.to(device) for name, tensor in batch.items()})
-    return batches
 
 
 def check_layers(
@@ -137,128 +74,6 @@ def check_training(train: TrainConfig) -> None:
         raise ValueError(
             f"train.lr_scheduler_kwargs: {train.lr_scheduler_type} does not take {kwargs}: {error}"
         ) from error
-
-
-def warn_of_unused(config: SubspaceConfig) -> None:
-    """Say which settings a folder of estimated subspaces leaves without effect."""
-    if unused := config.unused():
-        logger.warning(
-            "subspace.path: the subspaces in %s are used as they are; subspace.%s has no effect.",
-            config.path,
-            ", subspace.".join(unused),
-        )
-
-
-def find_subspaces(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    forget: Sequence[QA],
-    retain: Sequence[QA],
-    config: SubspaceConfig | None = None,
-    *,
-    max_length: int = 512,
-    seed: int = 0,
-    progress: bool = True,
-) -> SubspaceSet:
-    """The retain subspaces of a run: loaded from config.path, else estimated on the retain set.
-
-    One forward of every question with its answer, in one pass. In an initialised process group each
-    process streams its share of the sets.
-
-    Args:
-        model: the base model, without adapters.
-        tokenizer: of the model.
-        forget: questions with the answers to forget, on which the room left for edits is measured.
-        retain: questions with the answers to keep: what their tokens excite is protected.
-        config: which layers, how wide, how the rank is chosen; None takes all linear layers and the
-            largest rank that leaves a share of 0.05 of the forget answers' activations open.
-        max_length: most tokens of a question with its answer.
-        seed: of the random test matrix.
-        progress: show progress bars.
-
-    Returns:
-        Module name -> `nsru_kernels.RetainSubspace`, whose basis is [K, Q] float32; print its
-        ``table()``, keep it with ``save(folder)``.
-
-    Raises:
-        ValueError: they come from another base model, or more than one rank rule is given.
-    """
-    config = config or SubspaceConfig()
-    read = () if config.path is not None else (forget, retain)
-    encoded_forget, encoded_retain = [
-        [encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in records]
-        for records in read
-    ] or ([], [])
-    return subspaces_of(
-        model, tokenizer, encoded_forget, encoded_retain, config, seed=seed, progress=progress
-    )
-
-
-def subspaces_of(
-    model: nn.Module,
-    tokenizer,
-    forget: Sequence[Encoded],
-    retain: Sequence[Encoded],
-    config: SubspaceConfig,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-) -> SubspaceSet:
-    """`find_subspaces` of sets that are encoded already."""
-    if config.path is not None:
-        subspaces = SubspaceSet.load(config.path)
-        subspaces.check_model(model)
-        _check_room(subspaces)
-        return subspaces
-    # Protect every position, but measure the room where forgetting has to act: template and first
-    # token are the same in both sets, and with them a rank looks tighter than it is.
-    retain_batches, forget_batches = (
-        encoded_batches(
-            model, tokenizer, encoded,
-            max_tokens=config.max_tokens, answers_only=encoded is forget,
-        )
-        for encoded in (retain, forget)
-    )  # fmt: skip
-    rank, world = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
-    count = config.own_texts
-    own = (
-        own_texts(model, tokenizer, count, seed=seed, part=(rank, world), progress=progress)
-        if count
-        else ()
-    )
-    subspaces = nk.estimate_retain_subspaces(
-        model,
-        [*retain_batches[rank::world], *own],
-        config.targets,
-        exclude=config.exclude,
-        width=config.width,
-        forget_batches=forget_batches[rank::world],
-        unit_tokens=True,
-        seed=seed,
-        progress=progress,
-        **config.rule(),
-    )
-    _check_room(subspaces)
-    return subspaces
-
-
-def _check_room(subspaces: SubspaceSet) -> None:
-    """Raise ValueError when no input leaves anything to train, warn where one does or is plain."""
-    full = [entry for entry in subspaces.inputs if entry.rank == entry.in_features]
-    plain = [entry for entry in subspaces.inputs if entry.rank == 0]
-    count = len(subspaces.inputs)
-    if len(full) == count:
-        raise ValueError(
-            f"subspace: all {count} retain subspaces have full rank, such as {full[0].name} with "
-            f"{full[0].rank}: no update is left in their null space. Lower rank or energy, or use "
-            "min_editability."
-        )
-    for entries, effect in ((full, "nothing is trained there"), (plain, "nothing is protected")):
-        if entries:
-            logger.warning(
-                "%d of %d retain subspaces have rank %d, such as %s: %s.",
-                len(entries), count, entries[0].rank, entries[0].name, effect,
-            )  # fmt: skip
 
 
 def add_adapters(

@@ -26,6 +26,7 @@ from nsru_kernels.subspaces.collection import SubspaceSet
 from nsru_train.adapters import check_plain, save_adapter
 from nsru_train.alternatives import add_alternatives
 from nsru_train.data.encode import Encoded
+from nsru_train.estimating import token_batches
 from nsru_train.eval_results import format_probabilities
 from nsru_train.evaluation import probability_sets
 from nsru_train.loading import Data, load_data, load_model, without_long
@@ -33,7 +34,7 @@ from nsru_train.losses.batch import RETAIN, Batch
 from nsru_train.losses.nll import answer_nll
 from nsru_train.methods.method import Method, mean
 from nsru_train.own_texts import add_own_requests
-from nsru_train.pipeline import Guarded, Outcome, kept_point, token_batches, unlearn
+from nsru_train.pipeline import Guarded, Outcome, kept_point, unlearn
 from nsru_train.report import write_report
 from nsru_train.run_config import saved_sections, say_changed_adapter, say_changed_sets
 from nsru_train.run_folder import RunFolder

@@ -18,19 +18,14 @@ from nsru_kernels.subspaces.collection import SubspaceSet, fingerprint_weights
 from nsru_train.adapters import save_adapter
 from nsru_train.alternatives import add_alternatives
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
+from nsru_train.estimating import find_subspaces, warn_of_unused
 from nsru_train.eval_results import format_probabilities, probability_line
 from nsru_train.evaluation import before_and_after, probability_sets, quick_probabilities
 from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.methods import Method, run_name
 from nsru_train.ordinary import describe_ordinary, ordinary_answers
 from nsru_train.own_texts import add_own_requests
-from nsru_train.pipeline import (
-    check_layers,
-    check_training,
-    find_subspaces,
-    unlearn,
-    warn_of_unused,
-)
+from nsru_train.pipeline import check_layers, check_training, unlearn
 from nsru_train.report import write_report
 from nsru_train.run_config import adapter_digest, check_same_run
 from nsru_train.run_folder import RunFolder

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, CLIPConfig, WhisperConfig
 
 import nsru_kernels as nk
-from nsru_train import cli, config, pipeline, run_config
+from nsru_train import cli, config, estimating, run_config
 from nsru_train.demo.tiny_model import make_llama, train_tokenizer
 from nsru_train.run_folder import RunFolder
 from nsru_train.trainer import CheckpointError, NSRUTrainer
@@ -238,11 +238,11 @@ def test_weights_that_train_nothing_are_refused_first(capsys, tmp_path):
 
 
 def test_settings_beside_a_path_are_said_to_have_no_effect(caplog, tmp_path):
-    pipeline.warn_of_unused(config.SubspaceConfig(path=str(tmp_path), rank=5, width=64))
+    estimating.warn_of_unused(config.SubspaceConfig(path=str(tmp_path), rank=5, width=64))
     assert "subspace.width, subspace.rank has no effect" in caplog.text
     caplog.clear()
-    pipeline.warn_of_unused(config.SubspaceConfig(path=str(tmp_path)))
-    pipeline.warn_of_unused(config.SubspaceConfig(rank=5))
+    estimating.warn_of_unused(config.SubspaceConfig(path=str(tmp_path)))
+    estimating.warn_of_unused(config.SubspaceConfig(rank=5))
     assert not caplog.text
 
 

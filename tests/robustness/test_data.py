@@ -46,12 +46,12 @@ from nsru_train.data import (
 from nsru_train.data.encode import collate, served_otherwise
 from nsru_train.demo.sets import target_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
+from nsru_train.estimating import token_batches
 from nsru_train.evaluation import evaluate, probability_sets
 from nsru_train.language_models import position_limit
 from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.losses.nll import AnswerHidden, answer_logits, answer_states
 from nsru_train.metrics import forget_quality, load_log, model_utility
-from nsru_train.pipeline import token_batches
 from nsru_train.scoring import score_sequences
 from nsru_train.sources import digest, load_records, save_records
 from nsru_train.verify import Comparison

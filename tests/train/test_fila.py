@@ -9,11 +9,12 @@ from nsru_kernels.hf.peft_format import load_lora_adapter
 from nsru_train.config import LoraConfig, TrainConfig
 from nsru_train.data import SafeTargets
 from nsru_train.demo.tiny_model import make_llama
+from nsru_train.estimating import token_batches
 from nsru_train.loading import Data
 from nsru_train.losses.nll import answer_nll
 from nsru_train.methods import METHODS
 from nsru_train.methods.fila import EPSILON, low_rank_part, squared_gradients
-from nsru_train.pipeline import token_batches, unlearn
+from nsru_train.pipeline import unlearn
 
 IDS = torch.tensor([[5, 9, 4, 8, 3]])
 RANK, ALPHA = 3, 6.0

@@ -10,9 +10,9 @@ from nsru_train.cli import main
 from nsru_train.config import DataConfig, SubspaceConfig
 from nsru_train.data.encode import request_end
 from nsru_train.data.records import QA
+from nsru_train.estimating import find_subspaces
 from nsru_train.loading import Data
 from nsru_train.own_texts import add_own_requests, own_requests, own_texts
-from nsru_train.pipeline import find_subspaces
 from nsru_train.sources import save_records
 
 TEMPLATE = (

@@ -11,9 +11,10 @@ from nsru_train import pipeline
 from nsru_train.config import LoraConfig, Objective, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import encode_qa
 from nsru_train.data.safe_targets import SafeTargets
+from nsru_train.estimating import find_subspaces, token_batches
 from nsru_train.loading import Data
 from nsru_train.methods import METHODS
-from nsru_train.pipeline import find_subspaces, token_batches, unlearn
+from nsru_train.pipeline import unlearn
 
 
 @pytest.fixture

@@ -23,11 +23,12 @@ from nsru_kernels.subspaces.collection import fingerprint_weights
 from nsru_train.config import LoraConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import Encoded
 from nsru_train.data.safe_targets import SafeTargets
+from nsru_train.estimating import encoded_batches, subspaces_of
 from nsru_train.losses.batch import SAFE
 from nsru_train.methods import Method, find_method
 from nsru_train.open_unlearning.items import encode, encode_safe
 from nsru_train.open_unlearning.mapping import LOW_RATE
-from nsru_train.pipeline import add_adapters, encoded_batches, subspaces_of
+from nsru_train.pipeline import add_adapters
 from nsru_train.trainer import UnlearnDataset, encoded_nll
 
 logger = logging.getLogger(__name__)
