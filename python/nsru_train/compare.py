@@ -22,7 +22,7 @@ from nsru_train.answering import greedy_answers
 from nsru_train.callbacks import GradientError
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import encode_prompt, prompt_text
-from nsru_train.estimating import find_subspaces, warn_of_unused
+from nsru_train.estimating import check_path, find_subspaces, save_subspaces
 from nsru_train.evaluation import evaluate, probability_sets
 from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.methods import Method, find_method, run_name
@@ -449,6 +449,7 @@ def run_subspaces(
     data: Data,
     config: SubspaceConfig,
     resume: bool,
+    digests: Mapping[str, str],
     *,
     max_length: int = 512,
     progress: bool = True,
@@ -462,7 +463,7 @@ def run_subspaces(
         max_length=max_length, progress=progress,
     )  # fmt: skip
     if config.path is None:
-        found.save(own)
+        save_subspaces(found, own, config, digests)
     return found
 
 
@@ -499,11 +500,11 @@ def run_compare(
     for contender in contenders:
         contender.method.check_weights()
     check_training(train)
-    warn_of_unused(subspace)
     if clash := sorted({"before", *names} & logs.keys()):
         raise ValueError(f"logs: {clash[0]!r} is the name of another row; give another one.")
     loaded = load_data(data)
     digests = loaded.digests()
+    check_path(subspace, digests)
     found_logs, log_rows, notes = read_logs(logs, loaded)
     if "retain_unseen" not in loaded.more:
         if len(loaded.retain) < 2:
@@ -548,7 +549,7 @@ def run_compare(
     run.write_config(config)
     run.write_environment()
     subspaces = run_subspaces(
-        run, base, tokenizer, loaded, subspace, resume, max_length=data.max_length
+        run, base, tokenizer, loaded, subspace, resume, digests, max_length=data.max_length
     )
     print(subspaces.table())
     comparison = Comparison(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nsru_kernels as nk
+from nsru_kernels.files import atomic_write, read_json
 from nsru_kernels.nn.inputs import is_distributed
 from nsru_kernels.subspaces.estimate import SubspaceSet
 from nsru_train.config import SubspaceConfig
@@ -26,11 +28,14 @@ from nsru_train.data.encode import (
 from nsru_train.data.records import QA
 from nsru_train.language_models import check_positions, is_encoder_decoder, split_for_decoder
 from nsru_train.own_texts import own_texts
+from nsru_train.run_folder import to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_SETS = "sets.json"  # beside the subspaces
 
 
 def find_subspaces(
@@ -145,8 +150,34 @@ def _check_room(subspaces: SubspaceSet) -> None:
             )  # fmt: skip
 
 
-def warn_of_unused(config: SubspaceConfig) -> None:
-    """Say which settings a folder of estimated subspaces leaves without effect."""
+def save_subspaces(
+    found: SubspaceSet, folder: Path, config: SubspaceConfig, digests: Mapping[str, str]
+) -> None:
+    """Save them with the digests of their sets, which are those of ``config.path`` if given."""
+    sets = digests if config.path is None else _sets_of(config.path)
+    found.save(folder)
+    atomic_write(folder / _SETS, to_json(sets))
+
+
+def _sets_of(folder: str) -> Mapping[str, Any]:
+    try:
+        return read_json(Path(folder, _SETS))
+    except (OSError, ValueError):  # of the API, or of a version that did not keep them
+        return {}
+
+
+def check_path(config: SubspaceConfig, digests: Mapping[str, str]) -> None:
+    """Say what a folder of estimated subspaces leaves without effect, and which sets differ."""
+    if config.path is None:
+        return
+    sets = _sets_of(config.path)
+    known = {"forget", "retain"} & sets.keys() & digests.keys()
+    if other := sorted(name for name in known if sets[name] != digests[name]):
+        logger.warning(
+            "subspace.path: the subspaces in %s were estimated on another %s set. What they do not "
+            "hold is not protected, and alpha goes by the room that they left.",
+            *(config.path, " and ".join(other)),
+        )
     if unused := config.unused():
         logger.warning(
             "subspace.path: the subspaces in %s are used as they are; subspace.%s has no effect.",

@@ -18,7 +18,7 @@ from nsru_kernels.subspaces.collection import SubspaceSet, fingerprint_weights
 from nsru_train.adapters import save_adapter
 from nsru_train.alternatives import add_alternatives
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
-from nsru_train.estimating import find_subspaces, warn_of_unused
+from nsru_train.estimating import check_path, find_subspaces, save_subspaces
 from nsru_train.eval_results import format_probabilities, probability_line
 from nsru_train.evaluation import before_and_after, probability_sets, quick_probabilities
 from nsru_train.loading import Data, load_data, load_model, without_long
@@ -54,9 +54,9 @@ def run_train(
     """
     objective.check_weights()
     check_training(train)
-    warn_of_unused(subspace)
     loaded = load_data(data)
     digests = loaded.digests()
+    check_path(subspace, digests)
     run = RunFolder(out).lock()
     last = _last_checkpoint(run, resume)
     own = run.path / "subspaces"
@@ -108,7 +108,7 @@ def run_train(
             max_length=data.max_length, progress=run.writes,
         )  # fmt: skip
         if run.writes:
-            subspaces.save(own)
+            save_subspaces(subspaces, own, subspace, digests)
         print(subspaces.table(most=8))  # the report has them all
     fingerprint = fingerprint_weights(base)  # before they are sharded
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, CLIPConfig, WhisperConfig
 import nsru_kernels as nk
 from nsru_train import cli, config, estimating, run_config
 from nsru_train.demo.tiny_model import make_llama, train_tokenizer
+from nsru_train.loading import load_data
 from nsru_train.run_folder import RunFolder
 from nsru_train.trainer import CheckpointError, NSRUTrainer
 
@@ -238,11 +239,33 @@ def test_weights_that_train_nothing_are_refused_first(capsys, tmp_path):
 
 
 def test_settings_beside_a_path_are_said_to_have_no_effect(caplog, tmp_path):
-    estimating.warn_of_unused(config.SubspaceConfig(path=str(tmp_path), rank=5, width=64))
+    estimating.check_path(config.SubspaceConfig(path=str(tmp_path), rank=5, width=64), {})
     assert "subspace.width, subspace.rank has no effect" in caplog.text
     caplog.clear()
-    estimating.warn_of_unused(config.SubspaceConfig(path=str(tmp_path)))
-    estimating.warn_of_unused(config.SubspaceConfig(rank=5))
+    estimating.check_path(config.SubspaceConfig(path=str(tmp_path)), {})
+    estimating.check_path(config.SubspaceConfig(rank=5), {})
+    assert not caplog.text
+
+
+def test_subspaces_of_other_sets_are_named(capsys, caplog, model, tmp_path):
+    sets, folders = [], [tmp_path / "own", tmp_path / "run"]
+    for name, words in (("forget", "abc"), ("retain", "defgh"), ("other", "ij")):
+        sets.append(tmp_path / f"{name}.jsonl")
+        sets[-1].write_text("".join(f'{{"question": "{w}?", "answer": "{w}"}}\n' for w in words))
+    own = [f"--model.path={model}", f"--data.forget={sets[0]}", "--subspace.rank=4"]
+    cli.main(["subspace", *own, f"--data.retain={sets[1]}", f"--out={folders[0]}"])
+    of_run = config.SubspaceConfig(path=str(folders[0] / "subspaces"))
+    train = ["train", *own[:2], f"--subspace.path={of_run.path}", "--train.steps=1"]
+    cli.main([*train, f"--data.retain={sets[1]}", f"--out={folders[1]}"])
+    assert "estimated on another" not in caplog.text
+    copied = config.SubspaceConfig(path=str(folders[1] / "subspaces"))
+    for folder in (of_run, copied):
+        caplog.clear()
+        other = load_data(config.DataConfig(str(sets[2]), str(sets[1]))).digests()
+        estimating.check_path(folder, other)
+        assert "estimated on another forget set" in caplog.text
+    caplog.clear()
+    estimating.check_path(copied, {"holdout": "x"})
     assert not caplog.text
 
 

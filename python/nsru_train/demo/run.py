@@ -108,7 +108,9 @@ def run_demo(
         base, tokenizer = base_model(Path(base_dir), sets.memorised, scale, max_seconds, progress)
 
     say("2/5  evaluate before, and estimate the retain subspaces")
-    subspaces = run_subspaces(run, base, tokenizer, data, subspace, resume, progress=progress)
+    subspaces = run_subspaces(
+        run, base, tokenizer, data, subspace, resume, digests, progress=progress
+    )
     print(subspaces.table())
     comparison = Comparison(
         run, base, tokenizer, data, subspaces, subspace, lora, train, scale.eval_steps, stop,
