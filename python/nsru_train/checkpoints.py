@@ -34,6 +34,14 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
             _read(folder / name)
 
 
+def process_count(folder: Path) -> int:
+    """How many processes wrote a checkpoint, by the random states in it; 0 where it has none."""
+    if (folder / "rng_state.pth").exists():
+        return 1
+    numbers = (path.stem.removeprefix("rng_state_") for path in folder.glob("rng_state_*.pth"))
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+
 @contextmanager
 def blaming(folder: Path, name: str, names: Sequence[str]) -> Iterator[None]:
     """Turn whatever the block raises into DamagedCheckpointError: the file holds something odd.

@@ -35,6 +35,7 @@ from nsru_train.checkpoints import (
     check_files,
     check_optimizer,
     digest,
+    process_count,
     rotate,
     write_sums,
 )
@@ -261,6 +262,13 @@ class ResumableTrainer(Trainer):
     def _check_checkpoint(self, folder: Path) -> None:
         """Refuse to resume, before anything changes, from what is damaged or of another run."""
         files = self._checkpoint_files()
+        count = process_count(folder)
+        if count and count != self.args.world_size and not self._engine_saves:
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} was written by {count} process"
+                f"{'es' * (count > 1)}, and this run has {self.args.world_size}; resume with as "
+                f"many (torchrun --nproc-per-node {count}), or start a new run."
+            )
         check_files(folder, files)
         with self._blaming(folder, TRAINER_STATE_NAME):
             path = folder / TRAINER_STATE_NAME

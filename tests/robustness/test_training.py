@@ -578,7 +578,7 @@ TINY = (
 )
 
 
-def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
+def test_under_torchrun_the_first_process_writes_and_prints(tmp_path, monkeypatch, capsys):
     save_tiny_sets(tmp_path)
     printed, silent = samples.torchrun(tmp_path, *TINY, "--out", "run", "--train.steps", "2")
     assert "next: nsru eval run" in printed
@@ -591,6 +591,10 @@ def test_under_torchrun_the_first_process_writes_and_prints(tmp_path):
     assert streamed == {sum(map(len, pairs))}, "every token by one process"
     checkpoint = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
     assert checkpoint == {*CHECKPOINT[:-1], "rng_state_0.pth", "rng_state_1.pth", SUMS}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main([*TINY, "--out", "run", "--train.steps", "2", "--resume=true"])
+    assert "written by 2 processes, and this run has 1; resume" in capsys.readouterr().err
     printed, silent = samples.torchrun(tmp_path, "eval", "run", "--generate=false")
     assert "next: nsru verify run" in printed
     assert silent == ""
