@@ -58,6 +58,20 @@ class InputDiagnostics:
     spectrum: list[float]
     editability_by_rank: list[float] | None = None
 
+    @property
+    def separation(self) -> float | None:
+        """`separation` of this input; None without a forget set."""
+        return separation(self.captured_energy, self.editability)
+
+
+def separation(captured_energy: float, editability: float | None) -> float | None:
+    """How many times as open what is to be forgotten is as what is retained, from below.
+
+    editability / (1 - captured energy), the latter counted as at most 0.9999. Near 1 the null space
+    cannot tell the two apart, whatever its rank, and a projection protects little.
+    """
+    return None if editability is None else editability / max(1 - captured_energy, 1e-4)
+
 
 class SubspaceSet(dict[str, RetainSubspace]):
     """Module name → RetainSubspace; modules that read the same input share one object.
@@ -102,10 +116,20 @@ class SubspaceSet(dict[str, RetainSubspace]):
         Args:
             most: lines; of more inputs the first are shown, and in what range all are.
         """
-        header = ("input", "modules", "K", "rank", "captured", "editability", "tokens")
+        header = (
+            "input",
+            "modules",
+            "K",
+            "rank",
+            "captured",
+            "editability",
+            "separation",
+            "tokens",
+        )
         rows = [header]
         for entry in self.inputs[:most]:
             editability = "-" if entry.editability is None else f"{entry.editability:.2%}"
+            apart = "-" if entry.separation is None else f"{entry.separation:.1f}"
             rows.append(
                 (
                     entry.name,
@@ -114,6 +138,7 @@ class SubspaceSet(dict[str, RetainSubspace]):
                     f"{entry.rank}{'*' if entry.rank_limited else ''}",
                     f"{entry.captured_energy:.2%}",
                     editability,
+                    apart,
                     str(entry.tokens),
                 )
             )
@@ -141,6 +166,8 @@ class SubspaceSet(dict[str, RetainSubspace]):
         }
         parts = [f"rank {min(ranks)} to {max(ranks)}"]
         parts += [f"{n} {min(v):.2%} to {max(v):.2%}" for n, v in shares.items() if v]
+        if times := [entry.separation for entry in self.inputs if entry.separation is not None]:
+            parts.append(f"separation {min(times):.1f} to {max(times):.1f}")
         return f"All: {', '.join(parts)}."
 
     def check_model(self, model: nn.Module) -> None:

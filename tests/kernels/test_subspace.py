@@ -159,9 +159,9 @@ def test_set_round_trip(tmp_path):
 def test_table_marks_what_ran_out_of_width():
     lines = make_set(nn.Linear(2, 2), q_proj=["k_proj"], down_proj=[]).table().splitlines()
     assert lines[0].split() == [
-        "input", "modules", "K", "rank", "captured", "editability", "tokens",
+        "input", "modules", "K", "rank", "captured", "editability", "separation", "tokens",
     ]  # fmt: skip
-    assert lines[1].split() == ["q_proj", "2", "12", "3", "90.00%", "25.00%", "77"]
+    assert lines[1].split() == ["q_proj", "2", "12", "3", "90.00%", "25.00%", "2.5", "77"]
     assert lines[2].split()[3] == "3*"
     assert "raise width" in lines[3]
 
@@ -174,8 +174,12 @@ def test_a_short_table_says_in_what_range_all_are():
     words = [line.split() for line in found.table().splitlines()]
     assert [line.split() for line in lines[:2]] == words[:2]
     assert lines[2] == (
-        "… and 2 more. All: rank 3 to 7, captured 90.00% to 90.00%, editability 25.00% to 25.00%."
+        "… and 2 more. All: rank 3 to 7, captured 90.00% to 90.00%, editability 25.00% to 25.00%, "
+        "separation 2.5 to 2.5."
     )
+    assert found.inputs[2].separation is None
+    found.inputs[0].captured_energy = 1.0
+    assert found.inputs[0].separation == pytest.approx(2500)
 
 
 def test_table_tells_little_data_from_a_narrow_sketch():

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from report_samples import demo_metrics, demo_results
 
-from nsru_train.report import matched_damage, write_report
+from nsru_train.report import matched_damage, tables, write_report
 from nsru_train.report.summary import damage_curve, loss_series, mean_curve, runs, warnings
 from nsru_train.report.theme import COLOURS, series_style, themed_svg
 from nsru_train.run_folder import RunFolder
@@ -521,6 +521,13 @@ def test_warnings_name_collapse_leakage_and_short_ranks():
     found = " ".join(warnings(results))
     assert "nsru, seed 0: collapsed" in found
     assert "exceeds 1e-06 in 1 of 42 adapters (worst: model.layers.0.x, 0.02)" in found
+
+
+def test_the_table_of_subspaces_tells_how_far_both_sets_are_apart():
+    table = tables.subspaces([*demo_results()["subspaces"], {"name": "unmeasured"}])
+    place = table.head.index("separation")
+    *measured, bare = (row[place] for row in table.rows)
+    assert (set(measured), bare) == ({"1.8"}, "–")
 
 
 def luminance(colour):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
+from nsru_kernels.subspaces.collection import separation
 from nsru_train.eval_results import METRICS, task_cells
 
 from . import summary
@@ -232,11 +233,19 @@ def subspaces(found: Sequence[Row]) -> Table:
         [
             " · ".join(map(str, row.get("modules") or [row.get("name")])),
             *(_show(row.get(key)) for key in keys),
+            _separation(row),
             "yes" if row.get("rank_limited") else "no",
         ]
         for row in found
     ]
-    return Table(["read by", *map(_name, keys), "cut short"], rows, "Numbers of every subspace")
+    return Table(
+        ["read by", *map(_name, keys), "separation", "cut short"], rows, "Numbers of every subspace"
+    )
+
+
+def _separation(row: Row) -> str:
+    captured, open_ = number(row.get("captured_energy")), number(row.get("editability"))
+    return "–" if captured is None or open_ is None else f"{separation(captured, open_):.1f}"
 
 
 def leakage(found: Sequence[Row]) -> Table:
