@@ -222,6 +222,13 @@ def mean_states(
     """
     names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
     inputs = {k: inputs[k] for k in names if inputs.get(k) is not None}
+    mask = inputs.get("attention_mask")
+    if mask is not None and getattr(mask, "ndim", None) != 2:
+        shape = tuple(getattr(mask, "shape", ())) or type(mask).__name__
+        raise ValueError(
+            f"attention_mask must be [B, S] where experts are chosen by the prompt, got {shape}, "
+            "as a static cache makes it; generate without cache_implementation."
+        )
     with evaluating(model), nk.adapters_disabled(model):
         states_BSH = layer_states(model, inputs, layer)
     everywhere = torch.ones(states_BSH.shape[:2], device=states_BSH.device)

@@ -257,6 +257,14 @@ def test_prompts_choose_and_answers_do_not(tokenizer):
     assert chosen(model) == calls[-1]
 
 
+def test_a_mask_that_shows_no_prompt_is_refused(tokenizer):
+    model, _ = adapt(samples.make_model(tokenizer), tokenizer)
+    prompts = {"input_ids": torch.tensor([[0, 5, 6], [5, 6, 7]]), "pad_token_id": 0}
+    prompts["attention_mask"] = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with pytest.raises(ValueError, match="generate without cache_implementation"):
+        model.generate(**prompts, max_new_tokens=3, cache_implementation="static")
+
+
 @pytest.mark.parametrize("kind", ["GPTNeoX", "Mamba"])
 def test_other_families_keep_the_choice_of_their_prompt_too(tokenizer, kind):
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 2}
