@@ -12,7 +12,7 @@ KERNELS, TRAIN = ROOT / "nsru_kernels", ROOT / "python" / "nsru_train"
 # From low to high. A file belongs to the entry that names it, or else to that of its folder; one
 # without any to the lowest.
 LAYERS = (
-    ("data", "demo", "language_models", "measure", "parsing", "run_folder", "shares"),
+    ("cached", "data", "demo", "language_models", "measure", "parsing", "run_folder", "shares"),
     ("demo.authors", "guard", "losses", "methods", "metrics", "prompt_classifier", "routed"),
     ("answering", "config", "eval_results", "scoring", "sources"),
     (

@@ -22,6 +22,7 @@ from nsru_kernels.hf import peft_format
 from nsru_kernels.nn.linear import adapters_disabled
 from nsru_kernels.nn.swap import replace_module
 from nsru_kernels.subspaces.collection import dtype_hint, fingerprint_weights
+from nsru_train.cached import decision_at, keep_decision, tokens_of
 from nsru_train.data.encode import find_question
 from nsru_train.prompt_classifier import PromptClassifier, load_encoder
 
@@ -53,10 +54,10 @@ class EcoGuard:
 
     Of a flagged prompt all embeddings but the last token's are corrupted, or its row goes through
     an adapter, or both. All other rows are computed as without the guard, bit by bit. Noise depends
-    on seed and question alone: a question is answered alike in every batch. A forward of more than
-    one token is a prompt, with a KV cache or without (speculative decoding is not served); one of a
-    single token is decoding, where nothing is corrupted. Prompts are read as `encode_prompt` writes
-    them, and any other text as a whole; padding is known by an attention_mask [B, S].
+    on seed and question alone: a question is answered alike in every batch. Prompts are read in one
+    piece, as `encode_prompt` writes them, and any other text as a whole; padding is known by an
+    attention_mask [B, S]. A single token is decoding, where nothing is corrupted; several on top of
+    a KV cache (prefill_chunk_size, a cache of earlier turns, an assistant_model) are refused.
 
     Args:
         classifier: flags prompts.
@@ -197,6 +198,7 @@ class AttachedGuard:
         backbone = _backbone(self.model)
         self._handles = [
             backbone.register_forward_pre_hook(self._read, with_kwargs=True),
+            backbone.register_forward_hook(self._keep, with_kwargs=True),
             backbone.register_forward_hook(lambda *_: self._off.close(), always_call=True),
             self.model.get_input_embeddings().register_forward_hook(self._corrupt),
         ]
@@ -260,9 +262,11 @@ class AttachedGuard:
         ids_BS = kwargs.get("input_ids", args[0] if args else None)
         if ids_BS is None:
             raise ValueError("guard: the model got no input_ids, which are read; give them.")
-        if ids_BS.shape[1] > 1:
+        if (kept := decision_at(kwargs, ids_BS.shape[1])) is not None:
+            self._flags = kept
+        elif ids_BS.shape[1] > 1:
             self._read_prompts(ids_BS, kwargs.get("attention_mask"))
-        elif self._linears and len(self._flags) != len(ids_BS):
+        if self._linears and len(self._flags) != len(ids_BS):
             raise ValueError(
                 f"guard: {len(ids_BS)} rows are decoded after {len(self._flags)} prompts; decode "
                 "the rows that were read, in their order."
@@ -270,10 +274,13 @@ class AttachedGuard:
         if self._linears and not any(self._flags):
             self._off.enter_context(adapters_disabled(self.model))
 
+    def _keep(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self.enabled:
+            keep_decision(kwargs, output, self._flags)
+
     def _read_prompts(self, ids_BS: Tensor, attention_mask: Any) -> None:
-        mask_BS = torch.ones_like(ids_BS)
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            mask_BS = attention_mask[:, -ids_BS.shape[1] :]
+        mask_BS = tokens_of(attention_mask, ids_BS.shape[1])
+        mask_BS = torch.ones_like(ids_BS) if mask_BS is None else mask_BS
         places = [mask_S.nonzero().squeeze(1) for mask_S in mask_BS]
         tokens = [ids_S[place].tolist() for ids_S, place in zip(ids_BS, places, strict=True)]
         found = [find_question(self.tokenizer, ids) for ids in tokens]

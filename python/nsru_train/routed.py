@@ -19,6 +19,7 @@ from nsru_kernels.hf.peft_format import check_fingerprint
 from nsru_kernels.nn.inputs import evaluating
 from nsru_kernels.nn.sharded import on_first_rank, whole
 from nsru_kernels.nn.swap import replace_module
+from nsru_train.cached import decision_at, keep_decision, tokens_of
 from nsru_train.data.encode import Encoded, collate, encode_prompt, length_batches, pad_token_id
 from nsru_train.losses.hidden import decoder_layers, layer_states
 from nsru_train.quantized import refuse_wrapped
@@ -32,8 +33,9 @@ class Router(nn.Module):
     """Sends each prompt to the retain expert, 0, or to that of one domain, 1 … D.
 
     A linear classifier of the mean over the prompt's tokens of the frozen model's states after one
-    decoder layer, which costs a forward pass up to there before each prompt. Generation keeps the
-    choice that was made at its prompt.
+    decoder layer, which costs a forward pass up to there before each prompt. The KV cache keeps the
+    choice that was made at its prompt, for the tokens that are decoded one by one; several tokens
+    on top of a cache (prefill_chunk_size, a cache of earlier turns, an assistant_model) are refused.
 
     Args:
         weight: [1 + D, H].
@@ -61,6 +63,7 @@ class Router(nn.Module):
         model.add_module(_ROUTER, self)
         model.reads_prompt = True
         model.base_model.register_forward_pre_hook(self._listen, with_kwargs=True)
+        model.base_model.register_forward_hook(self._keep, with_kwargs=True)
         with evaluating(model):
             model(torch.zeros(1, 1, dtype=torch.int64, device=self.weight.device))
 
@@ -86,25 +89,31 @@ class Router(nn.Module):
 
     def _listen(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         known, prompt = kwargs.pop("domain", None), kwargs.pop("prompt_mask", None)
-        routed = next((m for m in backbone.modules() if isinstance(m, RoutedLinear)), None)
-        goes_on = known is None and any(map(_holds_tokens, kwargs.values()))
-        if routed is not None and routed.enabled and not goes_on:
-            if known is None:
-                inputs = kwargs | ({"input_ids": args[0]} if args else {})
+        if _serves(backbone):
+            if kwargs.get("state"):
+                raise ValueError(
+                    "state: a list of states, as RWKV's, cannot keep which expert serves; generate "
+                    "with use_cache=False."
+                )
+            inputs = kwargs | ({"input_ids": args[0]} if args else {})
+            tokens = inputs["input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"]
+            kept = decision_at(kwargs, tokens.shape[1]) if known is None else None
+            if known is None and kept is None:
                 known = self.choose(mean_states(backbone, inputs, self.layer, prompt)) - 1
-            domains = torch.arange(len(self.domains), device=known.device)
-            self.chosen_BD = (known.unsqueeze(1) == domains).float()
+            if kept is None:
+                domains = torch.arange(len(self.domains), device=known.device)
+                kept = (known.unsqueeze(1) == domains).float()
+            self.chosen_BD = kept
         return args, kwargs
 
+    def _keep(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if _serves(backbone):
+            keep_decision(kwargs, output, self.chosen_BD)
 
-def _holds_tokens(argument: Any) -> bool:
-    """True for a cache, whatever the model calls it, of tokens that came before."""
-    if not hasattr(argument, "get_seq_length"):
-        return False
-    try:
-        return bool(argument.get_seq_length() > 0)
-    except ValueError:  # it has no attention layer
-        return bool(argument.has_previous_state())
+
+def _serves(backbone: nn.Module) -> bool:
+    routed = next((m for m in backbone.modules() if isinstance(m, RoutedLinear)), None)
+    return routed is not None and routed.enabled
 
 
 class RoutedLinear(nk.NSRULinear):
@@ -222,23 +231,13 @@ def mean_states(
     """
     names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
     inputs = {k: inputs[k] for k in names if inputs.get(k) is not None}
-    mask = inputs.get("attention_mask")
-    if mask is not None and getattr(mask, "ndim", None) != 2:
-        shape = tuple(getattr(mask, "shape", ())) or type(mask).__name__
-        raise ValueError(
-            f"attention_mask must be [B, S] where experts are chosen by the prompt, got {shape}, "
-            "as a static cache makes it; generate without cache_implementation."
-        )
+    tokens = next(inputs[name] for name in names[:2] if name in inputs)
+    seen = tokens_of(inputs.get("attention_mask"), tokens.shape[1])
     with evaluating(model), nk.adapters_disabled(model):
         states_BSH = layer_states(model, inputs, layer)
-    everywhere = torch.ones(states_BSH.shape[:2], device=states_BSH.device)
-    seen_BS = inputs.get("attention_mask", everywhere).bool()
-    seen_BS = seen_BS if prompt is None else seen_BS & prompt
-    if seen_BS.shape != everywhere.shape:
-        raise ValueError(
-            f"attention_mask must be [B, S] = {tuple(everywhere.shape)} where experts are "
-            f"chosen by the prompt, got {tuple(seen_BS.shape)}."
-        )
+    seen_BS = torch.ones(states_BSH.shape[:2], device=states_BSH.device, dtype=torch.bool)
+    for mask in (seen, prompt):
+        seen_BS = seen_BS if mask is None else seen_BS & mask.bool()
     sums_BH = torch.where(seen_BS.unsqueeze(2), states_BSH.float(), 0).sum(1)
     return sums_BH / seen_BS.sum(1, keepdim=True).clamp(min=1)
 

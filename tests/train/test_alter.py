@@ -257,6 +257,36 @@ def test_prompts_choose_and_answers_do_not(tokenizer):
     assert chosen(model) == calls[-1]
 
 
+def test_a_prompt_in_pieces_is_refused(tokenizer):
+    model, _ = adapt(samples.make_model(tokenizer), tokenizer)
+    ids = torch.tensor([encode_prompt(tokenizer, samples.FORGET[0].question)])
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        begun = model(ids[:, :3], use_cache=True).past_key_values
+        with nk.adapters_disabled(model):
+            plain = model(ids, use_cache=True).past_key_values
+    for pieces in ({"prefill_chunk_size": 4}, {"past_key_values": begun}):
+        with pytest.raises(
+            ValueError, match="on top of a KV cache. This model decides by the whole"
+        ):
+            model.generate(ids, **options, **pieces)
+    with pytest.raises(ValueError, match="a token on top of the unknown tokens of a KV cache"):
+        model(ids[:, :1], past_key_values=plain)
+
+
+def test_each_answer_goes_on_with_the_choice_of_its_own_prompt(tokenizer):
+    model, _ = adapt(samples.make_model(tokenizer), tokenizer)
+    records = [samples.FORGET[0], samples.RETAIN[0]]
+    prompts = [torch.tensor([encode_prompt(tokenizer, qa.question)]) for qa in records]
+    with torch.no_grad():
+        caches = [model(ids, use_cache=True).past_key_values for ids in prompts]
+        choices = []
+        for cache in (*caches, copy.deepcopy(caches[0])):
+            model(torch.tensor([[5]]), past_key_values=cache)
+            choices += chosen(model)
+    assert choices == [1 + DOMAINS[0], 0, 1 + DOMAINS[0]]
+
+
 def test_a_mask_that_shows_no_prompt_is_refused(tokenizer):
     model, _ = adapt(samples.make_model(tokenizer), tokenizer)
     prompts = {"input_ids": torch.tensor([[0, 5, 6], [5, 6, 7]]), "pad_token_id": 0}

@@ -283,6 +283,20 @@ def test_decoding_is_left_alone(model, tokenizer):
     assert sorted(classifier.read) == sorted(["Who?", ASKED[0], KEPT[0]]), "each question once"
 
 
+def test_a_prompt_in_pieces_is_refused(model, tokenizer):
+    inputs = padded(tokenizer, [encode_prompt(tokenizer, q) for q in (ASKED[0], KEPT[0])], "left")
+    inputs["attention_mask"][0, 0] = 0
+    options = {"max_new_tokens": 2, "pad_token_id": 0}
+    with EcoGuard(Known(*ASKED), "zero_out").attach(model, tokenizer):
+        with torch.no_grad():
+            begun = model(inputs["input_ids"][:, :3], use_cache=True).past_key_values
+        for pieces in ({"prefill_chunk_size": 4}, {"past_key_values": begun}):
+            with pytest.raises(ValueError, match="on top of a KV cache"):
+                model.generate(**inputs, **options, **pieces)
+        with pytest.raises(ValueError, match="generate without cache_implementation"):
+            model.generate(**inputs, **options, cache_implementation="static")
+
+
 def test_answers_of_a_mixed_batch(model, tokenizer):
     questions = [MIXED[1], MIXED[0], MIXED[3], MIXED[2]]
     ask = {"max_new_tokens": 8}
