@@ -65,7 +65,7 @@ class InputDiagnostics:
 
 
 def separation(captured_energy: float, editability: float | None) -> float | None:
-    """How many times as open what is to be forgotten is as what is retained, from below.
+    """The openness of what is to be forgotten, in times that of what is retained, from below.
 
     editability / (1 - captured energy), the latter counted as at most 0.9999. Near 1 the null space
     cannot tell the two apart, whatever its rank, and a projection protects little.

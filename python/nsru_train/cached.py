@@ -1,4 +1,4 @@
-"""What was decided at a prompt, kept with the KV cache that its answer is generated with."""
+"""The decision at a prompt, kept with the KV cache that its answer is generated with."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Router(nn.Module):
     A linear classifier of the mean over the prompt's tokens of the frozen model's states after one
     decoder layer, which costs a forward pass up to there before each prompt. The KV cache keeps the
     choice that was made at its prompt, for the tokens that are decoded one by one; several tokens
-    on top of a cache (prefill_chunk_size, a cache of earlier turns, an assistant_model) are refused.
+    on top of one (prefill_chunk_size, a cache of earlier turns, an assistant_model) are refused.
 
     Args:
         weight: [1 + D, H].
