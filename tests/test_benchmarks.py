@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import nsru_kernels as nk
 from nsru_bench import (
     bench,
     cases,
@@ -18,6 +19,7 @@ from nsru_bench import (
     loss,
     plots,
     providers,
+    separation,
     siblings,
     sketch,
     sketch_methods,
@@ -46,6 +48,30 @@ def walked(tmp_path_factory):
         bench.run(session, ("narrow", "sketch", "loss", "host_time"))
     assert not session.failed
     return out
+
+
+def test_separation_by_floor_is_that_of_an_estimate_with_that_floor(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.Linear(12, 4))
+    batches = [[torch.randn(1, 40, 12) * scale] for scale in (torch.linspace(0.1, 3, 12), 1.0)]
+
+    def estimate(floor):
+        found = nk.estimate_retain_subspaces(
+            model, batches[0], "0", width=12, forget_batches=batches[1], min_editability=floor
+        )
+        return [entry.separation for entry in found.inputs], found
+
+    estimate(0.3)[1].save(tmp_path / "subspaces")
+    separation.main([f"own={tmp_path / 'subspaces'}", f"--out={tmp_path / 'separation.csv'}"])
+    rows = {float(row["floor"]): row for row in read(tmp_path / "separation.csv")}
+    assert rows.keys() == set(separation.FLOORS)
+    for floor in (0.4, 0.1):
+        values, _ = estimate(floor)
+        assert float(rows[floor]["least"]) == pytest.approx(min(values), rel=1e-4)
+        assert float(rows[floor]["most"]) == pytest.approx(max(values), rel=1e-4)
+    nk.estimate_retain_subspaces(model, batches[0], "0", width=12, rank=3).save(tmp_path / "bare")
+    with pytest.raises(SystemExit):
+        separation.main([f"own={tmp_path / 'bare'}", f"--out={tmp_path / 'no.csv'}"])
 
 
 def assert_timed(rows):

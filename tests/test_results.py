@@ -19,6 +19,18 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def test_unlearning_document_quotes_the_separations():
+    found = {
+        (r["model"], float(r["floor"])): r for r in read(RESULTS / "editability/separation.csv")
+    }
+    text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    for model, name in (
+        ("smollm2", "SmolLM2-135M"), ("fictitious", "1.0M parameters"), ("tofu", "5.8M parameters"),
+    ):  # fmt: skip
+        values = [f"{float(found[model, f]['median']):.1f}" for f in (0.05, 0.4, 0.2, 0.1, 0.02)]
+        assert re.search(rf"\| {name}, [^|]* \| {values[0]} \| {', '.join(values[1:])} \|", text)
+
+
 @pytest.fixture(scope="module")
 def tofu():
     return json.loads((RESULTS / "tofu-cpu" / "results.json").read_text())
