@@ -522,6 +522,23 @@ def test_flagged_rows_get_the_adapter(model, folder, tokenizer, adapter):
     assert torch.equal(seen(model, **inputs)[1], plain)
 
 
+def test_answers_in_turn_go_on_as_their_own_prompts_began(model, tokenizer, adapter):
+    def last(caches):
+        token = torch.tensor([[5]])
+        return [model(token, past_key_values=cache).logits[0, 0] for cache in caches]
+
+    prompts = [torch.tensor([encode_prompt(tokenizer, q)]) for q in (ASKED[0], KEPT[0])]
+    guard = EcoGuard(Known(*ASKED), None, adapter=adapter)
+    with torch.no_grad(), guard.attach(model, tokenizer):
+        alone = [last([model(ids, use_cache=True).past_key_values])[0] for ids in prompts]
+        caches = [model(ids, use_cache=True).past_key_values for ids in prompts]
+        for found, wanted in zip(last(caches), alone, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        plain = last([model(prompts[0], use_cache=True).past_key_values])[0]
+    assert not torch.allclose(alone[0], plain, atol=1e-3), "the adapter acts"
+
+
 def test_adapter_and_corruption_go_together(model, tokenizer, adapter, tmp_path):
     guard = EcoGuard(Known(*ASKED), "flip_sign", adapter=adapter)
     inputs = padded(tokenizer, [encode_prompt(tokenizer, q) for q in (ASKED[0], KEPT[0])], "right")
