@@ -346,6 +346,45 @@ def test_unlearning_document_quotes_what_the_null_space_does_for_other_methods()
         assert f"{least:.2f} to {most:.2f}" in " ".join(section.split()), name
 
 
+def test_the_frontier_on_tofu_is_what_its_section_says():
+    results = json.loads((RESULTS / "frontier-tofu-5.9m" / "results.json").read_text())
+    matched = matched_damage(results)
+    assert matched == results["matched"]
+    assert [row["seed"] for row in matched] == [0, 1, 2]
+    text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    section = text.split("## Other methods where forget and retain hardly separate\n")[1]
+    section = section.split("\n## ")[0]
+    assert f"(forget_prob ≤ {matched[0]['forget_prob']:.3f})" in section
+    rates = {(point["method"], point["lr"]) for point in results["tuning"]}
+    assert len(rates) == 36 * 3 + 1
+
+    def end(method, key):
+        return fmean(row[key] for row in results["methods"] if row["method"] == method)
+
+    shown = [row.split("|")[1:-1] for row in section.splitlines() if row.startswith("| ")][1:]
+    assert len(shown) == 12
+    for name, *cells in ([cell.strip() for cell in row] for row in shown):
+        pair = ("lora", "nsru") if name == "NSRU" else (name, f"{name} projected")
+        plain, inside = (fmean(row[f"{method}_damage"] for row in matched) for method in pair)
+        safe = [f"{end(method, 'safe_prob'):.2f}" for method in pair]
+        assert cells == [f"{plain:.4f}", f"{inside:.4f}", f"{inside / plain:.2f}", *safe], name
+    ratios = [f"{row['ratio']:.2f}" for row in matched]
+    assert f"It costs {ratios[0]}, {ratios[1]} and {ratios[2]} times" in section
+    of_lora = [f"{row['nsru_damage'] / row['lora_damage']:.2f}" for row in matched]
+    assert f"({of_lora[1]} and {of_lora[2]} of it)" in section
+    ends = [f"{end(m, 'forget_prob'):.3f}" for m in ("nsru", "npo projected", "dpo projected")]
+    assert f"({ends[0]} at the end; {ends[1]} and {ends[2]})" in section
+    before = results["methods"][0]["retain_unseen_prob"]
+    at = {
+        (point["method"], point["lr"], point["step"]): before - point["retain_unseen_prob"]
+        for point in results["tuning"]
+    }
+    quoted = [at[point] for point in (
+        ("nsru", 1e-3, 30), ("lora", 1e-3, 30), ("lora", 3e-3, 10), ("lora", 3e-3, 80),
+    )]  # fmt: skip
+    assert [round(value, 3) for value in quoted] == [0.022, 0.138, 0.342, 0.018]
+
+
 REPAIRED = {
     "NSRU": "nsru",
     "LoRA without projection": "lora",

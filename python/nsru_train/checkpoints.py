@@ -35,7 +35,7 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
 
 
 def process_count(folder: Path) -> int:
-    """How many processes wrote a checkpoint, by the random states in it; 0 where it has none."""
+    """Number of processes that wrote a checkpoint, by its random states; 0 where it has none."""
     if (folder / "rng_state.pth").exists():
         return 1
     numbers = (path.stem.removeprefix("rng_state_") for path in folder.glob("rng_state_*.pth"))
