@@ -12,7 +12,15 @@ import pytest
 from report_samples import demo_metrics, demo_results
 
 from nsru_train.report import matched_damage, tables, write_report
-from nsru_train.report.summary import damage_curve, loss_series, mean_curve, runs, warnings
+from nsru_train.report.figures import utility
+from nsru_train.report.summary import (
+    damage_curve,
+    ends,
+    loss_series,
+    mean_curve,
+    runs,
+    warnings,
+)
 from nsru_train.report.theme import COLOURS, series_style, themed_svg
 from nsru_train.run_folder import RunFolder
 
@@ -82,6 +90,7 @@ def test_page_has_every_part_and_pictures_on_disk(demo):
     names = [
         "frontier",
         "frontier-untouched",
+        "utility",
         "steps",
         "losses",
         "spectrum",
@@ -255,6 +264,10 @@ def test_many_methods_have_a_row_each_and_those_that_do_not_forget_none(tmp_path
     means = [float(row[-1]) for row in damage[1:]]
     assert means == sorted(means)
     assert "does not forget" in page
+    assert "Forgetting against utility" in text_of(page)
+    (kept,) = (axes for axes in utility(results, [*ends(results, "forget_prob")]).axes)
+    names = [label.get_text() for label in kept.get_yticklabels()]
+    assert names[0].lower() == "idk", "what does not forget is below all others"
     assert "NSRU against all others without projection" in text_of(page)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -85,46 +86,104 @@ def frontier(results: Row, key: str, methods: Sequence[str]) -> Figure:
 def damage(results: Row, key: str, methods: Sequence[str]) -> Figure:
     """Damage at equal forgetting of many methods, a row each: without and with projection."""
     matched = summary.matched_damage(results, key)
-    pairs = summary.projection_pairs(methods)
+    found = {m: summary.values(matched, f"{m}_damage") for m in methods}
+    found = {m: [max(value, LEAST_DAMAGE) for value in lost] for m, lost in found.items()}
+    figure, axes, bare = _by_method(found, lower_is_better=True)
     untrained = {row.get("method") for row in results.get("frontier") or [] if row.get("lr") == 0}
-    found = {
-        m: summary.values(matched, f"{m}_damage") for pair in pairs.values() for m in pair if m
-    }
+    for row, pair in bare.items():
+        why = "trains nothing" if untrained & {*pair} else "does not forget"
+        _note(axes, why, (LEAST_DAMAGE, row), (6, -3.5), LIGHT["muted"], "left")
+    axes.set(
+        xscale="log",
+        xlim=(0.8 * LEAST_DAMAGE, 1.4),
+        xlabel=f"probability of {PROBABILITIES[key].lower()} lost (log; ← better)",
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
+    return figure
+
+
+def utility(results: Row, methods: Sequence[str]) -> Figure:
+    """Forgetting against model utility at the end of every run; the mean of a method is larger.
+
+    Of many methods, a row each, the utility alone, of those that forget.
+    """
+    ends = summary.ends(results, "forget_prob", "model_utility")
+    x, y = (summary.before_value(results, key) for key in ("forget_prob", "model_utility"))
+    if len(methods) > summary.FEW_METHODS:
+        kept = {m: [end for p, end in ends[m] if p <= FORGET_TARGET] for m in methods}
+        figure, axes, bare = _by_method(kept, lower_is_better=False)
+        for row in bare:
+            _note(axes, "does not forget", (0, row), (6, -3.5), LIGHT["muted"], "left")
+        if y is not None:
+            axes.axvline(y, **LEVEL)
+        axes.set(xlabel="model utility at the end (→ better; dashed: before)", xlim=(-0.02, 1.02))
+        return figure
+    figure = Figure(figsize=(WIDTH, 4.9))
+    axes = figure.subplots()
+    shown = []
+    for method in methods:
+        colour = series_style(method, methods)["color"]
+        left = [max(p, MIN_PROBABILITY) for p, _ in ends[method]]
+        useful = [end for _, end in ends[method]]
+        axes.plot(left, useful, "o", ms=4, alpha=0.5, color=colour)
+        mean = fmean(left), fmean(useful)
+        axes.plot(*mean, "o", ms=8, color=colour, mec=LIGHT["surface"], zorder=5)
+        shown += left
+    if x is not None and y is not None:
+        axes.plot(x, y, "D", ms=7.5, mfc=LIGHT["surface"], mec=LIGHT["ink"], mew=1.6, zorder=6)
+        _note(axes, "before", (x, y), (0, 9), LIGHT["ink"], "center")
+        shown.append(x)
+    axes.axvline(FORGET_TARGET, **LEVEL)
+    _probability_axis(axes, "x", shown)
+    _wide_enough(axes, 0.1)
+    axes.set(
+        title="At the end of every run (↖ better)",
+        xlabel="probability of the forgotten answer (log; dashed: target)",
+        ylabel="model utility\n(higher is better)",
+    )
+    _method_legend(figure, methods)
+    return figure
+
+
+def _by_method(
+    found: Mapping[str, Sequence[float]], lower_is_better: bool
+) -> tuple[Figure, Axes, dict[int, tuple[str | None, str | None]]]:
+    """A row for each method, the best one on top: values without and with projection, their means.
+
+    Returns:
+        Also the rows without any value, with the names of their methods.
+    """
+    pairs = summary.projection_pairs([*found])
+    sign = 1 if lower_is_better else -1
 
     def place(name: str) -> float:
-        means = [sum(found[m]) / len(found[m]) for m in pairs[name] if m and found[m]]
-        return max(means, default=float("inf"))
+        means = [sign * fmean(found[m]) for m in pairs[name] if m and found[m]]
+        return max(means, default=math.inf)
 
     names = sorted(pairs, key=place, reverse=True)
     figure = Figure(figsize=(WIDTH, 1.2 + 0.36 * len(names)))
     axes = figure.subplots()
     styles = [series_style(method, ("nsru", "lora")) for method in ("lora", "nsru")]
+    bare = {}
     for row, name in enumerate(names):
         means = []
         for method, style in zip(pairs[name], styles, strict=True):
-            if values := [max(value, LEAST_DAMAGE) for value in found.get(method or "", [])]:
-                means.append(sum(values) / len(values))
+            if values := found.get(method or ""):
+                means.append(fmean(values))
                 axes.plot(values, [row] * len(values), "o", ms=4, alpha=0.5, color=style["color"])
                 axes.plot(means[-1], row, "o", ms=8, color=style["color"], mec=LIGHT["surface"])
         if len(means) == 2:
             axes.plot(means, [row, row], lw=1.4, color=LIGHT["axis"], zorder=0)
         if not means:
-            why = "trains nothing" if untrained & {*pairs[name]} else "does not forget"
-            _note(axes, why, (LEAST_DAMAGE, row), (6, -3.5), LIGHT["muted"], "left")
-    axes.set(
-        xscale="log",
-        xlim=(0.8 * LEAST_DAMAGE, 1.4),
-        ylim=(-0.7, len(names) - 0.3),
-        xlabel=f"probability of {PROBABILITIES[key].lower()} lost (log; ← better)",
-    )
+            bare[row] = pairs[name]
+    axes.set_ylim(-0.7, len(names) - 0.3)
     axes.set_yticks(range(len(names)), [summary.label(name) for name in names])
-    axes.xaxis.set_major_formatter("{x:g}")
     handles = [
         Line2D([], [], ls="", marker="o", ms=8, color=style["color"], label=text)
         for style, text in zip(styles, ("plain LoRA", "in the null space"), strict=True)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=2)
-    return figure
+    return figure, axes, bare
 
 
 def steps(results: Row, methods: Sequence[str]) -> Figure:

@@ -49,9 +49,11 @@ def write_report(run: str | Path | RunFolder) -> Path:
         name: (summary.runs(frontier, "forget_prob", key), compared, results, key, plotted)
         for key, name in summary.DAMAGE_FIGURES.items()
     }
+    useful = summary.ends(results, "forget_prob", "model_utility")
     editable = summary.values(subspaces, "editability")
     leaking = summary.values(leakage, "leakage")
     plots |= {
+        "utility": (useful, figures.utility, results, list(useful)),
         "steps": (few and probabilities, figures.steps, results, plotted),
         "losses": (few and losses, figures.losses, losses, methods),
         "spectrum": (spectra, figures.spectrum, spectra),

@@ -111,6 +111,17 @@ def before_value(results: Row, key: str, seed: Any = None) -> float | None:
     return fmean(found) if found else None
 
 
+def ends(results: Row, *keys: str) -> dict[str, list[tuple[float, ...]]]:
+    """Method -> the values of ``keys`` at the end of each of its runs that has them all."""
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for row in results.get("methods") or []:
+        values = [number(row.get(key)) for key in keys]
+        known = tuple(value for value in values if value is not None)
+        if len(known) == len(keys) and row.get("method") != "before":
+            found.setdefault(str(row.get("method", "train")), []).append(known)
+    return found
+
+
 def damage_curve(
     points: Sequence[Row], before: float, key: str = "retain_unseen_prob"
 ) -> list[tuple[float, float]]:
