@@ -45,15 +45,15 @@ def tokens_of(mask: Any, length: int) -> Tensor | None:
     """The last ``length`` columns of a mask of tokens [B, S].
 
     Raises:
-        ValueError: it is of another form, as static caches make it.
+        ValueError: it is of another form.
     """
     if mask is None:
         return None
     if getattr(mask, "ndim", None) != 2:
         shape = tuple(getattr(mask, "shape", ())) or type(mask).__name__
         raise ValueError(
-            f"attention_mask must be [B, S] where a model decides by the prompt, got {shape}, as a "
-            "static cache makes it; generate without cache_implementation."
+            f"attention_mask must be [B, S] where a model decides by the prompt, got {shape}, as "
+            "static caches and generate_batch make it; generate without cache_implementation."
         )
     return mask[:, -length:]
 
