@@ -2,43 +2,95 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-_KEPT = "_nsru_decision"  # attribute of a cache
+_KEPT = "_nsru_decision"  # attribute of a cache, [B, …]
 
 
-def decision_at(arguments: Mapping[str, Any], length: int) -> Any:
+class Turn:
+    """A lock that one forward holds at a time, hooks and inner forwards included; copies are new.
+
+    What is decided at a prompt reaches the layers by attributes of the model, which threads share.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> Any:
+        return Turn, ()
+
+    def take(self) -> None:
+        self._lock.acquire()
+
+    def pass_on(self) -> None:
+        self._lock.release()
+
+
+def decision_at(arguments: Mapping[str, Any], tokens: Tensor) -> Any:
     """The decision for the tokens of a forward that go on after a cache; None where they begin.
 
     Args:
         arguments: keywords of the forward.
-        length: number of tokens.
+        tokens: of it, [B, S] or [B, S, D].
 
     Raises:
-        ValueError: several tokens go on, or the cache is of no forward that `keep_decision` saw.
+        ValueError: several tokens go on, or the cache is of no forward that `keep_decision` saw, or
+            of other rows.
     """
     cache = next(filter(_holds_tokens, arguments.values()), None)
     if cache is None:
         return None
-    kept = getattr(cache, _KEPT, None)
-    if length == 1 and kept is not None:
+    kept, (rows, length) = getattr(cache, _KEPT, None), tokens.shape[:2]
+    if length == 1 and kept is not None and len(kept) == rows:
         return kept
-    what = f"{length} tokens on top of" if length > 1 else "a token on top of the unknown tokens of"
+    what = f"{length} tokens on top of a KV cache"
+    if length == 1:
+        what = f"{rows} rows go on after {len(kept) if kept is not None else 'unknown'} prompts"
     raise ValueError(
-        f"past_key_values: {what} a KV cache. This model decides by the whole prompt: read prompts "
-        "in one piece, without prefill_chunk_size, a cache of earlier turns or of a system prompt, "
-        "or an assistant_model."
+        f"past_key_values: {what}. This model decides by the whole prompt: read prompts in one "
+        "piece and decode the rows that were read, without prefill_chunk_size, a cache of earlier "
+        "turns or of a system prompt, or an assistant_model."
     )
 
 
-def keep_decision(arguments: Mapping[str, Any], output: Any, decision: Any) -> None:
+def keep_decision(arguments: Mapping[str, Any], output: Any, decision: Tensor) -> None:
     """Let the cache that a forward was given, or made, know what was decided at its prompt."""
     made = output.values() if isinstance(output, Mapping) else output
     for cache in filter(_is_cache, [*arguments.values(), *made]):
+        kind: Any = type(cache)
+        if not issubclass(kind, _Following):
+            cache.__class__ = _following(kind)
         setattr(cache, _KEPT, decision)
+
+
+class _Following:
+    """Of a cache whose rows take their decision along."""
+
+    def _take_along(self, name: str, rows: Any) -> Any:
+        found = getattr(super(), name)(rows)
+        kept: Tensor = getattr(self, _KEPT)
+        again = name == "batch_repeat_interleave"
+        setattr(self, _KEPT, kept.repeat_interleave(rows, 0) if again else kept[rows])
+        return found
+
+    def reorder_cache(self, beam_idx: Any) -> Any:
+        return self._take_along("reorder_cache", beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> Any:
+        return self._take_along("batch_select_indices", indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> Any:
+        return self._take_along("batch_repeat_interleave", repeats)
+
+
+@functools.cache
+def _following(kind: type) -> type:
+    return type(kind.__name__, (_Following, kind), {})
 
 
 def tokens_of(mask: Any, length: int) -> Tensor | None:

@@ -22,7 +22,7 @@ from nsru_kernels.hf import peft_format
 from nsru_kernels.nn.linear import adapters_disabled
 from nsru_kernels.nn.swap import replace_module
 from nsru_kernels.subspaces.collection import dtype_hint, fingerprint_weights
-from nsru_train.cached import decision_at, keep_decision, tokens_of
+from nsru_train.cached import Turn, decision_at, keep_decision, tokens_of
 from nsru_train.data.encode import find_question
 from nsru_train.prompt_classifier import PromptClassifier, load_encoder
 
@@ -180,6 +180,7 @@ class AttachedGuard:
         self.guard, self.tokenizer, self.model = guard, tokenizer, _causal(model)
         self.enabled = True
         self._known: dict[str, bool] = {}
+        self._turn = Turn()
         self._flags: list[bool] = []  # of the rows of the last prompts
         self._spans: list[tuple[int, Tensor, str]] = []  # row, positions, question of flagged ones
         self._linears: dict[str, nn.Module] = {}
@@ -199,7 +200,7 @@ class AttachedGuard:
         self._handles = [
             backbone.register_forward_pre_hook(self._read, with_kwargs=True),
             backbone.register_forward_hook(self._keep, with_kwargs=True),
-            backbone.register_forward_hook(lambda *_: self._off.close(), always_call=True),
+            backbone.register_forward_hook(self._end, always_call=True),
             self.model.get_input_embeddings().register_forward_hook(self._corrupt),
         ]
         try:
@@ -256,15 +257,16 @@ class AttachedGuard:
 
     def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the backbone runs: which rows are flagged, and where their prompts stand."""
+        self._turn.take()
         self._spans = []
         if not self.enabled:
             return
         ids_BS = kwargs.get("input_ids", args[0] if args else None)
         if ids_BS is None:
             raise ValueError("guard: the model got no input_ids, which are read; give them.")
-        if (kept := decision_at(kwargs, ids_BS.shape[1])) is not None:
-            self._flags = kept
-        elif ids_BS.shape[1] > 1:
+        if (kept := decision_at(kwargs, ids_BS)) is not None:
+            self._flags = kept.tolist()
+        elif ids_BS.shape[1] > 1 or not kwargs.get("state"):  # of RWKV, which keeps nothing
             self._read_prompts(ids_BS, kwargs.get("attention_mask"))
         if self._linears and len(self._flags) != len(ids_BS):
             raise ValueError(
@@ -276,7 +278,11 @@ class AttachedGuard:
 
     def _keep(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self.enabled:
-            keep_decision(kwargs, output, self._flags)
+            keep_decision(kwargs, output, torch.tensor(self._flags, device=self.model.device))
+
+    def _end(self, *_: Any) -> None:
+        self._off.close()
+        self._turn.pass_on()
 
     def _read_prompts(self, ids_BS: Tensor, attention_mask: Any) -> None:
         mask_BS = tokens_of(attention_mask, ids_BS.shape[1])

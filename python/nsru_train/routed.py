@@ -19,7 +19,7 @@ from nsru_kernels.hf.peft_format import check_fingerprint
 from nsru_kernels.nn.inputs import evaluating
 from nsru_kernels.nn.sharded import on_first_rank, whole
 from nsru_kernels.nn.swap import replace_module
-from nsru_train.cached import decision_at, keep_decision, tokens_of
+from nsru_train.cached import Turn, decision_at, keep_decision, tokens_of
 from nsru_train.data.encode import Encoded, collate, encode_prompt, length_batches, pad_token_id
 from nsru_train.losses.hidden import decoder_layers, layer_states
 from nsru_train.quantized import refuse_wrapped
@@ -53,6 +53,7 @@ class Router(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self.layer, self.domains = layer, list(domains)
         self.chosen_BD: Tensor | None = None  # ω of the last batch; zeros: the retain expert alone
+        self._turn = Turn()
 
     def attach(self, model: Any) -> None:
         """Choose at every forward of ``model``; `answer_states` then says where prompts end.
@@ -64,6 +65,7 @@ class Router(nn.Module):
         model.reads_prompt = True
         model.base_model.register_forward_pre_hook(self._listen, with_kwargs=True)
         model.base_model.register_forward_hook(self._keep, with_kwargs=True)
+        model.base_model.register_forward_hook(self._end, always_call=True)
         with evaluating(model):
             model(torch.zeros(1, 1, dtype=torch.int64, device=self.weight.device))
 
@@ -88,6 +90,7 @@ class Router(nn.Module):
         return chosen.to(input)
 
     def _listen(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        self._turn.take()
         known, prompt = kwargs.pop("domain", None), kwargs.pop("prompt_mask", None)
         if _serves(backbone):
             if kwargs.get("state"):
@@ -97,7 +100,7 @@ class Router(nn.Module):
                 )
             inputs = kwargs | ({"input_ids": args[0]} if args else {})
             tokens = inputs["input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"]
-            kept = decision_at(kwargs, tokens.shape[1]) if known is None else None
+            kept = decision_at(kwargs, tokens) if known is None else None
             if known is None and kept is None:
                 known = self.choose(mean_states(backbone, inputs, self.layer, prompt)) - 1
             if kept is None:
@@ -108,7 +111,11 @@ class Router(nn.Module):
 
     def _keep(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if _serves(backbone):
+            assert self.chosen_BD is not None
             keep_decision(kwargs, output, self.chosen_BD)
+
+    def _end(self, *_: Any) -> None:
+        self._turn.pass_on()
 
 
 def _serves(backbone: nn.Module) -> bool:

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,7 +270,7 @@ def test_a_prompt_in_pieces_is_refused(tokenizer):
     for pieces in ({"prefill_chunk_size": 4}, {"past_key_values": begun}):
         with pytest.raises(ValueError, match=r"on top of a KV cache\. This model decides by"):
             model.generate(ids, **options, **pieces)
-    with pytest.raises(ValueError, match="a token on top of the unknown tokens of a KV cache"):
+    with pytest.raises(ValueError, match="1 rows go on after unknown prompts"):
         model(ids[:, :1], past_key_values=plain)
 
 
@@ -283,6 +285,45 @@ def test_each_answer_goes_on_with_the_choice_of_its_own_prompt(tokenizer):
             model(torch.tensor([[5]]), past_key_values=cache)
             choices += chosen(model)
     assert choices == [1 + DOMAINS[0], 0, 1 + DOMAINS[0]]
+
+
+def test_rows_of_a_cache_take_their_choice_along(tokenizer):
+    model, _ = adapt(samples.make_model(tokenizer), tokenizer)
+    prompts = [encode_prompt(tokenizer, qa.question) for qa in (*samples.FORGET, *samples.RETAIN)]
+    ids = torch.tensor([prompt[:4] for prompt in prompts])
+    token = torch.full((len(ids), 1), 5)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        model.prompt_router.chosen_BD = None
+        begun = [[int(i % 2 == 0), int(i % 3 == 1)] for i in range(len(ids))]
+        cache._nsru_decision = torch.tensor(begun).float()
+        for rows in (torch.arange(len(ids)).flip(0), torch.arange(len(ids)).roll(1)):
+            cache.reorder_cache(rows)
+            begun = [begun[row] for row in rows]
+        model(token, past_key_values=cache)
+        assert model.prompt_router.chosen_BD.tolist() == begun
+        cache.batch_select_indices(torch.tensor([0, 2]))
+        model(token[:2], past_key_values=cache)
+        assert model.prompt_router.chosen_BD.tolist() == [begun[0], begun[2]]
+        cache.batch_repeat_interleave(2)
+        with pytest.raises(ValueError, match="3 rows go on after 4 prompts"):
+            model(token[:3], past_key_values=cache)
+
+
+def test_threads_answer_as_one_after_the_other(tokenizer):
+    model, _ = adapt(samples.make_model(tokenizer), tokenizer)
+    for module in routed(model).values():
+        torch.nn.init.normal_(module.lora_B)
+    questions = [qa.question for qa in (*samples.FORGET, *samples.RETAIN)]
+
+    def say(question):
+        return greedy_answers(model, tokenizer, [question], max_new_tokens=6)
+
+    alone = [say(question) for question in questions]
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(say, questions * 3)] == alone * 3
+    assert len({*map(str, alone)}) > 1
+    pickle.loads(pickle.dumps(model.prompt_router))
 
 
 def test_a_mask_that_shows_no_prompt_is_refused(tokenizer):

@@ -514,8 +514,9 @@ def test_flagged_rows_get_the_adapter(model, folder, tokenizer, adapter):
         base = greedy_answers(model, tokenizer, questions, **say)
     assert answers[1] == [base[0], answers[0][1], base[2], answers[0][3]]
     assert base[1] != answers[0][1]
-    with pytest.raises(ValueError, match="3 rows are decoded after 4 prompts"):
-        model(input_ids=torch.zeros(3, 1, dtype=torch.long))
+    cache = model(**inputs, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="3 rows go on after 4 prompts"):
+        model(input_ids=torch.zeros(3, 1, dtype=torch.long), past_key_values=cache)
     attached.remove()
     assert not [m for m in model.modules() if isinstance(m, nk.NSRULinear)]
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
@@ -537,6 +538,14 @@ def test_answers_in_turn_go_on_as_their_own_prompts_began(model, tokenizer, adap
     with torch.no_grad():
         plain = last([model(prompts[0], use_cache=True).past_key_values])[0]
     assert not torch.allclose(alone[0], plain, atol=1e-3), "the adapter acts"
+
+
+def test_a_prompt_of_one_token_is_one(model, tokenizer, adapter):
+    bos = torch.tensor([[1]])
+    with torch.no_grad(), EcoGuard(Known(*ASKED), None, adapter=adapter).attach(model, tokenizer):
+        plain = model(bos).logits
+        seen(model, **padded(tokenizer, [encode_prompt(tokenizer, ASKED[0])], "left"))
+        assert torch.equal(model(bos).logits, plain)
 
 
 def test_adapter_and_corruption_go_together(model, tokenizer, adapter, tmp_path):
