@@ -80,7 +80,7 @@ def main(args: list[str] | None = None) -> None:
             if given[:1] == ["bench"]:  # has a parser of its own, which the script shares
                 bench(given[1:])
             else:
-                given = _underscored(expand(given))
+                given = _underscored(expand(_with_config(given)))
                 _check_configs(given)
                 auto_cli(
                     {**COMMANDS, "train": _for_method(COMMANDS["train"], _settings(given))},
@@ -122,6 +122,13 @@ def _what_is_kept(given: list[str]) -> str:
     if os.path.isfile(os.path.join(found, "index.json")):
         again += f" --subspace.path={found}"
     return f"There is no checkpoint yet (train.save_steps). To start again: {again}"
+
+
+def _with_config(given: list[str]) -> list[str]:
+    """``nsru compare FILE`` is ``nsru compare --config FILE``."""
+    if given[:1] == ["compare"] and len(given) > 1 and os.path.isfile(given[1]):
+        return [given[0], "--config", *given[1:]]
+    return given
 
 
 def _command(given: list[str]) -> str | None:

@@ -28,7 +28,7 @@ from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.methods import Method, find_method, run_name
 from nsru_train.metrics import open_unlearning
 from nsru_train.own_texts import add_own_requests
-from nsru_train.pipeline import check_layers, check_training, kept_point, unlearn
+from nsru_train.pipeline import check_layers, check_training, kept_point, say_lacking, unlearn
 from nsru_train.report import write_report
 from nsru_train.report.summary import FORGET_TARGET, matched_damage
 from nsru_train.run_config import check_same_run
@@ -505,6 +505,8 @@ def run_compare(
     loaded = load_data(data)
     digests = loaded.digests()
     check_path(subspace, digests)
+    if not data.write_alternatives:
+        say_lacking([contender.method for contender in contenders], loaded.forget)
     found_logs, log_rows, notes = read_logs(logs, loaded)
     if "retain_unseen" not in loaded.more:
         if len(loaded.retain) < 2:
@@ -521,6 +523,11 @@ def run_compare(
     run = RunFolder(out).lock()
     if run.results_path.exists() and not resume:
         raise ValueError(f"out: {out} holds a comparison; give another folder, or --resume true.")
+    if not resume and (begun := len([*run.path.glob("runs/*/results.json")])):
+        raise ValueError(
+            f"out: {out} holds {begun} finished runs of a comparison that was interrupted; "
+            f"--resume true goes on with them, or remove {out}/runs to begin anew."
+        )
     config = {
         "model": asdict(model),
         "data": asdict(data),

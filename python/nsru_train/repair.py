@@ -174,7 +174,9 @@ def refresh(
         train, steps=steps, lr=train.lr if lr is None else lr, warmup=0.0, save_steps=0, seed=seed
     )
     lora, layers, method = (run.sections[name] for name in ("lora", "subspace", "objective"))
-    subspaces = SubspaceSet.load(run.path / "subspaces") if lora.project else None
+    homes = (run.path, run.path.parent.parent)  # of its own, or of the comparison that it is of
+    home = next((one for one in homes if (one / "subspaces" / "index.json").is_file()), run.path)
+    subspaces = SubspaceSet.load(home / "subspaces") if lora.project else None
 
     def go_on(name: str, objective: Method) -> tuple[nn.Module, Outcome | Guarded]:
         model = run.base()

@@ -25,7 +25,7 @@ from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.methods import Method, run_name
 from nsru_train.ordinary import describe_ordinary, ordinary_answers
 from nsru_train.own_texts import add_own_requests
-from nsru_train.pipeline import check_layers, check_training, unlearn
+from nsru_train.pipeline import check_layers, check_training, say_lacking, unlearn
 from nsru_train.report import write_report
 from nsru_train.run_config import adapter_digest, check_same_run
 from nsru_train.run_folder import RunFolder
@@ -57,6 +57,8 @@ def run_train(
     loaded = load_data(data)
     digests = loaded.digests()
     check_path(subspace, digests)
+    if not data.write_alternatives:
+        say_lacking([objective], loaded.forget)
     run = RunFolder(out).lock()
     last = _last_checkpoint(run, resume)
     own = run.path / "subspaces"

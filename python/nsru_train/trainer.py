@@ -131,11 +131,6 @@ def prepare_dataset(
     """
     method, safe = method or Objective(), safe or SafeTargets()
     texts = [taught(qa, safe, method.alternatives) for qa in forget]
-    if bare := sum(not qa.alternatives for qa in forget) if method.alternatives else 0:
-        logger.warning(
-            "%d of %d forget records have no alternatives; their safe targets stand in.",
-            bare, len(forget),
-        )  # fmt: skip
     ref_safe = None
     if SAFE in method.ref_nll:
         pairs = [QA(qa.question, t) for qa, some in zip(forget, texts, strict=True) for t in some]

@@ -430,6 +430,21 @@ def test_resume_of_the_demo_says_only_what_differs(capsys, monkeypatch, tmp_path
     assert "train.lr was 0.0005 and is 0.1; demo.stop was None and is 0.2. Use" in error
 
 
+def test_fields_that_a_method_lacks_are_said_before_any_work(capsys, caplog, model, tmp_path):
+    sets = ["--data.forget=authors:forget", "--data.retain=authors:retain"]
+    method = ["--method=altpo", f"--model.path={tmp_path / 'none'}", f"--out={tmp_path / 'x'}"]
+    fails(capsys, "train", *sets, *method)
+    assert "forget records have no alternatives; their safe targets stand in" in caplog.text
+
+
+def test_a_comparison_is_given_by_its_file_alone(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("methods: [nsru, nsru]")
+    sets = ["--model.path=m", "--data.forget=f.jsonl", "--data.retain=r.jsonl"]
+    assert "expected methods of distinct names" in fails(
+        capsys, "compare", tmp_path / "c.yaml", *sets, f"--out={tmp_path / 'x'}"
+    )
+
+
 def test_a_moved_folder_goes_on_with_what_lies_in_it(tmp_path):
     def sections(folder):
         own = {"forget": f"{folder}/data/forget.jsonl", "more": {"holdout": f"{folder}/h.jsonl"}}

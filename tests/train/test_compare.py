@@ -105,6 +105,16 @@ def test_an_interrupted_comparison_keeps_what_it_has(out, flags, monkeypatch, ca
     more = ["--methods=[nsru, npo, npo projected, idk]", f"--out={out}", "--resume=true"]
     main([*flags, *more])
     assert trained == ["idk-0.01-0", "idk-0.02-0"]
+    # Not over what an interrupted one has finished, either.
+    Path(out, "results.json").rename(Path(out, "kept.json"))
+    with pytest.raises(SystemExit):
+        main([*flags, *more[:2]])
+    assert "finished runs of a comparison that was interrupted" in capsys.readouterr().err
+    Path(out, "kept.json").rename(Path(out, "results.json"))
+    # A run of it is repaired with the comparison's subspaces.
+    main(
+        ["refresh", str(Path(out, "runs", "npo-projected-0.01-0")), "--steps=1", "--control=false"]
+    )
     assert [row["method"] for row in read_results(out)["methods"]][-1] == "idk"
     with pytest.raises(SystemExit):
         main([*flags, *more, "--settings={npo: {beta: 0.5}}"])

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nsru_kernels as nk
+from nsru_train.data import QA
 from nsru_train.losses import FORGET, RETAIN, SAFE, Answers, ScoredBatch
 from nsru_train.losses import nll as nll_module
 from nsru_train.losses.batch import Everywhere
@@ -367,6 +368,21 @@ def test_rmu_adapts_the_mlps_below_its_layer_and_runs_no_other():
     assert all(p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
 
 
+def test_methods_say_what_records_lack():
+    bare, full = QA("Q?", "A."), QA("Q?", "A.", safe_target="No.", alternatives=("B.",), topic="t")
+    for name, field in (
+        ("altpo", "alternatives"),
+        ("lune", "alternatives"),
+        ("dpo", "safe_target"),
+    ):
+        said = METHODS[name]().lacks([bare, full])
+        assert said.startswith(f"1 of 2 forget records have no {field};")
+        assert METHODS[name]().lacks([full]) is None
+    assert "one domain for all records" in METHODS["alter"]().lacks([bare, full])
+    for name in ("nsru", "npo", "rmu"):
+        assert METHODS[name]().lacks([bare]) is None
+
+
 def test_lune_takes_the_base_models_states_out_of_what_is_forgotten():
     lune = METHODS["lune"]
     assert (lune().rows, lune().parts) == ((SAFE,), ("safe",))
@@ -442,6 +458,9 @@ def test_a_method_of_ones_own_is_found_by_its_import_path(tmp_path, monkeypatch)
     (tmp_path / "my_method.py").write_text("from nsru_train.methods.ihl import IHL\nx = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert find_method("my_method:IHL") is METHODS["ihl"]
+    for other, known in (("LoKU", "ihl"), ("GradAscent", "ga"), ("lora", "nsru .with")):
+        with pytest.raises(ValueError, match=rf"Did you mean {known}"):
+            find_method(other)
     with pytest.raises(ValueError, match="cannot import 'my_method:Other'"):
         find_method("my_method:Other")
     with pytest.raises(ValueError, match=r"must be a subclass of nsru_train\.methods\.Method"):

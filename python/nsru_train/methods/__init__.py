@@ -48,6 +48,19 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+# Other names of methods in papers and public code.
+_KNOWN_AS = {
+    "loku": "ihl",
+    "gradascent": "ga",
+    "gradient_ascent": "ga",
+    "graddescent": "graddiff",
+    "gradient_difference": "graddiff",
+    "idkdpo": "dpo",
+    "refusal": "idk",
+    "lora": "nsru (with lora.project false)",
+}
+
+
 def find_method(name: str) -> type[Method]:
     """The method of that name, or the class that "package.module:Class" names.
 
@@ -64,8 +77,8 @@ def find_method(name: str) -> type[Method]:
     if not attribute:
         if name in METHODS:
             return METHODS[name]
-        close = difflib.get_close_matches(name.lower(), METHODS, n=1, cutoff=0.6)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        close = difflib.get_close_matches(name.lower(), {**METHODS, **_KNOWN_AS}, n=1, cutoff=0.6)
+        hint = f" Did you mean {_KNOWN_AS.get(close[0], close[0])}?" if close else ""
         raise ValueError(
             f"method: expected one of {', '.join(METHODS)}, or package.module:Class of your own, "
             f"got {name!r}.{hint}"

@@ -91,6 +91,10 @@ class ALTER(ForgetRetain):
     def domains(self, forget: Sequence[QA]) -> list[int]:
         return name_domains(forget)[1]
 
+    def lacks(self, forget: Sequence[QA]) -> str | None:
+        names, _, source = name_domains(forget)
+        return f"alter: one domain for all records, by {source}." if names == ["all"] else None
+
     def adapt(
         self,
         model: nn.Module,

@@ -130,6 +130,17 @@ class Method:
         """Factor on train.lr for the parameter of that name; 0: not trained in this phase."""
         return 1.0
 
+    def lacks(self, forget: Sequence[QA]) -> str | None:
+        """A line on the field that records to forget lack, and on what stands in for it."""
+        if SAFE not in self.rows:
+            return None
+        field, instead = "safe_target", "those of data.safe_targets, or built-in refusals, stand in"
+        if self.alternatives:
+            field, instead = "alternatives", "their safe targets stand in"
+        bare = sum(not getattr(qa, field) for qa in forget)
+        text = f"{bare} of {len(forget)} forget records have no {field}; {instead}."
+        return text if bare else None
+
     def domains(self, forget: Sequence[QA]) -> list[int] | None:
         """Number of each forget record's domain, where rows of a batch have to know theirs."""
         return None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from nsru_train.data.records import QA
 from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers, Batch
 from nsru_train.methods.method import Method, mean
 from nsru_train.methods.npo import NPO, npo
@@ -72,6 +74,9 @@ class Objective(Method):
     def suppress_weight(self) -> float:
         """λ_sup in use."""
         return WEIGHTS[self.suppression] if self.w_suppress is None else self.w_suppress
+
+    def lacks(self, forget: Sequence[QA]) -> str | None:
+        return None  # built-in refusals are its default
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         retained = batch[RETAIN]
