@@ -105,15 +105,17 @@ def damage(results: Row, key: str, methods: Sequence[str]) -> Figure:
 def utility(results: Row, methods: Sequence[str]) -> Figure:
     """Forgetting against model utility at the end of every run; the mean of a method is larger.
 
-    Of many methods, a row each, the utility alone, of those that forget.
+    Of many methods, a row each, the utility alone, of those that forget with every seed.
     """
     ends = summary.ends(results, "forget_prob", "model_utility")
     x, y = (summary.before_value(results, key) for key in ("forget_prob", "model_utility"))
     if len(methods) > summary.FEW_METHODS:
-        kept = {m: [end for p, end in ends[m] if p <= FORGET_TARGET] for m in methods}
+        able = [m for m in methods if all(p <= FORGET_TARGET for p, _ in ends[m])]
+        kept = {m: [end for _, end in ends[m]] if m in able else [] for m in methods}
         figure, axes, bare = _by_method(kept, lower_is_better=False)
         for row in bare:
-            _note(axes, "does not forget", (0, row), (6, -3.5), LIGHT["muted"], "left")
+            text = f"forgotten answer above {FORGET_TARGET:g} with a seed"
+            _note(axes, text, (0, row), (6, -3.5), LIGHT["muted"], "left")
         if y is not None:
             axes.axvline(y, **LEVEL)
         axes.set(xlabel="model utility at the end (→ better; dashed: before)", xlim=(-0.02, 1.02))
