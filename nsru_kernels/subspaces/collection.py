@@ -117,15 +117,8 @@ class SubspaceSet(dict[str, RetainSubspace]):
             most: lines; of more inputs the first are shown, and in what range all are.
         """
         header = (
-            "input",
-            "modules",
-            "K",
-            "rank",
-            "captured",
-            "editability",
-            "separation",
-            "tokens",
-        )
+            "input", "modules", "K", "rank", "captured", "editability", "separation", "tokens",
+        )  # fmt: skip
         rows = [header]
         for entry in self.inputs[:most]:
             editability = "-" if entry.editability is None else f"{entry.editability:.2%}"

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _KEPT = "_nsru_decision"  # attribute of a cache, [B, …]
@@ -75,7 +76,8 @@ class _Following:
         found = getattr(super(), name)(rows)
         kept: Tensor = getattr(self, _KEPT)
         again = name == "batch_repeat_interleave"
-        setattr(self, _KEPT, kept.repeat_interleave(rows, 0) if again else kept[rows])
+        moved = kept.repeat_interleave(rows, 0) if again else kept[rows.to(kept.device)]
+        setattr(self, _KEPT, moved)
         return found
 
     def reorder_cache(self, beam_idx: Any) -> Any:
@@ -93,21 +95,23 @@ def _following(kind: type) -> type:
     return type(kind.__name__, (_Following, kind), {})
 
 
-def tokens_of(mask: Any, length: int) -> Tensor | None:
-    """The last ``length`` columns of a mask of tokens [B, S].
+def token_mask(mask: Any, tokens: Tensor) -> Tensor:
+    """True where one of ``tokens`` [B, S] or [B, S, D] is no padding, [B, S]; without a mask all.
 
     Raises:
-        ValueError: it is of another form.
+        ValueError: the mask is of another form.
     """
+    wanted = tuple(tokens.shape[:2])
     if mask is None:
-        return None
-    if getattr(mask, "ndim", None) != 2:
-        shape = tuple(getattr(mask, "shape", ())) or type(mask).__name__
+        return torch.ones(wanted, dtype=torch.bool, device=tokens.device)
+    shape = tuple(getattr(mask, "shape", ())) or type(mask).__name__
+    if shape != wanted:
         raise ValueError(
-            f"attention_mask must be [B, S] where a model decides by the prompt, got {shape}, as "
-            "static caches and generate_batch make it; generate without cache_implementation."
+            f"attention_mask must be [B, S] = {wanted} where a model decides by the prompt, got "
+            f"{shape}; static caches and generate_batch make others: generate without "
+            "cache_implementation."
         )
-    return mask[:, -length:]
+    return mask.bool()
 
 
 def _is_cache(argument: Any) -> bool:

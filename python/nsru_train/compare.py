@@ -22,13 +22,13 @@ from nsru_train.answering import greedy_answers
 from nsru_train.callbacks import GradientError
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import encode_prompt, prompt_text
-from nsru_train.estimating import check_path, find_subspaces, save_subspaces
+from nsru_train.estimating import find_subspaces, save_subspaces, warn_of_path
 from nsru_train.evaluation import evaluate, probability_sets
 from nsru_train.loading import Data, load_data, load_model, without_long
-from nsru_train.methods import Method, find_method, run_name
+from nsru_train.methods import Method, find_method, run_name, say_lacking
 from nsru_train.metrics import open_unlearning
 from nsru_train.own_texts import add_own_requests
-from nsru_train.pipeline import check_layers, check_training, kept_point, say_lacking, unlearn
+from nsru_train.pipeline import check_layers, check_training, kept_point, unlearn
 from nsru_train.report import write_report
 from nsru_train.report.summary import FORGET_TARGET, matched_damage
 from nsru_train.run_config import check_same_run
@@ -504,7 +504,7 @@ def run_compare(
         raise ValueError(f"logs: {clash[0]!r} is the name of another row; give another one.")
     loaded = load_data(data)
     digests = loaded.digests()
-    check_path(subspace, digests)
+    warn_of_path(subspace, digests)
     if not data.write_alternatives:
         say_lacking([contender.method for contender in contenders], loaded.forget)
     found_logs, log_rows, notes = read_logs(logs, loaded)

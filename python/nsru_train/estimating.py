@@ -166,7 +166,7 @@ def _sets_of(folder: str) -> Mapping[str, Any]:
         return {}
 
 
-def check_path(config: SubspaceConfig, digests: Mapping[str, str]) -> None:
+def warn_of_path(config: SubspaceConfig, digests: Mapping[str, str]) -> None:
     """Say what a folder of estimated subspaces leaves without effect, and which sets differ."""
     if config.path is None:
         return

@@ -22,7 +22,7 @@ from nsru_kernels.hf import peft_format
 from nsru_kernels.nn.linear import adapters_disabled
 from nsru_kernels.nn.swap import replace_module
 from nsru_kernels.subspaces.collection import dtype_hint, fingerprint_weights
-from nsru_train.cached import Turn, decision_at, keep_decision, tokens_of
+from nsru_train.cached import Turn, decision_at, keep_decision, token_mask
 from nsru_train.data.encode import find_question
 from nsru_train.prompt_classifier import PromptClassifier, load_encoder
 
@@ -278,16 +278,15 @@ class AttachedGuard:
 
     def _keep(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self.enabled:
-            keep_decision(kwargs, output, torch.tensor(self._flags, device=self.model.device))
+            # On the CPU, where it is read at every token.
+            keep_decision(kwargs, output, torch.tensor(self._flags))
 
     def _end(self, *_: Any) -> None:
         self._off.close()
         self._turn.pass_on()
 
     def _read_prompts(self, ids_BS: Tensor, attention_mask: Any) -> None:
-        mask_BS = tokens_of(attention_mask, ids_BS.shape[1])
-        mask_BS = torch.ones_like(ids_BS) if mask_BS is None else mask_BS
-        places = [mask_S.nonzero().squeeze(1) for mask_S in mask_BS]
+        places = [mask_S.nonzero().squeeze(1) for mask_S in token_mask(attention_mask, ids_BS)]
         tokens = [ids_S[place].tolist() for ids_S, place in zip(ids_BS, places, strict=True)]
         found = [find_question(self.tokenizer, ids) for ids in tokens]
         self._flags = self.flags([question for question, _ in found])

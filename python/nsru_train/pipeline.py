@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ from nsru_kernels.nn.swap import match_linears, take_all
 from nsru_kernels.subspaces.estimate import SubspaceSet
 from nsru_train.config import LoraConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import encode_qa
-from nsru_train.data.records import QA
 from nsru_train.estimating import token_batches
 from nsru_train.guard import EcoGuard
 from nsru_train.language_models import refuse_encoder_decoder
@@ -48,17 +46,6 @@ def check_layers(
     names = [name for name, _ in match_linears(model, subspace.targets, subspace.exclude)]
     take_all("lora.rank_pattern", lora.rank_pattern, names, lora.rank)
     take_all("lora.alpha_pattern", lora.alpha_pattern, names, lora.alpha)
-
-
-def say_lacking(methods: Iterable[Method], forget: Sequence[QA]) -> None:
-    """Say, once, which fields records lack that the methods would read, and what stands in."""
-    for text in filter(None, (method.lacks(forget) for method in methods)):
-        _say(text)
-
-
-@functools.cache
-def _say(text: str) -> None:
-    logger.warning("%s", text)
 
 
 def check_training(train: TrainConfig) -> None:
@@ -271,7 +258,6 @@ def unlearn(
             of another model, or the model has adapters already.
     """
     lora, objective, train = lora or LoraConfig(), objective or Objective(), train or TrainConfig()
-    say_lacking([objective], data.forget)
     if not objective.trains:
         return _attach_guard(
             model, tokenizer, data, RunFolder(folder),

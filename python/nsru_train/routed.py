@@ -19,7 +19,7 @@ from nsru_kernels.hf.peft_format import check_fingerprint
 from nsru_kernels.nn.inputs import evaluating
 from nsru_kernels.nn.sharded import on_first_rank, whole
 from nsru_kernels.nn.swap import replace_module
-from nsru_train.cached import Turn, decision_at, keep_decision, tokens_of
+from nsru_train.cached import Turn, decision_at, keep_decision, token_mask
 from nsru_train.data.encode import Encoded, collate, encode_prompt, length_batches, pad_token_id
 from nsru_train.losses.hidden import decoder_layers, layer_states
 from nsru_train.quantized import refuse_wrapped
@@ -239,12 +239,10 @@ def mean_states(
     names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
     inputs = {k: inputs[k] for k in names if inputs.get(k) is not None}
     tokens = next(inputs[name] for name in names[:2] if name in inputs)
-    seen = tokens_of(inputs.get("attention_mask"), tokens.shape[1])
+    seen_BS = token_mask(inputs.get("attention_mask"), tokens)
     with evaluating(model), nk.adapters_disabled(model):
         states_BSH = layer_states(model, inputs, layer)
-    seen_BS = torch.ones(states_BSH.shape[:2], device=states_BSH.device, dtype=torch.bool)
-    for mask in (seen, prompt):
-        seen_BS = seen_BS if mask is None else seen_BS & mask.bool()
+    seen_BS = seen_BS if prompt is None else seen_BS & prompt
     sums_BH = torch.where(seen_BS.unsqueeze(2), states_BSH.float(), 0).sum(1)
     return sums_BH / seen_BS.sum(1, keepdim=True).clamp(min=1)
 

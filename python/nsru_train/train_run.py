@@ -18,14 +18,14 @@ from nsru_kernels.subspaces.collection import SubspaceSet, fingerprint_weights
 from nsru_train.adapters import save_adapter
 from nsru_train.alternatives import add_alternatives
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
-from nsru_train.estimating import check_path, find_subspaces, save_subspaces
+from nsru_train.estimating import find_subspaces, save_subspaces, warn_of_path
 from nsru_train.eval_results import format_probabilities, probability_line
 from nsru_train.evaluation import before_and_after, probability_sets, quick_probabilities
 from nsru_train.loading import Data, load_data, load_model, without_long
-from nsru_train.methods import Method, run_name
+from nsru_train.methods import Method, run_name, say_lacking
 from nsru_train.ordinary import describe_ordinary, ordinary_answers
 from nsru_train.own_texts import add_own_requests
-from nsru_train.pipeline import check_layers, check_training, say_lacking, unlearn
+from nsru_train.pipeline import check_layers, check_training, unlearn
 from nsru_train.report import write_report
 from nsru_train.run_config import adapter_digest, check_same_run
 from nsru_train.run_folder import RunFolder
@@ -56,7 +56,7 @@ def run_train(
     check_training(train)
     loaded = load_data(data)
     digests = loaded.digests()
-    check_path(subspace, digests)
+    warn_of_path(subspace, digests)
     if not data.write_alternatives:
         say_lacking([objective], loaded.forget)
     run = RunFolder(out).lock()

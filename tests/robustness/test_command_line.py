@@ -239,11 +239,11 @@ def test_weights_that_train_nothing_are_refused_first(capsys, tmp_path):
 
 
 def test_settings_beside_a_path_are_said_to_have_no_effect(caplog, tmp_path):
-    estimating.check_path(config.SubspaceConfig(path=str(tmp_path), rank=5, width=64), {})
+    estimating.warn_of_path(config.SubspaceConfig(path=str(tmp_path), rank=5, width=64), {})
     assert "subspace.width, subspace.rank has no effect" in caplog.text
     caplog.clear()
-    estimating.check_path(config.SubspaceConfig(path=str(tmp_path)), {})
-    estimating.check_path(config.SubspaceConfig(rank=5), {})
+    estimating.warn_of_path(config.SubspaceConfig(path=str(tmp_path)), {})
+    estimating.warn_of_path(config.SubspaceConfig(rank=5), {})
     assert not caplog.text
 
 
@@ -262,10 +262,10 @@ def test_subspaces_of_other_sets_are_named(capsys, caplog, model, tmp_path):
     for folder in (of_run, copied):
         caplog.clear()
         other = load_data(config.DataConfig(str(sets[2]), str(sets[1]))).digests()
-        estimating.check_path(folder, other)
+        estimating.warn_of_path(folder, other)
         assert "estimated on another forget set" in caplog.text
     caplog.clear()
-    estimating.check_path(copied, {"holdout": "x"})
+    estimating.warn_of_path(copied, {"holdout": "x"})
     assert not caplog.text
 
 

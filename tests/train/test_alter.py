@@ -332,6 +332,10 @@ def test_a_mask_that_shows_no_prompt_is_refused(tokenizer):
     prompts["attention_mask"] = torch.tensor([[0, 1, 1], [1, 1, 1]])
     with pytest.raises(ValueError, match="generate without cache_implementation"):
         model.generate(**prompts, max_new_tokens=3, cache_implementation="static")
+    for columns in (2, 4):
+        mask = torch.ones(2, columns, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"must be \[B, S\] = \(2, 3\) where"):
+            model(prompts["input_ids"], attention_mask=mask)
 
 
 @pytest.mark.parametrize("kind", ["GPTNeoX", "Mamba"])

@@ -295,6 +295,8 @@ def test_a_prompt_in_pieces_is_refused(model, tokenizer):
                 model.generate(**inputs, **options, **pieces)
         with pytest.raises(ValueError, match="generate without cache_implementation"):
             model.generate(**inputs, **options, cache_implementation="static")
+        with pytest.raises(ValueError, match=r"attention_mask must be \[B, S\] = "):
+            model(inputs["input_ids"], attention_mask=inputs["attention_mask"][:, 1:])
 
 
 def test_answers_of_a_mixed_batch(model, tokenizer):

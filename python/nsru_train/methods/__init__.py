@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
+import logging
+from collections.abc import Iterable, Sequence
 
+from nsru_train.data.records import QA
 from nsru_train.methods.alter import ALTER
 from nsru_train.methods.ceu import CEU
 from nsru_train.methods.dpo import DPO, IDK, AltPO
@@ -23,6 +27,8 @@ from nsru_train.methods.undial import UNDIAL
 from nsru_train.methods.wga import WGA, SatImp
 
 __all__ = ["METHODS", "Forget", "ForgetRetain", "Method", "Objective", "find_method", "run_name"]
+
+logger = logging.getLogger(__name__)
 
 METHODS: dict[str, type[Method]] = {
     "nsru": Objective,
@@ -90,6 +96,17 @@ def find_method(name: str) -> type[Method]:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"method: {name!r} must be a subclass of nsru_train.methods.Method.")
     return found
+
+
+def say_lacking(methods: Iterable[Method], forget: Sequence[QA]) -> None:
+    """Say, once, which fields records lack that the methods would read, and what stands in."""
+    for text in filter(None, (method.lacks(forget) for method in methods)):
+        _say(text)
+
+
+@functools.cache
+def _say(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def run_name(method: str, project: bool) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from nsru_kernels.nn.swap import SwapReport
 from nsru_train.data.records import QA, normalise
 from nsru_train.losses.batch import FORGET, Answers, Batch
-from nsru_train.losses.hidden import decoder_layers
 from nsru_train.methods.ihl import inverted_hinge
 from nsru_train.methods.method import ForgetRetain, mean
 from nsru_train.routed import add_experts, fit_router, save_routed
@@ -107,10 +106,7 @@ class ALTER(ForgetRetain):
         asked: dict[str, list[str]] = {name: [] for name in names}
         for qa, number in zip(forget, numbers, strict=True):
             asked[names[number]].append(qa.question)
-        layers = len(decoder_layers(model)[1])
-        if self.layer is not None and self.layer >= layers:
-            self.refuse("layer", f"must be one of the model's {layers} decoder layers, from 0")
-        layer = layers // 4 if self.layer is None else self.layer
+        layer = self.decoder_layer(model, self.layer, 1 / 4)
         kept = [qa.question for qa in retain]
         router, right = fit_router(model, tokenizer, kept, asked, layer)
         trainable = add_experts(model, router, self.noise)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from nsru_train.losses.batch import FORGET, SAFE, Batch
-from nsru_train.losses.hidden import decoder_layers
 from nsru_train.methods.method import Method, mean
 
 
@@ -57,10 +56,7 @@ class LUNE(Method):
     def prepare(self, model: nn.Module) -> LUNE:
         if not self.suppress_states:
             return self
-        count = len(decoder_layers(model)[1])
-        if self.layer is not None and not 0 <= self.layer < count:
-            self.refuse("layer", f"must be one of the model's {count} decoder layers, from 0")
-        return replace(self, layer=count // 2 if self.layer is None else self.layer)
+        return replace(self, layer=self.decoder_layer(model, self.layer, 1 / 2))
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         total = safe = mean(batch[SAFE].nll)

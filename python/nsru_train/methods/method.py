@@ -14,6 +14,7 @@ from nsru_kernels.hf.peft_format import save_lora_adapter
 from nsru_kernels.nn.swap import SwapReport
 from nsru_train.data.records import QA
 from nsru_train.losses.batch import FORGET, RETAIN, SAFE, Answers, Batch
+from nsru_train.losses.hidden import decoder_layers
 
 if TYPE_CHECKING:
     from nsru_train.guard import AttachedGuard
@@ -81,6 +82,17 @@ class Method:
     def prepare(self, model: nn.Module) -> Method:
         """This method with the settings that depend on the model, before anything is swapped."""
         return self
+
+    def decoder_layer(self, model: nn.Module, layer: int | None, share: float) -> int:
+        """The setting ``layer``, or where it is None the one at ``share`` of the decoder's layers.
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        count = len(decoder_layers(model)[1])
+        if layer is not None and not 0 <= layer < count:
+            self.refuse("layer", f"must be one of the model's {count} decoder layers, from 0")
+        return int(share * count) if layer is None else layer
 
     def targets(self, model: nn.Module) -> Sequence[str] | None:
         """The linears that are adapted, as ``targets`` of `swap_linears`; None: the user's."""

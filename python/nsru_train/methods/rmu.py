@@ -48,10 +48,7 @@ class RMU(Method):
     ranges = {"steering": "must be a finite number", "seed": "must not be negative"}
 
     def prepare(self, model: nn.Module) -> RMU:
-        count = len(decoder_layers(model)[1])
-        if self.layer is not None and not 0 <= self.layer < count:
-            self.refuse("layer", f"must be one of the model's {count} decoder layers, from 0")
-        return replace(self, layer=7 * count // 32 if self.layer is None else self.layer)
+        return replace(self, layer=self.decoder_layer(model, self.layer, 7 / 32))
 
     def targets(self, model: nn.Module) -> list[str]:
         name, layers = decoder_layers(model)

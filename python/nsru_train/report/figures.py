@@ -33,7 +33,6 @@ def frontier(results: Row, key: str, methods: Sequence[str]) -> Figure:
         if number(row.get("forget_prob")) is not None
     ]
     shown = summary.values(points, "forget_prob")
-    before = [summary.before_value(results, name) for name in ("forget_prob", key)]
     for method, seeds in summary.runs(points, "forget_prob", key).items():
         style = series_style(method, methods)
         x, y = (
@@ -54,10 +53,7 @@ def frontier(results: Row, key: str, methods: Sequence[str]) -> Figure:
                 # What a point reached also holds for every milder demand, up to the next point.
                 curve = zip(*summary.damage_curve(rows, start, key), strict=True)
                 right.step(*curve, where="post", lw=1.3, alpha=0.6, **style)
-    if before[0] is not None and before[1] is not None:
-        left.plot(*before, "D", ms=7.5, mfc=LIGHT["surface"], mec=LIGHT["ink"], mew=1.6, zorder=6)
-        _note(left, "before", before, (0, 9), LIGHT["ink"], "center")
-        shown.append(before[0])
+    shown += _mark_before(left, results, key)
     matched = summary.matched_damage(results, key)
     for method in methods if matched else ():
         damage = summary.values(matched, f"{method}_damage")
@@ -108,7 +104,6 @@ def utility(results: Row, methods: Sequence[str]) -> Figure:
     Of many methods, a row each, the utility alone, of those that forget with every seed.
     """
     ends = summary.ends(results, "forget_prob", "model_utility")
-    x, y = (summary.before_value(results, key) for key in ("forget_prob", "model_utility"))
     if len(methods) > summary.FEW_METHODS:
         able = [m for m in methods if all(p <= FORGET_TARGET for p, _ in ends[m])]
         kept = {m: [end for _, end in ends[m]] if m in able else [] for m in methods}
@@ -116,8 +111,8 @@ def utility(results: Row, methods: Sequence[str]) -> Figure:
         for row in bare:
             text = f"forgotten answer above {FORGET_TARGET:g} with a seed"
             _note(axes, text, (0, row), (6, -3.5), LIGHT["muted"], "left")
-        if y is not None:
-            axes.axvline(y, **LEVEL)
+        if (before := summary.before_value(results, "model_utility")) is not None:
+            axes.axvline(before, **LEVEL)
         axes.set(xlabel="model utility at the end (→ better; dashed: before)", xlim=(-0.02, 1.02))
         return figure
     figure = Figure(figsize=(WIDTH, 4.9))
@@ -131,10 +126,7 @@ def utility(results: Row, methods: Sequence[str]) -> Figure:
         mean = fmean(left), fmean(useful)
         axes.plot(*mean, "o", ms=8, color=colour, mec=LIGHT["surface"], zorder=5)
         shown += left
-    if x is not None and y is not None:
-        axes.plot(x, y, "D", ms=7.5, mfc=LIGHT["surface"], mec=LIGHT["ink"], mew=1.6, zorder=6)
-        _note(axes, "before", (x, y), (0, 9), LIGHT["ink"], "center")
-        shown.append(x)
+    shown += _mark_before(axes, results, "model_utility")
     axes.axvline(FORGET_TARGET, **LEVEL)
     _probability_axis(axes, "x", shown)
     _wide_enough(axes, 0.1)
@@ -305,6 +297,16 @@ def _note(axes: Axes, text: str, at, offset, colour: str, side: str) -> None:
     axes.annotate(
         text, at, xytext=offset, textcoords="offset points", ha=side, color=colour, zorder=7
     )
+
+
+def _mark_before(axes: Axes, results: Row, key: str) -> list[float]:
+    """Mark the base model's forget probability and ``key``; the first of them, where both are."""
+    x, y = (summary.before_value(results, name) for name in ("forget_prob", key))
+    if x is None or y is None:
+        return []
+    axes.plot(x, y, "D", ms=7.5, mfc=LIGHT["surface"], mec=LIGHT["ink"], mew=1.6, zorder=6)
+    _note(axes, "before", (x, y), (0, 9), LIGHT["ink"], "center")
+    return [x]
 
 
 def _probability_axis(axes: Axes, which: str, found: Sequence[float]) -> None:
