@@ -31,6 +31,7 @@ from nsru_kernels.nn.swap import SwapReport, by_pattern, swap_linears
 from nsru_kernels.nn.wrapped import is_plain, linear_sizes
 
 Value = TypeVar("Value", int, float)
+Factors = tuple[Tensor, Tensor]  # A [R, K] and B [N, R] of one adapter
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -291,7 +292,7 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
         for name, (a_RK, b_NR) in adapters.items():
             _check_fit(layers, name, a_RK, b_NR)
         check_fingerprint(model, folder / SIDECAR)
-        own = _own_alphas(folder / SIDECAR, alphas)
+        own, adapters = _own_scales(folder / SIDECAR, adapters, alphas)
         first = next(iter(adapters))
         report = swap_linears(
             model,
@@ -307,7 +308,7 @@ def load_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> SwapRep
         module = model.get_submodule(actual[name])
         assert isinstance(module, NSRULinear)
         module.lora_A.copy_(a_RK)
-        module.lora_B.copy_(b_NR * (alphas[name] / own[name]))
+        module.lora_B.copy_(b_NR)
     return report
 
 
@@ -332,7 +333,7 @@ def copy_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         adapters = _adapters(tensors, config, modules)
         ranks, alphas = _sizes(folder / CONFIG, config, adapters, modules)
-        own = _own_alphas(folder / SIDECAR, alphas)
+        own, adapters = _own_scales(folder / SIDECAR, adapters, alphas)
         if odd := sorted(adapters.keys() ^ modules.keys()):
             raise ValueError(f"it and the model's adapters differ in {odd[0]}; same targets?")
         for name, module in modules.items():
@@ -347,7 +348,7 @@ def copy_lora_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, (a_RK, b_NR) in adapters.items():
         module = modules[name]
         module.lora_A.copy_(shards_like(a_RK, module.lora_A))
-        module.lora_B.copy_(shards_like(b_NR * (alphas[name] / own[name]), module.lora_B))
+        module.lora_B.copy_(shards_like(b_NR, module.lora_B))
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -377,7 +378,7 @@ def adapted_names(config: Mapping[str, Any], layers: Mapping[str, nn.Module]) ->
 
 def _adapters(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], layers: Mapping[str, nn.Module]
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> dict[str, Factors]:
     """Module name → (A, B) of an adapter's file."""
     names = sorted({key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in tensors})
     key = (_PREFIX + "{}.lora_{}.weight").format
@@ -408,7 +409,7 @@ def _adapters(
 def _sizes(
     file: Path,
     config: Mapping[str, Any],
-    adapters: Mapping[str, tuple[Tensor, Tensor]],
+    adapters: Mapping[str, Factors],
     layers: Mapping[str, nn.Module],
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Rank and alpha of each module by PEFT's rules, alpha so that it is divided by the rank."""
@@ -461,13 +462,26 @@ def _in_config(config: Mapping[str, Any], option: str) -> Callable[[str, bool], 
     return lambda _, default: default
 
 
-def _own_alphas(sidecar: Path, alphas: dict[str, float]) -> dict[str, float]:
-    """The alphas that the modules had when they were saved, where ``nsru.json`` says so."""
+def _own_scales(
+    sidecar: Path, adapters: dict[str, Factors], alphas: dict[str, float]
+) -> tuple[dict[str, float], dict[str, Factors]]:
+    """The alphas that the modules had when they were saved, where ``nsru.json`` says so, and the
+    adapters with B for them."""
     found = read_json(sidecar).get("alphas") if sidecar.is_file() else None
     if found is None:
-        return alphas
+        return alphas, adapters
     check_fields(sidecar, {"alphas": found}, {"alphas": dict[str, float]})
-    return {name: float(found.get(name) or alpha) for name, alpha in alphas.items()}
+    own = {name: float(found.get(name) or alpha) for name, alpha in alphas.items()}
+    scaled = {
+        name: (a_RK, b_NR * (alphas[name] / own[name])) for name, (a_RK, b_NR) in adapters.items()
+    }
+    for name, (_, b_NR) in scaled.items():
+        if not torch.isfinite(b_NR).all() or b_NR.any() != adapters[name][1].any():
+            raise ValueError(
+                f"{sidecar.name} says that {name} had alpha {own[name]:g}, which is no scale for "
+                f"its B; expected one near {alphas[name]:g}. Damaged?"
+            )
+    return own, scaled
 
 
 def _exactly(values: Mapping[str, Value]) -> dict[str, Value]:

@@ -533,6 +533,18 @@ def test_patterns_of_ranks_and_alphas_are_those_of_peft(model, tmp_path):
     torch.testing.assert_close(again(ids), adapted(ids))
 
 
+@pytest.mark.parametrize("alpha", [1e-320, 1e-42, 1e300])
+def test_an_alpha_that_is_no_scale_is_refused(model, tmp_path, alpha):
+    nk.save_lora_adapter(adapt(copy.deepcopy(model), alpha_pattern=ALPHAS), tmp_path)
+    sidecar = json.loads((tmp_path / SIDECAR).read_text())
+    sidecar["alphas"]["layers.1.q"] = alpha
+    (tmp_path / SIDECAR).write_text(json.dumps(sidecar))
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"nsru.json says that layers.1.q had alpha .*; expected"):
+        nk.load_lora_adapter(model, tmp_path)
+    torch.testing.assert_close(model(ids), before(ids), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_what_peft_wrote_with_patterns_is_read_back(model, tmp_path, rslora):
     peft = pytest.importorskip("peft")
