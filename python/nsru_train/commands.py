@@ -112,25 +112,22 @@ def subspace(
         out: run folder; the subspaces go to its folder subspaces.
         seed: of the random test matrix.
     """
-    from nsru_train.estimating import find_subspaces, save_subspaces
+    from nsru_train.estimating import run_subspaces
     from nsru_train.loading import load_data, load_model, without_long
     from nsru_train.run_folder import RunFolder
 
     check_range("seed", seed, "must be from 0 to 2³² - 1", whole=True)
     loaded = load_data(data)
-    digests = loaded.digests()
     run = RunFolder(out).lock()
     if run.metrics_path.exists():
         raise ValueError(f"out: {out} holds a training run; give another folder.")
     base, tokenizer = load_model(model, data)
     loaded = without_long(loaded, tokenizer, data)
     run.write_environment()
-    found = find_subspaces(
-        base, tokenizer, loaded.forget, loaded.retain, subspace,
+    found = run_subspaces(
+        run, base, tokenizer, loaded.forget, loaded.retain, subspace,
         max_length=data.max_length, seed=seed,
     )  # fmt: skip
-    if run.writes:
-        save_subspaces(found, run.path / "subspaces", subspace, digests)
     print(found.table())
     run.write_config({"model": asdict(model), "data": asdict(data), "subspace": asdict(subspace)})
     _finish(

@@ -22,7 +22,7 @@ from nsru_train.answering import greedy_answers
 from nsru_train.callbacks import GradientError
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import encode_prompt, prompt_text
-from nsru_train.estimating import find_subspaces, save_subspaces, warn_of_path
+from nsru_train.estimating import run_subspaces
 from nsru_train.evaluation import evaluate, probability_sets
 from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.methods import Method, find_method, run_name, say_lacking
@@ -442,31 +442,6 @@ def of_other_models(
     return notes
 
 
-def run_subspaces(
-    run: RunFolder,
-    base: nn.Module,
-    tokenizer: Any,
-    data: Data,
-    config: SubspaceConfig,
-    resume: bool,
-    digests: Mapping[str, str],
-    *,
-    max_length: int = 512,
-    progress: bool = True,
-) -> SubspaceSet:
-    """Of all retain answers, unseen ones included: estimated, or those of the run that goes on."""
-    own = run.path / "subspaces"
-    if resume and (own / "index.json").exists():
-        config = replace(config, path=str(own))
-    found = find_subspaces(
-        base, tokenizer, data.forget, [*data.kept, *data.more["retain_unseen"]], config,
-        max_length=max_length, progress=progress,
-    )  # fmt: skip
-    if config.path is None:
-        save_subspaces(found, own, config, digests)
-    return found
-
-
 def run_compare(
     out: str,
     *,
@@ -504,7 +479,6 @@ def run_compare(
         raise ValueError(f"logs: {clash[0]!r} is the name of another row; give another one.")
     loaded = load_data(data)
     digests = loaded.digests()
-    warn_of_path(subspace, digests)
     if not data.write_alternatives:
         say_lacking([contender.method for contender in contenders], loaded.forget)
     found_logs, log_rows, notes = read_logs(logs, loaded)
@@ -556,8 +530,9 @@ def run_compare(
     run.write_config(config)
     run.write_environment()
     subspaces = run_subspaces(
-        run, base, tokenizer, loaded, subspace, resume, digests, max_length=data.max_length
-    )
+        run, base, tokenizer, loaded.forget, [*loaded.kept, *loaded.more["retain_unseen"]],
+        subspace, resume=resume, max_length=data.max_length,
+    )  # fmt: skip
     print(subspaces.table())
     comparison = Comparison(
         run, base, tokenizer, loaded, subspaces, subspace, lora, train, train.eval_steps or 10,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,13 @@ from nsru_train.data.encode import (
     encode_qa,
     length_batches,
     pad_token_id,
+    prompt_text,
 )
 from nsru_train.data.records import QA
 from nsru_train.language_models import check_positions, is_encoder_decoder, split_for_decoder
 from nsru_train.own_texts import own_texts
-from nsru_train.run_folder import to_json
+from nsru_train.run_folder import RunFolder, to_json
+from nsru_train.sources import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SETS = "sets.json"  # beside the subspaces
+_WORDS = {"forget_texts": "forget set", "retain_texts": "retain set", "prompt": "prompt"}
 
 
 def find_subspaces(
@@ -150,13 +154,54 @@ def _check_room(subspaces: SubspaceSet) -> None:
             )  # fmt: skip
 
 
-def save_subspaces(
-    found: SubspaceSet, folder: Path, config: SubspaceConfig, digests: Mapping[str, str]
-) -> None:
-    """Save them with the digests of their sets, which are those of ``config.path`` if given."""
-    sets = digests if config.path is None else _sets_of(config.path)
-    found.save(folder)
-    atomic_write(folder / _SETS, to_json(sets))
+def run_subspaces(
+    run: RunFolder,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Sequence[QA],
+    retain: Sequence[QA],
+    config: SubspaceConfig,
+    *,
+    resume: bool = False,
+    max_length: int = 512,
+    seed: int = 0,
+    progress: bool = True,
+) -> SubspaceSet:
+    """`find_subspaces`, kept in the run's folder; those that are there already on ``resume``."""
+    own = run.path / "subspaces"
+    going_on = resume and (own / "index.json").exists()
+    if going_on:
+        config = replace(config, path=str(own))
+    sets = estimated_on(tokenizer, forget, retain)
+    if not going_on:
+        warn_of_path(config, sets)
+    found = find_subspaces(
+        model, tokenizer, forget, retain, config,
+        max_length=max_length, seed=seed, progress=progress,
+    )  # fmt: skip
+    if run.writes and not going_on:
+        found.save(own)
+        kept = sets if config.path is None else _sets_of(config.path)
+        atomic_write(own / _SETS, to_json(kept))
+    return found
+
+
+def estimated_on(
+    tokenizer: PreTrainedTokenizerBase, forget: Sequence[QA], retain: Sequence[QA]
+) -> dict[str, str]:
+    """All of a run that its subspaces depend on, beside model and settings.
+
+    Digests of both sets' texts in whatever order, and the prompt around a question.
+    """
+
+    def texts(records: Sequence[QA]) -> str:
+        return digest([QA(*pair) for pair in sorted((qa.question, qa.answer) for qa in records)])
+
+    return {
+        "forget_texts": texts(forget),
+        "retain_texts": texts(retain),
+        "prompt": prompt_text(tokenizer, "{}"),
+    }
 
 
 def _sets_of(folder: str) -> Mapping[str, Any]:
@@ -166,15 +211,15 @@ def _sets_of(folder: str) -> Mapping[str, Any]:
         return {}
 
 
-def warn_of_path(config: SubspaceConfig, digests: Mapping[str, str]) -> None:
-    """Say what a folder of estimated subspaces leaves without effect, and which sets differ."""
+def warn_of_path(config: SubspaceConfig, sets: Mapping[str, str]) -> None:
+    """Say what a folder of estimated subspaces leaves without effect, and what was other then."""
     if config.path is None:
         return
-    sets = _sets_of(config.path)
-    known = {"forget", "retain"} & sets.keys() & digests.keys()
-    if other := sorted(name for name in known if sets[name] != digests[name]):
+    before = _sets_of(config.path)
+    other = [w for key, w in _WORDS.items() if key in before and before[key] != sets[key]]
+    if other:
         logger.warning(
-            "subspace.path: the subspaces in %s were estimated on another %s set. What they do not "
+            "subspace.path: the subspaces in %s were estimated on another %s. What they do not "
             "hold is not protected, and alpha goes by the room that they left.",
             *(config.path, " and ".join(other)),
         )

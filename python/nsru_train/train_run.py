@@ -18,7 +18,7 @@ from nsru_kernels.subspaces.collection import SubspaceSet, fingerprint_weights
 from nsru_train.adapters import save_adapter
 from nsru_train.alternatives import add_alternatives
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
-from nsru_train.estimating import find_subspaces, save_subspaces, warn_of_path
+from nsru_train.estimating import run_subspaces
 from nsru_train.eval_results import format_probabilities, probability_line
 from nsru_train.evaluation import before_and_after, probability_sets, quick_probabilities
 from nsru_train.loading import Data, load_data, load_model, without_long
@@ -56,7 +56,6 @@ def run_train(
     check_training(train)
     loaded = load_data(data)
     digests = loaded.digests()
-    warn_of_path(subspace, digests)
     if not data.write_alternatives:
         say_lacking([objective], loaded.forget)
     run = RunFolder(out).lock()
@@ -103,14 +102,10 @@ def run_train(
     project = lora.project and objective.trains
     subspaces: SubspaceSet | None = None
     if project:
-        if last is not None and estimated:
-            subspace.path = str(own)
-        subspaces = find_subspaces(
-            base, tokenizer, loaded.forget, loaded.kept, subspace,
-            max_length=data.max_length, progress=run.writes,
+        subspaces = run_subspaces(
+            run, base, tokenizer, loaded.forget, loaded.kept, subspace,
+            resume=last is not None, max_length=data.max_length, progress=run.writes,
         )  # fmt: skip
-        if run.writes:
-            save_subspaces(subspaces, own, subspace, digests)
         print(subspaces.table(most=8))  # the report has them all
     fingerprint = fingerprint_weights(base)  # before they are sharded
 

@@ -17,7 +17,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, CLIPConfig, WhisperConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPConfig, WhisperConfig
 
 import nsru_kernels as nk
 from nsru_train import cli, config, estimating, run_config
@@ -259,14 +259,19 @@ def test_subspaces_of_other_sets_are_named(capsys, caplog, model, tmp_path):
     cli.main([*train, f"--data.retain={sets[1]}", f"--out={folders[1]}"])
     assert "estimated on another" not in caplog.text
     copied = config.SubspaceConfig(path=str(folders[1] / "subspaces"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    same, other = (load_data(config.DataConfig(str(s), str(sets[1]))) for s in (sets[0], sets[2]))
+    seen = estimating.estimated_on(tokenizer, other.forget, other.retain)
     for folder in (of_run, copied):
         caplog.clear()
-        other = load_data(config.DataConfig(str(sets[2]), str(sets[1]))).digests()
-        estimating.warn_of_path(folder, other)
-        assert "estimated on another forget set" in caplog.text
+        estimating.warn_of_path(folder, seen)
+        assert "estimated on another forget set. " in caplog.text
     caplog.clear()
-    estimating.warn_of_path(copied, {"holdout": "x"})
+    reordered = estimating.estimated_on(tokenizer, same.forget[::-1], same.retain[::-1])
+    estimating.warn_of_path(copied, reordered)
     assert not caplog.text
+    estimating.warn_of_path(copied, {**reordered, "prompt": "Be kind. {}"})
+    assert "estimated on another prompt. " in caplog.text
 
 
 def test_more_directions_than_the_sketch_has_are_refused():

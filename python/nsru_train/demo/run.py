@@ -14,12 +14,13 @@ from torch import nn
 from nsru_kernels.checks import check_range
 from nsru_kernels.environment import has_bf16_products
 from nsru_kernels.files import read_json
-from nsru_train.compare import Comparison, Contender, check_plan, compare, run_subspaces
+from nsru_train.compare import Comparison, Contender, check_plan, compare
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.demo.sets import Sets, fictitious_sets, target_sets, tofu_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
+from nsru_train.estimating import run_subspaces
 from nsru_train.loading import MORE_SPLITS, Data, load_model
 from nsru_train.methods import Method
 from nsru_train.pipeline import check_training
@@ -109,8 +110,9 @@ def run_demo(
 
     say("2/5  evaluate before, and estimate the retain subspaces")
     subspaces = run_subspaces(
-        run, base, tokenizer, data, subspace, resume, digests, progress=progress
-    )
+        run, base, tokenizer, data.forget, [*data.kept, *data.more["retain_unseen"]], subspace,
+        resume=resume, progress=progress,
+    )  # fmt: skip
     print(subspaces.table())
     comparison = Comparison(
         run, base, tokenizer, data, subspaces, subspace, lora, train, scale.eval_steps, stop,
