@@ -46,6 +46,8 @@ def load_language_model(path: str | os.PathLike[str], **options: Any) -> Any:
     def load(kind: Any) -> Any:
         model = kind.from_pretrained(path, **options)
         keep_unpacked(model)
+        if getattr(model.config, "rescale_every", 0):
+            model.config.rescale_every = 0  # RWKV would divide its weights in place to answer
         return model
 
     config = None

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from architectures import SEQ2SEQ
+from safetensors.torch import load_file
 from samples import FORGET, RETAIN, SIZES, make_tokenizer
 
 import nsru_kernels as nk
@@ -130,6 +131,30 @@ def test_train_eval_merge_verify(base, tmp_path, capsys):
     assert type(merged) is kind
     assert not any(isinstance(module, nk.NSRULinear) for module in merged.modules())
     assert (run / "merged" / "preprocessor_config.json").is_file() is not apart
+
+
+@pytest.mark.parametrize("method", ["nsru", "alter"])
+def test_a_model_that_would_scale_its_weights_keeps_them(method, tmp_path, monkeypatch):
+    """RWKV divides matrices of its later blocks in place when it answers."""
+    monkeypatch.setitem(architectures.SIZES, "num_hidden_layers", 4)
+    model = make("rwkv", make_tokenizer(), monkeypatch)
+    model.config.rescale_every = 2
+    model.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    run = tmp_path / "run"
+    forgetting = ["--objective.w_suppress=1", "--objective.suppression=npo"]
+    options = forgetting if method == "nsru" else [f"--method={method}"]
+    main([*train(tmp_path / "base", tmp_path), *options])
+    if method == "alter":
+        return
+    main(["merge", str(run)])
+    main(["verify", str(run)])
+    before, merged = (
+        load_file(f / "model.safetensors") for f in (tmp_path / "base", run / "merged")
+    )
+    adapted = json.loads((run / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    same = [name for name in before if torch.equal(before[name], merged[name])]
+    assert {*same, *(f"{name}.weight" for name in adapted)} == before.keys()
 
 
 OWN_CODE = """
