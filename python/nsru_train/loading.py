@@ -12,7 +12,7 @@ import torch
 
 from nsru_kernels.dispatch import default_device
 from nsru_train.config import DataConfig, ModelConfig
-from nsru_train.data.encode import TextFormat, is_too_long, served_otherwise, use_format
+from nsru_train.data.encode import TextFormat, dated, is_too_long, served_otherwise, use_format
 from nsru_train.data.records import QA, check_disjoint, normalise, repeated_questions
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.evaluation import SPLITS
@@ -235,11 +235,11 @@ def load_model(
         )
     try:
         use_format(tokenizer, text_format)
-        otherwise = served_otherwise(tokenizer)
+        notes = served_otherwise(tokenizer), dated(tokenizer)
     except ValueError as error:
         raise ValueError(f"data: {error}") from error
-    if otherwise is not None:
-        logger.warning("data: %s.", otherwise)
+    for note in filter(None, notes):
+        logger.warning("data: %s.", note)
     # Quantised weights are where they were made, and not all of them can move.
     model = (model if model.device == device else model.to(device)).eval()
     if not is_encoder_decoder(model) and looks_ahead(model):

@@ -43,7 +43,7 @@ from nsru_train.data import (
     encode_qa,
     use_format,
 )
-from nsru_train.data.encode import collate, served_otherwise
+from nsru_train.data.encode import collate, dated, served_otherwise
 from nsru_train.demo.sets import target_sets
 from nsru_train.demo.tiny_model import make_llama, memorise, train_tokenizer
 from nsru_train.estimating import token_batches
@@ -81,6 +81,17 @@ DEEPSEEK_R1 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}"
     "{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+# As Llama 3.2 has it, and as Granite.
+DATED = (
+    "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}"
+    "{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    "Today Date: {{ date_string }}\n" + CHATML
+)
+GRANITE = (
+    "{% if messages[0].role != 'system' %}Today is {{ strftime_now('%B %d, %Y') }}.\n{% endif %}"
+    + CHATML
 )
 NO_SYSTEM = CHATML.replace("in messages", "in messages if m.role != 'system'")
 SPACE = (
@@ -156,6 +167,25 @@ def test_a_prompt_that_is_served_otherwise_than_trained_is_said(template, kwargs
     else:
         assert f"in {ends[0]!r} before an answer that is there" in said
         assert f"in {ends[1]!r} before one that is to come" in said
+
+
+@pytest.mark.parametrize(
+    ("template", "text_format", "remedy"),
+    [
+        (DATED, {}, "chat_template_kwargs such as date_string"),
+        (DATED, {"template_kwargs": {"date_string": "26 Jul 2024"}}, None),
+        (GRANITE, {}, "a system prompt of your own"),
+        (GRANITE, {"system_prompt": "Be kind."}, None),
+        (CHATML, {}, None),
+        (None, {}, None),
+    ],
+)
+def test_a_prompt_that_tells_the_day_is_said(template, text_format, remedy):
+    tokenizer = chat_tokenizer(template)
+    use_format(tokenizer, TextFormat(**text_format))
+    said = dated(tokenizer)
+    assert (said is None) == (remedy is None)
+    assert remedy is None or f"Fix it, by {remedy}, " in said
 
 
 def test_a_safe_target_that_is_the_answer_is_refused_whoever_gives_it():

@@ -160,6 +160,22 @@ def served_otherwise(tokenizer: PreTrainedTokenizerBase) -> str | None:
     )
 
 
+def dated(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """In words, that the chat template writes today's date into prompts; None where it does not."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        return None
+    timeless = template.replace("strftime_now", "'{}'.format")
+    if _render(tokenizer, _QUESTION) == _render(tokenizer, _QUESTION, template=timeless):
+        return None
+    names = sorted(name for name in _variables(template) if "date" in name)
+    remedy = f"chat_template_kwargs such as {names[0]}" if names else "a system prompt of your own"
+    return (
+        "the chat template writes today's date into every prompt, so that another day trains and "
+        f"scores other tokens, and a comparison cannot go on. Fix it, by {remedy}, to compare runs"
+    )
+
+
 def find_question(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) -> tuple[str, int]:
     """(question, its prompt's tokens) of what `encode_prompt` or `encode_qa` wrote.
 
@@ -335,6 +351,7 @@ def _render(
     question: str,
     answer: str | None = None,
     text_format: TextFormat | None = None,
+    template: str | None = None,
 ) -> str:
     if not tokenizer.chat_template:
         return f"Question: {question}\nAnswer: {answer or ''}"
@@ -350,6 +367,7 @@ def _render(
             messages,
             tokenize=False,
             add_generation_prompt=answer is None,
+            chat_template=template,
             **text_format.template_kwargs,
         )
     except TemplateError as error:
