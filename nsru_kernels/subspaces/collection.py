@@ -27,6 +27,8 @@ _INDEX = "index.json"
 _SAMPLES = 1024
 # Captured energy from which on nothing of the data is left outside.
 ALL = 0.999
+# Editability under which steps would have to be so large that other knowledge feels them.
+LITTLE = 0.01
 
 
 @dataclasses.dataclass
@@ -57,6 +59,11 @@ class InputDiagnostics:
     tokens: int
     spectrum: list[float]
     editability_by_rank: list[float] | None = None
+
+    @property
+    def room(self) -> float:
+        """Editability; 1 where it was not measured."""
+        return 1.0 if self.editability is None else self.editability
 
     @property
     def separation(self) -> float | None:
@@ -100,11 +107,12 @@ class SubspaceSet(dict[str, RetainSubspace]):
 
         AdamW moves A and B by lr whatever the gradient's size, so what an update adds to the output
         of a forget token goes with ‖P x‖. Divided by √editability it is, at the same lr, what it
-        would be without a projection. alpha itself where editability is 0 or was not measured.
+        would be without a projection; where less than 1 % is open, ten times alpha. alpha itself
+        where editability was not measured.
         Longer names come first, because a name stands for every module that ends in it.
         """
         alphas = {
-            name: alpha / (entry.editability or 1.0) ** 0.5
+            name: alpha / max(entry.room, LITTLE) ** 0.5
             for entry in self.inputs
             for name in entry.modules
         }

@@ -16,7 +16,7 @@ from torch import nn
 import nsru_kernels as nk
 from nsru_kernels.files import atomic_write, read_json
 from nsru_kernels.nn.inputs import is_distributed
-from nsru_kernels.subspaces.estimate import SubspaceSet
+from nsru_kernels.subspaces.collection import LITTLE, SubspaceSet
 from nsru_train.config import SubspaceConfig
 from nsru_train.data.encode import (
     IGNORE_INDEX,
@@ -152,6 +152,14 @@ def _check_room(subspaces: SubspaceSet) -> None:
                 "%d of %d retain subspaces have rank %d, such as %s: %s.",
                 len(entries), count, entries[0].rank, entries[0].name, effect,
             )  # fmt: skip
+    tight = [entry for entry in subspaces.inputs if entry.room < LITTLE and entry not in full]
+    if tight:
+        logger.warning(
+            "%d of %d retain subspaces leave less than %.0f %% of the forget answers' energy open, "
+            "such as %s: what is trained there hardly forgets, and changes what is in neither set. "
+            "A lower rank or energy, or min_editability, leaves more.",
+            len(tight), count, 100 * LITTLE, tight[0].name,
+        )  # fmt: skip
 
 
 def run_subspaces(

@@ -231,6 +231,10 @@ def test_alphas_undo_what_the_projection_takes(model):
     for entry in subspaces.inputs:
         for module in entry.modules:
             assert alphas[module] ** 2 * entry.editability == pytest.approx(16.0**2)
+    nothing_open = estimate(model, retain, rank=5, forget_batches=retain)
+    for entry, e in zip(nothing_open.inputs, (0.0, 1e-8, 1e-3), strict=False):
+        entry.editability = e
+        assert {nothing_open.alphas(16.0)[name] for name in entry.modules} == {160.0}
     unmeasured = estimate(model, retain, rank=5)
     assert set(unmeasured.alphas(16.0).values()) == {16.0}
 

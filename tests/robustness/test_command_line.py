@@ -274,6 +274,16 @@ def test_subspaces_of_other_sets_are_named(capsys, caplog, model, tmp_path):
     assert "estimated on another prompt. " in caplog.text
 
 
+def test_a_subspace_that_leaves_next_to_nothing_open_is_said(caplog, model, tmp_path):
+    sets = [tmp_path / f"{name}.jsonl" for name in ("forget", "retain")]
+    for path, ends in zip(sets, ("?", "?x"), strict=True):
+        rows = [{"question": f"{word}{ends}", "answer": word} for word in ("abc", "def")]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = [f"--model.path={model}", f"--data.forget={sets[0]}", f"--data.retain={sets[1]}"]
+    cli.main(["subspace", *own, "--subspace.energy=0.9999", f"--out={tmp_path / 'run'}"])
+    assert "leave less than 1 % of the forget answers' energy open, such as model" in caplog.text
+
+
 def test_more_directions_than_the_sketch_has_are_refused():
     with pytest.raises(ValueError, match=r"subspace\.rank must be at most subspace\.width, 512"):
         config.SubspaceConfig(rank=513)
