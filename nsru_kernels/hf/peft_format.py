@@ -10,6 +10,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -51,6 +52,8 @@ _DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "bias": "none",
 }
+# By which PEFT finds modules.
+_RULES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # With these the folder's A and B are not all there is to it.
 _UNSUPPORTED = (
     "use_dora", "use_qalora", "modules_to_save", "layer_replication", "alora_invocation_tokens",
@@ -423,12 +426,12 @@ def _sizes(
         raise ValueError(f"init_lora_weights={start!r} is not supported; load it with PEFT.")
     if config["bias"] != "none":
         raise ValueError("trained biases are not supported; load it with PEFT.")
-    wanted, unwanted = _in_config(config, "target_modules"), _in_config(config, "exclude_modules")
+    found = _found_by_peft(config)
     for name in adapters.keys() - set(_of_experts(layers)):
-        if not wanted(name, True) or unwanted(name, False):
+        if not found(name):
             raise ValueError(
-                f"{WEIGHTS} has {name}, which target_modules or exclude_modules in {CONFIG} leave "
-                "out, and so would PEFT; give the folder back the config that it was saved with."
+                f"{WEIGHTS} has {name}, which {' or '.join(_RULES)} in {CONFIG} leave out, and so "
+                "would PEFT; give the folder back the config that it was saved with."
             )
     ranks = by_pattern(config["rank_pattern"], adapters, config["r"])
     alphas = by_pattern(config["alpha_pattern"], adapters, config["lora_alpha"])
@@ -445,21 +448,27 @@ def _sizes(
     return ranks, alphas
 
 
-def _in_config(config: Mapping[str, Any], option: str) -> Callable[[str, bool], bool]:
-    """True where a module is named there, by PEFT's rules for lists of names and for
-    expressions, or the second argument where nothing is."""
-    names: Any = config.get(option) or None
-    if isinstance(names, str) and names != "all-linear":
+def _found_by_peft(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether PEFT would find a module by the names, expressions and layers of the config."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    rules = {
+        **dict.fromkeys(_RULES),
+        **{key: config[key] for key in _RULES if config.get(key) not in (None, "", [])},
+    }
+    for option, value in rules.items():
+        kind = int if option == "layers_to_transform" else str
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(one) is kind for one in values):
+            wanted = "names or an expression" if kind is str else "numbers of layers"
+            raise ValueError(f"{option} must be {wanted}, got {value!r:.60}.")
         try:
-            expression = re.compile(names)
+            [re.compile(one) for one in values if kind is str]
         except re.error as error:
-            raise ValueError(f"{option}: {names!r} is no regular expression: {error}.") from error
-        return lambda name, _: expression.fullmatch(name) is not None
-    if isinstance(names, list) and all(isinstance(end, str) for end in names):
-        return lambda name, _: any(name == end or name.endswith(f".{end}") for end in names)
-    if names is not None and names != "all-linear":
-        raise ValueError(f"{option} must be names or an expression, got {names!r:.60}.")
-    return lambda _, default: default
+            raise ValueError(f"{option}: {value!r} is no regular expression: {error}.") from error
+    if rules["target_modules"] in (None, "all-linear"):
+        rules["target_modules"] = ".*"
+    return lambda name: bool(check_target_module_exists(SimpleNamespace(**rules), name))
 
 
 def _own_scales(

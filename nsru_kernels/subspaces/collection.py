@@ -257,7 +257,10 @@ class SubspaceSet(dict[str, RetainSubspace]):
                         f"{entry.name}, {folder / file} {getattr(subspace, name)}; estimate again."
                     )
             own, digests = subspace.spectrum(), index["sha256"]
-            shares = zip(own, entry.spectrum, strict=False)
+            shares = [
+                *zip(own, entry.spectrum, strict=False),
+                (subspace.captured_energy, entry.captured_energy),
+            ]
             if (digests and digests.get(entry.name) != _sha256(folder / file)) or any(
                 not math.isclose(share, noted, abs_tol=1e-6) for share, noted in shares
             ):

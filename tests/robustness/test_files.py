@@ -90,6 +90,7 @@ def test_a_path_in_the_index_is_refused(tmp_path, file):
         {"in_features": 24},
         {"captured_energy": float("nan")},
         {"captured_energy": 1.5},
+        {"captured_energy": 0.99},
         {"editability": 10**400},
         {"spectrum": [0.4, None]},
         {"spectrum": [float("inf")]},
@@ -341,6 +342,8 @@ def test_tensors_that_are_no_adapter_are_refused(model, adapter, value, match):
         {"target_modules": "q("},
         {"target_modules": [3]},
         {"exclude_modules": ".*"},
+        {"layers_to_transform": "1"},
+        {"layers_to_transform": [1.5]},
     ],
 )
 def test_the_adapter_config_is_checked(model, adapter, changes):

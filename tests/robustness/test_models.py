@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -559,6 +560,25 @@ def test_what_peft_wrote_with_patterns_is_read_back(model, tmp_path, rslora):
     torch.testing.assert_close(ours(ids), theirs(ids))
     nk.save_lora_adapter(ours, tmp_path / "again")
     torch.testing.assert_close(by_peft(model, tmp_path / "again")(ids), theirs(ids))
+
+
+def test_layers_of_a_config_of_peft_are_its_layers(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    whole = nn.Sequential(OrderedDict(model=model))
+    config = peft.LoraConfig(
+        r=2, target_modules=["q", "k"], layers_to_transform=[1], layers_pattern="layers",
+        init_lora_weights=False,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(whole), config)
+    theirs.save_pretrained(tmp_path)
+    ours = copy.deepcopy(whole)
+    assert len(nk.load_lora_adapter(ours, tmp_path).swapped) == 2
+    torch.testing.assert_close(ours(ids), theirs(ids))
+    saved = json.loads((tmp_path / CONFIG).read_text())
+    for change in ({"layers_to_transform": 0}, {"layers_pattern": ["h"]}):
+        (tmp_path / CONFIG).write_text(json.dumps(saved | change))
+        with pytest.raises(ValueError, match=r"or layers_pattern in .* leave out"):
+            nk.load_lora_adapter(copy.deepcopy(whole), tmp_path)
 
 
 def test_a_name_that_ends_another_keeps_its_own_alpha(tmp_path):
