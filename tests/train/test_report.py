@@ -14,6 +14,7 @@ from report_samples import demo_metrics, demo_results
 from nsru_train.report import matched_damage, tables, write_report
 from nsru_train.report.figures import utility
 from nsru_train.report.summary import (
+    best_few,
     damage_curve,
     ends,
     loss_series,
@@ -269,6 +270,8 @@ def test_many_methods_have_a_row_each_and_those_that_do_not_forget_none(tmp_path
     names = [label.get_text() for label in kept.get_yticklabels()]
     assert names[0].lower() == "idk", "what does not forget is below all others"
     assert "NSRU against all others without projection" in text_of(page)
+    assert best_few(results) == ["nsru", "npo projected", "dpo projected", "lora", "npo"]
+    assert (tmp_path / "figures/frontier-best.png").exists()
 
 
 def test_more_methods_than_colours_differ_in_their_dashes():

@@ -182,6 +182,14 @@ def matched_damage(results: Row, key: str = "retain_unseen_prob") -> list[dict[s
     return table
 
 
+def best_few(results: Row) -> list[str]:
+    """The first method, and those that cost unseen answers least at equal forgetting."""
+    matched = matched_damage(results)
+    names = [key.removesuffix("_damage") for key in (*matched, {})[0] if key.endswith("_damage")]
+    best = sorted(names[1:], key=lambda name: fmean(values(matched, f"{name}_damage")))
+    return [*names[:1], *best[: FEW_METHODS - 1]]
+
+
 def rivals(others: Sequence[str]) -> list[str]:
     """Those that a method in the null space is compared with: the unprojected ones, if any."""
     return [method for method in others if not method.endswith(" projected")] or list(others)
