@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
-from collections.abc import Collection, Mapping
-from types import MethodType
+from collections.abc import Collection, Iterator, Mapping
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from nsru_kernels.nn.experts import ExpertLinear, is_experts, why_not_experts
 from nsru_kernels.nn.linear import NSRULinear
@@ -107,15 +107,29 @@ def held_by_hand(model: nn.Module) -> dict[int, str]:
     There a swap would leave it, or its forward.
     """
     held: dict[int, str] = {}
+    seen: set[int] = set()
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if attribute in ("_modules", "_parameters", "_buffers"):
                 continue
-            for leaf in tree_leaves(value):
-                owner = leaf.__self__ if isinstance(leaf, MethodType) else leaf
-                if isinstance(owner, nn.Module) and owner is not module:
+            for owner in _modules_in(value, seen):
+                if owner is not module:
                     held[id(owner)] = f"{name}.{attribute}".lstrip(".")
     return held
+
+
+def _modules_in(value: Any, seen: set[int], depth: int = 6) -> Iterator[nn.Module]:
+    """Modules that a value leads to: by containers, objects, partials, closures, bound methods."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and id(value) not in seen and not isinstance(value, (type, ModuleType, Tensor)):
+        seen.add(id(value))
+        if isinstance(value, FunctionType):  # its globals lead anywhere
+            parts = [value.__closure__, value.__defaults__, value.__kwdefaults__]
+        else:
+            parts = gc.get_referents(value)
+        for part in parts:
+            yield from _modules_in(part, seen, depth - 1)
 
 
 def shared_memory(model: nn.Module) -> set[int]:

@@ -288,7 +288,10 @@ def _check_request(
 def _check_reached(sketches: Mapping[str, RetainSketch]) -> None:
     missed = [name for name, sketch in sketches.items() if sketch.tokens == 0]
     if len(missed) == len(sketches):
-        raise ValueError("retain set is empty: the masks leave no token.")
+        raise ValueError(
+            f"retain set is empty: no token reached {missed[0]} or any other layer. Either the "
+            "masks leave none, or the model takes their forward or weights without calling them."
+        )
     if missed:
         raise ValueError(
             f"no batch reached {len(missed)} of {len(sketches)} inputs, the first {missed[0]}; "

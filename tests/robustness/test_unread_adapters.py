@@ -1,5 +1,6 @@
 """Linears whose weight a model reads without calling them: an adapter there would do nothing."""
 
+import functools
 from types import SimpleNamespace
 
 import peft
@@ -225,8 +226,25 @@ def test_fused_experts_are_known_by_their_class_too():
         lambda read: {"own": (read, "name")},
         lambda read: read.forward,
         lambda read: (read,),
+        lambda read: {read},
+        lambda read: functools.partial(read),
+        lambda read: lambda x: read(x),
+        lambda read: lambda x, layer=read: layer(x),
+        lambda read: SimpleNamespace(layers=[read]),
+        lambda read: functools.lru_cache(lambda: read),
     ],
-    ids=["list", "dict", "method", "tuple"],
+    ids=[
+        "list",
+        "dict",
+        "method",
+        "tuple",
+        "set",
+        "partial",
+        "closure",
+        "default",
+        "object",
+        "cache",
+    ],
 )
 def test_what_is_held_by_hand_is_left_out_by_name_and_refused(hold):
     """PyTorch registers no module of a list; a swap would not reach it there."""

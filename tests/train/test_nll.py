@@ -223,9 +223,9 @@ def make_model(name):
     return model.train()
 
 
-def make_batch():
+def make_batch(vocabulary=97):
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 97, (3, 12), generator=generator)
+    ids = torch.randint(3, vocabulary, (3, 12), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
     mask[2, 6:] = 0
@@ -341,4 +341,22 @@ def test_a_head_behind_a_projection_of_another_width_gives_full_logits(caplog):
     )  # fmt: skip
     model, batch = RemBertForCausalLM(config).eval(), make_batch()
     torch.testing.assert_close(answer_nll(model, batch)[0], expected_nll(model, batch)[0])
+    assert "full logits are computed" in caplog.text
+
+
+def test_a_part_of_the_vocabulary_that_is_masked_after_the_head_stays_masked(caplog):
+    class Masking(LlamaForCausalLM):
+        """As Chameleon, which never answers in tokens of images."""
+
+        def forward(self, *args, **options):
+            output = super().forward(*args, **options)
+            output.logits[..., 60:] = torch.finfo(output.logits.dtype).min
+            return output
+
+    plain, batch = make_model("llama"), make_batch(vocabulary=60)
+    model = Masking(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    own = expected_nll(model, batch)[0]
+    torch.testing.assert_close(answer_nll(model, batch)[0], own)
+    assert (own - expected_nll(plain, batch)[0]).abs().max() > 1e-2
     assert "full logits are computed" in caplog.text

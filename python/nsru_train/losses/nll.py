@@ -288,9 +288,10 @@ def _probe_head(model: Any, linear: Any, inputs: Mapping[str, Tensor]) -> dict[s
         relative = 2e-2 if linear.weight.dtype.itemsize < 4 else 1e-4
         for form in forms:
             head = Head(form["logit_softcap"], form["logit_scale"], rows=1)
-            seen = unmasked(expected)
-            difference = (head.bound(plain * head.scale) - expected)[seen].abs().max()
-            if difference <= relative * expected[seen].abs().max():
+            found, seen = head.bound(plain * head.scale), unmasked(expected)
+            difference = (found - expected)[seen].abs().max()
+            # A model can mask a part of the vocabulary after its head, as Chameleon does.
+            if difference <= relative * expected[seen].abs().max() and unmasked(found).equal(seen):
                 return form
     logger.warning(
         "%s: full logits are computed, which takes more memory, because %s.",
