@@ -128,6 +128,7 @@ def save_lora_adapter(
                     tensors |= _tensors(kept[name], module, alpha)
         if first:
             _check_finite(tensors)
+            _warn_of_zeros({n: tensors[f"{_PREFIX}{kept[n]}.lora_B.weight"] for n in modules})
             alphas = {name: module.alpha for name, module in modules.items()}
             more = dict(metadata or {})
             if not beside and "fingerprint" not in more:
@@ -171,6 +172,18 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
                 f"save_lora_adapter: {key} holds NaN or infinite values: training diverged. "
                 "Nothing was written."
             )
+
+
+def _warn_of_zeros(found: Mapping[str, Tensor]) -> None:
+    """Of B that are 0 beside others that are not."""
+    zeros = [name for name, b_NR in found.items() if not b_NR.any()]
+    if 0 < len(zeros) < len(found):
+        warnings.warn(
+            f"save_lora_adapter: {len(zeros)} of {len(found)} adapters are zero, such as that of "
+            f"{zeros[0]}: no gradient reached them. No token did, nothing is left open there, or "
+            "the model does not call these layers by their names.",
+            stacklevel=3,
+        )
 
 
 def _one_alpha(modules: Mapping[str, NSRULinear]) -> float:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from nsru_kernels.nn.inputs import evaluating
 from nsru_train.data.encode import Encoded, encode_prompt, encode_qa, pad_token_id
 from nsru_train.language_models import (
-    check_positions,
+    check_sequences,
     decoder_inputs,
     end_tokens,
     is_encoder_decoder,
@@ -140,7 +140,7 @@ def continuations(
     """
     model = _causal(model)
     order = sorted(prompts, key=lambda name: -len(prompts[name]))
-    check_positions(model, [Encoded([*prompts[order[0]], 0], 0)])
+    check_sequences(model, [Encoded([*prompt, 0], 0) for prompt in prompts.values()])
     limit = position_limit(model) or float("inf")
     pad = pad_token_id(tokenizer, model)
     found: dict[str, list[int]] = {}

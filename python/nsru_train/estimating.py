@@ -28,7 +28,7 @@ from nsru_train.data.encode import (
     prompt_text,
 )
 from nsru_train.data.records import QA
-from nsru_train.language_models import check_positions, is_encoder_decoder, split_for_decoder
+from nsru_train.language_models import check_sequences, is_encoder_decoder, split_for_decoder
 from nsru_train.own_texts import own_texts
 from nsru_train.run_folder import RunFolder, to_json
 from nsru_train.sources import digest
@@ -271,7 +271,7 @@ def encoded_batches(
     answers_only: bool = False,
 ) -> list[dict[str, torch.Tensor]]:
     """`token_batches` of what is encoded already."""
-    check_positions(model, encoded)
+    check_sequences(model, encoded)
     device, pad = next(model.parameters()).device, pad_token_id(tokenizer, model)
     batches = []
     apart = is_encoder_decoder(model)

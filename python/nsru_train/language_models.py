@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -128,11 +129,19 @@ def position_limit(model: nn.Module) -> int | None:
     return None
 
 
-def check_positions(model: nn.Module, encoded: Sequence[Encoded]) -> None:
-    """Raise ValueError where a sequence is longer than the model's position table.
+def check_sequences(model: nn.Module, encoded: Sequence[Encoded]) -> None:
+    """Raise ValueError where the model has no embedding of a token or no position for it.
 
-    Without a table, one beyond the positions that its config states is said once.
+    Without a table of positions, one beyond those that its config states is said once.
     """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(embedding, "num_embeddings", math.inf)
+    highest = max((max(one.input_ids, default=0) for one in encoded), default=0)
+    if highest >= rows:
+        raise ValueError(
+            f"a text has token {highest}, {type(model).__name__} has embeddings of {rows}; give "
+            "the model's own tokenizer, or resize its embeddings to the tokenizer"
+        )
     longest, limit = max(map(len, encoded), default=0), position_limit(model)
     stated, kind = _stated_positions(model), type(model).__name__
     if limit is None and stated is not None and longest > stated and (kind, stated) not in _warned:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from nsru_kernels.nn.inputs import evaluating
 from nsru_train.data.encode import Encoded, collate, length_batches, pad_token_id
-from nsru_train.language_models import check_positions
+from nsru_train.language_models import check_sequences
 from nsru_train.losses.nll import (
     AnswerHidden,
     AnswerLogits,
@@ -92,7 +92,7 @@ def score_share(
 
     Args, Raises: as in `score_sequences`.
     """
-    check_positions(model, encoded)
+    check_sequences(model, encoded)
     predict = [False] * len(encoded) if predict is None else predict
     scores: dict[int, Score] = {}
     batches = shares.of(_batches(model, encoded, max_tokens))

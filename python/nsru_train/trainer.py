@@ -36,7 +36,7 @@ from nsru_train.config import TrainConfig
 from nsru_train.data.encode import Encoded, encode_qa, pad_token_id
 from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
-from nsru_train.language_models import check_positions, is_encoder_decoder
+from nsru_train.language_models import check_sequences, is_encoder_decoder
 from nsru_train.losses.batch import SAFE, ScoredBatch
 from nsru_train.methods import Method, Objective, say_lacking
 from nsru_train.resumable import CheckpointError, ResumableTrainer
@@ -232,7 +232,7 @@ class NSRUTrainer(ResumableTrainer):
             raise ValueError(
                 "NSRUTrainer: model has no trainable parameter; call nk.swap_linears first."
             )
-        check_positions(model, train_dataset.sequences())
+        check_sequences(model, train_dataset.sequences())
         if args.torch_compile:
             raise ValueError(
                 "NSRUTrainer: torch_compile=True would compile the loss, whose shapes depend on "

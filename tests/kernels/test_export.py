@@ -100,6 +100,17 @@ def test_files_and_their_contents(base, tmp_path):
     assert all(0 < leak <= 1e-6 for leak in sidecar["leakage"].values())
 
 
+def test_adapters_that_no_gradient_reached_are_said(base, tmp_path, recwarn):
+    adapted = adapt(base, ["q_proj"])
+    nk.save_lora_adapter(adapted, tmp_path)
+    assert not [w for w in recwarn if "adapters are zero" in str(w.message)]
+    adapted.model.layers[0].self_attn.q_proj.lora_B.data.zero_()
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 adapters are zero, .*layers\.0\.self_attn\.q_proj"
+    ):
+        nk.save_lora_adapter(adapted, tmp_path)
+
+
 def test_no_leakage_is_told_where_no_subspace_is_known(base, tmp_path):
     nk.swap_linears(base, ["q_proj"], rank=4, alpha=8)
     nk.save_lora_adapter(base, tmp_path)

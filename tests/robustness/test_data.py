@@ -819,6 +819,20 @@ def test_a_text_longer_than_the_position_table_is_named():
     assert len(greedy_answers(model, tokenizer, ["Who is Ann?", "Who?"], max_new_tokens=90)) == 2
 
 
+def test_a_token_without_an_embedding_is_named_at_every_entrance():
+    tokenizer = chat_tokenizer(None)
+    model = make_llama(tokenizer, hidden_size=16, layers=1, heads=2, intermediate_size=16)
+    model.resize_token_embeddings(20)
+    encoded = encode_qa(tokenizer, ANN.question, ANN.answer)
+    for use in (
+        lambda: score_sequences(model, tokenizer, [encoded]),
+        lambda: greedy_answers(model, tokenizer, [ANN.answer, BOB.answer]),
+        lambda: token_batches(model, tokenizer, [ANN], max_tokens=99, max_length=99),
+    ):
+        with pytest.raises(ValueError, match=r"has token \d+, LlamaForCausalLM has embeddings of"):
+            use()
+
+
 def test_a_text_beyond_the_stated_positions_of_a_rotary_model_is_said_once(caplog):
     tokenizer = chat_tokenizer(None)
     sizes = {"hidden_size": 16, "layers": 1, "heads": 2}
