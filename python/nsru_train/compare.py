@@ -25,7 +25,7 @@ from nsru_train.data.encode import encode_prompt, prompt_text
 from nsru_train.estimating import run_subspaces
 from nsru_train.evaluation import evaluate, probability_sets
 from nsru_train.loading import Data, load_data, load_model, without_long
-from nsru_train.methods import Method, find_method, run_name, say_lacking
+from nsru_train.methods import Method, find_method, method_of_run, run_name, say_lacking
 from nsru_train.metrics import open_unlearning
 from nsru_train.own_texts import add_own_requests
 from nsru_train.pipeline import check_layers, check_training, kept_point, unlearn
@@ -72,13 +72,11 @@ class Contender:
         """
         if name == "before":
             raise ValueError("methods: 'before' is the base model; call your class otherwise.")
-        method, _, how = name.partition(" ")
-        project = how == "projected" or method == "nsru"
-        method = "nsru" if method == "lora" else method
-        found = find_method(method)
-        if how not in ("", "projected") or (method == "nsru" and how):
+        method, project = method_of_run(name)
+        if " " in method:
             raise ValueError(f'methods: expected a name, or "NAME projected", got {name!r}.')
-        if how and not found.trains:
+        found = find_method(method)
+        if project and not found.trains:
             raise ValueError(f"methods: {method} trains nothing to project, give it as {method}.")
         try:
             return cls(run_name(method, project), found(**settings), project, method)

@@ -26,7 +26,16 @@ from nsru_train.methods.task_vector import TaskVector
 from nsru_train.methods.undial import UNDIAL
 from nsru_train.methods.wga import WGA, SatImp
 
-__all__ = ["METHODS", "Forget", "ForgetRetain", "Method", "Objective", "find_method", "run_name"]
+__all__ = [
+    "METHODS",
+    "Forget",
+    "ForgetRetain",
+    "Method",
+    "Objective",
+    "find_method",
+    "method_of_run",
+    "run_name",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -114,3 +123,10 @@ def run_name(method: str, project: bool) -> str:
     if method == "nsru":
         return "nsru" if project else "lora"
     return method.rpartition(":")[2] + (" projected" if project else "")
+
+
+def method_of_run(name: str) -> tuple[str, bool]:
+    """The method in a `run_name`, and whether it is projected."""
+    if name in ("nsru", "lora"):
+        return "nsru", name == "nsru"
+    return name.removesuffix(" projected"), name.endswith(" projected")

@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from nsru_kernels.subspaces.collection import ALL
+from nsru_train.methods import method_of_run
 
 Row = Mapping[str, Any]
 
@@ -203,8 +204,7 @@ def projection_pairs(methods: Sequence[str]) -> dict[str, tuple[str | None, str 
     """Name of a method -> its runs without and with projection, as far as there are both."""
     pairs: dict[str, list[str | None]] = {}
     for method in methods:
-        projected = method == "nsru" or method.endswith(" projected")
-        name = "nsru" if method == "lora" else method.removesuffix(" projected")
+        name, projected = method_of_run(method)
         pairs.setdefault(name, [None, None])[projected] = method
     return {name: (plain, projected) for name, (plain, projected) in pairs.items()}
 
