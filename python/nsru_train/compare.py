@@ -23,7 +23,7 @@ from nsru_train.callbacks import GradientError
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.data.encode import encode_prompt, prompt_text
 from nsru_train.estimating import run_subspaces
-from nsru_train.evaluation import evaluate, probability_sets
+from nsru_train.evaluation import evaluate, probability_sets, watched
 from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.methods import Method, find_method, method_of_run, run_name, say_lacking
 from nsru_train.metrics import open_unlearning
@@ -131,9 +131,10 @@ class Comparison:
         asked = {name: len(self._probed.get(f"{name}_prob", ())) or sizes[name] for name in sizes}
         return {"questions": asked, "sizes": sizes}
 
-    def probe(self, model: nn.Module) -> dict[str, float]:
-        """Mean answer probabilities on the sets: a point of the frontier."""
-        return quick_probabilities(model, self.tokenizer, self._probed)
+    def probe(self, model: nn.Module, method: Method | None = None) -> dict[str, float]:
+        """A point of the frontier: mean answer probabilities, and what the method watches."""
+        sets = self._probed if method is None else watched(method, self._probed)
+        return quick_probabilities(model, self.tokenizer, sets)
 
     def before(self) -> dict[str, Any]:
         """The base model's row."""
@@ -160,6 +161,7 @@ class Comparison:
         folder = RunFolder(self.run.path / "runs" / f"{name}-{lr:g}-{seed}")
         if not self._done(folder):
             adapted = copy.deepcopy(self.base)
+            method = contender.method
             lora = replace(self.lora, project=contender.project)
             train = replace(self.train, lr=lr, seed=seed, save_steps=0)
             if self.sections:
@@ -177,8 +179,10 @@ class Comparison:
                 lora=lora,
                 objective=contender.method,
                 train=train,
-                # Before the first step an adapter is zero.
-                on_eval=lambda step, model: self.probe(model) if step else self._start,
+                on_eval=lambda step, model: (
+                    # Before the first step an adapter is zero.
+                    self.probe(model, method) if step or method.keeps_best else self._start
+                ),
                 max_length=self.max_length,
                 eval_steps=self.eval_steps,
                 stop_at=self.is_enough if self.stop is not None else None,

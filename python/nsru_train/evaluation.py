@@ -25,6 +25,7 @@ from nsru_train.eval_results import (
     to_results,
 )
 from nsru_train.guard import without_update
+from nsru_train.methods.method import Method
 from nsru_train.metrics.memorisation import exact_memorisation, extraction_strength
 from nsru_train.metrics.privacy import membership_auc, min_k, privleak
 from nsru_train.metrics.text import has_words, rouge_l_recall
@@ -99,6 +100,12 @@ def probability_sets(
         name: [encode_qa(tokenizer, *pair, max_length=max_length) for pair in found]
         for name, found in pairs.items()
     }
+
+
+def watched(method: Method, sets: Mapping[str, list[Encoded]]) -> dict[str, list[Encoded]]:
+    """``sets`` of `probability_sets` and what else the method chooses the step to keep by."""
+    more = {"retain_accuracy": sets["retain_prob"]} if method.keeps_best else {}
+    return {**sets, **more}
 
 
 def before_and_after(

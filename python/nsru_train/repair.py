@@ -28,7 +28,7 @@ from nsru_train.alternatives import add_alternatives
 from nsru_train.data.encode import Encoded
 from nsru_train.estimating import token_batches
 from nsru_train.eval_results import format_probabilities
-from nsru_train.evaluation import probability_sets
+from nsru_train.evaluation import probability_sets, watched
 from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.losses.batch import RETAIN, Batch
 from nsru_train.losses.nll import answer_nll
@@ -106,7 +106,7 @@ class FinishedRun:
             self.path / "own_requests.jsonl",
             keep=True,
         )
-        self._asked = probability_sets(
+        self.asked = probability_sets(
             self.tokenizer, self.data.splits(), self.data.safe,
             max_length=self.max_length, limit=QUESTIONS,
         )  # fmt: skip
@@ -121,13 +121,13 @@ class FinishedRun:
         self, model: nn.Module, asked: Mapping[str, Sequence[Encoded]] | None = None
     ) -> dict[str, float]:
         """Mean answer probabilities of the sets, or of others."""
-        return quick_probabilities(model, self.tokenizer, self._asked if asked is None else asked)
+        return quick_probabilities(model, self.tokenizer, self.asked if asked is None else asked)
 
     def write(
         self, kind: str, setup: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], **more: Any
     ) -> None:
         """results.json and report.html; the rows as a printed table too."""
-        sets = {name.removesuffix("_prob"): len(asked) for name, asked in self._asked.items()}
+        sets = {name.removesuffix("_prob"): len(asked) for name, asked in self.asked.items()}
         self.folder.write_environment()
         self.folder.write_results(
             {
@@ -192,7 +192,7 @@ def refresh(
             objective=objective,
             train=train,
             max_length=run.max_length,
-            on_eval=lambda _, model: run.probe(model),
+            on_eval=lambda _, model: run.probe(model, watched(objective, run.asked)),
             eval_steps=eval_steps,
             adapter=run.adapter,
             progress=progress,

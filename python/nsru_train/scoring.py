@@ -205,11 +205,14 @@ def quick_probabilities(
 def quick_probabilities(model, tokenizer, encoded, *, max_tokens=4096, progress=False):
     """Mean over sequences of p = exp(-mean token NLL), EOS included.
 
+    Of a set whose name ends in "_accuracy" the share of sequences that the model predicts token by
+    token, as its greedy answers would be.
+
     Cheap enough for every point of a training curve: encode once, outside. Several named sets go
     through one pass.
 
     Args:
-        encoded: sequences, or name -> sequences.
+        encoded: sequences, or name -> sequences; one that is in several sets is scored once.
         max_tokens: most tokens of a batch, padding included.
         progress: show a progress bar.
 
@@ -223,10 +226,21 @@ def quick_probabilities(model, tokenizer, encoded, *, max_tokens=4096, progress=
     for name, items in sets.items():
         if not items:
             raise ValueError(f"quick_probabilities: {name} is empty; give at least one sequence.")
-    flat = [item for items in sets.values() for item in items]
-    scores = iter(score_sequences(model, tokenizer, flat, max_tokens=max_tokens, progress=progress))
+    asked = {id(item): item for items in sets.values() for item in items}
+    right = {id(i) for name, items in sets.items() if name.endswith("_accuracy") for i in items}
+    found = score_sequences(
+        model, tokenizer, list(asked.values()), predict=[key in right for key in asked],
+        max_tokens=max_tokens, progress=progress,
+    )  # fmt: skip
+    scores = dict(zip(asked, found, strict=True))
+
+    def value(name: str, item: Encoded) -> float:
+        score = scores[id(item)]
+        if name.endswith("_accuracy"):
+            return float(np.array_equal(score.predictions, item.input_ids[item.answer_start :]))
+        return score.probability
+
     means = {
-        name: float(np.mean([next(scores).probability for _ in items]))
-        for name, items in sets.items()
+        name: float(np.mean([value(name, item) for item in items])) for name, items in sets.items()
     }
     return means if isinstance(encoded, Mapping) else means["encoded"]

@@ -20,7 +20,7 @@ from nsru_train.alternatives import add_alternatives
 from nsru_train.config import DataConfig, LoraConfig, ModelConfig, SubspaceConfig, TrainConfig
 from nsru_train.estimating import run_subspaces
 from nsru_train.eval_results import format_probabilities, probability_line
-from nsru_train.evaluation import before_and_after, probability_sets, quick_probabilities
+from nsru_train.evaluation import before_and_after, probability_sets, quick_probabilities, watched
 from nsru_train.loading import Data, load_data, load_model, without_long
 from nsru_train.methods import Method, run_name, say_lacking
 from nsru_train.ordinary import describe_ordinary, ordinary_answers
@@ -110,7 +110,7 @@ def run_train(
     fingerprint = fingerprint_weights(base)  # before they are sharded
 
     def look(step: int, model: nn.Module) -> dict[str, float]:
-        found = quick_probabilities(model, tokenizer, asked)
+        found = quick_probabilities(model, tokenizer, watched(objective, asked))
         if run.writes:
             tqdm.write(probability_line(step, found))  # print would tear the progress bar
         return found

@@ -315,8 +315,15 @@ class NSRUTrainer(ResumableTrainer):
         if self.objective.keeps_best:
             tensors = {name: whole(parameter.detach()) for name, parameter in trainable(model)}
             start = self.evaluations[0] if self.evaluations else results
+            try:
+                worth = self.objective.score(start, results)
+            except KeyError as error:
+                raise ValueError(
+                    f"on_eval: {type(self.objective).__name__} chooses by {error}, which is not in "
+                    f"its results, {', '.join(results)}. `quick_probabilities` gives it."
+                ) from error
             if self.args.should_save:
-                self._best.consider(tensors, step, self.objective.score(start, results))
+                self._best.consider(tensors, step, worth)
         return results
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):

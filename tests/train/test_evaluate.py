@@ -199,6 +199,15 @@ def test_quick_probabilities(model, tokenizer, authors, evaluation):
     assert quick_probabilities(model, tokenizer, sets["retain"]) == pytest.approx(
         expected["retain"], rel=1e-9
     )
+    prompt = sets["forget"][0].input_ids[:5]
+    with torch.no_grad():
+        said = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+    answers = {"right": Encoded([*prompt, said], 5), "wrong": Encoded([*prompt, said - 1], 5)}
+    more = {"all_accuracy": list(answers.values()), "right_prob": [answers["right"]]}
+    found = quick_probabilities(model, tokenizer, sets | more)
+    assert found.pop("all_accuracy") == 0.5
+    assert found.pop("right_prob") < 1
+    assert found == pytest.approx(expected, rel=1e-9)
     with pytest.raises(ValueError, match="retain is empty"):
         quick_probabilities(model, tokenizer, {**sets, "retain": []})
     assert quick_probabilities(model, tokenizer, sets["retain"], max_tokens=5) == pytest.approx(

@@ -207,7 +207,7 @@ def test_every_method_forgets_on_the_rows_that_it_asks_for(tmp_path, tokenizer, 
     torch.manual_seed(0)
     nk.swap_linears(model, "all-linear", rank=4, alpha=8)
     options = {
-        "on_eval": lambda step, _: {"forget_prob": -step, "retain_prob": 0},
+        "on_eval": lambda step, _: {"forget_prob": -step, "retain_accuracy": 0},
         "eval_steps": 12,
     }
     trainer = samples.make_trainer(
@@ -260,7 +260,7 @@ def test_the_step_that_forgets_most_within_the_guard_is_kept(tmp_path):
     def make():
         def hook(step, model):
             seen[step] = samples.adapters(model)
-            return {"forget_prob": forget[step], "retain_prob": retain[step]}
+            return {"forget_prob": forget[step], "retain_accuracy": retain[step]}
 
         return samples.make_trainer(
             tmp_path, objective=METHODS["lune"](), max_steps=8, save_strategy="steps",
@@ -282,6 +282,10 @@ def test_the_step_that_forgets_most_within_the_guard_is_kept(tmp_path):
 def test_a_method_that_keeps_the_best_needs_an_evaluation(tmp_path):
     with pytest.raises(ValueError, match="on_eval must be given"):
         samples.make_trainer(tmp_path, objective=METHODS["lune"]())
+    hook = {"on_eval": lambda step, model: {"forget_prob": 0.5}, "eval_steps": 2}
+    trainer = samples.make_trainer(tmp_path, objective=METHODS["lune"](), trainer=hook)
+    with pytest.raises(ValueError, match="LUNE chooses by 'retain_accuracy', which is not in"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("part", ["safe", "suppress", "retain"])

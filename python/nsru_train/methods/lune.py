@@ -15,9 +15,10 @@ from nsru_train.methods.method import Method, mean
 class LUNE(Method):
     """Cross-entropy of a record's alternatives ("negatives") alone: no suppression, no retain term.
 
-    The evaluation that forgets most is kept, of those at which retain answers lost at most
-    ``guard`` of their mean probability. The paper guards the accuracy on neighbouring questions;
-    their probability is our reading. So is that the other answers may be safe targets.
+    The evaluation that forgets most is kept, of those at which the model still gives all retain
+    answers but a share of ``guard`` that it gave at the start, word for word. The paper guards its
+    accuracy on neighbouring questions, relative to the base model's; that these are the retain set,
+    and right to the word, is our reading. So is that the other answers may be safe targets.
 
     The abstract says that it "targets intermediate representations", and what we have of the paper
     not how. ``suppress_states`` is our reading: it adds c², where c = <h, h_base> / ‖h_base‖² is
@@ -25,7 +26,7 @@ class LUNE(Method):
     mean over tokens, 1 at the start.
 
     Args:
-        guard: loss of mean probability, 0 to 1.
+        guard: share of the retain answers given at the start that may be lost, 0 to 1.
         suppress_states: weight of that term; 0 leaves it out.
         layer: whose output it compares, from 0; None is the middle one.
 
@@ -70,5 +71,5 @@ class LUNE(Method):
         return {**parts, "total": total}
 
     def score(self, start: Mapping[str, float], now: Mapping[str, float]) -> float | None:
-        kept = now["retain_prob"] >= start["retain_prob"] - self.guard
+        kept = now["retain_accuracy"] >= start["retain_accuracy"] * (1 - self.guard)
         return -now["forget_prob"] if kept else None

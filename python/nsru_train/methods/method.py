@@ -205,7 +205,8 @@ class Method:
         """The worth of an evaluation's adapters; None where they may not be kept.
 
         Args:
-            start: results before the first step, forget_prob and retain_prob among them.
+            start: results before the first step: forget_prob, retain_prob and retain_accuracy, the
+                share of retain answers that the model predicts token by token.
             now: results of this evaluation.
         """
         raise NotImplementedError
