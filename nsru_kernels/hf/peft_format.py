@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -255,10 +256,19 @@ def _is_conv1d(module: NSRULinear) -> bool:
 
 
 def _pattern(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
-    """Values other than the default, by keys that fit one module only, in whatever order."""
-    other = {name: value for name, value in values.items() if value != default}
-    ends = {name for name in other if any(longer.endswith("." + name) for longer in values)}
-    return {f"^{name}" if name in ends else name: value for name, value in other.items()}
+    """Values other than the default, by keys that fit one module only, in whatever order.
+
+    PEFT reads them as regular expressions for the end of a name.
+    """
+
+    def key(name: str) -> str:
+        with contextlib.suppress(re.error):
+            fits = re.compile(rf"(.*\.)?({name})$")
+            if [one for one in values if fits.match(one)] == [name]:
+                return name
+        return f"^{re.escape(name)}"
+
+    return {key(name): value for name, value in values.items() if value != default}
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -462,7 +472,7 @@ def _sizes(
 
 
 def _found_by_peft(config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Whether PEFT would find a module by the names, expressions and layers of the config."""
+    """True of the modules that PEFT would find by names, expressions and layers of the config."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     rules = {

@@ -31,7 +31,7 @@ from nsru_train.own_texts import add_own_requests
 from nsru_train.pipeline import check_layers, check_training, kept_point, unlearn
 from nsru_train.report import write_report
 from nsru_train.report.summary import FORGET_TARGET, matched_damage
-from nsru_train.run_config import check_same_run
+from nsru_train.run_config import check_same_run, keep_date
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import quick_probabilities
 
@@ -504,6 +504,8 @@ def run_compare(
             f"out: {out} holds {begun} finished runs of a comparison that was interrupted; "
             f"--resume true goes on with them, or remove {out}/runs to begin anew."
         )
+    if resume:
+        keep_date(run.config_path, data)
     config = {
         "model": asdict(model),
         "data": asdict(data),
@@ -516,6 +518,7 @@ def run_compare(
     if resume:
         check_same_run(run.config_path, config, growing="methods")
     base, tokenizer = load_model(model, data)
+    config["data"] = asdict(data)
     config["compare"]["prompt"] = prompt_text(tokenizer, "{}")
     if resume:
         check_same_run(run.config_path, config, growing="methods")

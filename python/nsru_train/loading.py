@@ -175,7 +175,7 @@ def load_model(
     Args:
         config: says where it is, or that place itself: a folder or a hub id.
         data: how the tokenizer writes texts: system prompt, chat template's variables, truncation;
-            None leaves these out.
+            None leaves these out. Where the template writes the date, its variable gets today's.
 
     Returns:
         (model, tokenizer), the model in eval mode, on the GPU where there is one.
@@ -235,11 +235,12 @@ def load_model(
         )
     try:
         use_format(tokenizer, text_format)
-        notes = served_otherwise(tokenizer), dated(tokenizer)
+        otherwise = served_otherwise(tokenizer)
+        _keep_date(tokenizer, data)
     except ValueError as error:
         raise ValueError(f"data: {error}") from error
-    for note in filter(None, notes):
-        logger.warning("data: %s.", note)
+    if otherwise is not None:
+        logger.warning("data: %s.", otherwise)
     # Quantised weights are where they were made, and not all of them can move.
     model = (model if model.device == device else model.to(device)).eval()
     if not is_encoder_decoder(model) and looks_ahead(model):
@@ -249,6 +250,26 @@ def load_model(
             "model (of BERT and its kind: is_decoder in its config.json)."
         )
     return model, tokenizer
+
+
+def _keep_date(tokenizer: PreTrainedTokenizerBase, data: DataConfig | None) -> None:
+    """Let the date that a chat template writes into prompts stay today's, where it has a name."""
+    today = dated(tokenizer)
+    if today is None:
+        return
+    remedy = "A system prompt of your own takes its place"
+    if today and data is None:
+        remedy = f"use_format(tokenizer, TextFormat(template_kwargs={today})) fixes it"
+    elif today and data is not None:
+        data.chat_template_kwargs = {**data.chat_template_kwargs, **today}
+        kept = replace(tokenizer.text_format, template_kwargs=data.chat_template_kwargs)
+        use_format(tokenizer, kept)
+        remedy = f"Here it stays {next(iter(today.values()))}, by data.chat_template_kwargs"
+    logger.warning(
+        "data: the chat template writes today's date into prompts, so that another day would train "
+        "and score other tokens. %s.",
+        remedy,
+    )
 
 
 def _check_folder(path: str) -> None:
@@ -269,6 +290,8 @@ def _device(name: str) -> torch.device:
         if device.type == "cuda" and local_rank:
             return torch.device("cuda", int(local_rank))
         return device
+    if name == "meta":
+        raise ValueError("model.device: 'meta' holds no weights; give auto, cpu or cuda:N.")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts

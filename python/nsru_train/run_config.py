@@ -201,6 +201,15 @@ def _alike(before: Any, now: Any, folder: Path) -> bool:
     return bool(inside) and Path(before).parts[-len(inside) :] == inside
 
 
+def keep_date(path: Path, data: DataConfig) -> None:
+    """Give data the date that the prompts of the run in ``path`` have, where it says none."""
+    before = _read(path).get("data")
+    given = before.get("chat_template_kwargs") if isinstance(before, dict) else None
+    for name, value in given.items() if isinstance(given, dict) else ():
+        if "date" in name:
+            data.chat_template_kwargs = {name: value, **data.chat_template_kwargs}
+
+
 def check_same_run(path: Path, config: Mapping[str, Any], growing: str = "") -> None:
     """A resumed run must go on as it began. Raises ValueError naming what differs.
 

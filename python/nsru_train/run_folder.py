@@ -89,6 +89,8 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path):
+        if not str(path):
+            raise ValueError("out must be the path of a folder, got ''.")
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(

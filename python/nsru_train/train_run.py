@@ -27,7 +27,7 @@ from nsru_train.ordinary import describe_ordinary, ordinary_answers
 from nsru_train.own_texts import add_own_requests
 from nsru_train.pipeline import check_layers, check_training, unlearn
 from nsru_train.report import write_report
-from nsru_train.run_config import adapter_digest, check_same_run
+from nsru_train.run_config import adapter_digest, check_same_run, keep_date
 from nsru_train.run_folder import RunFolder
 from nsru_train.trainer import inside_forward
 
@@ -66,6 +66,8 @@ def run_train(
         remedy = f" Its retain subspaces are whole: --subspace.path {own} takes them."
         whole = estimated and subspace.path is None
         print(f"resume: {out} has no checkpoint yet; starting anew.{remedy * whole}")
+    if last is not None:
+        keep_date(run.config_path, data)
     config = {
         "model": asdict(model),
         "data": asdict(data),
@@ -81,6 +83,7 @@ def run_train(
         print(f"resume: going on from {last}.")
     started = time.perf_counter()
     base, tokenizer = load_model(model, data)
+    config["data"] = asdict(data)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=base.device.type == "cpu")  # makes the process group
     loaded = without_long(loaded, tokenizer, data)

@@ -238,6 +238,12 @@ class NSRUTrainer(ResumableTrainer):
                 "NSRUTrainer: torch_compile=True would compile the loss, whose shapes depend on "
                 "the data. Compile the backbone instead: model.base_model.compile()."
             )
+        by_epoch = "epoch" in (args.save_strategy, args.eval_strategy)
+        if args.gradient_accumulation_steps > 1 and by_epoch:
+            logger.warning(
+                "Steps of several batches run on over the ends of epochs: what is saved or "
+                "evaluated by epoch comes after several of them. Give 'steps' and their number."
+            )
         if args.n_gpu > 1:
             # DataParallel would copy the whole model every step.
             logger.warning(

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPConfig, Whispe
 import nsru_kernels as nk
 from nsru_train import cli, config, estimating, run_config
 from nsru_train.demo.tiny_model import make_llama, train_tokenizer
-from nsru_train.loading import load_data
+from nsru_train.loading import load_data, load_model
 from nsru_train.run_folder import RunFolder
 from nsru_train.trainer import CheckpointError, NSRUTrainer
 
@@ -284,6 +284,11 @@ def test_a_subspace_that_leaves_next_to_nothing_open_is_said(caplog, model, tmp_
     assert "leave less than 1 % of the forget answers' energy open, such as model" in caplog.text
 
 
+def test_a_device_without_weights_is_refused():
+    with pytest.raises(ValueError, match=r"model\.device: 'meta' holds no weights"):
+        load_model(config.ModelConfig("somewhere", device="meta"))
+
+
 def test_more_directions_than_the_sketch_has_are_refused():
     with pytest.raises(ValueError, match=r"subspace\.rank must be at most subspace\.width, 512"):
         config.SubspaceConfig(rank=513)
@@ -296,6 +301,7 @@ def test_more_directions_than_the_sketch_has_are_refused():
         (["eval", "none", "--max_new_tokens=0"], "max_new_tokens must be"),
         (["eval", "none", "--examples=-1"], "examples must not be negative"),
         (["demo", "--seeds=0"], "seeds must be"),
+        (["demo", "--out="], "out must be the path of a folder"),
         (["demo", "--probed=0"], "probed must be"),
         (["demo", "--stop=90"], "stop must be"),
         (["demo", "--examples=-1"], "examples must not be negative"),

@@ -170,22 +170,26 @@ def test_a_prompt_that_is_served_otherwise_than_trained_is_said(template, kwargs
 
 
 @pytest.mark.parametrize(
-    ("template", "text_format", "remedy"),
+    ("template", "text_format", "names"),
     [
-        (DATED, {}, "chat_template_kwargs such as date_string"),
+        (DATED, {}, ["date_string"]),
         (DATED, {"template_kwargs": {"date_string": "26 Jul 2024"}}, None),
-        (GRANITE, {}, "a system prompt of your own"),
+        (GRANITE, {}, []),
         (GRANITE, {"system_prompt": "Be kind."}, None),
         (CHATML, {}, None),
         (None, {}, None),
     ],
 )
-def test_a_prompt_that_tells_the_day_is_said(template, text_format, remedy):
+def test_a_prompt_that_tells_the_day_is_known(template, text_format, names):
     tokenizer = chat_tokenizer(template)
     use_format(tokenizer, TextFormat(**text_format))
-    said = dated(tokenizer)
-    assert (said is None) == (remedy is None)
-    assert remedy is None or f"Fix it, by {remedy}, " in said
+    found = dated(tokenizer)
+    assert (None if found is None else list(found)) == names
+    if found:
+        before = encode_prompt(tokenizer, "Who?")
+        use_format(tokenizer, TextFormat(template_kwargs=found))
+        assert encode_prompt(tokenizer, "Who?") == before
+        assert dated(tokenizer) is None
 
 
 def test_a_safe_target_that_is_the_answer_is_refused_whoever_gives_it():

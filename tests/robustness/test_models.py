@@ -562,6 +562,26 @@ def test_what_peft_wrote_with_patterns_is_read_back(model, tmp_path, rslora):
     torch.testing.assert_close(by_peft(model, tmp_path / "again")(ids), theirs(ids))
 
 
+def test_names_that_fit_each_other_as_expressions_keep_their_ranks(tmp_path):
+    class Alike(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.aaproj = nn.ModuleDict({"proj": nn.Linear(K, K)}), nn.Linear(K, K)
+            self.add_module("b+", nn.Linear(K, K))
+
+        def forward(self, x):
+            return self.a["proj"](x).tanh() + self.aaproj(x) + self.get_submodule("b+")(x)
+
+    base, x = Alike(), torch.randn(3, K)
+    adapted = copy.deepcopy(base)
+    ranks = {r"^a\.proj": 2, r"b\+": 3}
+    adapt(adapted, "all-linear", rank_pattern=ranks, subspaces=None)
+    nk.save_lora_adapter(adapted, tmp_path)
+    torch.testing.assert_close(by_peft(base, tmp_path)(x), adapted(x))
+    nk.load_lora_adapter(base, tmp_path)
+    torch.testing.assert_close(base(x), adapted(x))
+
+
 def test_layers_of_a_config_of_peft_are_its_layers(model, tmp_path):
     peft = pytest.importorskip("peft")
     whole = nn.Sequential(OrderedDict(model=model))

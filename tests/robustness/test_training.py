@@ -165,6 +165,13 @@ def test_epochs_asked_for_are_those_of_the_questions(tmp_path):
     assert [len(step) for step in steps] == [32, 32]
 
 
+def test_saving_by_epochs_that_steps_run_over_is_said(tmp_path, caplog):
+    samples.make_trainer(tmp_path, save_strategy="epoch")
+    assert "by epoch" not in caplog.text
+    samples.make_trainer(tmp_path, save_strategy="epoch", gradient_accumulation_steps=2)
+    assert "by epoch comes after several of them" in caplog.text
+
+
 def test_resume_inside_accumulated_epochs_is_bit_identical(tmp_path):
     arguments = {"max_steps": 5, "gradient_accumulation_steps": 2}
     whole = samples.resumable(tmp_path / "whole", **arguments)

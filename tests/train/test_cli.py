@@ -1,5 +1,6 @@
 """The commands in the order a user runs them, on a tiny model, and the mistakes a user makes."""
 
+import datetime
 import inspect
 import json
 import re
@@ -16,6 +17,7 @@ from nsru_kernels.hf.peft_format import CONFIG
 from nsru_train.cli import main
 from nsru_train.commands import train
 from nsru_train.config import DataConfig, ModelConfig, SubspaceConfig
+from nsru_train.data import encode
 from nsru_train.demo.authors import author_splits
 from nsru_train.methods import METHODS
 from nsru_train.sources import save_records
@@ -272,6 +274,44 @@ def test_resume_after_the_first_checkpoint_gives_the_same_adapter(setting, run, 
         for folder in (run, out)
     )
     assert once == resumed
+
+
+def test_a_run_keeps_the_date_that_its_prompts_began_with(setting, tmp_path, monkeypatch, caplog):
+    from transformers import AutoTokenizer
+    from transformers.utils import chat_template_utils
+
+    class Day(datetime.datetime):
+        day_of_run = 3
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 5, cls.day_of_run)
+
+    for module in (chat_template_utils, encode):
+        monkeypatch.setattr(module, "datetime", Day)
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(setting / "model", model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% if not date_string %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "Today: {{ date_string }}{% for m in messages %} {{ m.role }}: {{ m.content }}{% endfor %}"
+        "{{ ' assistant:' if add_generation_prompt else eos_token }}"
+    )
+    tokenizer.save_pretrained(model)
+    command = ["train", *flags(setting), f"--model.path={model}", *TRAIN, f"--out={out}"]
+    main(command)
+    assert "Here it stays 03 May 2026, by data.chat_template_kwargs" in caplog.text
+    Day.day_of_run = 4
+    weights = (out / "adapter/adapter_model.safetensors").read_bytes()
+    for late in ("checkpoint-6", "adapter"):
+        shutil.rmtree(out / late)
+    caplog.clear()
+    main([*command, "--resume=true"])
+    main(["eval", str(out), "--max_new_tokens=2"])
+    assert "today's date" not in caplog.text
+    assert (out / "adapter/adapter_model.safetensors").read_bytes() == weights
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["data"]["chat_template_kwargs"] == {"date_string": "03 May 2026"}
 
 
 def test_resume_with_other_settings_is_refused(setting, run, capsys):

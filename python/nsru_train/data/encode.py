@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,20 +161,26 @@ def served_otherwise(tokenizer: PreTrainedTokenizerBase) -> str | None:
     )
 
 
-def dated(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """In words, that the chat template writes today's date into prompts; None where it does not."""
+def dated(tokenizer: PreTrainedTokenizerBase) -> dict[str, str] | None:
+    """The variable of the chat template that holds the date in its prompts → today's.
+
+    Empty where it has none, as Granite's; None where the template writes no date.
+    """
     template = tokenizer.chat_template
     if not isinstance(template, str):
         return None
+    text = _render(tokenizer, _QUESTION)
     timeless = template.replace("strftime_now", "'{}'.format")
-    if _render(tokenizer, _QUESTION) == _render(tokenizer, _QUESTION, template=timeless):
+    if text == _render(tokenizer, _QUESTION, template=timeless):
         return None
-    names = sorted(name for name in _variables(template) if "date" in name)
-    remedy = f"chat_template_kwargs such as {names[0]}" if names else "a system prompt of your own"
-    return (
-        "the chat template writes today's date into every prompt, so that another day trains and "
-        f"scores other tokens, and a comparison cannot go on. Fix it, by {remedy}, to compare runs"
-    )
+    formats = re.findall(r"strftime_now\(\s*['\"](.+?)['\"]\s*\)", template)
+    for name in sorted(name for name in _variables(template) if "date" in name):
+        for today in (datetime.now().strftime(one) for one in formats):  # as transformers has it
+            given = {**_format_of(tokenizer).template_kwargs, name: today}
+            fixed = replace(_format_of(tokenizer), template_kwargs=given)
+            if _render(tokenizer, _QUESTION, text_format=fixed) == text:
+                return {name: today}
+    return {}
 
 
 def find_question(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) -> tuple[str, int]:
