@@ -22,7 +22,7 @@ RESULTS = {  # folder → what it compares, with what sizes
     "tofu-cpu": "a Llama of 5.8M parameters, two of forty TOFU authors, NPO at 0.05",
     "tofu-cpu-defaults": "the same by the present defaults",
     "frontier-smollm2": "SmolLM2-135M, two of twelve TOFU authors, ten methods",
-    "frontier-tofu-5.9m": "a Llama of 5.8M parameters, two of forty TOFU authors, nineteen methods",
+    "frontier-tofu-5.9m": "a Llama of 5.8M parameters, two of forty TOFU authors, twenty methods",
     "frontier-fictitious": "a Llama of 1.0M parameters, fictitious authors",
 }
 

@@ -356,7 +356,7 @@ def test_the_frontier_on_tofu_is_what_its_section_says():
     section = section.split("\n## ")[0]
     assert f"(forget_prob ≤ {matched[0]['forget_prob']:.3f})" in section
     rates = {(point["method"], point["lr"]) for point in results["tuning"]}
-    assert len(rates) == 36 * 3 + 1
+    assert len(rates) == 38 * 3 + 1
 
     def end(method, key):
         return fmean(row[key] for row in results["methods"] if row["method"] == method)
@@ -370,6 +370,16 @@ def test_the_frontier_on_tofu_is_what_its_section_says():
         assert cells == [f"{plain:.4f}", f"{inside:.4f}", f"{inside / plain:.2f}", *safe], name
     ratios = [f"{row['ratio']:.2f}" for row in matched]
     assert f"It costs {ratios[0]}, {ratios[1]} and {ratios[2]} times" in section
+    rest = [
+        f"{row['nsru_damage'] / min(row['dpo_damage'], row['npo_damage']):.2f}" for row in matched
+    ]
+    assert f"DPO and NPO, {rest[0]}, {rest[1]} and {rest[2]} times" in " ".join(section.split())
+    for name in ("alter", "alter projected"):
+        lost = [row[f"{name}_damage"] for row in matched]
+        assert f"{min(lost):.4f} to {max(lost):.4f}" in section
+    for name in ("altpo", "altpo projected", "lune", "lune projected"):
+        left = [row["forget_prob"] for row in results["methods"] if row["method"] == name]
+        assert f"{min(left):.2f} to {max(left):.2f}" in section
     of_lora = [f"{row['nsru_damage'] / row['lora_damage']:.2f}" for row in matched]
     assert f"({of_lora[1]} and {of_lora[2]} of it)" in section
     ends = [f"{end(m, 'forget_prob'):.3f}" for m in ("nsru", "npo projected", "dpo projected")]
@@ -383,6 +393,18 @@ def test_the_frontier_on_tofu_is_what_its_section_says():
         ("nsru", 1e-3, 30), ("lora", 1e-3, 30), ("lora", 3e-3, 10), ("lora", 3e-3, 80),
     )]  # fmt: skip
     assert [round(value, 3) for value in quoted] == [0.022, 0.138, 0.342, 0.018]
+    variants = json.loads((RESULTS / "frontier-tofu-5.9m" / "variants.json").read_text())
+    for variant in variants.values():
+        for name in variant["setup"]["methods"]:
+            lost = [
+                before - max(
+                    point["retain_unseen_prob"] for point in variant["frontier"]
+                    if (point["method"], point["seed"]) == (name, seed)
+                    and point["forget_prob"] <= matched[0]["forget_prob"]
+                )
+                for seed in range(3)
+            ]  # fmt: skip
+            assert f"{fmean(lost):.4f}" in section
 
 
 REPAIRED = {
