@@ -407,6 +407,29 @@ def test_the_frontier_on_tofu_is_what_its_section_says():
             assert f"{fmean(lost):.4f}" in section
 
 
+def test_what_wins_where_quotes_the_three_comparisons():
+    folders = [RESULTS / f"frontier-{name}" for name in ("fictitious", "tofu-5.9m", "smollm2")]
+    toy, tofu, real = (json.loads((f / "results.json").read_text()) for f in folders)
+    text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    section = text.split("## What wins where\n")[1].split("\n## ")[0]
+
+    def safe(results, *methods):
+        rows = [row for row in results["methods"] if row["method"] in methods]
+        return [fmean(r["safe_prob"] for r in rows if r["method"] == name) for name in methods]
+
+    own = [value for results in (toy, tofu, real) for value in safe(results, "nsru")]
+    dpo = [value for results in (toy, tofu) for value in safe(results, "dpo", "dpo projected")]
+    assert f"Safe answers end at {min(own):.2f} to {max(own):.2f} with NSRU" in section
+    assert f"at {min(dpo):.2f} to {max(dpo):.2f} with DPO" in section
+    ratios = [row["ratio"] for row in tofu["matched"]]
+    assert f"costs {min(ratios):.0f} to {max(ratios):.0f} times" in section
+    assert 1 / 22 < matched_damage(real)[0]["ratio"] < 1 / 18
+    lost = {name: fmean(row[f"{name}_damage"] for row in tofu["matched"])
+            for name in ("nsru", "npo projected")}  # fmt: skip
+    assert "twice what NPO costs in the null space" in section
+    assert 1.9 < lost["nsru"] / lost["npo projected"] < 2.2
+
+
 REPAIRED = {
     "NSRU": "nsru",
     "LoRA without projection": "lora",
