@@ -40,7 +40,7 @@ def looks_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (
         linear_sizes(module)[0] > 0
         and not isinstance(module, NSRULinear)
-        and next(module.children(), None) is None
+        and not any(True for child in module.children() for _ in child.parameters())
     )
 
 

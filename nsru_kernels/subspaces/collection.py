@@ -355,7 +355,8 @@ def fingerprint_weights(model: nn.Module, rounded_to: torch.dtype | None = None)
         name = ".".join(part for part in name.split(".") if part != "base_layer")  # adapted layers
         weights |= plain_parts(name, weight)
     for name, weight in sorted(weights.items()):
-        flat = weight.detach().resolve_neg().reshape(-1)
+        dense = weight if weight.layout is torch.strided else weight.to_dense()
+        flat = dense.detach().resolve_neg().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         while math.gcd(step, flat.numel()) > 1:  # else all may be of one column
             step += 1

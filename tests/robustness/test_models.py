@@ -623,3 +623,24 @@ def test_a_name_that_ends_another_keeps_its_own_alpha(tmp_path):
     torch.testing.assert_close(by_peft(plain, tmp_path)(x), adapted(x))
     nk.load_lora_adapter(plain, tmp_path)
     torch.testing.assert_close(plain(x), adapted(x))
+
+
+def test_layers_of_other_libraries_of_torch_are_named():
+    plain = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))
+    model = nn.Sequential(
+        torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}), nn.Linear(K, K)
+    )
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    assert report.swapped == ["1"]
+    assert report.skipped == dict.fromkeys(["0.0", "0.1"], "gradients do not pass through Linear")
+
+
+def test_sparse_weights_are_left_out_by_name():
+    model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))
+    sparse = model[0].weight.detach().to_sparse_csr()
+    model[0].weight = nn.Parameter(sparse, requires_grad=False)
+    batches = [torch.randn(5, K)]
+    found = nk.estimate_retain_subspaces(model, batches, "all-linear", width=4, rank=2)
+    assert list(found) == ["1"]
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4, subspaces=found)
+    assert "sparse_csr" in report.skipped["0"]
