@@ -257,7 +257,7 @@ def _keep_date(tokenizer: PreTrainedTokenizerBase, data: DataConfig | None) -> N
     today = dated(tokenizer)
     if today is None:
         return
-    remedy = "A system prompt of your own takes its place"
+    remedy = "A system prompt of yours fixes it in some templates, else one without the date does"
     if today and data is None:
         remedy = f"use_format(tokenizer, TextFormat(template_kwargs={today})) fixes it"
     elif today and data is not None:
