@@ -422,12 +422,19 @@ def test_what_wins_where_quotes_the_three_comparisons():
     assert f"Safe answers end at {min(own):.2f} to {max(own):.2f} with NSRU" in section
     assert f"at {min(dpo):.2f} to {max(dpo):.2f} with DPO" in section
     ratios = [row["ratio"] for row in tofu["matched"]]
-    assert f"costs {min(ratios):.0f} to {max(ratios):.0f} times" in section
-    assert 1 / 22 < matched_damage(real)[0]["ratio"] < 1 / 18
-    lost = {name: fmean(row[f"{name}_damage"] for row in tofu["matched"])
-            for name in ("nsru", "npo projected")}  # fmt: skip
+    assert f"{min(ratios):.0f} to {max(ratios):.0f} times the best of each seed" in section
+
+    def lost(results, *names):
+        matched = matched_damage(results)
+        return min(fmean(row[f"{name}_damage"] for row in matched) for name in names)
+
+    by_mean = lost(tofu, "nsru") / lost(tofu, "alter", "dpo", "npo")
+    assert f"costs {by_mean:.2f} times" in section
+    of_lora = lost(real, "nsru") / lost(real, "lora", "npo", "graddiff")
+    assert f"on SmolLM2-135M {of_lora:.2f} of the best unprojected one" in section
+    assert f"on the toy {lost(toy, 'nsru') / lost(toy, 'npo', 'wga'):.2f} of it" in section
     assert "twice what NPO costs in the null space" in section
-    assert 1.9 < lost["nsru"] / lost["npo projected"] < 2.2
+    assert 1.9 < lost(tofu, "nsru") / lost(tofu, "npo projected") < 2.2
 
 
 REPAIRED = {

@@ -126,9 +126,11 @@ def _what_is_kept(given: list[str]) -> str:
 
 def _with_config(given: list[str]) -> list[str]:
     """``nsru compare FILE`` is ``nsru compare --config FILE``."""
-    if given[:1] == ["compare"] and len(given) > 1 and os.path.isfile(given[1]):
-        return [given[0], "--config", *given[1:]]
-    return given
+    if given[:1] != ["compare"] or len(given) < 2 or given[1].startswith("-"):
+        return given
+    if not os.path.isfile(given[1]):
+        raise ValueError(f"compare: no file {given[1]}; give a YAML file, or options.")
+    return [given[0], "--config", *given[1:]]
 
 
 def _command(given: list[str]) -> str | None:

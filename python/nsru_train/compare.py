@@ -25,7 +25,7 @@ from nsru_train.data.encode import encode_prompt, prompt_text
 from nsru_train.estimating import run_subspaces
 from nsru_train.evaluation import evaluate, probability_sets, watched
 from nsru_train.loading import Data, load_data, load_model, without_long
-from nsru_train.methods import Method, find_method, method_of_run, run_name, say_lacking
+from nsru_train.methods import Method, check_records, find_method, method_of_run, run_name
 from nsru_train.metrics import open_unlearning
 from nsru_train.own_texts import add_own_requests
 from nsru_train.pipeline import check_layers, check_training, kept_point, unlearn
@@ -61,7 +61,7 @@ class Contender:
     name: str
     method: Method
     project: bool
-    found: str = "nsru"  # by `find_method`
+    found: str  # by `find_method`
 
     @classmethod
     def named(cls, name: str, settings: Mapping[str, Any]) -> Contender:
@@ -481,8 +481,10 @@ def run_compare(
         raise ValueError(f"logs: {clash[0]!r} is the name of another row; give another one.")
     loaded = load_data(data)
     digests = loaded.digests()
-    if not data.write_alternatives:
-        say_lacking([contender.method for contender in contenders], loaded.forget)
+    check_records(
+        [contender.method for contender in contenders], loaded.forget, loaded.retain,
+        written=bool(data.write_alternatives),
+    )  # fmt: skip
     found_logs, log_rows, notes = read_logs(logs, loaded)
     if "retain_unseen" not in loaded.more:
         if len(loaded.retain) < 2:

@@ -82,12 +82,7 @@ class PromptClassifier:
         generator = torch.Generator().manual_seed(seed)
         fitted, tested = [], []
         for kind, given in (("forget", forget), ("retain", retain)):
-            questions = list(dict.fromkeys(given))
-            if len(questions) < 2:
-                raise ValueError(
-                    f"data.{kind}: a prompt classifier needs two questions or more, one of them "
-                    f"for its threshold, got {len(questions)}."
-                )
+            questions = check_questions(kind, given)
             states_ND = mean_states(encoder or (model, tokenizer), questions, layer)
             states_ND = states_ND[torch.randperm(len(states_ND), generator=generator)]
             count = min(max(1, round(held_out * len(states_ND))), len(states_ND) - 1)
@@ -221,3 +216,14 @@ def load_encoder(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     except Exception as error:  # a damaged file raises anything in transformers
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"cannot load the sentence encoder in {folder}: {reason}") from error
+
+
+def check_questions(kind: str, given: Sequence[str]) -> list[str]:
+    """Distinct questions, two or more; ``kind`` is "forget" or "retain"."""
+    questions = list(dict.fromkeys(given))
+    if len(questions) < 2:
+        raise ValueError(
+            f"data.{kind}: a prompt classifier needs two questions or more, one of them "
+            f"for its threshold, got {len(questions)}."
+        )
+    return questions

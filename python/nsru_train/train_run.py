@@ -22,7 +22,7 @@ from nsru_train.estimating import run_subspaces
 from nsru_train.eval_results import format_probabilities, probability_line
 from nsru_train.evaluation import before_and_after, probability_sets, quick_probabilities, watched
 from nsru_train.loading import Data, load_data, load_model, without_long
-from nsru_train.methods import Method, run_name, say_lacking
+from nsru_train.methods import Method, check_records, run_name
 from nsru_train.ordinary import describe_ordinary, ordinary_answers
 from nsru_train.own_texts import add_own_requests
 from nsru_train.pipeline import check_layers, check_training, unlearn
@@ -56,8 +56,8 @@ def run_train(
     check_training(train)
     loaded = load_data(data)
     digests = loaded.digests()
-    if not data.write_alternatives:
-        say_lacking([objective], loaded.forget)
+    written = bool(data.write_alternatives)
+    check_records([objective], loaded.forget, loaded.retain, written)
     run = RunFolder(out).lock()
     last = _last_checkpoint(run, resume)
     own = run.path / "subspaces"

@@ -38,7 +38,7 @@ from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.language_models import check_sequences, is_encoder_decoder
 from nsru_train.losses.batch import SAFE, ScoredBatch
-from nsru_train.methods import Method, Objective, say_lacking
+from nsru_train.methods import Method, Objective, check_records
 from nsru_train.resumable import CheckpointError, ResumableTrainer
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import score_sequences
@@ -130,7 +130,7 @@ def prepare_dataset(
         ValueError: an empty set, or a text longer than max_length.
     """
     method, safe = method or Objective(), safe or SafeTargets()
-    say_lacking([method], forget)
+    check_records([method], forget, retain)
     texts = [taught(qa, safe, method.alternatives) for qa in forget]
     ref_safe = None
     if SAFE in method.ref_nll:

@@ -456,6 +456,16 @@ def test_fields_that_a_method_lacks_are_said_before_any_work(capsys, caplog, mod
     method = ["--method=altpo", f"--model.path={tmp_path / 'none'}", f"--out={tmp_path / 'x'}"]
     fails(capsys, "train", *sets, *method)
     assert "forget records have no alternatives; their safe targets stand in" in caplog.text
+    caplog.clear()
+    fails(capsys, "train", *sets, "--data.write_alternatives=2", *method)
+    assert "alternatives" not in caplog.text
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"question": "Who?", "answer": "Ann."}')
+    sets = [f"--data.forget={one}", sets[1]]
+    eco = fails(capsys, "train", *sets, "--method=eco", *method[1:])
+    assert "data.forget: a prompt classifier needs two questions or more" in eco
+    fails(capsys, "train", *sets, "--method=alter", "--data.write_alternatives=2", *method[1:])
+    assert "alter: one domain for all records" in caplog.text
 
 
 def test_a_comparison_is_given_by_its_file_alone(capsys, tmp_path):
@@ -464,6 +474,7 @@ def test_a_comparison_is_given_by_its_file_alone(capsys, tmp_path):
     assert "expected methods of distinct names" in fails(
         capsys, "compare", tmp_path / "c.yaml", *sets, f"--out={tmp_path / 'x'}"
     )
+    assert "compare: no file gone.yaml" in fails(capsys, "compare", "gone.yaml")
 
 
 def test_a_moved_folder_goes_on_with_what_lies_in_it(tmp_path):

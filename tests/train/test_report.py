@@ -270,6 +270,11 @@ def test_many_methods_have_a_row_each_and_those_that_do_not_forget_none(tmp_path
     names = [label.get_text() for label in kept.get_yticklabels()]
     assert names[0].lower() == "idk", "what does not forget is below all others"
     assert "NSRU against all others without projection" in text_of(page)
+    headline = table_below(page, "Before and after")
+    assert [row[0] for row in headline[1:4]] == ["Base model", "NSRU", "LoRA without projection"]
+    assert len(headline) == 2 + 8
+    evaluation = table_below(page, "Evaluation")
+    assert len(evaluation) == 1 + len(results["methods"])
     assert best_few(results) == ["nsru", "npo projected", "dpo projected", "lora", "npo"]
     assert (tmp_path / "figures/frontier-best.png").exists()
 

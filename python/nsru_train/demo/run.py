@@ -120,7 +120,7 @@ def run_demo(
     )  # fmt: skip
 
     say(f"3/5  unlearn with {' and '.join(METHODS)}, {seeds} seeds each, {train.steps} steps")
-    contenders = [Contender(name, objective, name == "nsru") for name in METHODS]
+    contenders = [Contender(name, objective, name == "nsru", "nsru") for name in METHODS]
     found = compare(comparison, contenders, lrs, seeds)
     say("4/5  compare with the goals")
     results: dict[str, Any] = {

@@ -7,6 +7,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from nsru_train.data.records import QA
 from nsru_train.methods.alter import ALTER
@@ -32,6 +33,7 @@ __all__ = [
     "ForgetRetain",
     "Method",
     "Objective",
+    "check_records",
     "find_method",
     "method_of_run",
     "run_name",
@@ -107,10 +109,23 @@ def find_method(name: str) -> type[Method]:
     return found
 
 
-def say_lacking(methods: Iterable[Method], forget: Sequence[QA]) -> None:
-    """Say, once, which fields records lack that the methods would read, and what stands in."""
-    for text in filter(None, (method.lacks(forget) for method in methods)):
-        _say(text)
+def check_records(
+    methods: Iterable[Method], forget: Sequence[QA], retain: Sequence[QA], written: bool = False
+) -> None:
+    """Say, once, which fields records lack that the methods would read, and what stands in.
+
+    Args:
+        written: alternatives are going to be written for the records that bring none.
+
+    Raises:
+        ValueError: there are too few of them for a method.
+    """
+    if written:
+        forget = [replace(qa, alternatives=qa.alternatives or ("To come.",)) for qa in forget]
+    for method in methods:
+        method.check_records(forget, retain)
+        if text := method.lacks(forget):
+            _say(text)
 
 
 @functools.cache

@@ -11,9 +11,10 @@ from typing import Any, Literal
 from torch import nn
 
 from nsru_kernels.subspaces.collection import fingerprint_weights
+from nsru_train.data.records import QA
 from nsru_train.guard import AttachedGuard, EcoGuard, guard_of
 from nsru_train.methods.method import Method
-from nsru_train.prompt_classifier import PromptClassifier, load_encoder
+from nsru_train.prompt_classifier import PromptClassifier, check_questions, load_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,10 @@ class ECO(Method):
     def corrupts(self) -> str | None:
         """The corruption in use."""
         return self.corruption or (None if self.adapter else "rand_noise")
+
+    def check_records(self, forget: Sequence[QA], retain: Sequence[QA]) -> None:
+        for kind, records in (("forget", forget), ("retain", retain)):
+            check_questions(kind, [qa.question for qa in records])
 
     def make_guard(
         self,

@@ -153,6 +153,9 @@ class Method:
         text = f"{bare} of {len(forget)} forget records have no {field}; {instead}."
         return text if bare else None
 
+    def check_records(self, forget: Sequence[QA], retain: Sequence[QA]) -> None:
+        """Raise ValueError where there are too few of them."""
+
     def domains(self, forget: Sequence[QA]) -> list[int] | None:
         """Number of each forget record's domain, where rows of a batch have to know theirs."""
         return None

@@ -86,9 +86,17 @@ def damage(results: Row, key: str, methods: Sequence[str]) -> Figure:
     found = {m: [max(value, LEAST_DAMAGE) for value in lost] for m, lost in found.items()}
     figure, axes, bare = _by_method(found, lower_is_better=True)
     untrained = {row.get("method") for row in results.get("frontier") or [] if row.get("lr") == 0}
+    ends, before = summary.ends(results, "forget_prob", key), summary.before_value(results, key)
     for row, pair in bare.items():
-        why = "trains nothing" if untrained & {*pair} else "does not forget"
-        _note(axes, why, (LEAST_DAMAGE, row), (6, -3.5), LIGHT["muted"], "left")
+        at, why = LEAST_DAMAGE, "does not forget"
+        if own := untrained & {*pair}:
+            why, runs = "trains nothing", ends.get(own.pop(), [])
+            if matched and before is not None and runs:
+                forgotten, kept = zip(*runs, strict=True)
+                if max(forgotten) <= matched[0]["forget_prob"]:
+                    at = max(before - fmean(kept), LEAST_DAMAGE)
+                    axes.plot(at, row, "D", ms=7, color=LIGHT["muted"])
+        _note(axes, why, (at, row), (8, -3.5), LIGHT["muted"], "left")
     axes.set(
         xscale="log",
         xlim=(0.8 * LEAST_DAMAGE, 1.4),
@@ -142,7 +150,7 @@ def utility(results: Row, methods: Sequence[str]) -> Figure:
 def _by_method(
     found: Mapping[str, Sequence[float]], lower_is_better: bool
 ) -> tuple[Figure, Axes, dict[int, tuple[str | None, str | None]]]:
-    """A row for each method, the best one on top: values without and with projection, their means.
+    """A row for each method, without and with projection; the better mean places it, best on top.
 
     Returns:
         Also the rows without any value, with the names of their methods.
@@ -152,7 +160,7 @@ def _by_method(
 
     def place(name: str) -> float:
         means = [sign * fmean(found[m]) for m in pairs[name] if m and found[m]]
-        return max(means, default=math.inf)
+        return min(means, default=math.inf)
 
     names = sorted(pairs, key=place, reverse=True)
     figure = Figure(figsize=(WIDTH, 1.2 + 0.36 * len(names)))

@@ -148,7 +148,7 @@ def _damage_by_method(matched: Sequence[Row], mean: Mapping[str, float]) -> Tabl
 
 
 def numbers(results: Row) -> list[Table]:
-    """Every number of "metrics", by split and overall, and of "methods", a column for each run."""
+    """Every number of "metrics", by split and overall, and of "methods", by run."""
     metrics = results.get("metrics")
     metrics = metrics if isinstance(metrics, Mapping) else {}
     splits = {name: row for name, row in metrics.items() if isinstance(row, Mapping)}
@@ -169,16 +169,28 @@ def numbers(results: Row) -> list[Table]:
             ["over all splits", "value"],
             [[_name(k), _show(v)] for k, v in metrics.items() if number(v) is not None],
         ),
-        Table(
-            ["", *(_run(row.get("method"), row.get("seed")) for row in runs)],
-            [
-                [_name(key), *(_show(row.get(key), key) for row in runs)]
-                for key in keys
-                if summary.values(runs, key)
-            ],
-        ),
+        _of_runs(runs, [key for key in keys if summary.values(runs, key)]),
     ]
     return [table for table in found if table.rows]
+
+
+def _of_runs(runs: Sequence[Row], keys: Sequence[str]) -> Table:
+    """A column for each run; of many methods a row."""
+    names = [_run(row.get("method"), row.get("seed")) for row in runs]
+    found = [[_show(row.get(key), key) for row in runs] for key in keys]
+    if len(summary.method_names(runs)) <= FEW_METHODS:
+        return Table(["", *names], [[_name(k), *row] for k, row in zip(keys, found, strict=True)])
+    by_run = zip(names, zip(*found, strict=True), strict=True)
+    return Table(["", *map(_name, keys)], [[name, *row] for name, row in by_run])
+
+
+def by_method(headline: Sequence[Row], methods: Sequence[str]) -> Table:
+    """`headline` with a row for each method, for many of them."""
+    cells = [["Base model", *(line["before"] for line in headline)]]
+    for place, method in enumerate(methods):
+        shown = [line["cells"][place].get("value", "–") for line in headline]
+        cells.append([label(method), *shown])
+    return Table(["mean over seeds", *(line["title"] for line in headline)], cells)
 
 
 def tasks(results: Row, *, parts: bool) -> Table:
