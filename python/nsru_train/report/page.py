@@ -49,11 +49,12 @@ def write_report(run: str | Path | RunFolder) -> Path:
         name: (summary.runs(frontier, "forget_prob", key), compared, results, key, plotted)
         for key, name in summary.DAMAGE_FIGURES.items()
     }
+    useful = summary.ends(results, "forget_prob", "model_utility")
     if not few and (best := summary.best_few(results)):
         shown = {**results, "frontier": [row for row in frontier if row.get("method") in best]}
         key = next(iter(summary.DAMAGE_FIGURES))
         plots["frontier-best"] = (True, figures.frontier, shown, key, best)
-    useful = summary.ends(results, "forget_prob", "model_utility")
+        plots["utility-best"] = ({*best} <= {*useful}, figures.utility, results, best)
     editable = summary.values(subspaces, "editability")
     leaking = summary.values(leakage, "leakage")
     plots |= {
