@@ -38,6 +38,7 @@ Factors = tuple[Tensor, Tensor]  # A [R, K] and B [N, R] of one adapter
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 SIDECAR = "nsru.json"
+_BASE = ".base_layer.weight"
 _PREFIX = "base_model.model."
 _FIELDS = {
     "r": int,
@@ -406,6 +407,13 @@ def _adapters(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], layers: Mapping[str, nn.Module]
 ) -> dict[str, Factors]:
     """Module name → (A, B) of an adapter's file."""
+    # PEFT keeps the weight of an adapted head or embedding beside them.
+    kept = {key: key.removeprefix(_PREFIX).removesuffix(_BASE) for key in tensors if _BASE in key}
+    for entry, name in kept.items():
+        own = getattr(layers.get(name), "weight", None)
+        if own is not None and not torch.equal(tensors[entry].to(own.dtype), own.cpu()):
+            raise ValueError(f"{entry} is not the model's own weight; load it with PEFT.")
+    tensors = {entry: tensor for entry, tensor in tensors.items() if entry not in kept}
     names = sorted({key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in tensors})
     key = (_PREFIX + "{}.lora_{}.weight").format
     expected = {key(name, side) for name in names for side in "AB"}

@@ -100,6 +100,19 @@ def test_files_and_their_contents(base, tmp_path):
     assert all(0 < leak <= 1e-6 for leak in sidecar["leakage"].values())
 
 
+def test_the_weight_that_peft_keeps_beside_an_adapted_head(llama, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(llama), config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = copy.deepcopy(llama)
+    nk.load_lora_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    other = copy.deepcopy(llama)
+    other.lm_head.weight.data.mul_(1.1)
+    with pytest.raises(ValueError, match=r"lm_head\.base_layer\.weight is not the model's own"):
+        nk.load_lora_adapter(other, tmp_path)
+
+
 def test_adapters_that_no_gradient_reached_are_said(base, tmp_path, recwarn):
     adapted = adapt(base, ["q_proj"])
     nk.save_lora_adapter(adapted, tmp_path)

@@ -54,6 +54,24 @@ def test_an_encoder_reads_the_question_and_a_decoder_writes_the_answer(kind, mon
         assert scores[row].loss == pytest.approx(own.item(), rel=1e-5)
 
 
+def test_a_small_bias_of_the_logits_counts_in_16_bits(monkeypatch):
+    tokenizer = make_tokenizer()
+    model = make("bart", tokenizer, monkeypatch).bfloat16()
+    use_format(tokenizer, TextFormat(apart=True))
+    encoded = encode_qa(tokenizer, FORGET[0].question, FORGET[0].answer)
+    model.lm_head.weight.data.mul_(20)
+    model.final_logits_bias[:, encoded.input_ids[-1]] = -0.3
+    nll, _ = answer_nll(model, collate([encoded], 0))
+    prompt, answer = (
+        encoded.input_ids[: encoded.answer_start],
+        encoded.input_ids[encoded.answer_start :],
+    )
+    with torch.no_grad():
+        own = model(input_ids=torch.tensor([prompt]), labels=torch.tensor([answer])).logits[0]
+    wanted = torch.nn.functional.cross_entropy(own.float(), torch.tensor(answer), reduction="none")
+    torch.testing.assert_close(nll, wanted)
+
+
 @pytest.mark.parametrize("kind", SEQ2SEQ)
 def test_greedy_answers_are_those_of_each_question_alone(kind, monkeypatch):
     tokenizer = make_tokenizer()
