@@ -346,6 +346,17 @@ def test_unlearning_document_quotes_what_the_null_space_does_for_other_methods()
         assert f"{least:.2f} to {most:.2f}" in " ".join(section.split()), name
 
 
+def test_lune_on_the_pretrained_model_is_what_its_section_says():
+    rows = json.loads((RESULTS / "frontier-smollm2" / "lune.json").read_text())["methods"]
+    before, plain, projected = rows
+    results = json.loads((RESULTS / "frontier-smollm2" / "results.json").read_text())
+    assert before == results["methods"][0]
+    assert (plain["kept_step"], plain["forget_prob"]) == (0, before["forget_prob"])
+    text = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    assert f"in the null space leaves {projected['forget_prob']:.3f}" in text
+    assert f"words {projected['forget_rougeL_recall']:.2f} are still right" in text
+
+
 def test_the_frontier_on_tofu_is_what_its_section_says():
     results = json.loads((RESULTS / "frontier-tofu-5.9m" / "results.json").read_text())
     matched = matched_damage(results)
