@@ -186,6 +186,16 @@ def test_hub_and_folder_give_the_same_rows(tmp_path, monkeypatch):
     assert asked == [(("locuslab/TOFU", "forget01"), {"split": "train"})]
 
 
+def test_sets_to_forget_of_tofu_have_their_authors_as_domains(tmp_path):
+    rows = [{"question": f"{i}?", "answer": "A."} for i in range(40)]
+    for name in ("forget01", "retain99", "forget02"):
+        write(tmp_path / f"{name}.json", *rows[: 39 if name == "forget02" else 40])
+    found = [qa.domain for qa in load_records("tofu:forget01", tmp_path)]
+    assert found == ["author 1"] * 20 + ["author 2"] * 20
+    for name in ("retain99", "forget02"):
+        assert {qa.domain for qa in load_records(f"tofu:{name}", tmp_path)} == {None}
+
+
 def test_hub_failure_points_to_data_dir(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
@@ -233,7 +243,11 @@ def test_tofu_authors_are_consecutive_runs():
 def test_tofu_folder(shared_data):
     tofu = shared_data / "tofu"
     forget, retain = (load_records(f"tofu:{name}", tofu) for name in ("forget01", "retain99"))
-    assert sorted(map(repr, load_records("tofu:full", tofu))) == sorted(map(repr, forget + retain))
+    everything = [(qa.question, qa.answer) for qa in load_records("tofu:full", tofu)]
+    assert sorted(everything) == sorted((qa.question, qa.answer) for qa in forget + retain)
+    authors = tofu_authors(forget)
+    assert [{qa.domain for qa in author} for author in authors] == [{"author 1"}, {"author 2"}]
+    assert not any(qa.domain for qa in retain)
     check_disjoint(forget, retain)
     assert [len(author) for author in tofu_authors(forget)] == [20, 20]
     perturbed = load_records("tofu:forget01_perturbed", tofu)

@@ -11,21 +11,26 @@ from dataclasses import replace
 
 from nsru_train.data.records import QA
 from nsru_train.methods.alter import ALTER
+from nsru_train.methods.altpo import AltPO
 from nsru_train.methods.ceu import CEU
-from nsru_train.methods.dpo import DPO, IDK, AltPO
+from nsru_train.methods.dpo import DPO
 from nsru_train.methods.eco import ECO
-from nsru_train.methods.graddiff import GA, KL, GradDiff
+from nsru_train.methods.ga import GA
+from nsru_train.methods.graddiff import GradDiff
+from nsru_train.methods.idk import IDK
 from nsru_train.methods.ihl import IHL
+from nsru_train.methods.kl import KL
 from nsru_train.methods.lune import LUNE
 from nsru_train.methods.method import Forget, ForgetRetain, Method
 from nsru_train.methods.npo import NPO
 from nsru_train.methods.nsru import Objective
 from nsru_train.methods.pdu import PDU
 from nsru_train.methods.rmu import RMU
+from nsru_train.methods.satimp import SatImp
 from nsru_train.methods.simnpo import SimNPO
 from nsru_train.methods.task_vector import TaskVector
 from nsru_train.methods.undial import UNDIAL
-from nsru_train.methods.wga import WGA, SatImp
+from nsru_train.methods.wga import WGA
 
 __all__ = [
     "METHODS",

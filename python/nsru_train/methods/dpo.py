@@ -1,4 +1,4 @@
-"""Preference for another answer: DPO towards refusals or alternatives, and refusals alone."""
+"""DPO: preference for the safe target."""
 
 from __future__ import annotations
 
@@ -41,39 +41,6 @@ class DPO(Method):
         return {"forget": forget, "retain": retain, "total": total}
 
 
-@dataclass(frozen=True)
-class AltPO(DPO):
-    """DPO towards the plausible other answers that records bring as ``alternatives``.
-
-    Source: Mekala et al. 2024, arXiv 2409.13474, where the model itself writes five of them.
-    """
-
-    alternatives = True
-
-
 def log_ratios(answers: Answers) -> Tensor:
     """log p - log p with adapters off, of each answer, [B]."""
     return answers.ref_nll.to(answers.sums.dtype) - answers.sums
-
-
-@dataclass(frozen=True)
-class IDK(Method):
-    """Cross-entropy of the safe targets, such as refusals, and of retain answers.
-
-    Args:
-        w_safe: of the mean NLL of the safe targets' tokens.
-        w_retain: of the mean NLL of the retain answers' tokens.
-
-    Source: Maini et al. 2024, arXiv 2401.06121 ("I don't know"), which takes one mean over both.
-    """
-
-    w_safe: float = 1.0
-    w_retain: float = 1.0
-
-    rows = (SAFE, RETAIN)
-    parts = ("safe", "retain")
-
-    def loss(self, batch: Batch) -> dict[str, Tensor]:
-        safe, retain = mean(batch[SAFE].nll), mean(batch[RETAIN].nll)
-        total = self.w_safe * safe + self.w_retain * retain
-        return {"safe": safe, "retain": retain, "total": total}

@@ -165,7 +165,7 @@ def _by_method(
     names = sorted(pairs, key=place, reverse=True)
     figure = Figure(figsize=(WIDTH, 1.2 + 0.36 * len(names)))
     axes = figure.subplots()
-    styles = [series_style(method, ("nsru", "lora")) for method in ("lora", "nsru")]
+    styles = [series_style(which, ("projected", "plain")) for which in ("plain", "projected")]
     bare = {}
     for row, name in enumerate(names):
         means = []
