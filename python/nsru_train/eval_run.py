@@ -74,10 +74,11 @@ class RetainLog:
 
     def notes(self, setup: Mapping[str, Any]) -> Iterator[str]:
         """A line on each way in which its model was asked otherwise than by ``setup``."""
-        if self.ours is not None and not self.setup:  # TOFU's own
+        tofus = self.ours is not None and not self.setup
+        if tofus or (self.theirs is not None and not open_unlearning.texts(self.theirs, "forget")):
             yield (
-                "retain_log: it does not say its data; only the number of its questions was "
-                "compared, so make sure that they are these"
+                "retain_log: it does not say its questions; only their number was compared, so "
+                "make sure that they are these"
             )
         if self.setup.get("compared", setup["compared"]) != setup["compared"]:
             yield (

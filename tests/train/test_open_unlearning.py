@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+from nsru_train.eval_run import RetainLog
 from nsru_train.metrics.open_unlearning import (
     aggregates,
     comparison_row,
@@ -94,6 +95,14 @@ def test_the_texts_of_a_log_are_those_of_the_set(read, shared_data):
     row = comparison_row(log, {"forget": pairs, "retain": pairs})
     assert row["forget_prob"] == pytest.approx(0.8804820564, abs=1e-6)
     assert "retain_prob" not in row
+
+
+def test_a_retain_log_without_texts_is_said(read):
+    whole = read("retain90")
+    bare = {key: value for key, value in whole.items() if "ROUGE" not in key}
+    for log, count in ((whole, 0), (bare, 1)):
+        notes = RetainLog("retain90", theirs=log).notes({"compared": "", "prompt": ""})
+        assert sum("only their number was compared" in note for note in notes) == count
 
 
 def test_a_retain_log_that_lacks_an_item_is_refused(read):
