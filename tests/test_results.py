@@ -405,6 +405,9 @@ def test_the_frontier_on_tofu_is_what_its_section_says():
     )]  # fmt: skip
     assert [round(value, 3) for value in quoted] == [0.022, 0.138, 0.342, 0.018]
     variants = json.loads((RESULTS / "frontier-tofu-5.9m" / "variants.json").read_text())
+    stopped = [row["forget_prob"] for row in variants.pop("nsru with suppression npo")["methods"]]
+    assert f"NSRU stopped at {min(stopped):.2f} to {max(stopped):.2f}" in section
+    gentle = variants["nsru with w_suppress 0.25"]
     for variant in variants.values():
         for name in variant["setup"]["methods"]:
             lost = [
@@ -415,6 +418,12 @@ def test_the_frontier_on_tofu_is_what_its_section_says():
                 )
                 for seed in range(3)
             ]  # fmt: skip
+            if variant is gentle:
+                by_seed = "{:.4f}, {:.4f} and {:.4f}".format(*lost)
+                assert f"NSRU lost {by_seed} by seed" in section
+                of_dpo = fmean(lost) / fmean(row["dpo_damage"] for row in matched)
+                assert f"{of_dpo:.2f} of what DPO does" in section
+                continue
             assert f"{fmean(lost):.4f}" in section
 
 
