@@ -169,6 +169,12 @@ def test_a_prompt_that_is_served_otherwise_than_trained_is_said(template, kwargs
         assert f"in {ends[1]!r} before one that is to come" in said
 
 
+def test_a_template_without_the_question_is_refused():
+    for text in ("Hello. ", "{{ messages[-1].content[:10] }}"):
+        with pytest.raises(ValueError, match="chat template leaves the question out"):
+            use_format(chat_tokenizer(text + "{{ messages[-1].role }}"), TextFormat())
+
+
 @pytest.mark.parametrize(
     ("template", "text_format", "names"),
     [

@@ -360,3 +360,14 @@ def test_a_part_of_the_vocabulary_that_is_masked_after_the_head_stays_masked(cap
     torch.testing.assert_close(answer_nll(model, batch)[0], own)
     assert (own - expected_nll(plain, batch)[0]).abs().max() > 1e-2
     assert "full logits are computed" in caplog.text
+
+
+def test_a_hook_on_the_head_counts_from_when_it_is_there():
+    model, batch = make_model("llama"), make_batch()
+    before = answer_nll(model, batch)[0]
+    handle = model.lm_head.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    own = expected_nll(model, batch)[0]
+    assert (own - before).abs().max() > 1e-2
+    torch.testing.assert_close(answer_nll(model, batch)[0], own)
+    handle.remove()
+    torch.testing.assert_close(answer_nll(model, batch)[0], before)

@@ -100,6 +100,11 @@ def use_format(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> N
                 "system_prompt: the tokenizer's chat template leaves a system message out; leave "
                 "system_prompt out too, or correct the template"
             )
+    if template and _QUESTION not in _render(tokenizer, _QUESTION, None, text_format).lower():
+        raise ValueError(
+            "the tokenizer's chat template leaves the question out; correct it, or set "
+            "chat_template = None"
+        )
     tokenizer.text_format = text_format
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,9 +248,9 @@ def _own_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return type(model).forward(model, **inputs, use_cache=False).logits
 
 
-# For each model and type of its head, which a swap or a merge changes, logit_softcap and
-# logit_scale, or None where only the model makes its logits.
-_head_forms: weakref.WeakKeyDictionary[nn.Module, dict[type, dict[str, Any] | None]] = (
+# For each model, type of its head, which a swap or a merge changes, and hooks on it: logit_softcap
+# and logit_scale, or None where only the model makes its logits.
+_head_forms: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, dict[str, Any] | None]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -259,9 +259,11 @@ def _head_of(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any] | None:
     find = getattr(model, "get_output_embeddings", None)
     linear: Any = None if find is None else find()
     forms = _head_forms.setdefault(model, {})
-    if type(linear) not in forms:
-        forms[type(linear)] = _probe_head(model, linear, inputs)
-    form = forms[type(linear)]
+    hooks = (getattr(linear, name, ()) for name in ("_forward_pre_hooks", "_forward_hooks"))
+    key = type(linear), *map(tuple, hooks)
+    if key not in forms:
+        forms[key] = _probe_head(model, linear, inputs)
+    form = forms[key]
     if form is None:
         return None
     return {"head_weight": linear.weight, "head_bias": linear.bias, **form}
