@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from nsru_kernels.checks import check_range
+from nsru_train.data.encode import TextFormat, format_of
 from nsru_train.guard import guard_of, without_update
 from nsru_train.language_models import is_encoder_decoder
 from nsru_train.routed import RoutedLinear
@@ -175,20 +176,25 @@ class Tasks:
         masked = guard_of(model) is not None or any(
             isinstance(module, RoutedLinear) for module in model.modules()
         )
+        chat = self.settings.apply_chat_template
+        asks = format_of(tokenizer) if chat else TextFormat()  # as the run's own questions
+        written = {"chat_template_args": dict(asks.template_kwargs)} if asks.template_kwargs else {}
         with _quiet():
             served = Shared(
                 pretrained=model,
                 tokenizer=tokenizer,
                 backend="seq2seq" if is_encoder_decoder(model) else "causal",
                 batch_size=1 if masked else self.settings.batch_size,
+                **written,
             )
             found: Any = evaluate(
                 served,
                 {"tasks": self.tasks, "groups": self.groups},
                 limit=self.settings.limit,
                 log_samples=False,
-                apply_chat_template=self.settings.apply_chat_template,
-                fewshot_as_multiturn=self.settings.apply_chat_template,
+                system_instruction=asks.system_prompt,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
             )
         return {
             (row["task"], row["metric"]): row

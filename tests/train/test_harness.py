@@ -15,6 +15,7 @@ import nsru_kernels as nk
 from nsru_kernels.hf.peft_format import load_lora_adapter, save_lora_adapter
 from nsru_train import harness
 from nsru_train.cli import main
+from nsru_train.data.encode import TextFormat, use_format
 from nsru_train.demo.tiny_model import make_llama
 from nsru_train.evaluation import format_table
 from nsru_train.guard import without_update
@@ -226,12 +227,16 @@ def test_a_chat_template_is_applied_or_named_as_missing(run, tmp_path, monkeypat
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="apply_chat_template: the tokenizer has no"):
         tasks.check_template(tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    tokenizer.chat_template = "{{ mood }}{% for m in messages %}<{{ m.content }}>{% endfor %}"
     seen, write = [], tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda t, **k: seen.append(t) or write(t, **k))
     tasks.check_template(tokenizer)
     tasks.evaluate(load(run), tokenizer, base=False)
     assert any(text.startswith("<Where is Ann?") for text in seen)
+    use_format(tokenizer, TextFormat("Be kind.", {"mood": "Gladly: "}))
+    seen.clear()
+    tasks.evaluate(load(run), tokenizer, base=False)
+    assert any(text.startswith("Gladly: <Be kind.><Where is Ann?") for text in seen)
 
 
 @needs_lm_eval

@@ -124,7 +124,7 @@ def _variables(template: str | Mapping[str, str]) -> set[str]:
     return found
 
 
-def _format_of(tokenizer: PreTrainedTokenizerBase) -> TextFormat:
+def format_of(tokenizer: PreTrainedTokenizerBase) -> TextFormat:
     """The format given by `use_format`, else the default."""
     return getattr(tokenizer, "text_format", None) or TextFormat()
 
@@ -181,8 +181,8 @@ def dated(tokenizer: PreTrainedTokenizerBase) -> dict[str, str] | None:
     formats = re.findall(r"strftime_now\(\s*['\"](.+?)['\"]\s*\)", template)
     for name in sorted(name for name in _variables(template) if "date" in name):
         for today in (datetime.now().strftime(one) for one in formats):  # as transformers has it
-            given = {**_format_of(tokenizer).template_kwargs, name: today}
-            fixed = replace(_format_of(tokenizer), template_kwargs=given)
+            given = {**format_of(tokenizer).template_kwargs, name: today}
+            fixed = replace(format_of(tokenizer), template_kwargs=given)
             if _render(tokenizer, _QUESTION, text_format=fixed) == text:
                 return {name: today}
     return {}
@@ -249,7 +249,7 @@ def encode_qa(
     """
     encoded, limit = _encode_whole(tokenizer, question, answer), _limit(tokenizer, max_length)
     excess, start = len(encoded) - limit, encoded.answer_start
-    if excess > 0 and _format_of(tokenizer).truncate and start < limit:
+    if excess > 0 and format_of(tokenizer).truncate and start < limit:
         return Encoded(encoded.input_ids[:limit], start, max(0, encoded.closing - excess))
     if excess > 0:
         raise TooLongError(
@@ -268,14 +268,14 @@ def is_too_long(
 
 
 def _limit(tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
-    return min(max_length, _format_of(tokenizer).max_length or max_length)
+    return min(max_length, format_of(tokenizer).max_length or max_length)
 
 
 def _encode_whole(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> Encoded:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("tokenizer has no eos_token; set one, an answer must end with it")
-    if _format_of(tokenizer).apart:
+    if format_of(tokenizer).apart:
         prompt = encode_prompt(tokenizer, question)
         own = list(tokenizer(text_target=answer).input_ids)
         if own[-1:] != [eos]:
@@ -305,7 +305,7 @@ def _encode_whole(tokenizer: PreTrainedTokenizerBase, question: str, answer: str
     if end <= start:
         raise ValueError(_not_a_prefix(question))
     closing = full[end:]
-    ends = {eos, *_format_of(tokenizer).end_tokens}
+    ends = {eos, *format_of(tokenizer).end_tokens}
     added = _added_tokens(tokenizer) if closing else set()
     stop = next((i for i, token in enumerate(closing) if token in ends | added), None)
     # Chat templates often go on with a line break that no generation would reach.
@@ -367,7 +367,7 @@ def _render(
 ) -> str:
     if not tokenizer.chat_template:
         return f"Question: {question}\nAnswer: {answer or ''}"
-    text_format = text_format or _format_of(tokenizer)
+    text_format = text_format or format_of(tokenizer)
     contents = {"system": text_format.system_prompt, "user": question, "assistant": answer}
     messages = [
         {"role": role, "content": text} for role, text in contents.items() if text is not None
