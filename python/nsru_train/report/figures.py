@@ -46,7 +46,8 @@ def frontier(results: Row, key: str, methods: Sequence[str]) -> Figure:
         _seeds_and_mean(left, paths, mean, style, marker="o", ms=3.6)
         for end, (step, _) in zip(mean[-1:], x[-1:], strict=True):
             left.plot(*end, "o", ms=9, color=style["color"], mec=LIGHT["surface"], zorder=5)
-            _note(left, f"step {step:g}", end, (-8, -3.5), style["color"], "right")
+            if len(methods) <= 2:  # more would lie on each other
+                _note(left, f"step {step:g}", end, (-8, -3.5), style["color"], "right")
         for seed, rows in seeds.items():
             start = summary.before_value(results, key, seed)
             if start is not None:
