@@ -39,9 +39,12 @@ class Method:
         trains: whether adapters are trained; a method that does not says `make_guard`, no `loss`.
         ranges: of settings; a weight, one that begins with w_, is never negative.
 
+    What needs no preparation the loss takes as it goes, from the `Answers` of a kind: logits of the
+    base model by `kl` and `base_score`, states of a layer, with adapters or without, by `hidden`.
+
     A method may also say `prepare`, `targets`, `starts_elsewhere` and `begin`, `start` and
     `after_step`, `applied` and `score`; with phases `at` and `rate`; with adapters of its own form
-    `adapt`, `domains` and `save`.
+    `adapt`, `domains` and `save`; and `lacks` and `check_records` of what it reads of records.
     """
 
     rows: ClassVar[tuple[int, ...]] = (SAFE, FORGET, RETAIN)
