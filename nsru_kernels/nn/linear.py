@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -339,11 +341,17 @@ def finite_weight(merged: Tensor) -> Tensor:
     return merged
 
 
+# Open blocks of `adapters_disabled` around a module, and `enabled` before the first of them.
+_disabled: weakref.WeakKeyDictionary[NSRULinear, tuple[int, bool]] = weakref.WeakKeyDictionary()
+_beginning_or_ending = threading.Lock()
+
+
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """In the block every ``NSRULinear`` of ``model`` acts as its frozen linear, merged or not.
 
-    In every thread of the process: another one that calls the model meanwhile gets base outputs.
+    In every thread of the process: another one that calls the model meanwhile gets base outputs,
+    until the last of several blocks ends, in whatever order they do.
     With gradient checkpointing use it in ``torch.no_grad()``: what a backward outside of the block
     computes again has the adapters.
     A copy of the model that is made in the block has them off for good.
@@ -352,11 +360,18 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         model: any module; what is inside and no ``NSRULinear`` is left alone.
     """
     modules = [m for m in model.modules() if isinstance(m, NSRULinear)]
-    before = [m.enabled for m in modules]
-    try:
+    with _beginning_or_ending:
         for module in modules:
+            blocks, before = _disabled.get(module, (0, module.enabled))
+            _disabled[module] = blocks + 1, before
             module.enabled = False
+    try:
         yield
     finally:
-        for module, enabled in zip(modules, before, strict=True):
-            module.enabled = enabled
+        with _beginning_or_ending:
+            for module in modules:
+                blocks, before = _disabled.pop(module)
+                if blocks > 1:
+                    _disabled[module] = blocks - 1, before
+                else:
+                    module.enabled = before

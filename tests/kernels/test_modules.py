@@ -563,3 +563,22 @@ def test_edits_of_an_adapter_made_in_inference_mode_are_seen():
         layer(x)
         layer.lora_A.mul_(3)
         assert_fresh(layer, x)
+
+
+def test_blocks_without_adapters_may_end_in_any_order():
+    model = nn.Sequential(nk.NSRULinear(8, 8, 2, alpha=4))
+    nn.init.normal_(model[0].lora_B)
+    x = torch.randn(3, 8)
+    adapted, plain = model(x), F.linear(x, model[0].weight, model[0].bias)
+    first, second = nk.adapters_disabled(model), nk.adapters_disabled(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(model(x), plain), "the second block is open"
+    inside = copy.deepcopy(model)
+    second.__exit__(None, None, None)
+    assert torch.equal(model(x), adapted)
+    inside[0].enabled = True
+    with nk.adapters_disabled(inside):
+        assert torch.equal(inside(x), plain)
+    assert torch.equal(inside(x), adapted)
