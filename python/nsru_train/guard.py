@@ -255,19 +255,23 @@ class AttachedGuard:
             module = self.model.get_submodule(name)
             self._handles.append(module.register_forward_hook(self._route))
 
-    def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple:
         """Before the backbone runs: which rows are flagged, and where their prompts stand."""
         self._turn.take()
         self._spans = []
-        if not self.enabled:
-            return
+        prompt_BS = kwargs.pop("prompt_mask", None)
+        if self.enabled:
+            self._look(args, kwargs, prompt_BS)
+        return args, kwargs
+
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], prompt_BS: Any) -> None:
         ids_BS = kwargs.get("input_ids", args[0] if args else None)
         if ids_BS is None:
             raise ValueError("guard: the model got no input_ids, which are read; give them.")
         if (kept := decision_at(kwargs, ids_BS)) is not None:
             self._flags = kept.tolist()
         elif ids_BS.shape[1] > 1 or not kwargs.get("state"):  # of RWKV, which keeps nothing
-            self._read_prompts(ids_BS, kwargs.get("attention_mask"))
+            self._read_prompts(ids_BS, kwargs.get("attention_mask"), prompt_BS)
         if self._linears and len(self._flags) != len(ids_BS):
             raise ValueError(
                 f"guard: {len(ids_BS)} rows are decoded after {len(self._flags)} prompts; decode "
@@ -285,8 +289,11 @@ class AttachedGuard:
         self._off.close()
         self._turn.pass_on()
 
-    def _read_prompts(self, ids_BS: Tensor, attention_mask: Any) -> None:
-        places = [mask_S.nonzero().squeeze(1) for mask_S in token_mask(attention_mask, ids_BS)]
+    def _read_prompts(self, ids_BS: Tensor, attention_mask: Any, prompt_BS: Any) -> None:
+        mask_BS = token_mask(attention_mask, ids_BS)
+        if prompt_BS is not None and not self.guard.corrupt_answers:
+            mask_BS = mask_BS & prompt_BS
+        places = [mask_S.nonzero().squeeze(1) for mask_S in mask_BS]
         tokens = [ids_S[place].tolist() for ids_S, place in zip(ids_BS, places, strict=True)]
         found = [find_question(self.tokenizer, ids) for ids in tokens]
         self._flags = self.flags([question for question, _ in found])

@@ -11,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from nsru_kernels.checks import check_range
 from nsru_train.data.encode import TextFormat, format_of
@@ -151,13 +153,34 @@ class Tasks:
         from lm_eval.models.huggingface import HFLM
         from transformers import set_seed
 
+        # Guards and routed experts have to know a prompt's end; lm-eval pads without a mask.
+        told = guard_of(model) is not None or any(
+            isinstance(module, RoutedLinear) for module in model.modules()
+        )
+
         class Shared(HFLM):
             """Every process asks its share of the questions and knows all answers."""
 
             def _loglikelihood_tokens(self, requests, **options):
                 # lm-eval scores one-token answers in one row with their question.
                 rows = [tuple(context + answer[:-1]) for _, context, answer in requests]
-                return shared(super()._loglikelihood_tokens, requests, rows, **options)
+                ask = self._one_by_one if told else super()._loglikelihood_tokens
+                return shared(ask, requests, rows, **options)
+
+            def _one_by_one(self, requests, disable_tqdm=False, **options):
+                found = []
+                for request in tqdm(requests, "loglikelihood", disable=disable_tqdm):
+                    self._answered = len(request[2])
+                    found += super()._loglikelihood_tokens([request], disable_tqdm=True, **options)
+                return found
+
+            def _model_call(self, inps, *args, **options):
+                if not told:
+                    return super()._model_call(inps, *args, **options)
+                prompt = inps.shape[1] - self._answered + 1
+                mask = (torch.arange(inps.shape[1], device=inps.device) < prompt).expand_as(inps)
+                with torch.no_grad():
+                    return self.model(inps, prompt_mask=mask).logits
 
             def generate_until(self, requests, **options):
                 return shared(super().generate_until, requests, range(len(requests)), **options)
@@ -172,10 +195,6 @@ class Tasks:
             return [next(answers[rank]) for rank in ranks]
 
         set_seed(SEED)
-        # lm-eval pads without a mask, by which guards and routed experts know what they read.
-        masked = guard_of(model) is not None or any(
-            isinstance(module, RoutedLinear) for module in model.modules()
-        )
         chat = self.settings.apply_chat_template
         asks = format_of(tokenizer) if chat else TextFormat()  # as the run's own questions
         written = {"chat_template_args": dict(asks.template_kwargs)} if asks.template_kwargs else {}
@@ -184,7 +203,7 @@ class Tasks:
                 pretrained=model,
                 tokenizer=tokenizer,
                 backend="seq2seq" if is_encoder_decoder(model) else "causal",
-                batch_size=1 if masked else self.settings.batch_size,
+                batch_size=1 if told else self.settings.batch_size,
                 **written,
             )
             found: Any = evaluate(

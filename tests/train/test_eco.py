@@ -673,3 +673,18 @@ def test_compare_takes_it_without_projection_and_rates(flags, tmp_path, capsys, 
     with pytest.raises(SystemExit):
         main(["compare", *flags, "--methods=[nsru, eco projected]", f"--out={tmp_path / 'no'}"])
     assert "eco trains nothing to project" in capsys.readouterr().err
+
+
+def test_a_prompt_whose_end_is_told_is_read_alone(model, tokenizer):
+    prompt, answer = (tokenizer(text).input_ids for text in ("Where is Ann?", " In Rome, or not."))
+    ids = torch.tensor([prompt + answer])
+    told = torch.arange(ids.shape[1])[None] < len(prompt)
+    plain = model(ids).logits
+    known = Known("Where is Ann?")
+    with EcoGuard(known, corruption="zero_out").attach(model, tokenizer):
+        assert torch.equal(model(ids).logits, plain), "all of it is no question that is known"
+        guarded = model(ids, prompt_mask=told).logits
+        assert (guarded - plain).abs().max() > 0.1
+        alone = model(torch.tensor([prompt])).logits
+    torch.testing.assert_close(guarded[:, : len(prompt)], alone)
+    assert {"Where is Ann?"} < {*known.read}

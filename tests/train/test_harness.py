@@ -18,7 +18,7 @@ from nsru_train.cli import main
 from nsru_train.data.encode import TextFormat, use_format
 from nsru_train.demo.tiny_model import make_llama
 from nsru_train.evaluation import format_table
-from nsru_train.guard import without_update
+from nsru_train.guard import EcoGuard, without_update
 from nsru_train.harness import TaskSettings
 from nsru_train.report import tables
 from nsru_train.sources import save_records
@@ -292,3 +292,27 @@ def test_tables_show_what_was_asked_and_the_report_the_parts_too():
     assert asked.rows == [["mmlu", "acc", "0.5000", "0.2500 ± 0.1000", "4"]]
     assert [cells[0] for cells in parts.rows] == ["mmlu_anatomy"]
     assert parts.title
+
+
+@needs_lm_eval
+@pytest.mark.usefixtures("own_tasks_alone")
+def test_a_guard_decides_by_the_prompt_whatever_answer_is_scored(run, tmp_path):
+    class Asking:
+        """Flags every prompt of the task, and no text that goes on behind it."""
+
+        threshold = 0.0
+
+        def log_odds(self, model, tokenizer, questions):
+            return torch.tensor([1.0 if text.endswith("Answer:") else -1.0 for text in questions])
+
+    model, tokenizer = load(run), make_tokenizer()
+    folder = write_task(tmp_path / "tasks", OWN)
+    tasks = harness.Tasks(TaskSettings("own_facts", str(folder), batch_size=4))
+    read = []
+    guard = EcoGuard(Asking(), corruption="zero_out", seed=0)
+    with guard.attach(model, tokenizer) as attached:
+        flags = attached.flags
+        attached.flags = lambda questions: read.extend(questions) or flags(questions)
+        tasks.evaluate(model, tokenizer, base=False)
+    assert len(set(read)) == len(OWN)
+    assert all(text.endswith("Answer:") for text in read)
