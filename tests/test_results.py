@@ -408,6 +408,14 @@ def test_the_frontier_on_tofu_is_what_its_section_says():
     )]  # fmt: skip
     assert [round(value, 3) for value in quoted] == [0.022, 0.138, 0.342, 0.018]
     variants = json.loads((RESULTS / "frontier-tofu-5.9m" / "variants.json").read_text())
+    real = RESULTS / "frontier-smollm2"
+    points = json.loads((real / "gentler.json").read_text())["tuning"]
+    start = points[0]["retain_unseen_prob"]
+    slow = [p for p in points if p["lr"] == 1e-3][-1]["forget_prob"]
+    lost = min(start - p["retain_unseen_prob"] for p in points if p["forget_prob"] <= 0.1)
+    assert f"it left {slow:.3f} after 40 steps, and at 3e-3 it had lost {lost:.4f} when" in section
+    default = matched_damage(json.loads((real / "results.json").read_text()))[0]["nsru_damage"]
+    assert f"the default lost {default:.4f}" in section
     stopped = [row["forget_prob"] for row in variants.pop("nsru with suppression npo")["methods"]]
     assert f"NSRU ended at {min(stopped):.2f} to {max(stopped):.2f}" in section
     gentle = variants["nsru with w_suppress 0.25"]
