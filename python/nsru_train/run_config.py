@@ -56,6 +56,7 @@ def run_sections(
                 what = f"{run} has no config.yaml, which nsru train writes"
             raise ValueError(f"run: {what}; give --model.path.")
         model = _section("model", saved["model"], path)
+        _say_trusted(model, path)
     if data is None and need_data:
         if "data" not in saved:
             raise ValueError(
@@ -97,7 +98,18 @@ def saved_sections(run: str) -> dict[str, Any]:
     if missing := [name for name in SECTIONS if name not in saved]:
         raise ValueError(f"run: {path} does not say {missing[0]}; give the --out of nsru train.")
     method = saved.get("method", "nsru")
-    return {name: _section(name, saved[name], path, method) for name in SECTIONS}
+    sections = {name: _section(name, saved[name], path, method) for name in SECTIONS}
+    _say_trusted(sections["model"], path)
+    return sections
+
+
+def _say_trusted(model: ModelConfig, path: Path) -> None:
+    if model.trust_remote_code:
+        logger.warning(
+            "model: code that comes with %s is run, for %s says trust_remote_code. Where that is "
+            "somebody else's, look at it first.",
+            *(model.path, path),
+        )
 
 
 def say_changed_sets(run: str, digests: Mapping[str, str]) -> None:

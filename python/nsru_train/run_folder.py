@@ -96,6 +96,13 @@ class RunFolder:
             raise ValueError(
                 f"RunFolder: {self.path} is a file; give the path of a folder, new or existing."
             )
+        within = (self.path.parent / "config.yaml").is_file()  # a run's own folder, such as eval
+        for path in (self.path,) * within + (self.path / "figures",):
+            if path.is_symlink():
+                raise ValueError(
+                    f"out: {path} is a link to {path.resolve()}, where files of another folder "
+                    "would be replaced; remove it."
+                )
         self.path.mkdir(parents=True, exist_ok=True)
         self.config_path = self.path / "config.yaml"
         self.environment_path = self.path / "environment.json"

@@ -232,10 +232,12 @@ def own_code(tmp_path, monkeypatch):
     return save
 
 
-def test_code_of_the_models_own_is_trusted_throughout(own_code, tmp_path, capsys):
+def test_code_of_the_models_own_is_trusted_throughout(own_code, tmp_path, capsys, caplog):
     run = str(tmp_path / "run")
     main([*own_code(1.0), "--objective.w_suppress=1", "--objective.suppression=npo"])
+    assert "code that comes with" not in caplog.text
     main(["merge", run])
+    assert f"code that comes with {tmp_path / 'own'} is run, for {run}/config.yaml" in caplog.text
     main(["verify", run])
     assert "ok    merged model" in capsys.readouterr().out
 

@@ -150,3 +150,19 @@ def test_git_commit_marks_changes(tmp_path):
     assert len(commit) == 40
     (tmp_path / "f").write_text("2")
     assert git_commit(tmp_path) == f"{commit}-dirty"
+
+
+def test_links_out_of_a_run_are_not_followed(tmp_path):
+    other, run = tmp_path / "other", RunFolder(tmp_path / "run")
+    other.mkdir()
+    (run.path / "eval").symlink_to(other)
+    RunFolder(run.path / "eval")  # no run yet, whose own folder this could be
+    run.write_config({})
+    with pytest.raises(ValueError, match=r"run/eval is a link to .*other, .*; remove it"):
+        RunFolder(run.path / "eval")
+    (run.path / "figures").symlink_to(other)
+    with pytest.raises(ValueError, match=r"run/figures is a link to"):
+        RunFolder(run.path)
+    (run.path / "figures").unlink()
+    (tmp_path / "link").symlink_to(run.path)
+    RunFolder(tmp_path / "link")
