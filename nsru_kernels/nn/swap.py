@@ -33,7 +33,7 @@ from nsru_kernels.nn.left_out import (
     text_part,
 )
 from nsru_kernels.nn.linear import NSRULinear
-from nsru_kernels.nn.names import COMPILED, unwrap
+from nsru_kernels.nn.names import COMPILED, plain_name, unwrap
 from nsru_kernels.nn.projections import Projections
 from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.nn.wrapped import (
@@ -191,9 +191,12 @@ def swap_linears(
     alphas = take_all("swap_linears: alpha_pattern", alpha_pattern, names, alpha)
     if subspaces is not None:
         if missing := [name for name, _ in linears if name not in subspaces]:
+            wrapped = plain_name(missing[0]) in subspaces
+            remedy = "Swap before layers are compiled or wrapped" if wrapped else None
             raise ValueError(
                 f"swap_linears: subspaces has no entry for {len(missing)} of {len(linears)} "
-                f"targets, the first {missing[0]!r}. Estimate them with the same targets."
+                f"targets, the first {missing[0]!r}. "
+                f"{remedy or 'Estimate them with the same targets'}."
             )
         if hasattr(subspaces, "check_model"):
             subspaces.check_model(model)

@@ -147,6 +147,13 @@ def test_a_wrapped_model_loads_an_adapter(model, tmp_path, wrap):
     assert not any(isinstance(m, nk.NSRULinear) for m in merged.modules())
 
 
+def test_subspaces_of_the_model_before_it_was_wrapped_are_told_apart(model):
+    with pytest.raises(
+        ValueError, match=r"no entry for .* Swap before layers are compiled"
+    ):
+        adapt(compile_layer(model))
+
+
 def test_a_compiled_linear_is_not_swapped_and_merges_with_its_wrapper(model):
     adapted = adapt(copy.deepcopy(model))
     wanted = adapted.layers[0].q.merged_weight()
