@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Number
@@ -327,17 +328,18 @@ class _WeightReads(TorchDispatchMode):
             if (pointer := _address(getattr(linear, "weight", None))) is not None
         }
         self.found: dict[str, str] = {}
-        self._running: list[nn.Module] = []
+        self._running: list[nn.Module] = []  # in this thread, as the reads that are seen
 
     def __enter__(self):
+        self._thread = threading.get_ident()
         with contextlib.ExitStack() as undo:
             for linear in self.linears.values():
                 # Also where a model calls forward itself, past all hooks.
                 linear.forward = functools.partial(self._forward, linear)
                 undo.callback(delattr, linear, "forward")
             for handle in (
-                register_module_forward_pre_hook(lambda module, _: self._running.append(module)),
-                register_module_forward_hook(self._leave, always_call=True),
+                register_module_forward_pre_hook(lambda module, _: self._begin(module)),
+                register_module_forward_hook(lambda *_: self._end(), always_call=True),
             ):
                 undo.callback(handle.remove)
             self._undo = undo.pop_all()
@@ -348,14 +350,19 @@ class _WeightReads(TorchDispatchMode):
         return super().__exit__(*error)
 
     def _forward(self, linear: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self._running.append(linear)
+        self._begin(linear)
         try:
             return type(linear).forward(linear, *args, **kwargs)
         finally:
-            self._running.pop()
+            self._end()
 
-    def _leave(self, *_: Any) -> None:
-        self._running.pop()
+    def _begin(self, module: nn.Module) -> None:
+        if threading.get_ident() == self._thread:
+            self._running.append(module)
+
+    def _end(self) -> None:
+        if threading.get_ident() == self._thread:
+            self._running.pop()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for value in tree_leaves((args, kwargs)):

@@ -148,9 +148,7 @@ def test_a_wrapped_model_loads_an_adapter(model, tmp_path, wrap):
 
 
 def test_subspaces_of_the_model_before_it_was_wrapped_are_told_apart(model):
-    with pytest.raises(
-        ValueError, match=r"no entry for .* Swap before layers are compiled"
-    ):
+    with pytest.raises(ValueError, match=r"no entry for .* Swap before layers are compiled"):
         adapt(compile_layer(model))
 
 

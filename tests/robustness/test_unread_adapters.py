@@ -1,6 +1,7 @@
 """Linears whose weight a model reads without calling them: an adapter there would do nothing."""
 
 import functools
+import threading
 from types import SimpleNamespace
 
 import peft
@@ -327,3 +328,28 @@ def test_matrices_that_are_no_layers_are_named_with_their_share():
     model["embed"] = nn.Embedding(100_000, 8)  # then they hold next to nothing
     nk.merge_adapters(model)
     assert "block" not in nk.swap_linears(model, "all-linear", rank=2, alpha=4).skipped
+
+
+def test_another_thread_may_run_other_models_meanwhile():
+    """Hooks on all modules of the process saw those of other threads, too."""
+    model, other = make("dtype"), nn.Sequential(*[nn.Linear(K, K) for _ in range(20)])
+    ended = threading.Event()
+
+    def serve():
+        with torch.no_grad():
+            while not ended.is_set():
+                other(torch.randn(2, K))
+
+    wanted = nk.estimate_retain_subspaces(
+        model, [torch.randn(5, K)], "all-linear", width=4, rank=2
+    ).keys()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for _ in range(40):
+            batches = [torch.randn(5, K) for _ in range(3)]
+            found = nk.estimate_retain_subspaces(model, batches, "all-linear", width=4, rank=2)
+            assert found.keys() == wanted
+    finally:
+        ended.set()
+        thread.join()
