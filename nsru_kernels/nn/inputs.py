@@ -52,11 +52,12 @@ class ActivationStream:
         takes = inspect.signature(self.module.forward).parameters
         self.extra = {"use_cache": False} if "use_cache" in takes else {}
         self.keep_BT: Tensor | None = None
+        self._thread: int | None = None  # that a forward of ours runs in
 
     def group_by_input(self, batch: Batch) -> list[list[str]]:
         """One forward; module names grouped by the tensor object that they read, in model order."""
         reads = _Reads()
-        with _hooks(self.linears, reads.note):
+        with _hooks(self.linears, self._of_ours(reads.note)):
             self._forward(batch)
         groups: dict[Any, list[str]] = {}
         for name in self.linears:
@@ -115,7 +116,7 @@ class ActivationStream:
                 raise ValueError(f"input of {name}: {error}") from error
 
         names = dict.fromkeys([*consume, *itertools.chain.from_iterable(groups)])
-        with _hooks({name: self.linears[name] for name in names}, hand_on):
+        with _hooks({name: self.linears[name] for name in names}, self._of_ours(hand_on)):
             for batch in batches if label is None else with_progress(batches, label):
                 reads.clear()
                 self._forward(batch)
@@ -126,6 +127,15 @@ class ActivationStream:
                             ", and another one in a later batch; begin with such a batch, so that "
                             "each gets a subspace of its own."
                         )
+
+    def _of_ours(self, see: Callable[..., None]) -> Callable[..., None]:
+        """``see`` of calls in our forwards alone: batches may be made by the model itself."""
+
+        def called(*args: Any) -> None:
+            if threading.get_ident() == self._thread:
+                see(*args)
+
+        return called
 
     def _forward(self, batch: Batch) -> None:
         in_order: Sequence[Any] = ()
@@ -166,7 +176,11 @@ class ActivationStream:
             part_BT = None if keep_BT is None else keep_BT[rows]
             self.keep_BT = None if part_BT is None or part_BT.all() else part_BT
             named = {name: _rows(value, rows) for name, value in arguments.items()}
-            self.module(*[_rows(value, rows) for value in in_order], **{**named, **self.extra})
+            self._thread = threading.get_ident()
+            try:
+                self.module(*[_rows(value, rows) for value in in_order], **{**named, **self.extra})
+            finally:
+                self._thread = None
 
     def _with_decoder_inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The batch with what a decoder reads, made of labels if need be."""

@@ -238,6 +238,10 @@ class NSRUTrainer(ResumableTrainer):
                 "NSRUTrainer: torch_compile=True would compile the loss, whose shapes depend on "
                 "the data. Compile the backbone instead: model.base_model.compile()."
             )
+        if args.label_smoothing_factor:
+            raise ValueError(
+                "NSRUTrainer: label_smoothing_factor is read by no method's loss; leave it at 0."
+            )
         by_epoch = "epoch" in (args.save_strategy, args.eval_strategy)
         if args.gradient_accumulation_steps > 1 and by_epoch:
             logger.warning(

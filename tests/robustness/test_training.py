@@ -165,6 +165,11 @@ def test_epochs_asked_for_are_those_of_the_questions(tmp_path):
     assert [len(step) for step in steps] == [32, 32]
 
 
+def test_label_smoothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="label_smoothing_factor is read by no method's loss"):
+        samples.make_trainer(tmp_path, label_smoothing_factor=0.1)
+
+
 def test_saving_by_epochs_that_steps_run_over_is_said(tmp_path, caplog):
     samples.make_trainer(tmp_path, save_strategy="epoch")
     assert "by epoch" not in caplog.text

@@ -330,6 +330,22 @@ def test_matrices_that_are_no_layers_are_named_with_their_share():
     assert "block" not in nk.swap_linears(model, "all-linear", rank=2, alpha=4).skipped
 
 
+def test_batches_may_be_made_by_the_model_itself():
+    model = make("dtype")
+    batches = [torch.randn(n, K) for n in (3, 4, 5)]
+
+    def make_them():
+        for batch in batches:
+            model(torch.randn(50, K))
+            yield batch
+
+    sizes = {"width": 8, "rank": 2}
+    wanted = nk.estimate_retain_subspaces(model, batches, "all-linear", **sizes)
+    found = nk.estimate_retain_subspaces(model, make_them(), "all-linear", **sizes)
+    assert [entry.tokens for entry in found.inputs] == [12] * len(wanted.inputs)
+    assert found.inputs == wanted.inputs
+
+
 def test_another_thread_may_run_other_models_meanwhile():
     """Hooks on all modules of the process saw those of other threads, too."""
     model, other = make("dtype"), nn.Sequential(*[nn.Linear(K, K) for _ in range(20)])
