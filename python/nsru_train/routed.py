@@ -285,6 +285,11 @@ def load_routed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     folder = Path(path)
     config = read_json(folder / CONFIG)
     check_fields(folder / CONFIG, config, _FIELDS)
+    if config["schema"] != 1:
+        raise ValueError(
+            f"adapter: {folder / CONFIG}: schema must be 1, got {config['schema']}: it was written "
+            "by another version."
+        )
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"adapter: {folder} has no {WEIGHTS}; copy it again, or train again.")
     tensors, _ = read_tensors(folder / WEIGHTS)

@@ -479,6 +479,7 @@ Q = "model.layers.0.self_attn.q_proj"
         (edit(domains=["Towns", 3]), "domains must be"),
         (edit(layer=2), "a layer from 0 to 1, got 14 and 2"),
         (edit(layer=None), "layer must be int"),
+        (edit(schema=-1), "schema must be 1, got -1"),
         (edit(alpha={}), "got 0 and 0"),
         (edit(alpha={"../../x": 6.0}), "no plain linear '../../x'"),
         (edit(alpha={Q: float("inf")}), "alpha must be"),
