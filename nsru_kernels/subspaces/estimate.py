@@ -60,7 +60,8 @@ def estimate_retain_subspaces(
     Args:
         model: the model before `swap_linears`, or before PEFT wraps it.
         batches: arguments of the model, dicts (`input_ids` and such), tuples in the order of its
-            `forward`, or its only tensor; read once, one batch in memory.
+            `forward`, or its only tensor; read once, one batch in memory. Calls of the model by
+            what makes the batches, or by other threads, are not counted.
             `attention_mask` [B, T] keeps padding out. An optional `token_mask` [B, T] is not passed
             to the model and takes the mask's place here, for instance to leave out an attention
             sink, whose massive norm dominates energy thresholds. `labels` are dropped.

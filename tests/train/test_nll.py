@@ -371,3 +371,6 @@ def test_a_hook_on_the_head_counts_from_when_it_is_there():
     torch.testing.assert_close(answer_nll(model, batch)[0], own)
     handle.remove()
     torch.testing.assert_close(answer_nll(model, batch)[0], before)
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda x: 0.7 * forward(x)
+    torch.testing.assert_close(answer_nll(model, batch)[0], expected_nll(model, batch)[0])

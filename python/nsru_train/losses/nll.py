@@ -248,8 +248,8 @@ def _own_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return type(model).forward(model, **inputs, use_cache=False).logits
 
 
-# For each model, type of its head, which a swap or a merge changes, and hooks on it: logit_softcap
-# and logit_scale, or None where only the model makes its logits.
+# For each model, type of its head, which a swap or a merge changes, hooks on it and a forward put in
+# place of its own: logit_softcap and logit_scale, or None where only the model makes its logits.
 _head_forms: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, dict[str, Any] | None]] = (
     weakref.WeakKeyDictionary()
 )
@@ -260,7 +260,7 @@ def _head_of(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any] | None:
     linear: Any = None if find is None else find()
     forms = _head_forms.setdefault(model, {})
     hooks = (getattr(linear, name, ()) for name in ("_forward_pre_hooks", "_forward_hooks"))
-    key = type(linear), *map(tuple, hooks)
+    key = type(linear), *map(tuple, hooks), id(getattr(linear, "__dict__", {}).get("forward"))
     if key not in forms:
         forms[key] = _probe_head(model, linear, inputs)
     form = forms[key]
