@@ -248,8 +248,8 @@ def _own_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return type(model).forward(model, **inputs, use_cache=False).logits
 
 
-# For each model, type of its head, which a swap or a merge changes, hooks on it and a forward put in
-# place of its own: logit_softcap and logit_scale, or None where only the model makes its logits.
+# For each model and what a swap, a merge, a hook or a patch of its head changes: logit_softcap and
+# logit_scale, or None where only the model makes its logits.
 _head_forms: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, dict[str, Any] | None]] = (
     weakref.WeakKeyDictionary()
 )
