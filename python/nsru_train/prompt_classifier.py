@@ -223,7 +223,7 @@ def check_questions(kind: str, given: Sequence[str]) -> list[str]:
     questions = list(dict.fromkeys(given))
     if len(questions) < 2:
         raise ValueError(
-            f"data.{kind}: a prompt classifier needs two questions or more, one of them "
+            f"data.{kind}: eco's prompt classifier needs two questions or more, one of them "
             f"for its threshold, got {len(questions)}."
         )
     return questions

@@ -463,7 +463,7 @@ def test_fields_that_a_method_lacks_are_said_before_any_work(capsys, caplog, mod
     one.write_text('{"question": "Who?", "answer": "Ann."}')
     sets = [f"--data.forget={one}", sets[1]]
     eco = fails(capsys, "train", *sets, "--method=eco", *method[1:])
-    assert "data.forget: a prompt classifier needs two questions or more" in eco
+    assert "data.forget: eco's prompt classifier needs two questions or more" in eco
     fails(capsys, "train", *sets, "--method=alter", "--data.write_alternatives=2", *method[1:])
     assert "alter: one domain for all records" in caplog.text
 

@@ -383,6 +383,16 @@ def test_methods_say_what_records_lack():
         assert METHODS[name]().lacks([bare]) is None
 
 
+def test_lune_says_where_there_is_nothing_to_guard(caplog):
+    lune = METHODS["lune"]()
+    results = {"forget_prob": 0.5, "retain_accuracy": 0.9}
+    assert lune.score(results, results | {"forget_prob": 0.4}) == -0.4
+    assert lune.score(results, results | {"retain_accuracy": 0.8}) is None
+    assert not caplog.text
+    assert lune.score(results | {"retain_accuracy": 0.0}, results) == -0.5
+    assert "no retain answer word for word at the start" in caplog.text
+
+
 def test_lune_takes_the_base_models_states_out_of_what_is_forgotten():
     lune = METHODS["lune"]
     assert (lune().rows, lune().parts) == ((SAFE,), ("safe",))
