@@ -483,20 +483,23 @@ def _found_by_peft(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """True of the modules that PEFT would find by names, expressions and layers of the config."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    rules = {
-        **dict.fromkeys(_RULES),
-        **{key: config[key] for key in _RULES if config.get(key) not in (None, "", [])},
-    }
+    given = {option: config.get(option) for option in _RULES}
+    rules = {option: value for option, value in given.items() if value not in (None, "", [])}
     for option, value in rules.items():
         kind = int if option == "layers_to_transform" else str
-        values = value if isinstance(value, list) else [] if value is None else [value]
+        values = value if isinstance(value, list) else [value]
         if not all(type(one) is kind for one in values):
             wanted = "names or an expression" if kind is str else "numbers of layers"
             raise ValueError(f"{option} must be {wanted}, got {value!r:.60}.")
+        # In a list of targets PEFT looks for names.
+        named = isinstance(value, list) and option != "layers_pattern"
+        expressions = [] if named or kind is int else values
         try:
-            [re.compile(one) for one in values if kind is str]
+            for one in expressions:
+                re.compile(one)
         except re.error as error:
             raise ValueError(f"{option}: {value!r} is no regular expression: {error}.") from error
+    rules = {**dict.fromkeys(_RULES), **rules}
     if rules["target_modules"] in (None, "all-linear"):
         rules["target_modules"] = ".*"
     return lambda name: bool(check_target_module_exists(SimpleNamespace(**rules), name))

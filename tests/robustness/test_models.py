@@ -572,10 +572,12 @@ def test_names_that_fit_each_other_as_expressions_keep_their_ranks(tmp_path):
         def __init__(self):
             super().__init__()
             self.a, self.aaproj = nn.ModuleDict({"proj": nn.Linear(K, K)}), nn.Linear(K, K)
-            self.add_module("b+", nn.Linear(K, K))
+            for name in ("b+", "b("):
+                self.add_module(name, nn.Linear(K, K))
 
         def forward(self, x):
-            return self.a["proj"](x).tanh() + self.aaproj(x) + self.get_submodule("b+")(x)
+            others = (self.get_submodule(name)(x) for name in ("b+", "b("))
+            return self.a["proj"](x).tanh() + self.aaproj(x) + sum(others)
 
     base, x = Alike(), torch.randn(3, K)
     adapted = copy.deepcopy(base)
