@@ -191,12 +191,12 @@ def swap_linears(
     alphas = take_all("swap_linears: alpha_pattern", alpha_pattern, names, alpha)
     if subspaces is not None:
         if missing := [name for name, _ in linears if name not in subspaces]:
-            wrapped = plain_name(missing[0]) in subspaces
-            remedy = "Swap before layers are compiled or wrapped" if wrapped else None
+            remedy = "Estimate them with the same targets"
+            if plain_name(missing[0]) in subspaces:
+                remedy = "Swap before layers are compiled or wrapped"
             raise ValueError(
                 f"swap_linears: subspaces has no entry for {len(missing)} of {len(linears)} "
-                f"targets, the first {missing[0]!r}. "
-                f"{remedy or 'Estimate them with the same targets'}."
+                f"targets, the first {missing[0]!r}. {remedy}."
             )
         if hasattr(subspaces, "check_model"):
             subspaces.check_model(model)

@@ -166,7 +166,7 @@ class Comparison:
             train = replace(self.train, lr=lr, seed=seed, save_steps=0)
             if self.sections:
                 own = {"subspace": asdict(self.layers), "lora": asdict(lora)}
-                own |= {"objective": asdict(contender.method), "train": asdict(train)}
+                own |= {"objective": asdict(method), "train": asdict(train)}
                 folder.write_config({**self.sections, "method": contender.found, **own})
             outcome = unlearn(
                 adapted,
@@ -177,7 +177,7 @@ class Comparison:
                 exclude=self.layers.exclude,
                 subspaces=self.subspaces,
                 lora=lora,
-                objective=contender.method,
+                objective=method,
                 train=train,
                 on_eval=lambda step, model: (
                     # Before the first step an adapter is zero.
@@ -192,7 +192,7 @@ class Comparison:
             save_adapter(
                 adapted,
                 folder.adapter_dir,
-                contender.method,
+                method,
                 fingerprint=self.subspaces.fingerprint,
             )
             folder.write_results(

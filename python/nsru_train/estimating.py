@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -177,17 +178,16 @@ def run_subspaces(
 ) -> SubspaceSet:
     """`find_subspaces`, kept in the run's folder; those that are there already on ``resume``."""
     own = run.path / "subspaces"
-    going_on = resume and (own / "index.json").exists()
-    if going_on:
-        config = replace(config, path=str(own))
-    sets = estimated_on(tokenizer, forget, retain)
-    if not going_on:
-        warn_of_path(config, sets)
-    found = find_subspaces(
-        model, tokenizer, forget, retain, config,
+    find = functools.partial(
+        find_subspaces, model, tokenizer, forget, retain,
         max_length=max_length, seed=seed, progress=progress,
     )  # fmt: skip
-    if run.writes and not going_on:
+    if resume and (own / "index.json").exists():
+        return find(replace(config, path=str(own)))
+    sets = estimated_on(tokenizer, forget, retain)
+    warn_of_path(config, sets)
+    found = find(config)
+    if run.writes:
         found.save(own)
         kept = sets if config.path is None else _sets_of(config.path)
         atomic_write(own / _SETS, to_json(kept))

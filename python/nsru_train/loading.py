@@ -257,10 +257,11 @@ def _keep_date(tokenizer: PreTrainedTokenizerBase, data: DataConfig | None) -> N
     today = dated(tokenizer)
     if today is None:
         return
-    remedy = "A system prompt of yours fixes it in some templates, else one without the date does"
-    if today and data is None:
+    if not today:
+        remedy = "A system prompt of yours fixes it in some, else a template without the date does"
+    elif data is None:
         remedy = f"use_format(tokenizer, TextFormat(template_kwargs={today})) fixes it"
-    elif today and data is not None:
+    else:
         data.chat_template_kwargs = {**data.chat_template_kwargs, **today}
         kept = replace(tokenizer.text_format, template_kwargs=data.chat_template_kwargs)
         use_format(tokenizer, kept)

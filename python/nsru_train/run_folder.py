@@ -96,11 +96,13 @@ class RunFolder:
             raise ValueError(
                 f"RunFolder: {self.path} is a file; give the path of a folder, new or existing."
             )
-        within = (self.path.parent / "config.yaml").is_file()  # a run's own folder, such as eval
-        for path in (self.path,) * within + (self.path / "figures",):
-            if path.is_symlink():
+        inside = [self.path / "figures"]
+        if (self.path.parent / "config.yaml").is_file():  # a run's own folder, such as eval
+            inside.append(self.path)
+        for folder in inside:
+            if folder.is_symlink():
                 raise ValueError(
-                    f"out: {path} is a link to {path.resolve()}, where files of another folder "
+                    f"out: {folder} is a link to {folder.resolve()}, where files of another folder "
                     "would be replaced; remove it."
                 )
         self.path.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from nsru_kernels.files import atomic_write, parse_json, read_text
-from nsru_train.data.records import QA
+from nsru_train.data.records import QA, tofu_authors
 from nsru_train.demo.authors import author_splits
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def load_records(
     """
     source, _, name = str(spec).partition(":")
     if source == "tofu" and name:
-        return _load_tofu(name, data_dir, ignore_unknown)
+        return _by_author(name, _load_tofu(name, data_dir, ignore_unknown))
     if source == "authors" and name:
         return _load_authors(name)
     path = Path(spec)
@@ -291,7 +291,7 @@ def _load_tofu(name: str, data_dir: str | Path | None, ignore_unknown: bool) -> 
         if not path.is_file():
             found = ", ".join(sorted(p.stem for p in Path(data_dir).glob("*.json"))) or "no *.json"
             raise ValueError(f"tofu:{name}: {path} does not exist; {data_dir} has: {found}")
-        return _by_author(name, _parse_rows(read_rows(path), str(path), ignore_unknown))
+        return _parse_rows(read_rows(path), str(path), ignore_unknown)
     try:
         from datasets import load_dataset
     except ImportError:
@@ -306,15 +306,22 @@ def _load_tofu(name: str, data_dir: str | Path | None, ignore_unknown: bool) -> 
             f"tofu:{name}: {TOFU_REPO} could not be read from the hub ({error}); give data_dir, a "
             f"folder with {name}.json"
         ) from error
-    records = _parse_rows(enumerate(rows, 1), f"{TOFU_REPO}/{name}", ignore_unknown)
-    return _by_author(name, records)
+    return _parse_rows(enumerate(rows, 1), f"{TOFU_REPO}/{name}", ignore_unknown)
 
 
 def _by_author(name: str, records: list[QA]) -> list[QA]:
     """Records to forget with their author as domain, which TOFU tells by their places alone."""
-    if not name.startswith("forget") or len(records) % 20:
+    if not name.startswith("forget"):
         return records
-    return [replace(qa, domain=f"author {i // 20 + 1}") for i, qa in enumerate(records)]
+    try:
+        authors = tofu_authors(records)
+    except ValueError:  # a part of one
+        return records
+    return [
+        replace(qa, domain=f"author {number}")
+        for number, author in enumerate(authors, 1)
+        for qa in author
+    ]
 
 
 def _load_authors(name: str) -> list[QA]:

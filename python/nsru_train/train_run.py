@@ -56,8 +56,7 @@ def run_train(
     check_training(train)
     loaded = load_data(data)
     digests = loaded.digests()
-    written = bool(data.write_alternatives)
-    check_records([objective], loaded.forget, loaded.retain, written)
+    check_records([objective], loaded.forget, loaded.retain, written=bool(data.write_alternatives))
     run = RunFolder(out).lock()
     last = _last_checkpoint(run, resume)
     own = run.path / "subspaces"

@@ -23,6 +23,7 @@ import nsru_kernels as nk
 from nsru_train import cli, config, estimating, run_config
 from nsru_train.demo.tiny_model import make_llama, train_tokenizer
 from nsru_train.loading import load_data, load_model
+from nsru_train.methods.method import say_once
 from nsru_train.run_folder import RunFolder
 from nsru_train.trainer import CheckpointError, NSRUTrainer
 
@@ -452,6 +453,7 @@ def test_resume_of_the_demo_says_only_what_differs(capsys, monkeypatch, tmp_path
 
 
 def test_fields_that_a_method_lacks_are_said_before_any_work(capsys, caplog, model, tmp_path):
+    say_once.cache_clear()
     sets = ["--data.forget=authors:forget", "--data.retain=authors:retain"]
     method = ["--method=altpo", f"--model.path={tmp_path / 'none'}", f"--out={tmp_path / 'x'}"]
     fails(capsys, "train", *sets, *method)

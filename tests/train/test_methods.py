@@ -16,6 +16,7 @@ from nsru_train.losses import nll as nll_module
 from nsru_train.losses.batch import Everywhere
 from nsru_train.losses.nll import AnswerHidden, AnswerLogits
 from nsru_train.methods import METHODS, Objective, find_method
+from nsru_train.methods.method import say_once
 from nsru_train.methods.nsru import SUPPRESSIONS
 from nsru_train.methods.unlikelihood import unlikelihood
 
@@ -384,6 +385,7 @@ def test_methods_say_what_records_lack():
 
 
 def test_lune_says_where_there_is_nothing_to_guard(caplog):
+    say_once.cache_clear()
     lune = METHODS["lune"]()
     results = {"forget_prob": 0.5, "retain_accuracy": 0.9}
     assert lune.score(results, results | {"forget_prob": 0.4}) == -0.4

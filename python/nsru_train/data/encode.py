@@ -179,10 +179,10 @@ def dated(tokenizer: PreTrainedTokenizerBase) -> dict[str, str] | None:
     if text == _render(tokenizer, _QUESTION, template=timeless):
         return None
     formats = re.findall(r"strftime_now\(\s*['\"](.+?)['\"]\s*\)", template)
+    own = format_of(tokenizer)
     for name in sorted(name for name in _variables(template) if "date" in name):
         for today in (datetime.now().strftime(one) for one in formats):  # as transformers has it
-            given = {**format_of(tokenizer).template_kwargs, name: today}
-            fixed = replace(format_of(tokenizer), template_kwargs=given)
+            fixed = replace(own, template_kwargs={**own.template_kwargs, name: today})
             if _render(tokenizer, _QUESTION, text_format=fixed) == text:
                 return {name: today}
     return {}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -21,7 +19,7 @@ from nsru_train.methods.idk import IDK
 from nsru_train.methods.ihl import IHL
 from nsru_train.methods.kl import KL
 from nsru_train.methods.lune import LUNE
-from nsru_train.methods.method import Forget, ForgetRetain, Method
+from nsru_train.methods.method import Forget, ForgetRetain, Method, say_once
 from nsru_train.methods.npo import NPO
 from nsru_train.methods.nsru import Objective
 from nsru_train.methods.pdu import PDU
@@ -43,8 +41,6 @@ __all__ = [
     "method_of_run",
     "run_name",
 ]
-
-logger = logging.getLogger(__name__)
 
 METHODS: dict[str, type[Method]] = {
     "nsru": Objective,
@@ -130,12 +126,7 @@ def check_records(
     for method in methods:
         method.check_records(forget, retain)
         if text := method.lacks(forget):
-            _say(text)
-
-
-@functools.cache
-def _say(text: str) -> None:
-    logger.warning("%s", text)
+            say_once(text)
 
 
 def run_name(method: str, project: bool) -> str:

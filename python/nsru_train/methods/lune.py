@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from nsru_train.losses.batch import FORGET, SAFE, Batch
-from nsru_train.methods.method import Method, mean
-
-logger = logging.getLogger(__name__)
+from nsru_train.methods.method import Method, mean, say_once
 
 
 @dataclass(frozen=True)
@@ -76,14 +72,9 @@ class LUNE(Method):
 
     def score(self, start: Mapping[str, float], now: Mapping[str, float]) -> float | None:
         if not start["retain_accuracy"]:
-            _say_unguarded()
+            say_once(
+                "lune: the model gives no retain answer word for word at the start, so that guard "
+                "keeps none. Give retain answers that it knows."
+            )
         kept = now["retain_accuracy"] >= start["retain_accuracy"] * (1 - self.guard)
         return -now["forget_prob"] if kept else None
-
-
-@functools.cache
-def _say_unguarded() -> None:
-    logger.warning(
-        "lune: the model gives no retain answer word for word at the start, so that guard keeps "
-        "none. Give retain answers that it knows."
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +20,8 @@ from nsru_train.losses.hidden import decoder_layers
 
 if TYPE_CHECKING:
     from nsru_train.guard import AttachedGuard
+
+logger = logging.getLogger(__name__)
 
 # Whose way of computing a loss is taken, where public code deviates from its paper.
 Compat = Literal["open-unlearning"]
@@ -282,6 +286,12 @@ class ForgetRetain(Forget):
             parts["retain"] = mean(kept.kl() if self.compat is None else kept.everywhere().kl())
         parts["total"] = parts["total"] + self.w_retain * parts["retain"]
         return parts
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """A warning, the first time that this process has it."""
+    logger.warning("%s", text)
 
 
 def mean(values: Tensor) -> Tensor:

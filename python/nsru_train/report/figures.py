@@ -86,17 +86,14 @@ def damage(results: Row, key: str, methods: Sequence[str]) -> Figure:
     found = {m: summary.values(matched, f"{m}_damage") for m in methods}
     found = {m: [max(value, LEAST_DAMAGE) for value in lost] for m, lost in found.items()}
     figure, axes, bare = _by_method(found, lower_is_better=True)
-    untrained = {row.get("method") for row in results.get("frontier") or [] if row.get("lr") == 0}
-    ends, before = summary.ends(results, "forget_prob", key), summary.before_value(results, key)
+    untrained = summary.untrained_damage(results, matched, key)
     for row, pair in bare.items():
-        at, why = LEAST_DAMAGE, "does not forget"
-        if own := untrained & {*pair}:
-            why, runs = "trains nothing", ends.get(own.pop(), [])
-            if matched and before is not None and runs:
-                forgotten, kept = zip(*runs, strict=True)
-                if max(forgotten) <= matched[0]["forget_prob"]:
-                    at = max(before - fmean(kept), LEAST_DAMAGE)
-                    axes.plot(at, row, "D", ms=7, color=LIGHT["muted"])
+        own = next((method for method in pair if method in untrained), None)
+        lost = None if own is None else untrained[own]
+        at = max(lost or 0.0, LEAST_DAMAGE)
+        if lost is not None:
+            axes.plot(at, row, "D", ms=7, color=LIGHT["muted"])
+        why = "does not forget" if own is None else "trains nothing"
         _note(axes, why, (at, row), (8, -3.5), LIGHT["muted"], "left")
     axes.set(
         xscale="log",

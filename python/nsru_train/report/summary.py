@@ -183,6 +183,25 @@ def matched_damage(results: Row, key: str = "retain_unseen_prob") -> list[dict[s
     return table
 
 
+def untrained_damage(
+    results: Row, matched: Sequence[Row], key: str = "retain_unseen_prob"
+) -> dict[str, float | None]:
+    """Methods that train nothing, at a rate of 0 → their mean damage.
+
+    None where one forgot less, with a seed, than those that `matched_damage` compares.
+    """
+    untrained = method_names(row for row in results.get("frontier") or [] if row.get("lr") == 0)
+    before, found = before_value(results, key), ends(results, "forget_prob", key)
+    damage: dict[str, float | None] = dict.fromkeys(untrained)
+    if before is None or not matched:
+        return damage
+    for method in untrained:
+        ended = found.get(method, [])
+        if ended and all(forgotten <= matched[0]["forget_prob"] for forgotten, _ in ended):
+            damage[method] = before - fmean(kept for _, kept in ended)
+    return damage
+
+
 def best_few(results: Row) -> list[str]:
     """The first method, and those that cost unseen answers least at equal forgetting."""
     matched = matched_damage(results)
