@@ -24,6 +24,7 @@ from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.hf.peft_format import PLAIN_STARTS
 from nsru_kernels.nn.names import plain_name, unwrap
 from nsru_kernels.nn.projections import projection_key, steps
+from nsru_kernels.nn.sharded import comes_and_goes
 from nsru_kernels.nn.subspace import RetainSubspace
 from nsru_kernels.nn.swap import holder_of, names_in
 from nsru_kernels.ops.project import check_projection, project_adapter, project_adapters
@@ -112,6 +113,12 @@ class NullSpaceA(nn.Linear):
 
     def current(self) -> Tensor:
         """A itself, projected; with it every other one that changed."""
+        if comes_and_goes(self.stored):
+            raise RuntimeError(
+                "constrain_peft: DeepSpeed ZeRO-3 would save A as its optimizer left it, outside "
+                "of the null space. Use ZeRO-1 or ZeRO-2, or FSDP2 (fully_shard); or swap_linears "
+                "in a loop of your own, where save_lora_adapter projects what it saves."
+            )
         if self.null_space.known != self.key():
             _project(m for m in list(_constrained) if m.null_space.known != m.key())
         return self.stored

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nsru_kernels.checks import check_dense
 from nsru_kernels.dispatch.config import requested_backend
 from nsru_kernels.nn.projections import Projected, Projections, projection_key, steps
-from nsru_kernels.nn.sharded import refuse_shards
+from nsru_kernels.nn.sharded import comes_and_goes, held, refuse_shards
 from nsru_kernels.ops.linear import compute_dtype, few, projected_linears, projected_update
 from nsru_kernels.ops.project.autograd import KeptProjection
 from nsru_kernels.ops.project.gram import gram_inverse_of
@@ -138,14 +138,14 @@ class LinearGroup:
             return None
         if asked not in modules:  # a copy of one
             return None
-        lora_as = tuple([m.lora_A for m in modules])
+        lora_as = tuple([held(m, "lora_A") for m in modules])
         for module, lora_a in zip(modules, lora_as, strict=True):
             if module._subspace != asked._subspace or module.backend != asked.backend:
                 return None
             # Shards of FSDP and ZeRO; in inference mode edits are not counted.
             if type(lora_a) not in _PLAIN or lora_a.shape != (module.rank, module.in_features):
                 return None
-            if lora_a.is_inference() or lora_a.device != x.device:
+            if lora_a.is_inference() or lora_a.device != x.device or comes_and_goes(lora_a):
                 return None
         basis = asked.basis
         known = self.current(x.dtype, lora_as, basis)
@@ -187,7 +187,7 @@ class LinearGroup:
             device = x.device.type
             dtype = compute_dtype(x) if torch.is_autocast_enabled(device) else x.dtype
             members = modules if together else self.modules()
-            of_all = lora_as if together else tuple([m.lora_A for m in members])
+            of_all = lora_as if together else tuple([held(m, "lora_A") for m in members])
             projected = self.current(dtype, of_all, basis).value
             if not together:
                 start = sum([m.rank for m in members[: first._position]])
@@ -228,7 +228,7 @@ class LinearGroup:
                 if tensor is None:
                     continue
                 # FSDP and ZeRO hold shards, or nothing, until the module itself is called.
-                if type(tensor) not in _PLAIN or tensor.shape != shape:
+                if type(tensor) not in _PLAIN or tensor.shape != shape or comes_and_goes(tensor):
                     if module is asked:
                         refuse_shards(module)
                     return "weights are sharded"

@@ -7,7 +7,6 @@ import math
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -139,12 +138,12 @@ class NSRULinear(nn.Module):
 
     def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
         """W, b, A, B and s as they are at this moment."""
-        held: dict[str, Any] = self._parameters  # without nn.Module's search for attributes
-        scaling = self.alpha / self.rank
-        try:
-            return held["weight"], held["bias"], held["lora_A"], held["lora_B"], scaling
-        except KeyError:  # FSDP puts plain tensors in their places
+        # Without nn.Module's search for attributes, and by get: see sharded.held.
+        get, scaling = self._parameters.get, self.alpha / self.rank
+        weight, a_RK = get("weight"), get("lora_A")
+        if weight is None or a_RK is None:  # FSDP puts plain tensors in their places
             return self.weight, self.bias, self.lora_A, self.lora_B, scaling
+        return weight, get("bias"), a_RK, get("lora_B"), scaling  # type: ignore[return-value]
 
     def _freeze(self) -> None:
         self.weight.requires_grad_(False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from nsru_kernels.nn.sharded import in_parts, refuse_shards
+from nsru_kernels.nn.sharded import comes_and_goes, held, in_parts, refuse_shards
 from nsru_kernels.ops.project.autograd import project_groups
 
 if TYPE_CHECKING:
@@ -99,14 +99,14 @@ class Projections:
         for module in asked.modules():
             refuse_shards(module)
         stale = [g for g in self._groups if g is asked or _stale_alike(asked, g, dtype)]
-        held = [tuple([m.lora_A for m in group.modules()]) for group in stale]
+        adapters = [tuple([held(m, "lora_A") for m in group.modules()]) for group in stale]
         bases = [group.modules()[0].basis for group in stale]
-        based = [(a, basis) for a, basis in zip(held, bases, strict=True) if basis is not None]
+        based = [(a, basis) for a, basis in zip(adapters, bases, strict=True) if basis is not None]
         # Not in inference mode, even when asked there: a later training step saves the projection
         # for backward.
         with torch.inference_mode(False), torch.no_grad():
             projected = iter(project_groups(based, dtype, asked.backend) if based else ())
-            for group, lora_as, basis in zip(stale, held, bases, strict=True):
+            for group, lora_as, basis in zip(stale, adapters, bases, strict=True):
                 group.projected = Projected(
                     projection_key(dtype, lora_as, basis),
                     (*lora_as, basis),
@@ -140,7 +140,7 @@ def _stale_alike(asked: LinearGroup, other: LinearGroup, dtype: torch.dtype) -> 
         return True
     members = other.modules()
     key = other.projected.key
-    lora_as, basis = tuple(m.lora_A for m in members), members[0].basis
+    lora_as, basis = tuple(held(m, "lora_A") for m in members), members[0].basis
     return key[0] == dtype and key != projection_key(dtype, lora_as, basis)
 
 
@@ -149,12 +149,12 @@ def _alike(asked: LinearGroup, other: LinearGroup) -> bool:
     members = other.modules()
     if not members or other.backend != asked.backend:
         return False
-    device, basis = asked.modules()[0].lora_A.device, members[0].basis
+    device, basis = held(asked.modules()[0], "lora_A").device, members[0].basis
     for module in members:
-        a_RK = module.lora_A
+        a_RK = held(module, "lora_A")
         # FSDP and ZeRO hold shards of A, or nothing, until its layer is called.
         if type(a_RK) not in (Tensor, nn.Parameter) or a_RK.device != device:
             return False
-        if in_parts(module) or a_RK.is_inference():
+        if in_parts(module) or comes_and_goes(a_RK) or a_RK.is_inference():
             return False
     return basis is None or basis.device == device

@@ -72,9 +72,23 @@ def refuse_shards(module: nn.Module) -> None:
         )
 
 
+def held(module: nn.Module, name: str) -> Tensor:
+    """A parameter as the module has it, also where that is a part, or nothing.
+
+    By ``[]`` or as an attribute ZeRO-3's dictionary would gather it, on the ranks that ask.
+    """
+    parameter = module._parameters.get(name)
+    return getattr(module, name) if parameter is None else parameter  # FSDP1's are attributes
+
+
+def comes_and_goes(parameter: Tensor) -> bool:
+    """True where ZeRO-3 gathers it for calls of its own module and lets it go after them."""
+    return hasattr(parameter, "ds_id")
+
+
 def in_parts(module: Any) -> bool:
     """True where FSDP1 or ZeRO-3 holds A in parts that are no DTensors, or nothing of it."""
-    shape, k = module.lora_A.shape, module.in_features
+    shape, k = held(module, "lora_A").shape, module.in_features
     return len(shape) != 2 or shape[1] != k or not shape[0] or shape[0] % module.rank > 0
 
 

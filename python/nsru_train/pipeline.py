@@ -49,10 +49,13 @@ def check_layers(
 
 
 def check_training(train: TrainConfig) -> None:
-    """Raise ValueError where transformers cannot report as asked, or has no such schedule."""
+    """Raise ValueError where transformers cannot report as asked, or accelerate would shard so."""
+    from accelerate import DeepSpeedPlugin
     from transformers import get_scheduler
     from transformers.integrations import get_available_reporting_integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    from nsru_train.trainer import refuse_zero_3
 
     names, available = train.report_to, [*get_available_reporting_integrations(), "all", "none"]
     if missing := sorted(set(names) - set(available)):
@@ -74,6 +77,8 @@ def check_training(train: TrainConfig) -> None:
         raise ValueError(
             f"train.lr_scheduler_kwargs: {train.lr_scheduler_type} does not take {kwargs}: {error}"
         ) from error
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # set by accelerate launch
+        refuse_zero_3(DeepSpeedPlugin())
 
 
 def add_adapters(

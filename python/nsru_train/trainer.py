@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DeepSpeedPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -233,6 +234,7 @@ class NSRUTrainer(ResumableTrainer):
                 "NSRUTrainer: model has no trainable parameter; call nk.swap_linears first."
             )
         check_sequences(model, train_dataset.sequences())
+        refuse_zero_3(args.deepspeed_plugin)
         if args.torch_compile:
             raise ValueError(
                 "NSRUTrainer: torch_compile=True would compile the loss, whose shapes depend on "
@@ -470,6 +472,16 @@ def _as_forward(model: nn.Module, function: Callable) -> Iterator[None]:
             del model.forward
         else:
             model.forward = own
+
+
+def refuse_zero_3(plugin: DeepSpeedPlugin | None) -> None:
+    """Raise ValueError where weights would be whole in calls of their own modules alone."""
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError(
+            "deepspeed: ZeRO-3 keeps all weights in parts, also where a trained model is scored "
+            "and saved. Use zero_stage 1 or 2, or FSDP2, which shards as much "
+            "(docs/howto/many-gpus.md)."
+        )
 
 
 def inside_forward(model: nn.Module, function: Callable[[nn.Module], Any]) -> Any:

@@ -336,6 +336,15 @@ def test_an_optimizer_that_pytorch_does_not_see_writing(constrained):
     assert_confined(model, bases)
 
 
+def test_zero_3_is_refused(constrained):
+    """It saves its own parts of A, as the optimizer left them."""
+    model, _ = constrained
+    for parameter in model.parameters():
+        parameter.ds_id = 0
+    with pytest.raises(RuntimeError, match=r"constrain_peft: DeepSpeed ZeRO-3 .*FSDP2"):
+        logits(model)
+
+
 def test_an_edit_that_pytorch_does_not_count(llama):
     model = adapted(llama, targets=["q_proj"])
     bases = make_bases(model)

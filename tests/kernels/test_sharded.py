@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 
 import pytest
 import torch
@@ -450,6 +451,70 @@ def test_fsdp1_trains_and_saves_what_it_gathers(ranks, tmp_path):
         assert_adapters_close(tmp_path / f"sharded{rank}", tmp_path / "whole")
 
 
+def train_by_zero_3(rank, folder, persisting):
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
+    import deepspeed
+
+    model = adapted()
+    sizes = [2, 6] if rank else [8, 3]  # tokens: few ones take another way through a linear
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(trained, lr=0.5),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": 3, "stage3_param_persistence_threshold": persisting
+            },
+        },
+    )  # fmt: skip
+    losses, rows = [], rows_of(rank)
+    for _ in range(3):
+        with torch.no_grad():
+            engine(input_ids=rows[:1, : sizes[len(losses) % 2]])
+        loss = engine(input_ids=rows, labels=rows).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(mean_of(loss.detach()))
+    if not persisting:
+        with pytest.raises(ValueError, match=r"save_lora_adapter.*GatheredParameters"):
+            nk.save_lora_adapter(model, folder / f"refused{rank}")
+    with deepspeed.zero.GatheredParameters(trained):
+        nk.save_lora_adapter(model, folder / f"sharded{rank}")
+    return losses
+
+
+@pytest.mark.parametrize("persisting", [0, 100_000])
+def test_deepspeed_zero_3_trains_and_saves_what_it_gathers(ranks, tmp_path, persisting):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    results = ranks.run(train_by_zero_3, tmp_path, persisting)
+    model = adapted()
+    optimizer = OPTIMIZERS["sgd"]([p for p in model.parameters() if p.requires_grad])
+    wanted = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        wanted.append(model(input_ids=ids, labels=ids).loss)
+        wanted[-1].backward()
+        optimizer.step()
+    nk.save_lora_adapter(model, tmp_path / "whole")
+    for rank, losses in enumerate(results):
+        assert losses == pytest.approx([float(loss) for loss in wanted], rel=1e-5)
+        assert_adapters_close(tmp_path / f"sharded{rank}", tmp_path / "whole")
+
+
+class GatheredByName(dict):
+    """The parameters of a module as ZeRO-3 keeps them: in a forward, reading one gathers it."""
+
+    in_forward = False
+
+    def __getitem__(self, name):
+        parameter = super().__getitem__(name)
+        if self.in_forward and parameter is not None:
+            assert parameter.numel(), f"{name} of a module that does not compute is asked for"
+        return parameter
+
+
 class Partitioned:
     """ZeRO-3 of one rank, emulated: parameters are empty but while their module computes."""
 
@@ -461,6 +526,7 @@ class Partitioned:
                     parameter.ds_id = len(self.whole)
                     self.whole[parameter] = parameter.data
                     parameter.data = torch.empty(0)
+            module._parameters = GatheredByName(module._parameters)
             if module._parameters:
                 module.register_forward_pre_hook(lambda module, _: self.gather(module))
                 module.register_forward_hook(lambda module, *_: self.release(module))
@@ -477,7 +543,7 @@ class Partitioned:
                 parameter.data = torch.empty(0)
 
 
-def test_zero_3_trains_as_a_whole_model(tmp_path):
+def test_zero_3_trains_as_a_whole_model(monkeypatch, tmp_path):
     plain, model = adapted(), adapted()
     rows = ids.clone()
     loss = plain(input_ids=rows, labels=rows).loss
@@ -490,7 +556,9 @@ def test_zero_3_trains_as_a_whole_model(tmp_path):
     assert not (tmp_path / "new").exists()
     for _ in range(2):  # also with what is kept of the step before
         model.zero_grad()
-        got = model(input_ids=rows, labels=rows).loss
+        with monkeypatch.context() as forward:
+            forward.setattr(GatheredByName, "in_forward", True)
+            got = model(input_ids=rows, labels=rows).loss
         got.backward()
         torch.testing.assert_close(got, loss)
         for (name, parameter), own in zip(plain.named_parameters(), zero.whole, strict=True):

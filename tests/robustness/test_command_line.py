@@ -700,6 +700,14 @@ def test_options_of_transformers_are_checked_first(capsys, flag, wanted):
     assert wanted in fails(capsys, *TRAIN, flag)
 
 
+def test_zero_3_is_refused_before_any_work(monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert "deepspeed: ZeRO-3 keeps all weights in parts" in fails(capsys, *TRAIN)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    assert "ZeRO" not in fails(capsys, *TRAIN)
+
+
 def test_layers_left_out_and_sizes_of_their_own(model, tmp_path, capsys):
     """From estimate to swap, export, evaluation, merge and check of the export."""
     out = tmp_path / "run"
