@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -58,10 +59,15 @@ _DEFAULTS: dict[str, Any] = {
 _RULES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # With these the folder's A and B are not all there is to it.
 _UNSUPPORTED = (
-    "use_dora", "use_qalora", "modules_to_save", "layer_replication", "alora_invocation_tokens",
+    "use_dora", "use_qalora", "use_bdlora", "modules_to_save", "layer_replication",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 # PEFT starts from other base weights with any other name.
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+_TRANSLATED = (
+    "Names of an older transformers or PEFT are read by PeftModel.from_pretrained, whose "
+    "save_pretrained writes those of today."
+)
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -419,7 +425,7 @@ def _adapters(
     expected = {key(name, side) for name in names for side in "AB"}
     if not names or expected != tensors.keys():
         odd = sorted(expected ^ tensors.keys())[:1]
-        raise ValueError(f"expected lora_A and lora_B of each module, check {odd}.")
+        raise ValueError(f"expected lora_A and lora_B of each module, check {odd}. {_TRANSLATED}")
     for name, tensor in tensors.items():
         if tensor.dim() != 2 or tensor.dtype not in _DTYPES:
             raise ValueError(
@@ -447,8 +453,17 @@ def _sizes(
     layers: Mapping[str, nn.Module],
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Rank and alpha of each module by PEFT's rules, alpha so that it is divided by the rank."""
+    from peft import LoraConfig
+
     config = {**_DEFAULTS, **{k: value for k, value in config.items() if value is not None}}
     check_fields(file, config, _FIELDS)
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    if unknown := sorted(config.keys() - known):
+        warnings.warn(
+            f"adapter: {file} has {unknown[0]!r}, which this version of PEFT does not know: it is "
+            "not heeded, here as there. Was the adapter made by a newer one?",
+            stacklevel=4,
+        )
     for option in _UNSUPPORTED:
         if config.get(option):
             raise ValueError(f"{option}={config[option]!r} is not supported; load it with PEFT.")
@@ -534,7 +549,7 @@ def _exactly(values: Mapping[str, Value]) -> dict[str, Value]:
 
 def _check_fit(layers: Mapping[str, nn.Module], name: str, a_RK: Tensor, b_NR: Tensor) -> None:
     if name not in layers:
-        raise ValueError(f"the model has no module {name!r}; another base?")
+        raise ValueError(f"the model has no module {name!r}; another base? {_TRANSLATED}")
     module = layers[name]
     shape = tuple(module.weight.shape) if is_plain(module) else linear_sizes(module)[::-1]
     if shape != (b_NR.shape[0], a_RK.shape[1]):

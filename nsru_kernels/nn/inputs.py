@@ -67,7 +67,8 @@ class ActivationStream:
     def read_elsewhere(self, batch: Batch) -> dict[str, str]:
         """Linears whose weight another module reads, past any adapter, and the reason by name.
 
-        One forward in eval and one in training mode: fused paths are often taken in one of them.
+        One forward in eval and one in training mode, and two of a token with a cache: fused paths
+        are often taken in one of them.
         """
         reads = _WeightReads(self.linears)
         if not reads.owners:  # on no device, or sharded: nothing can be told
@@ -80,13 +81,22 @@ class ActivationStream:
             reads,
         ):
             self._forward(batch)
+            # Some models keep no cache, or in training mode want targets or gradients.
+            with contextlib.suppress(Exception):
+                self._decode(batch)
             self.module.train()
-            # Some modules want targets then, or cannot run without gradients.
             with contextlib.suppress(Exception):
                 self._forward(batch)
             for buffer, before in buffers:  # running statistics
                 buffer.copy_(before)
         return reads.found
+
+    def _decode(self, batch: Any) -> None:
+        """The first token of a text, and once more after what was kept of it."""
+        token = {"input_ids": batch["input_ids"][:1, :1].to(self.device), "use_cache": True}
+        kept = self.module(**token)
+        name = next(name for name in ("cache", "past_key_values") if name in kept)
+        self.module(**token, **{name: kept[name]})
 
     def feed(
         self,

@@ -378,6 +378,13 @@ def test_a_damaged_adapter_is_named_and_the_model_left_alone(base, llama, tmp_pa
     assert all(p.requires_grad for p in plain.parameters())
 
 
+def test_a_setting_of_a_newer_peft_is_said(base, llama, tmp_path):
+    folder = nk.save_lora_adapter(adapt(base, ["q_proj"]), tmp_path)
+    edit_config(use_newvariant=True)(folder)
+    with pytest.warns(UserWarning, match=r"has 'use_newvariant', which this version of PEFT"):
+        load_lora_adapter(copy.deepcopy(llama), folder)
+
+
 def test_an_adapter_of_another_model_is_refused(base, tmp_path):
     folder = nk.save_lora_adapter(adapt(base, ["q_proj"]), tmp_path)
     narrow = tiny_llama(hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
@@ -385,5 +392,5 @@ def test_an_adapter_of_another_model_is_refused(base, tmp_path):
         ValueError, match=r"made for a weight of \(32, 32\), the model has \(16, 16\)"
     ):
         load_lora_adapter(narrow, folder)
-    with pytest.raises(ValueError, match=r"the model has no module 'model.layers.0"):
+    with pytest.raises(ValueError, match=r"no module 'model.layers.0.*PeftModel.from_pretrained"):
         load_lora_adapter(nn.Sequential(nn.Linear(2, 2)), folder)

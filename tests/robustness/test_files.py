@@ -335,6 +335,7 @@ def test_tensors_that_are_no_adapter_are_refused(model, adapter, value, match):
         {"alpha_pattern": {"q(": 4}},
         {"use_rslora": "no"},
         {"use_qalora": True},
+        {"arrow_config": {"top_k": 2}},
         {"alora_invocation_tokens": [5]},
         {"init_lora_weights": "pissa_niter_4"},
         {"bias": 0},

@@ -13,11 +13,14 @@ from transformers import (
     JambaForCausalLM,
     JetMoeConfig,
     JetMoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import nsru_kernels as nk
 
@@ -125,6 +128,29 @@ def test_two_parameters_on_one_storage_are_not_taken_for_a_reader():
     model.forward = lambda ids: model.head(model.embed(ids))
     stream = nk.nn.inputs.ActivationStream(model, {"head": model.head})
     assert stream.read_elsewhere({"ids": torch.tensor([[1, 2]])}) == {}
+
+
+class DecodingMLP(LlamaMLP):
+    """One that reads its weights for a token on a KV cache, as code for fast generation does."""
+
+    def forward(self, x):
+        if x.shape[1] > 1:
+            return super().forward(x)
+        return nn.functional.silu(x @ self.gate_proj.weight.T) @ self.down_proj.weight.T
+
+
+def test_weights_that_are_read_in_decoding_alone():
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.mlp = DecodingMLP(config)
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
+    ends = {name.rpartition(".")[2] for name in report.swapped}
+    assert ends == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj"}
+    assert f"DecodingMLP {READS}" in report.skipped["model.layers.1.mlp.gate_proj"]
 
 
 def mamba():

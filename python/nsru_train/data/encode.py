@@ -349,7 +349,7 @@ def _not_a_prefix(question: str, border: str = "") -> str:
         "the prompt's tokens are not a proper prefix of prompt + answer, so the answer cannot "
         f"be told apart (question {question[:60]!r}){border}. Does the tokenizer add EOS to every "
         "text, or its chat_template depend on the answer, or end its prompt in white space that "
-        "joins the answer? Turn that off, or set chat_template = None"
+        "joins the answer? Turn that off (add_eos_token=False), or set chat_template = None"
     )
 
 
