@@ -515,6 +515,14 @@ def _found_by_peft(config: Mapping[str, Any]) -> Callable[[str], bool]:
         except re.error as error:
             raise ValueError(f"{option}: {value!r} is no regular expression: {error}.") from error
     rules = {**dict.fromkeys(_RULES), **rules}
+    of_layers = rules["layers_to_transform"] is not None
+    if rules["layers_pattern"] and not of_layers:
+        raise ValueError("layers_pattern needs layers_to_transform beside it, as in PEFT.")
+    if of_layers and isinstance(rules["target_modules"], str):
+        raise ValueError(
+            f"layers_to_transform goes with a list of target_modules, as in PEFT, got "
+            f"{rules['target_modules']!r}."
+        )
     if rules["target_modules"] in (None, "all-linear"):
         rules["target_modules"] = ".*"
     return lambda name: bool(check_target_module_exists(SimpleNamespace(**rules), name))

@@ -135,6 +135,12 @@ class Muse:
             for side in ("forget", "holdout")
             for i, (text,) in enumerate(self.sets["privleak", side])
         }
+        for (side, i), text in encoded.items():
+            if len(text.input_ids) < 3:
+                raise ValueError(
+                    f"muse: privleak/{side}: row {i + 1} has {len(text.input_ids)} tokens, "
+                    f"expected 3 or more: {self.sets['privleak', side][i][0]!r}; remove it."
+                )
         # The first token has no probability; where none opens the text, that is one of its own.
         last = len(_ids(tokenizer, "")) + MOST_TOKENS - 1
 

@@ -113,7 +113,8 @@ def score_share(
                 if not np.isfinite(values).all():
                     raise ValueError(
                         f"NLL of sequence {i} is {values.mean()}: the model's weights hold NaN or "
-                        "infinite values, or overflow in its dtype. Did training diverge?"
+                        "infinite values, or overflow in its dtype, or its head masks a token that "
+                        "is scored. Did training diverge?"
                     )
                 scores[i] = Score(values, chosen if predict[i] else _NOT_ASKED)
             bar.update(len(indices))

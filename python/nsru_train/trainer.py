@@ -244,6 +244,12 @@ class NSRUTrainer(ResumableTrainer):
             raise ValueError(
                 "NSRUTrainer: label_smoothing_factor is read by no method's loss; leave it at 0."
             )
+        sampling = getattr(args, "train_sampling_strategy", "random")
+        if args.data_seed is not None or sampling != "random":
+            raise ValueError(
+                "NSRUTrainer: data_seed and train_sampling_strategy have no effect, because the "
+                "dataset has an order of its own; give seed to make_train_dataset."
+            )
         by_epoch = "epoch" in (args.save_strategy, args.eval_strategy)
         if args.gradient_accumulation_steps > 1 and by_epoch:
             logger.warning(

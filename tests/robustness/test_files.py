@@ -344,6 +344,8 @@ def test_tensors_that_are_no_adapter_are_refused(model, adapter, value, match):
         {"target_modules": [3]},
         {"exclude_modules": ".*"},
         {"layers_to_transform": "1"},
+        {"layers_to_transform": [0], "target_modules": "all-linear"},
+        {"layers_pattern": "layers"},
         {"layers_to_transform": [1.5]},
     ],
 )

@@ -154,6 +154,13 @@ def test_texts_are_cut_for_openunlearning_alone(model, tokenizer, tmp_path, monk
             assert item["min_k_cut"] == pytest.approx(lowest(cut[:-1]))
 
 
+def test_a_text_without_enough_tokens_is_named(model, tokenizer, tmp_path):
+    tests = Muse("news", write(tmp_path))
+    tests.sets["privleak", "holdout"][1] = ("a",)
+    with pytest.raises(ValueError, match=r"privleak/holdout: row 2 has 2 tokens, .*'a'; remove it"):
+        tests.items(model, tokenizer)
+
+
 def test_an_answer_that_begins_with_a_stop_is_empty():
     assert first_answer("\n\nIn Aar.") == ""
     assert first_answer(" In Aar.\nQuestion: Where?") == " In Aar."

@@ -542,6 +542,11 @@ def test_refused_arguments(tmp_path, tokenizer):
         samples.make_trainer(tmp_path, model=frozen)
     with pytest.raises(ValueError, match="torch_compile"):
         samples.make_trainer(tmp_path, torch_compile=True)
+    for odd in ({"data_seed": 3}, {"train_sampling_strategy": "sequential"}):
+        with pytest.raises(
+            ValueError, match="data_seed and train_sampling_strategy have no effect"
+        ):
+            samples.make_trainer(tmp_path, **odd)
     with pytest.raises(ValueError, match="retain_stop_ratio must be above 1"):
         samples.make_trainer(tmp_path, trainer={"retain_stop_ratio": 1.0})
     with pytest.raises(ValueError, match="eval_steps"):
