@@ -8,6 +8,7 @@ token count, so a new batch size neither tunes nor compiles anything.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -45,12 +46,17 @@ class Config(NamedTuple):
 
 def unavailable(device: torch.device) -> str | None:
     """Reason and remedy where Triton kernels cannot run on ``device``; None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed("triton"):
         return "Triton is not installed. `pip install triton`, or use backend='eager'."
-    if device.type == "meta" or (device.type == "cpu" and interpreting()):
+    if device.type == "meta":
         return None
-    if device.type != "cuda":
+    interpreted = device.type == "cpu" and interpreting()
+    if device.type != "cuda" and not interpreted:
         return "Triton kernels need tensors on a CUDA device. Use backend='eager'."
+    if not _installed("triton.tools.tensor_descriptor"):
+        return "Triton 3.4 or newer is needed, as of PyTorch 2.8. Update, or use backend='eager'."
+    if interpreted:
+        return None
     if torch.version.hip:
         return "Triton kernels are written for NVIDIA GPUs; this PyTorch is for ROCm."
     capability = torch.cuda.get_device_capability(device)
@@ -61,6 +67,11 @@ def unavailable(device: torch.device) -> str | None:
             f"{capability[0]}.{capability[1]}). Use backend='eager'."
         )
     return None
+
+
+@functools.cache
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def architecture(device: torch.device) -> int:

@@ -327,6 +327,12 @@ def test_triton_names_the_gpus_that_it_was_compiled_for(monkeypatch):
     assert "8.6, 8.9, 9.0, 10.0, 10.3, 12.0 (this GPU: 7.5)" in launch.unavailable(GPU)
 
 
+def test_an_old_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(launch, "_installed", lambda module: module == "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert "Triton 3.4 or newer is needed, as of PyTorch 2.8" in launch.unavailable(GPU)
+
+
 def test_a_named_backend_refuses_dtypes_and_explain_names_the_one_it_does_not_take(cpu_table):
     a, basis = torch.ones(4, 64, dtype=torch.bfloat16), torch.ones(64, 2)
     with pytest.raises(nk.BackendUnavailable, match=r"kernels take float32, got torch\.bfloat16"):
