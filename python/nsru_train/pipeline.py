@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,7 +247,7 @@ def unlearn(
         objective: the method with its settings; None is `Objective()`.
         train: steps, learning rate, batch size, …; None takes the defaults of `TrainConfig`.
         max_length: most tokens of a question with its answer.
-        resume: go on from the last checkpoint in ``folder``.
+        resume: go on from the last checkpoint in ``folder``, with the settings that it was made by.
         on_eval: hook(step, model) -> dict of floats, called before the first step, every eval_steps
             and at the end.
         eval_steps: of on_eval.
@@ -359,6 +359,16 @@ def unlearn(
         eval_steps=eval_steps,
         stop_at=stop_at,
     )
+    free = ["report_to", "eval_steps", "save_steps"]
+    free += ["steps"] * (
+        train.lr_scheduler_type == "constant"
+    )  # then more of them are as the first
+    trainer.settings = {"method": type(objective).__name__} | {
+        f"{section}.{name}": repr(value)
+        for section, settings in (("objective", objective), ("lora", lora), ("train", train))
+        for name, value in asdict(settings).items()
+        if name not in free
+    }
     with PeakMemory(device) as peak:
         trainer.train(resume_from_checkpoint=resume or None)
     seconds = [row["seconds"] for row in RunFolder(folder).read_metrics() if "seconds" in row]

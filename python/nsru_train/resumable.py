@@ -63,12 +63,16 @@ class ResumableTrainer(Trainer):
 
     They appear under their name when they are complete. A run resumes from one that is whole and
     belongs to the same base model, bases and data.
+
+    Attributes:
+        settings: name → value of what else must be as it was.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._staging: Path | None = None
         self._belongs_to: dict[str, str] = {}
+        self.settings: dict[str, str] = {}
         self._state: dict[str, float] = {}  # of the method
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -151,7 +155,7 @@ class ResumableTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().contiguous().cpu() for k, v in state_dict.items() if k in trained}
-        metadata = {"format": "pt", **self._belongs_to}
+        metadata = {"format": "pt", **self._belongs_to, **self.settings}
         if self._state:
             metadata[STATE_KEY] = json.dumps(self._state)
         data = safetensors.torch.save(tensors, metadata=metadata)
@@ -289,10 +293,11 @@ class ResumableTrainer(Trainer):
         self._check_reference(folder)
         with safetensors.safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
             saved = file.metadata() or {}  # before there were digests: none
-        for name, wanted in self._belongs_to.items():
-            if saved.get(name, wanted) != wanted:
+        for name, wanted in {**self.settings, **self._belongs_to}.items():
+            if (was := saved.get(name, wanted)) != wanted:
+                change = f"{name} was {was}" if name in self.settings else f"the {name} changed"
                 raise ValueError(
-                    f"resume_from_checkpoint: {folder} belongs to another run: the {name} changed. "
+                    f"resume_from_checkpoint: {folder} belongs to another run: {change}. "
                     "Resume with what it was, or start a new run."
                 )
 

@@ -1,6 +1,7 @@
 """What the pipeline measures the subspaces on, and what it makes of their editability."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -136,3 +137,34 @@ def test_questions_that_several_processes_use_twice_are_said(
     monkeypatch.setenv("WORLD_SIZE", str(world))
     pipeline._warn_of_uneven(count, 2)
     assert len(caplog.records) == warned
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": METHODS["npo"]()}, "method was Objective"),
+        ({"objective": Objective(w_retain=2.0)}, r"objective\.w_retain was 1\.0"),
+        ({"lora": LoraConfig(project=False, alpha=8)}, r"lora\.alpha was 16"),
+        ({"lr": 1e-3}, r"train\.lr was 0\.01"),
+        ({"steps": 6}, r"train\.steps was 4"),
+        ({"weight_decay": 0.1}, r"train\.weight_decay was 0\.0"),
+    ],
+)
+def test_a_run_is_resumed_with_its_settings_alone(tokenizer, tmp_path, changes, said):
+    data = Data(FORGET, RETAIN, {}, SafeTargets.from_file())
+
+    def run(resume, objective=None, lora=None, **train):
+        model = nk.merge_adapters(make_model(tokenizer))
+        settings = {"steps": 4, "batch_size": 2, "save_steps": 2, "lr": 1e-2, **train}
+        unlearn(
+            model, tokenizer, data, tmp_path, resume=resume, objective=objective,
+            lora=lora or LoraConfig(project=False, alpha=16), train=TrainConfig(**settings),
+            progress=False,
+        )  # fmt: skip
+
+    run(False)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match=f"belongs to another run: {said}"):
+        run(True, **changes)
+    run(True, eval_steps=1)
+    assert (tmp_path / "checkpoint-4").is_dir()
