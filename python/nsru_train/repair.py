@@ -171,8 +171,9 @@ def refresh(
     run = FinishedRun(path, out)
     train = run.sections["train"]
     train = replace(
-        train, steps=steps, lr=train.lr if lr is None else lr, warmup=0.0, save_steps=0, seed=seed
-    )
+        train, steps=steps, lr=train.lr if lr is None else lr, warmup=0.0, save_steps=0, seed=seed,
+        report_to=[],
+    )  # fmt: skip
     lora, layers, method = (run.sections[name] for name in ("lora", "subspace", "objective"))
     homes = (run.path, run.path.parent.parent)  # of its own, or of the comparison that it is of
     home = next((one for one in homes if (one / "subspaces" / "index.json").is_file()), run.path)

@@ -98,6 +98,12 @@ def saved_sections(run: str) -> dict[str, Any]:
     if missing := [name for name in SECTIONS if name not in saved]:
         raise ValueError(f"run: {path} does not say {missing[0]}; give the --out of nsru train.")
     method = saved.get("method", "nsru")
+    if ":" in str(method):  # said before it is imported
+        logger.warning(
+            "method: the code of %s is run, for %s names it. Where that is somebody else's, look "
+            "at it first.",
+            *(method, path),
+        )
     sections = {name: _section(name, saved[name], path, method) for name in SECTIONS}
     _say_trusted(sections["model"], path)
     return sections

@@ -194,6 +194,26 @@ def test_alternatives_that_the_run_wrote_are_taught_again(run, tmp_path):
     assert [qa.alternatives for qa in found] == [("In Rome.",)] * len(records)
 
 
+def test_code_that_a_run_names_is_said_before_it_is_imported(run, tmp_path, caplog):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("refresh", "rollback"))
+    config = yaml.safe_load((copy / "config.yaml").read_text()) | {"method": "no.such:Method"}
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=r"cannot import 'no\.such:Method'"):
+        FinishedRun(str(copy), str(tmp_path / "out"))
+    assert f"the code of no.such:Method is run, for {copy}/config.yaml names it" in caplog.text
+
+
+def test_a_refresh_reports_to_nothing(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("refresh", "rollback"))
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["train"]["report_to"] = ["no such integration"]
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["refresh", str(copy), "--steps=1"])
+    assert rows_of(copy / "refresh")
+
+
 def test_the_row_of_a_method_that_keeps_the_best_is_of_what_it_keeps(run, tmp_path, caplog):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("refresh", "rollback"))
