@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import inspect
+import io
+import locale
 import os
 import re
 import shlex
 import sys
 from dataclasses import fields
 from functools import wraps
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from safetensors import SafetensorError
@@ -60,6 +64,8 @@ def main(args: list[str] | None = None) -> None:
     from jsonargparse import ArgumentError, auto_cli
 
     given = sys.argv[1:] if args is None else args
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console may have no … or √
     if not given:
         print(WELCOME)
         return
@@ -174,10 +180,19 @@ def _for_method(command: Any, settings: type[Method]) -> Any:
 
 
 def _check_configs(given: list[str]) -> None:
-    """Raise ValueError where a --config file is not YAML, has a key twice, or an odd section."""
+    """Raise ValueError where a --config file is not YAML, has a key twice, or an odd section.
+
+    Also where jsonargparse, which reads as the locale says, would read others than its letters.
+    """
     values = re.findall(r"--config(?:=|\n)(.*)", "\n".join(given))
+    encoding = locale.getpreferredencoding(False)
     for path in filter(os.path.isfile, values):
         saved = read_yaml(path)
+        if codecs.lookup(encoding).name != "utf-8" and not Path(path).read_bytes().isascii():
+            raise ValueError(
+                f"{path} is in UTF-8, and this locale would read it as {encoding}; set "
+                "PYTHONUTF8=1."
+            )
         for name in SECTIONS if isinstance(saved, dict) else ():
             if not isinstance(saved.get(name), dict | str | None):
                 raise ValueError(

@@ -1,11 +1,14 @@
 """The command line's answers to a user's slips and damaged files: one line that says the remedy."""
 
 import json
+import locale
 import math
 import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from functools import wraps
@@ -698,6 +701,24 @@ def test_what_is_reported_is_right_and_stays_in_the_run(model, monkeypatch, tmp_
 )
 def test_options_of_transformers_are_checked_first(capsys, flag, wanted):
     assert wanted in fails(capsys, *TRAIN, flag)
+
+
+def test_a_config_that_the_locale_would_misread_is_refused(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {system_prompt: 'Sé breve.'}", encoding="utf-8")
+    monkeypatch.setattr(locale, "getpreferredencoding", lambda _: "ISO-8859-1")
+    error = fails(capsys, *TRAIN, f"--config={path}")
+    assert f"{path} is in UTF-8, and this locale would read it as ISO-8859-1" in error
+    path.write_text("data: {system_prompt: Be brief.}")
+    assert "UTF-8" not in fails(capsys, *TRAIN, f"--config={path}")
+
+
+def test_a_console_without_the_letters_that_are_printed():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "nsru_train.cli"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert 'a set {"question": "?"' in ran.stdout
 
 
 def test_zero_3_is_refused_before_any_work(monkeypatch, capsys):
