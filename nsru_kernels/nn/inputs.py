@@ -67,8 +67,8 @@ class ActivationStream:
     def read_elsewhere(self, batch: Batch) -> dict[str, str]:
         """Linears whose weight another module reads, past any adapter, and the reason by name.
 
-        One forward in eval and one in training mode, and two of a token with a cache: fused paths
-        are often taken in one of them.
+        One forward in eval and one in training mode, two of a token with a cache, and one with a
+        loss: fused paths are often taken in one of them.
         """
         reads = _WeightReads(self.linears)
         if not reads.owners:  # on no device, or sharded: nothing can be told
@@ -81,9 +81,12 @@ class ActivationStream:
             reads,
         ):
             self._forward(batch)
-            # Some models keep no cache, or in training mode want targets or gradients.
+            # Some models keep no cache, take no labels, or in training mode want gradients.
             with contextlib.suppress(Exception):
                 self._decode(batch)
+            with contextlib.suppress(Exception):
+                ids = batch["input_ids"][:1].to(self.device)  # type: ignore
+                self.module(input_ids=ids, labels=ids)
             self.module.train()
             with contextlib.suppress(Exception):
                 self._forward(batch)

@@ -130,6 +130,12 @@ def test_two_parameters_on_one_storage_are_not_taken_for_a_reader():
     assert stream.read_elsewhere({"ids": torch.tensor([[1, 2]])}) == {}
 
 
+LLAMA = LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=2,
+)  # fmt: skip
+
+
 class DecodingMLP(LlamaMLP):
     """One that reads its weights for a token on a KV cache, as code for fast generation does."""
 
@@ -140,17 +146,28 @@ class DecodingMLP(LlamaMLP):
 
 
 def test_weights_that_are_read_in_decoding_alone():
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(LLAMA).eval()
     for layer in model.model.layers:
-        layer.mlp = DecodingMLP(config)
+        layer.mlp = DecodingMLP(LLAMA)
     report = nk.swap_linears(model, "all-linear", rank=2, alpha=4)
     ends = {name.rpartition(".")[2] for name in report.swapped}
     assert ends == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj"}
     assert f"DecodingMLP {READS}" in report.skipped["model.layers.1.mlp.gate_proj"]
+
+
+class FusedLoss(LlamaForCausalLM):
+    """One that reads its head's weight for a loss, as Liger's cross-entropy does."""
+
+    def forward(self, input_ids, labels=None, **options):
+        if labels is None:
+            return super().forward(input_ids, **options)
+        logits = self.model(input_ids, **options)[0] @ self.lm_head.weight.T
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_a_head_that_is_read_for_a_loss():
+    with pytest.raises(ValueError, match=rf"'lm_head' .*FusedLoss {READS}"):
+        nk.swap_linears(FusedLoss(LLAMA), ["q_proj", "lm_head"], rank=2, alpha=4)
 
 
 def mamba():
