@@ -317,6 +317,8 @@ def expert_linears(name: str, module: nn.Module) -> dict[str, ExpertLinear]:
 def why_not_experts(linear: ExpertLinear) -> str | None:
     """The reason for which these experts cannot be adapted; None where they can."""
     experts, weight = linear.experts, linear.weight
+    if not hasattr(experts, "has_gate"):
+        return "its experts are those of a transformers before 5.3; update it"
     if type(weight) not in (nn.Parameter, FakeTensor) or weight.dtype not in _DTYPES:
         kind = f"{type(weight).__name__} of {weight.dtype}"
         return f"its weights are a {kind}; only dense floats in one piece are supported"

@@ -342,6 +342,9 @@ def test_what_cannot_be_adapted_is_refused_and_changes_nothing():
     model.model.layers[0].mlp.experts._is_expert_parallel = True
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts.*without expert parallelism"):
         nk.swap_linears(model, "experts", rank=2, alpha=4)
+    del model.model.layers[0].mlp.experts.has_gate
+    with pytest.raises(ValueError, match=r"experts.* transformers before 5\.3; update it"):
+        nk.swap_linears(model, "experts", rank=2, alpha=4)
 
 
 def experts_in_names(model):
