@@ -228,7 +228,9 @@ def _config(model: nn.Module, modules: dict[str, NSRULinear], alpha: float) -> d
 
 
 def _task(model: nn.Module) -> str | None:
-    if not hasattr(model, "generate"):
+    """Of PEFT, whose classes for language models hand on input_ids and read more of the model."""
+    reads = getattr(model, "main_input_name", "input_ids")
+    if not hasattr(model, "prepare_inputs_for_generation") or reads != "input_ids":
         return None
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return "SEQ_2_SEQ_LM" if both else "CAUSAL_LM"

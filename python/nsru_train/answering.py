@@ -57,15 +57,21 @@ def greedy_answers(
         max_tokens: most tokens of a batch, padding and max_new_tokens included, which bounds the
             KV cache; a single longer sequence still gets its own batch.
         opening: first words of every answer, put into the model's mouth and not returned.
-        sample: draw tokens from the model's distribution instead of the likeliest ones.
+        sample: draw tokens from the model's distribution instead of the likeliest ones; equal
+            questions share one draw.
         progress: show a progress bar.
 
     Returns:
         One answer for each question, in their order.
 
     Raises:
+        TypeError: questions is one text.
         ValueError: a question leaves no room for an answer in the model's position table.
     """
+    if isinstance(questions, str):
+        raise TypeError(
+            f"greedy_answers: questions must be a list of texts, got {questions!r:.60}."
+        )
     texts = answer_share(
         Shares(), model, tokenizer, questions, max_new_tokens=max_new_tokens,
         max_tokens=max_tokens, opening=opening, sample=sample, progress=progress,

@@ -19,7 +19,7 @@ from typing import Any, get_args, get_type_hints
 
 from safetensors import SafetensorError
 
-from nsru_kernels import __version__
+from nsru_kernels import BackendUnavailable, __version__
 from nsru_train.commands import COMMANDS, bench
 from nsru_train.methods import Method, find_method
 from nsru_train.open_unlearning.mapping import expand
@@ -96,7 +96,7 @@ def main(args: list[str] | None = None) -> None:
                     exit_on_error=False,
                     allow_abbrev=False,
                 )
-    except (ValueError, OSError, ArgumentError, SafetensorError) as error:
+    except (ValueError, OSError, ArgumentError, SafetensorError, BackendUnavailable) as error:
         message = _explain(error, given) if isinstance(error, ArgumentError) else str(error)
         # The trainer, which is used without a command line as well, names its own argument.
         message = message.replace("resume_from_checkpoint=True", "--resume true")

@@ -172,8 +172,8 @@ def evaluate(
         max_tokens: most tokens of a scored batch, padding included; KV caches of generated answers
             hold at most four times as many.
         max_new_tokens: longest generated answer.
-        generate: False leaves out greedy answers, and with them ROUGE and model utility; names of
-            splits give them for these alone.
+        generate: False leaves out greedy answers, and with them ROUGE and model utility; names out
+            of splits give them for these alone.
         progress: show progress bars.
         shares: of the processes that evaluate together, each of which gets the whole evaluation,
             the same as of one process.
@@ -202,6 +202,11 @@ def evaluate(
     }
     own = {(qa.question, qa.answer) for qa, _ in flat}
     wanted = set(splits if generate is True else generate or ())
+    if isinstance(generate, str) or not wanted <= splits.keys():
+        raise ValueError(
+            f"evaluate: generate must be True, False or names of splits ({', '.join(splits)}), got "
+            f"{generate!r}."
+        )
     answered = [split for split in splits if split in wanted]
 
     def share() -> tuple[dict[int, Score], dict[str, str]]:

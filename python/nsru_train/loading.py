@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from nsru_kernels.dispatch import default_device
+from nsru_kernels.dispatch.choice import unavailable
+from nsru_kernels.dispatch.config import requested_backend
+from nsru_kernels.ops.project.backends import PROJECT
 from nsru_train.config import DataConfig, ModelConfig
 from nsru_train.data.encode import TextFormat, dated, is_too_long, served_otherwise, use_format
 from nsru_train.data.records import QA, check_disjoint, normalise, repeated_questions
@@ -57,7 +60,7 @@ class Data:
     own: list[QA] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if taken := sorted({"forget", "retain"} & self.more.keys()):
+        if taken := sorted({"forget", "retain", "safe"} & self.more.keys()):
             raise ValueError(f"Data: more must hold further sets, got another {taken[0]!r}.")
         check_disjoint(self.forget, self.retain, self.more)
         for qa in self.forget:
@@ -187,6 +190,9 @@ def load_model(
 
     config = ModelConfig(config) if isinstance(config, str) else config
     device = _device(config.device)
+    backend = requested_backend("auto")
+    if reason := unavailable(PROJECT, backend, device):
+        raise ValueError(f"NSRU_BACKEND: {backend!r} cannot serve: {reason} Or unset NSRU_BACKEND.")
     _check_folder(config.path)
     if config.quantize != "none":
         check_bitsandbytes(config.quantize)

@@ -100,6 +100,27 @@ def test_files_and_their_contents(base, tmp_path):
     assert all(0 < leak <= 1e-6 for leak in sidecar["leakage"].values())
 
 
+def test_a_model_that_reads_no_tokens_is_no_language_model_to_peft(tmp_path):
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    sizes = {"d_model": 16, "vocab_size": 40, "num_mel_bins": 8, "max_source_positions": 8}
+    sizes |= {"encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0, "bos_token_id": 1}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "eos_token_id": 2}
+    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "decoder_start_token_id": 1}
+    heard = {"input_features": torch.randn(1, 8, 16), "decoder_input_ids": torch.tensor([[1, 5]])}
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(WhisperConfig(**sizes)).eval()
+    plain = copy.deepcopy(model)
+    nk.swap_linears(model, "fc1", rank=2, alpha=4)
+    for module in model.modules():
+        if isinstance(module, nk.NSRULinear):
+            nn.init.normal_(module.lora_B)
+    nk.save_lora_adapter(model, tmp_path)
+    by_peft = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(by_peft(**heard).logits, model(**heard).logits)
+
+
 def test_the_weight_that_peft_keeps_beside_an_adapted_head(llama, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
     theirs = peft.get_peft_model(copy.deepcopy(llama), config).eval()

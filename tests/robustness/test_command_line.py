@@ -703,6 +703,15 @@ def test_options_of_transformers_are_checked_first(capsys, flag, wanted):
     assert wanted in fails(capsys, *TRAIN, flag)
 
 
+def test_a_backend_of_the_environment_that_cannot_serve_is_refused_first(monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("it can serve here")
+    monkeypatch.setenv("NSRU_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    error = fails(capsys, *TRAIN)
+    assert "NSRU_BACKEND: 'triton' cannot serve: Triton kernels need tensors on a CUDA" in error
+
+
 def test_a_config_that_the_locale_would_misread_is_refused(monkeypatch, tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text("data: {system_prompt: 'Sé breve.'}", encoding="utf-8")

@@ -213,8 +213,9 @@ def test_records_are_not_saved_under_the_name_of_a_table(tmp_path, name):
 
 
 def test_sets_of_another_name_only():
-    with pytest.raises(ValueError, match="got another 'forget'"):
-        Data([ANN], [BOB], {"forget": [BOB]})
+    for taken in ("forget", "safe"):
+        with pytest.raises(ValueError, match=f"got another '{taken}'"):
+            Data([ANN], [BOB], {taken: [BOB]})
     tokenizer = chat_tokenizer(CHATML)
     assert probability_sets(tokenizer, {"a": [ANN]}, SafeTargets()).keys() == {"a_prob"}
 

@@ -433,6 +433,9 @@ def test_answers_may_be_asked_of_some_splits(model, tokenizer, authors, evaluati
         assert "rougeL_recall" not in result.metrics[split]
     assert "model_utility" not in result.overall
     assert any(note.startswith("model_utility: needs ROUGE-L") for note in result.notes)
+    for odd in ("forget", {"forgot"}):
+        with pytest.raises(ValueError, match="generate must be True, False or names of splits"):
+            evaluate(model, tokenizer, authors, generate=odd, progress=False)
 
 
 def test_option_splits_and_incomplete_records(model, tokenizer):

@@ -60,9 +60,9 @@ def test_variants_with_a_topic_need_one():
 
 def test_refusal_lines(tmp_path):
     path = tmp_path / "refusals.jsonl"
-    path.write_text("I don't know.\n\n  No idea, sorry. \n")
+    path.write_text("I don't know.\n\n  No idea,\u2028sorry. \n", encoding="utf-8")
     templates = SafeTargets.from_file(path)
-    assert {templates.target(qa) for qa in MANY} == {"I don't know.", "No idea, sorry."}
+    assert {templates.target(qa) for qa in MANY} == {"I don't know.", "No idea,\u2028sorry."}
 
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml"])

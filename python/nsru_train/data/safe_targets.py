@@ -132,7 +132,7 @@ def _read(path: Path) -> Any:
         return parse_json(text)
     if path.suffix in (".yaml", ".yml"):
         return parse_yaml(text)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if any(line.startswith("{") for line in lines):
         raise ValueError(
             "holds JSON objects where refusal lines were expected; a response for one question "
