@@ -78,6 +78,9 @@ class ActivationStream:
         with (
             evaluating(self.module),
             torch.random.fork_rng(devices),
+            torch.compiler.set_stance(
+                "force_eager"
+            ),  # else Dynamo would keep what it sees of reads
             reads,
         ):
             self._forward(batch)
@@ -345,6 +348,8 @@ class _WeightReads(TorchDispatchMode):
     Below torch functions and by hooks on no module: either would turn the fast path of
     nn.TransformerEncoderLayer off, which is one of those that read weights.
     """
+
+    supports_higher_order_operators = True  # flex_attention, torch.cond
 
     def __init__(self, linears: Mapping[str, nn.Module]) -> None:
         super().__init__()

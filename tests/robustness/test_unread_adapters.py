@@ -155,6 +155,37 @@ def test_weights_that_are_read_in_decoding_alone():
     assert f"DecodingMLP {READS}" in report.skipped["model.layers.1.mlp.gate_proj"]
 
 
+class Branching(Named):
+    def forward(self, x):
+        return self.model(torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,)))
+
+
+def test_models_with_higher_order_operators():
+    """The look neither fails at them nor leaves something in Dynamo's caches."""
+    model, batch = Branching(make("linear")).eval(), {"x": torch.randn(5, K)}
+    expected = model(**batch)
+    report = nk.swap_linears(model, "all-linear", rank=2, alpha=4, batch=batch)
+    assert f"Reader {READS}" in report.skipped["model.1.read"]
+    torch.testing.assert_close(model(**batch), expected)
+
+
+@pytest.mark.parametrize("attention", ["flex_attention", "sdpa", "eager"])
+def test_every_attention_can_be_estimated_and_swapped(attention):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LLAMA).eval()
+    model.set_attn_implementation(attention)
+    batch = {"input_ids": torch.randint(32, (2, 6))}
+    with torch.no_grad():
+        expected = model(**batch).logits
+    subspaces = nk.estimate_retain_subspaces(
+        model, [batch], "all-linear", width=8, rank=2, progress=False
+    )
+    nk.swap_linears(model, "all-linear", rank=2, alpha=4, subspaces=subspaces)
+    assert len(subspaces) == 14
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, expected)
+
+
 class FusedLoss(LlamaForCausalLM):
     """One that reads its head's weight for a loss, as Liger's cross-entropy does."""
 
