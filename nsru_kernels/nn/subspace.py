@@ -189,7 +189,7 @@ class RetainSubspace(nn.Module):
 
     def _check_certificate(self) -> None:
         basis_KQ = self.basis.double()
-        unit_QQ = torch.eye(self.rank, dtype=torch.float64)
+        unit_QQ = torch.eye(self.rank, dtype=torch.float64, device=basis_KQ.device)
         error = (basis_KQ.T @ basis_KQ - unit_QQ).abs().max().item() if self.rank else 0.0
         if not error <= _ORTHONORMAL + 2 * torch.finfo(self.basis.dtype).eps:
             raise ValueError(f"columns of basis must be orthonormal, UᵀU is {error:.1g} off")
@@ -235,9 +235,11 @@ def _check_basis(basis: Tensor) -> None:
 
 def _largest_square(basis_KQ: Tensor) -> float:
     """The largest eigenvalue of UᵀU from below, by some steps of power iteration."""
-    generator = torch.Generator().manual_seed(0)
     columns = basis_KQ.detach().float()
-    vector = torch.randn(basis_KQ.shape[1], generator=generator).to(columns.device)
+    generator = torch.Generator().manual_seed(0)  # of the CPU, whatever device is the default
+    vector = torch.randn(
+        basis_KQ.shape[1], generator=generator, dtype=torch.float32, device="cpu"
+    ).to(columns.device)
     for _ in range(10):
         vector = columns.T @ (columns @ (vector / vector.norm()))
     return float(vector.norm())

@@ -189,9 +189,10 @@ def why_not_linear(module: nn.Module) -> str | None:
 def _tokens(module: nn.Module) -> Tensor:
     """x [2, 6, K]; the first six are x, z, 0, x + z, -x and 3 x."""
     k, _ = linear_sizes(module)
-    tokens_BTK = torch.randn(2, 6, k, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    tokens_BTK = torch.randn(2, 6, k, generator=generator, dtype=torch.float32, device="cpu")
     x_K, z_K = tokens_BTK[0, :2]
-    tokens_BTK[0, 2:] = torch.stack([torch.zeros(k), x_K + z_K, -x_K, 3 * x_K])
+    tokens_BTK[0, 2:] = torch.stack([torch.zeros_like(x_K), x_K + z_K, -x_K, 3 * x_K])
     return tokens_BTK.to(*place_of(module))
 
 

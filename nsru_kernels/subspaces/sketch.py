@@ -96,7 +96,9 @@ class RetainSketch:
             self._fp64 = {"moment": self._zeros(in_features, in_features)}
         else:
             self._fp64 = {"y": self._zeros(in_features, width), "h": self._zeros(width, width)}
-            signs_KL = torch.randint(0, 2, (in_features, width), generator=self._generator())
+            signs_KL = torch.randint(
+                0, 2, (in_features, width), generator=self._generator(), device="cpu"
+            )
             # A power of two near K^-1/2: exact in bf16, and |x Ω| is of the size of ‖x‖, so that
             # rounding S to fp16 does not overflow.
             scale = 2.0 ** -round(math.log2(in_features) / 2)
@@ -361,7 +363,11 @@ class RetainSketch:
             # Directions not seen yet: random, and blind to those already held, so that massive
             # directions do not drown in the rounding of S what these should find.
             fresh_KF = torch.randn(
-                self.in_features, missing, dtype=torch.float64, generator=self._generator()
+                self.in_features,
+                missing,
+                dtype=torch.float64,
+                generator=self._generator(),
+                device="cpu",
             ).to(self.device)
             fresh_KF -= basis_KF @ (basis_KF.T @ fresh_KF)
             basis_KF = torch.cat([basis_KF, torch.linalg.qr(fresh_KF).Q], dim=1)

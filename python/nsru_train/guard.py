@@ -106,7 +106,10 @@ class EcoGuard:
         new_TC = torch.zeros_like(old_TC) if self.corruption == "zero_out" else -old_TC
         if self.corruption == "rand_noise":
             state = zlib.crc32(question.encode(errors="replace"), self.seed)
-            noise_TC = torch.randn(old_TC.shape, generator=torch.Generator().manual_seed(state))
+            generator = torch.Generator().manual_seed(state)
+            noise_TC = torch.randn(
+                old_TC.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
             new_TC = old_TC + (self.sigma * noise_TC).to(old_TC)
         return embeddings_TD.scatter(1, chosen_TC, new_TC)
 

@@ -84,7 +84,7 @@ class PromptClassifier:
         for kind, given in (("forget", forget), ("retain", retain)):
             questions = check_questions(kind, given)
             states_ND = mean_states(encoder or (model, tokenizer), questions, layer)
-            states_ND = states_ND[torch.randperm(len(states_ND), generator=generator)]
+            states_ND = states_ND[torch.randperm(len(states_ND), generator=generator, device="cpu")]
             count = min(max(1, round(held_out * len(states_ND))), len(states_ND) - 1)
             tested.append(states_ND[:count])
             fitted.append(states_ND[count:])

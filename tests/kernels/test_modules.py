@@ -122,6 +122,33 @@ def test_adapters_are_float32_under_another_default_dtype():
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_and_device_change_nothing(dtype, tmp_path):
+    def run():
+        model = nn.Sequential(nn.Linear(K, N, device="cpu", dtype=torch.float32))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.linspace(-1, 1, N * K, device="cpu").view(N, K))
+        batches = [x[:7].float(), x.float()]
+        subspaces = nk.estimate_retain_subspaces(
+            model, batches, "all-linear", width=2, rank=2, progress=False
+        )
+        subspaces["0"].save(tmp_path / "0.safetensors")
+        assert torch.equal(
+            nk.RetainSubspace.load(tmp_path / "0.safetensors").basis, subspaces["0"].basis
+        )
+        nk.swap_linears(model, "all-linear", rank=2, alpha=4, subspaces=subspaces)
+        return subspaces["0"].basis
+
+    x = torch.randn(40, K, generator=torch.Generator().manual_seed(2))
+    expected = run()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(run(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_dropout_acts_in_training_only():
     layer = make_layer(dropout=0.5)
     assert not torch.equal(layer(x), layer(x))

@@ -82,7 +82,7 @@ class RMU(Method):
     def direction(self, like_TD: Tensor) -> Tensor:
         """u [D]: uniform in [0, 1), then of norm 1."""
         generator = torch.Generator().manual_seed(self.seed)
-        u_D = torch.rand(like_TD.shape[1], generator=generator)
+        u_D = torch.rand(like_TD.shape[1], generator=generator, dtype=torch.float32, device="cpu")
         return (u_D / u_D.norm()).to(like_TD)
 
     def distance(self, answers: Answers, states_TD: Tensor, goal_TD: Tensor) -> Tensor:
