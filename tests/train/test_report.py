@@ -242,10 +242,9 @@ def test_three_methods_and_two_seeds(tmp_path):
         assert "var(--series-2)" in svg or "simnpo" not in svg
 
 
-def test_many_methods_have_a_row_each_and_those_that_do_not_forget_none(tmp_path):
+def with_methods(made):
+    """Results with further methods: how much slower NSRU's steps forget by each, and the harm."""
     results = demo_results(seeds=(0, 1))
-    made = {"npo": (1, 4), "npo projected": (1, 1), "dpo": (1, 9), "dpo projected": (1, 2)}
-    made |= {"idk": (9, 1), "idk projected": (9, 1)}
     for rows in (results["methods"], results["frontier"]):
         for row in [row for row in rows if row["method"] == "nsru"]:
             for name, (slow, harm) in made.items():
@@ -254,12 +253,33 @@ def test_many_methods_have_a_row_each_and_those_that_do_not_forget_none(tmp_path
                 rows.append(
                     row | {"method": name, "forget_prob": forget, "retain_unseen_prob": unseen}
                 )
+    return results
+
+
+def test_where_hardly_a_method_forgets_the_page_says_so(tmp_path):
+    slow = [f"{name}{end}" for name in ("npo", "dpo", "idk") for end in ("", " projected")]
+    results = with_methods(dict.fromkeys(slow, (9, 1)))
+    for rows in (results["methods"], results["frontier"]):
+        for row in rows:
+            if row["method"] == "lora":
+                row["forget_prob"] = max(row["forget_prob"], 0.3)
+    matched = matched_damage(results)
+    assert matched[0]["forget_prob"] > 0.1
+    page = text_of(page_of(tmp_path, {key: results[key] for key in ("methods", "frontier")}, []))
+    assert "are not compared" not in page
+    assert f"forgot least ended, at {matched[0]['forget_prob']:.2f}, and little" in page
+
+
+def test_many_methods_have_a_row_each_and_those_that_do_not_forget_none(tmp_path):
+    made = {"npo": (1, 4), "npo projected": (1, 1), "dpo": (1, 9), "dpo projected": (1, 2)}
+    results = with_methods(made | {"idk": (9, 1), "idk projected": (9, 1)})
     matched = matched_damage(results)
     assert not {"idk_damage", "idk projected_damage"} & matched[0].keys()
     rivals = [matched[0][f"{name}_damage"] for name in ("lora", "npo", "dpo")]
     assert matched[0]["ratio"] == pytest.approx(matched[0]["nsru_damage"] / min(rivals))
     parts = {key: results[key] for key in ("methods", "frontier")}
     page = page_of(tmp_path, parts, [])
+    assert "Methods that did not come to a forget probability of 0.1" in text_of(page)
     damage = table_below(page, "Forgetting against retention")
     assert damage[0] == ["", "seed 0", "seed 1", "mean"]
     assert len(damage) == 1 + 2 + 4

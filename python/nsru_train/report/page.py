@@ -85,6 +85,8 @@ def write_report(run: str | Path | RunFolder) -> Path:
         warnings=summary.warnings(results),
         methods=methods,
         few=few,
+        level=max((row["forget_prob"] for row in summary.matched_damage(results)), default=0),
+        target=summary.FORGET_TARGET,
         label=summary.label,
         names=summary.PROBABILITIES,
         probabilities=probabilities,
