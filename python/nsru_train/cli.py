@@ -193,7 +193,15 @@ def _check_configs(given: list[str]) -> None:
                 f"{path} is in UTF-8, and this locale would read it as {encoding}; set "
                 "PYTHONUTF8=1."
             )
-        for name in SECTIONS if isinstance(saved, dict) else ():
+        if not isinstance(saved, dict):
+            continue
+        asked = _asked(given, "method", "nsru")
+        own = saved.get("method", asked)
+        if saved.get("objective") and own != asked and _command(given) == "train":
+            raise ValueError(
+                f"{path}: its objective is that of {own}, and {asked} is asked for: leave one out."
+            )
+        for name in SECTIONS:
             if not isinstance(saved.get(name), dict | str | None):
                 raise ValueError(
                     f"{path}: {name}: expected {in_words(SECTIONS[name])}, got {saved[name]!r:.80}."

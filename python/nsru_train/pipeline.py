@@ -359,11 +359,17 @@ def unlearn(
         eval_steps=eval_steps,
         stop_at=stop_at,
     )
+    precision = trainer.accelerator.mixed_precision
+    if precision != ("bf16" if train.bf16 else "no"):  # as accelerate launch sets it
+        logger.warning(
+            "train.bf16 is %s, and accelerate trains in %s (ACCELERATE_MIXED_PRECISION).",
+            *(str(train.bf16).lower(), precision),
+        )
     free = ["report_to", "eval_steps", "save_steps"]
     free += ["steps"] * (
         train.lr_scheduler_type == "constant"
     )  # then more of them are as the first
-    trainer.settings = {"method": type(objective).__name__} | {
+    trainer.settings = {"method": type(objective).__name__, "mixed precision": precision} | {
         f"{section}.{name}": repr(value)
         for section, settings in (("objective", objective), ("lora", lora), ("train", train))
         for name, value in asdict(settings).items()

@@ -703,6 +703,15 @@ def test_options_of_transformers_are_checked_first(capsys, flag, wanted):
     assert wanted in fails(capsys, *TRAIN, flag)
 
 
+def test_settings_of_another_method_are_no_defaults(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("method: npo\nobjective: {beta: 0.3}")
+    error = fails(capsys, *TRAIN, f"--config={path}", "--method=simnpo")
+    assert f"{path}: its objective is that of npo, and simnpo is asked for" in error
+    path.write_text("objective: {beta: 0.3}")
+    assert "objective is that" not in fails(capsys, *TRAIN, f"--config={path}", "--method=simnpo")
+
+
 def test_a_backend_of_the_environment_that_cannot_serve_is_refused_first(monkeypatch, capsys):
     if torch.cuda.is_available():
         pytest.skip("it can serve here")

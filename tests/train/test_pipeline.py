@@ -168,3 +168,16 @@ def test_a_run_is_resumed_with_its_settings_alone(tokenizer, tmp_path, changes, 
         run(True, **changes)
     run(True, eval_steps=1)
     assert (tmp_path / "checkpoint-4").is_dir()
+
+
+def test_a_precision_that_only_accelerate_knows_is_said(tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for bf16 in (False, True):
+        caplog.clear()
+        unlearn(
+            nk.merge_adapters(make_model(tokenizer)), tokenizer,
+            Data(FORGET, RETAIN, {}, SafeTargets.from_file()), tmp_path / str(bf16),
+            lora=LoraConfig(project=False), train=TrainConfig(steps=1, save_steps=0, bf16=bf16),
+            progress=False,
+        )  # fmt: skip
+        assert ("train.bf16 is false, and accelerate trains in bf16" in caplog.text) != bf16
