@@ -211,6 +211,10 @@ class EvalHookCallback(TrainerCallback):
     def _evaluate(self, state, model: nn.Module) -> Mapping[str, float]:
         with evaluating(model):
             results = self.hook(state.global_step, model)
+        try:
+            results = {name: float(value) for name, value in results.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise TypeError(f"on_eval must return names and floats, got {results!r:.80}") from error
         self.log({f"eval_{name}": value for name, value in results.items()})
         return results
 

@@ -233,6 +233,7 @@ class NSRUTrainer(ResumableTrainer):
             raise ValueError(
                 "NSRUTrainer: model has no trainable parameter; call nk.swap_linears first."
             )
+        train_dataset.check_for(objective)
         check_sequences(model, train_dataset.sequences())
         refuse_zero_3(args.deepspeed_plugin)
         if args.torch_compile:

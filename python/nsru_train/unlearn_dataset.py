@@ -19,6 +19,7 @@ from nsru_train.data.encode import Encoded, collate, encode_qa
 from nsru_train.data.records import QA
 from nsru_train.data.safe_targets import SafeTargets
 from nsru_train.losses.batch import FORGET, RETAIN, SAFE
+from nsru_train.methods import Method
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class UnlearnDataset(Dataset):
         ref_nll: NLL of each forget sequence with adapters off, summed over the answer and EOS.
         ref_safe: the same of each safe sequence, for methods that read it.
         kinds: of the rows in an item; the method's ``rows``.
+        alternatives: whether safe rows hold records' alternatives; the method's ``alternatives``.
         retain_per_forget: retain rows in an item.
         seed: of the orders.
         domains: number of each forget question's domain, for methods that part them.
@@ -62,6 +64,7 @@ class UnlearnDataset(Dataset):
         *,
         ref_safe: Sequence[Sequence[float]] | None = None,
         kinds: Collection[int] = (SAFE, FORGET, RETAIN),
+        alternatives: bool = False,
         retain_per_forget: int = TrainConfig.retain_per_forget,
         seed: int = 0,
         domains: Sequence[int] | None = None,
@@ -82,12 +85,28 @@ class UnlearnDataset(Dataset):
             )
         self.safe, self.forget, self.retain = safe, forget, retain
         self.ref_nll = list(ref_nll)
+        self.knows_safe = ref_safe is not None
         self.ref_safe = [[0.0] * len(some) for some in safe] if ref_safe is None else ref_safe
-        self.kinds = kinds
+        self.kinds, self.alternatives = kinds, alternatives
         self.retain_per_forget = retain_per_forget
         self.seed = seed
         self.domains = domains
         self.epoch = 0
+
+    def check_for(self, method: Method) -> None:
+        """Raise ValueError unless a method's loss finds here what it reads."""
+        names = {SAFE: "safe", FORGET: "forget", RETAIN: "retain"}
+        lacking = [f"{names[kind]} rows" for kind in method.rows if kind not in self.kinds]
+        if SAFE in method.ref_nll and not self.knows_safe:
+            lacking.append("the NLL of safe targets with adapters off")
+        if SAFE in method.rows and method.alternatives != self.alternatives:
+            lacking.append("alternatives" if method.alternatives else "safe targets")
+        if lacking:
+            raise ValueError(
+                f"train_dataset was made for another method: {type(method).__name__} reads "
+                f"{' and '.join(lacking)}, which it does not hold. Make it by prepare_dataset(..., "
+                "method)."
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the epoch that starts now."""
@@ -223,6 +242,7 @@ def make_train_dataset(
         ref_nll=ref_nll,
         ref_safe=ref_safe,
         kinds=kinds,
+        alternatives=alternatives,
         retain_per_forget=retain_per_forget,
         seed=seed,
         domains=domains,

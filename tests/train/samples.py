@@ -71,7 +71,8 @@ def make_trainer(
     reference = reference_nll(model, tokenizer, forget)
     data = make_train_dataset(
         tokenizer, forget, retain, SafeTargets.from_file(), reference,
-        ref_safe=[[50.0]] * len(forget), kinds=objective.rows, retain_per_forget=2,
+        ref_safe=[[50.0]] * len(forget), kinds=objective.rows,
+        alternatives=objective.alternatives, retain_per_forget=2,
     )  # fmt: skip
     defaults = {
         "max_steps": 8,

@@ -25,7 +25,13 @@ from nsru_train.losses.nll import answer_nll
 from nsru_train.methods import METHODS, Objective
 from nsru_train.run_folder import RunFolder
 from nsru_train.scoring import score_sequences
-from nsru_train.trainer import CheckpointError, make_train_dataset, reference_nll
+from nsru_train.trainer import (
+    CheckpointError,
+    NSRUTrainer,
+    make_train_dataset,
+    prepare_dataset,
+    reference_nll,
+)
 from nsru_train.unlearn_dataset import RowCollator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -551,6 +557,39 @@ def test_refused_arguments(tmp_path, tokenizer):
         samples.make_trainer(tmp_path, trainer={"retain_stop_ratio": 1.0})
     with pytest.raises(ValueError, match="eval_steps"):
         samples.make_trainer(tmp_path, trainer={"on_eval": dict, "eval_steps": 0})
+
+
+@pytest.mark.parametrize(
+    ("made_for", "objective", "said"),
+    [
+        ("ga", "npo", "NPO reads retain rows"),
+        ("npo", "idk", "IDK reads safe rows"),
+        ("npo", "dpo", "safe rows and the NLL of safe targets"),
+        (None, "dpo", "DPO reads the NLL of safe targets with adapters off"),
+        (None, "altpo", "alternatives"),
+    ],
+)
+def test_a_dataset_of_another_method_is_refused(tmp_path, tokenizer, made_for, objective, said):
+    model = samples.make_model(tokenizer)
+    method = made_for and METHODS[made_for]()
+    data = prepare_dataset(model, tokenizer, samples.FORGET, samples.RETAIN, method)
+    args = samples.make_trainer(tmp_path).args
+    with pytest.raises(ValueError, match=f"made for another method: .*{said}"):
+        NSRUTrainer(model, args, data, METHODS[objective](), tokenizer)
+
+
+def test_what_on_eval_gives_is_numbers(tmp_path):
+    def look(step, model):
+        return {"score": torch.tensor(0.5)}
+
+    trainer = samples.make_trainer(
+        tmp_path, trainer={"on_eval": look, "eval_steps": 4}, save_strategy="steps", save_steps=4
+    )
+    trainer.train()
+    assert [point["score"] for point in trainer.evaluations] == [0.5] * 3
+    for odd in (None, {"score": "high"}):
+        with pytest.raises(TypeError, match="on_eval must return names and floats, got"):
+            samples.make_trainer(tmp_path, trainer={"on_eval": lambda *_, odd=odd: odd}).train()
 
 
 @pytest.mark.slow

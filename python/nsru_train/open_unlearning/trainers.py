@@ -188,6 +188,7 @@ class Ours(Merging):
             encoded_nll(model, tokenizer, forget),
             ref_safe=ref_safe,
             kinds=chosen.rows,
+            alternatives=chosen.alternatives,
             retain_per_forget=retain_per_forget,
             seed=args.seed,
         )
