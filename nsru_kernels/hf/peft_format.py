@@ -474,9 +474,15 @@ def _sizes(
         raise ValueError(f"init_lora_weights={start!r} is not supported; load it with PEFT.")
     if config["bias"] != "none":
         raise ValueError("trained biases are not supported; load it with PEFT.")
-    found = _found_by_peft(config)
+    found, parameters = _found_by_peft(config), config.get("target_parameters") or []
     for name in adapters.keys() - set(_of_experts(layers)):
-        if not found(name):
+        if any(f".{name}.weight".endswith(f".{target}") for target in parameters):
+            layer = layers.get(name)
+            if (
+                type(getattr(layer, "base_layer", layer)).__name__ == "Conv1D"
+            ):  # it is W's transpose
+                raise ValueError(f"target_parameters of a Conv1D, {name}: load it with PEFT.")
+        elif not found(name):
             raise ValueError(
                 f"{WEIGHTS} has {name}, which {' or '.join(_RULES)} in {CONFIG} leave out, and so "
                 "would PEFT; give the folder back the config that it was saved with."

@@ -472,8 +472,8 @@ def run_compare(
         raise ValueError(f"methods: expected methods of distinct names, got {', '.join(names)}.")
     rates = dict.fromkeys(names, lrs) if lrs else {}
     check_plan(rates, seeds, examples, probed, stop)
-    if unknown := sorted(settings.keys() - set(names)):
-        raise ValueError(f"settings: {unknown[0]!r} is none of the methods, {', '.join(names)}.")
+    if unknown := sorted(settings.keys() - set(methods)):
+        raise ValueError(f"settings: {unknown[0]!r} is none of the methods, {', '.join(methods)}.")
     for contender in contenders:
         contender.method.check_weights()
     check_training(train)

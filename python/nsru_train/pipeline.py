@@ -260,7 +260,7 @@ def unlearn(
 
     Raises:
         ValueError: a text is too long, lora.project has no subspaces, they are of other layers or
-            of another model, or the model has adapters already.
+            of another model, the model has adapters already, or folder another run's checkpoints.
     """
     lora, objective, train = lora or LoraConfig(), objective or Objective(), train or TrainConfig()
     if not objective.trains:
@@ -270,6 +270,7 @@ def unlearn(
             progress=progress,
         )  # fmt: skip
     from transformers import TrainingArguments, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
 
     from nsru_train.trainer import NSRUTrainer, prepare_dataset
 
@@ -277,6 +278,11 @@ def unlearn(
         raise ValueError(
             "unlearn: subspaces must be given where lora.project is on; find_subspaces makes them, "
             "and LoraConfig(project=False) is plain LoRA."
+        )
+    if not resume and Path(folder).is_dir() and (last := get_last_checkpoint(str(folder))):
+        raise ValueError(
+            f"unlearn: {folder} holds checkpoints of an earlier run; resume=True goes on from "
+            f"{Path(last).name}, or give another folder."
         )
     if targets is None:
         targets = "all-linear" if subspaces is None else list(subspaces)

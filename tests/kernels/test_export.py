@@ -26,7 +26,7 @@ from nsru_kernels.hf.peft_format import (
 from nsru_kernels.nn.swap import match_linears
 
 peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -253,6 +253,33 @@ def test_an_alpha_of_each_module_goes_the_way_to_disk_and_back(base, llama, tmp_
     torch.testing.assert_close(logits(again), logits(adapted), rtol=1e-5, atol=1e-6)
     by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path).eval()
     torch.testing.assert_close(logits(by_peft), logits(adapted), rtol=1e-5, atol=1e-6)
+
+
+def filled(model, **config):
+    """A PEFT model whose B is not zero."""
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=4, **config)).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return wrapped
+
+
+def test_adapters_of_parameters_are_read_as_peft_reads_them(llama, tmp_path):
+    theirs = filled(
+        copy.deepcopy(llama), target_modules=["v_proj"], target_parameters=["o_proj.weight"]
+    )
+    theirs.save_pretrained(tmp_path / "llama")
+    own = copy.deepcopy(llama)
+    load_lora_adapter(own, tmp_path / "llama")
+    torch.testing.assert_close(logits(own), logits(theirs), rtol=1e-5, atol=1e-6)
+    sizes = {"vocab_size": 40, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    theirs = filled(
+        copy.deepcopy(gpt2), target_modules=[], target_parameters=["attn.c_proj.weight"]
+    )
+    theirs.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match=r"target_parameters of a Conv1D, .*attn\.c_proj: load it"):
+        load_lora_adapter(gpt2, tmp_path / "gpt2")
 
 
 def test_an_adapter_that_peft_wrote_loads(llama, tmp_path):

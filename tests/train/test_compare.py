@@ -207,6 +207,17 @@ def test_a_contender_is_called_as_results_call_it(name):
             ["--methods=[npo]", "--settings={npo: {beta: 0}}"],
             "settings: npo: objective.beta must be positive, got 0",
         ),
+        (
+            ["--methods=[nsru_train.methods.npo:NPO]", "--settings={NPO: {beta: 1}}"],
+            "settings: 'NPO' is none of the methods, nsru_train.methods.npo:NPO",
+        ),
+        (
+            [
+                "--methods=[nsru_train.methods.npo:NPO]",
+                "--settings={nsru_train.methods.npo:NPO: {beta: 0}}",
+            ],
+            "settings: nsru_train.methods.npo:NPO: objective.beta must be positive, got 0",
+        ),
     ],
 )
 def test_mistakes_are_refused_before_any_work(flags, tmp_path, capsys, options, message):

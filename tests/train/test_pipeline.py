@@ -163,6 +163,8 @@ def test_a_run_is_resumed_with_its_settings_alone(tokenizer, tmp_path, changes, 
         )  # fmt: skip
 
     run(False)
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run; resume=True goes"):
+        run(False)
     shutil.rmtree(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match=f"belongs to another run: {said}"):
         run(True, **changes)
