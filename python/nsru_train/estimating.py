@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -65,7 +64,8 @@ def find_subspaces(
         forget: questions with the answers to forget, on which the room left for edits is measured.
         retain: questions with the answers to keep: what their tokens excite is protected.
         config: which layers, how wide, how the rank is chosen; None takes all linear layers and the
-            largest rank that leaves a share of 0.05 of the forget answers' activations open.
+            largest rank that leaves a share of 0.05 of the forget answers' activations open. What
+            is in path is taken whole; targets and exclude are for `unlearn` then.
         max_length: most tokens of a question with its answer.
         seed: of the random test matrix.
         progress: show progress bars.
@@ -78,6 +78,8 @@ def find_subspaces(
         ValueError: they come from another base model, or more than one rank rule is given.
     """
     config = config or SubspaceConfig()
+    if config.path is not None:
+        warn_of_path(config, estimated_on(tokenizer, forget, retain))
     read = () if config.path is not None else (forget, retain)
     encoded_forget, encoded_retain = [
         [encode_qa(tokenizer, qa.question, qa.answer, max_length=max_length) for qa in records]
@@ -178,17 +180,15 @@ def run_subspaces(
 ) -> SubspaceSet:
     """`find_subspaces`, kept in the run's folder; those that are there already on ``resume``."""
     own = run.path / "subspaces"
-    find = functools.partial(
-        find_subspaces, model, tokenizer, forget, retain,
+    if resume and (own / "index.json").exists():
+        return subspaces_of(model, tokenizer, (), (), replace(config, path=str(own)))
+    found = find_subspaces(
+        model, tokenizer, forget, retain, config,
         max_length=max_length, seed=seed, progress=progress,
     )  # fmt: skip
-    if resume and (own / "index.json").exists():
-        return find(replace(config, path=str(own)))
-    sets = estimated_on(tokenizer, forget, retain)
-    warn_of_path(config, sets)
-    found = find(config)
     if run.writes:
         found.save(own)
+        sets = estimated_on(tokenizer, forget, retain)
         kept = sets if config.path is None else _sets_of(config.path)
         atomic_write(own / _SETS, to_json(kept))
     return found

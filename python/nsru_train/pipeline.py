@@ -259,10 +259,15 @@ def unlearn(
         What was done and how long it took; `Guarded` for a method that trains nothing.
 
     Raises:
+        TypeError: objective, lora or train is something else, as a method's class.
         ValueError: a text is too long, lora.project has no subspaces, they are of other layers or
             of another model, the model has adapters already, or folder another run's checkpoints.
     """
     lora, objective, train = lora or LoraConfig(), objective or Objective(), train or TrainConfig()
+    given = {"objective": (objective, Method), "lora": (lora, LoraConfig)}
+    for name, (value, kind) in (given | {"train": (train, TrainConfig)}).items():
+        if not isinstance(value, kind):
+            raise TypeError(f"unlearn: {name} must be a {kind.__name__}, got {value!r:.60}.")
     if not objective.trains:
         return _attach_guard(
             model, tokenizer, data, RunFolder(folder),

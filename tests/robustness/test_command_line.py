@@ -703,7 +703,8 @@ def test_options_of_transformers_are_checked_first(capsys, flag, wanted):
     assert wanted in fails(capsys, *TRAIN, flag)
 
 
-def test_settings_of_another_method_are_no_defaults(tmp_path, capsys):
+def test_settings_of_another_method_are_no_defaults(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "c.yaml"
     path.write_text("method: npo\nobjective: {beta: 0.3}")
     error = fails(capsys, *TRAIN, f"--config={path}", "--method=simnpo")
@@ -712,7 +713,10 @@ def test_settings_of_another_method_are_no_defaults(tmp_path, capsys):
     assert "objective is that" not in fails(capsys, *TRAIN, f"--config={path}", "--method=simnpo")
 
 
-def test_a_backend_of_the_environment_that_cannot_serve_is_refused_first(monkeypatch, capsys):
+def test_a_backend_of_the_environment_that_cannot_serve_is_refused_first(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
     if torch.cuda.is_available():
         pytest.skip("it can serve here")
     monkeypatch.setenv("NSRU_BACKEND", "triton")
@@ -722,6 +726,7 @@ def test_a_backend_of_the_environment_that_cannot_serve_is_refused_first(monkeyp
 
 
 def test_a_config_that_the_locale_would_misread_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "c.yaml"
     path.write_text("data: {system_prompt: 'Sé breve.'}", encoding="utf-8")
     monkeypatch.setattr(locale, "getpreferredencoding", lambda _: "ISO-8859-1")
@@ -739,7 +744,8 @@ def test_a_console_without_the_letters_that_are_printed():
     assert 'a set {"question": "?"' in ran.stdout
 
 
-def test_zero_3_is_refused_before_any_work(monkeypatch, capsys):
+def test_zero_3_is_refused_before_any_work(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     assert "deepspeed: ZeRO-3 keeps all weights in parts" in fails(capsys, *TRAIN)

@@ -183,3 +183,27 @@ def test_a_precision_that_only_accelerate_knows_is_said(tokenizer, tmp_path, mon
             progress=False,
         )  # fmt: skip
         assert ("train.bf16 is false, and accelerate trains in bf16" in caplog.text) != bf16
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"objective": METHODS["npo"]}, "objective must be a Method, got <class"),
+        ({"lora": {"rank": 4}}, "lora must be a LoraConfig"),
+        ({"train": "fast"}, "train must be a TrainConfig"),
+    ],
+)
+def test_settings_of_another_type_are_named(model, tokenizer, tmp_path, odd, said):
+    data = Data(FORGET, RETAIN, {}, SafeTargets.from_file())
+    with pytest.raises(TypeError, match=f"unlearn: {said}"):
+        unlearn(model, tokenizer, data, tmp_path, **odd)
+
+
+def test_subspaces_that_are_read_leave_settings_without_effect(model, tokenizer, tmp_path, caplog):
+    found = find_subspaces(model, tokenizer, FORGET, RETAIN, SubspaceConfig(rank=3), progress=False)
+    found.save(tmp_path / "sets")
+    again = find_subspaces(
+        model, tokenizer, FORGET, RETAIN, SubspaceConfig(path=str(tmp_path / "sets"), rank=2)
+    )
+    assert {entry.rank for entry in again.inputs} == {3}
+    assert "used as they are; subspace.rank has no effect" in caplog.text
