@@ -477,10 +477,8 @@ def _sizes(
     found, parameters = _found_by_peft(config), config.get("target_parameters") or []
     for name in adapters.keys() - set(_of_experts(layers)):
         if any(f".{name}.weight".endswith(f".{target}") for target in parameters):
-            layer = layers.get(name)
-            if (
-                type(getattr(layer, "base_layer", layer)).__name__ == "Conv1D"
-            ):  # it is W's transpose
+            layer = layers.get(name)  # a Conv1D holds the transpose of W
+            if type(getattr(layer, "base_layer", layer)).__name__ == "Conv1D":
                 raise ValueError(f"target_parameters of a Conv1D, {name}: load it with PEFT.")
         elif not found(name):
             raise ValueError(

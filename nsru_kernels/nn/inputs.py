@@ -78,9 +78,7 @@ class ActivationStream:
         with (
             evaluating(self.module),
             torch.random.fork_rng(devices),
-            torch.compiler.set_stance(
-                "force_eager"
-            ),  # else Dynamo would keep what it sees of reads
+            torch.compiler.set_stance("force_eager"),  # or Dynamo keeps what it sees of this
             reads,
         ):
             self._forward(batch)

@@ -376,16 +376,7 @@ def unlearn(
             "train.bf16 is %s, and accelerate trains in %s (ACCELERATE_MIXED_PRECISION).",
             *(str(train.bf16).lower(), precision),
         )
-    free = ["report_to", "eval_steps", "save_steps"]
-    free += ["steps"] * (
-        train.lr_scheduler_type == "constant"
-    )  # then more of them are as the first
-    trainer.settings = {"method": type(objective).__name__, "mixed precision": precision} | {
-        f"{section}.{name}": repr(value)
-        for section, settings in (("objective", objective), ("lora", lora), ("train", train))
-        for name, value in asdict(settings).items()
-        if name not in free
-    }
+    trainer.settings = {"mixed precision": precision, **_binding(objective, lora, train)}
     with PeakMemory(device) as peak:
         trainer.train(resume_from_checkpoint=resume or None)
     seconds = [row["seconds"] for row in RunFolder(folder).read_metrics() if "seconds" in row]
@@ -425,6 +416,19 @@ def _warn_of_uneven(count: int, batch_size: int) -> None:
             "so that some are used twice in an epoch; choose a size that they fill.",
             count, batch_size, world,
         )  # fmt: skip
+
+
+def _binding(objective: Method, lora: LoraConfig, train: TrainConfig) -> dict[str, str]:
+    """The settings that a resumed run must have as it began, by name."""
+    free = {"report_to", "eval_steps", "save_steps"}
+    if train.lr_scheduler_type == "constant":  # further steps are as those before
+        free.add("steps")
+    return {"method": type(objective).__name__} | {
+        f"{section}.{name}": repr(value)
+        for section, settings in (("objective", objective), ("lora", lora), ("train", train))
+        for name, value in asdict(settings).items()
+        if name not in free
+    }
 
 
 def _attach_guard(

@@ -268,9 +268,7 @@ def rollback(
     factors = [p for name, p in model.named_parameters() if name.endswith("lora_B")]
     trained = parameters_to_vector(factors).detach()  # how far each entry went: B starts at zero
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(run.data.retain), generator=generator, device="cpu")[
-        :items
-    ].tolist()
+    chosen = torch.randperm(len(run.data.retain), generator=generator)[:items].tolist()
     batches = [
         token_batches(
             model, run.tokenizer, [run.data.retain[i]],
@@ -281,7 +279,7 @@ def rollback(
     costs = 0.5 * diagonal_fisher(model, factors, batches, progress=progress) * trained.square()
     for share in shares:
         count = max(1, round(share * costs.numel()))
-        random = torch.randperm(costs.numel(), generator=generator, device="cpu")[:count]
+        random = torch.randperm(costs.numel(), generator=generator)[:count]
         for name, picked in (("rolled back", costs.topk(count).indices), ("random", random)):
             less = trained.clone()
             less[picked.to(less.device)] *= 1 - rho

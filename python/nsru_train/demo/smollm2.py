@@ -175,9 +175,7 @@ def train_target(out: Path, groups: dict[str, list[QA]]) -> None:
 
 def _orders(count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randperm(count, generator=generator, device="cpu").tolist() for _ in range(EPOCHS)
-    ]
+    return [torch.randperm(count, generator=generator).tolist() for _ in range(EPOCHS)]
 
 
 def _by_length(encoded: list[Encoded], order: list[int]) -> list[list[int]]:

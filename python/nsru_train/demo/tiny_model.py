@@ -204,15 +204,13 @@ def _epoch_batches(
     encoded: Sequence[Encoded], batch_size: int, generator: torch.Generator
 ) -> list[list[int]]:
     """Random batches of similar length: sort pools of eight batches, then shuffle the batches."""
-    order = torch.randperm(len(encoded), generator=generator, device="cpu").tolist()
+    order = torch.randperm(len(encoded), generator=generator).tolist()
     pool = 8 * batch_size
     batches = []
     for begin in range(0, len(order), pool):
         chunk = sorted(order[begin : begin + pool], key=lambda i: len(encoded[i]))
         batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
-    return [
-        batches[i] for i in torch.randperm(len(batches), generator=generator, device="cpu").tolist()
-    ]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def _warm_cosine(fraction: float, warmup: float) -> float:
