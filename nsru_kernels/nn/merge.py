@@ -35,8 +35,8 @@ def merge_adapters(model: nn.Module, *, progress: bool = False) -> nn.Module:
 
     Raises:
         ValueError: the model has no ``NSRULinear``, is one itself, is sharded otherwise, a merged
-            weight would hold NaN or infinite values, or a layer of a class of the model's own
-            computes with another W than its weight; nothing is then changed.
+            weight would hold NaN or infinite values, a layer has a parametrization, or one of a
+            class of the model's own computes with another W than its weight; nothing is changed.
     """
     check_module(model)
     modules = [(n, m) for n, m in model.named_modules() if isinstance(m, NSRULinear)]
@@ -56,6 +56,8 @@ def merge_adapters(model: nn.Module, *, progress: bool = False) -> nn.Module:
         )
     reshard(model)
     for name, module in modules:
+        if nn.utils.parametrize.is_parametrized(module):
+            raise ValueError(f"merge_adapters: {name} has a parametrization; remove it first.")
         if hasattr(module, "reshard"):  # its hooks would go with it
             raise ValueError(
                 f"merge_adapters: {name} was given to fully_shard by itself; shard the layer that "

@@ -349,6 +349,14 @@ def test_a_merged_layer_saves_loads_moves_and_copies_as_its_unmerged_self():
     assert_fresh(layer, x)
 
 
+def test_a_parametrized_layer_is_not_merged():
+    model = nn.Sequential(nn.Linear(K, N))
+    nk.swap_linears(model, "0", rank=2, alpha=4)
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(ValueError, match="merge_adapters: 0 has a parametrization; remove it"):
+        nk.merge_adapters(model)
+
+
 def test_a_float64_weight_is_merged_in_float64():
     linear = nn.Linear(6, 5, dtype=torch.float64)
     layer = nk.NSRULinear.from_linear(linear, rank=2, alpha=4)
