@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -236,10 +237,12 @@ class NSRUTrainer(ResumableTrainer):
         train_dataset.check_for(objective)
         check_sequences(model, train_dataset.sequences())
         refuse_zero_3(args.deepspeed_plugin)
-        if args.torch_compile:
+        by_accelerate = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+        if args.torch_compile or by_accelerate:
             raise ValueError(
-                "NSRUTrainer: torch_compile=True would compile the loss, whose shapes depend on "
-                "the data. Compile the backbone instead: model.base_model.compile()."
+                "NSRUTrainer: torch_compile=True (or ACCELERATE_DYNAMO_BACKEND) would compile the "
+                "loss, whose shapes depend on the data. Compile the backbone instead: "
+                "model.base_model.compile()."
             )
         if args.label_smoothing_factor:
             raise ValueError(

@@ -542,12 +542,16 @@ def test_gradient_check_waits_for_a_warm_up_from_zero(tmp_path):
     assert metrics(tmp_path)[0]["lr"] == 0
 
 
-def test_refused_arguments(tmp_path, tokenizer):
+def test_refused_arguments(tmp_path, tokenizer, monkeypatch):
     frozen = samples.make_model(tokenizer).requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
         samples.make_trainer(tmp_path, model=frozen)
     with pytest.raises(ValueError, match="torch_compile"):
         samples.make_trainer(tmp_path, torch_compile=True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with pytest.raises(ValueError, match="ACCELERATE_DYNAMO_BACKEND"):
+        samples.make_trainer(tmp_path)
+    monkeypatch.undo()
     for odd in ({"data_seed": 3}, {"train_sampling_strategy": "sequential"}):
         with pytest.raises(
             ValueError, match="data_seed and train_sampling_strategy have no effect"
