@@ -150,6 +150,14 @@ def test_line_separators_inside_an_answer_do_not_split_the_row(tmp_path):
         ([{**ANN, "safe_target": {"deny": "No."}}], r"unknown parts \['deny'\].*acknowledge"),
         ([{**ANN, "option1": "A cook.", "option2": "A judge."}], "none of the options is"),
         ([{**ANN, "perturbed_answers": ["x", ANN["answer"]]}], "hold the answer itself, 'A poet"),
+        (
+            [{**ANN, "perturbed_answers": [f" {ANN['answer']} "]}],
+            "hold the answer itself, ' A poet",
+        ),
+        (
+            [{**ANN, "paraphrased_answer": "Ann writes.", "perturbed_answers": ["Ann writes."]}],
+            "hold the answer itself, 'Ann writes.'",
+        ),
         ([], r"holds no records"),
     ],
 )

@@ -54,9 +54,12 @@ class QA:
                 others = (others,)
             if not isinstance(others, Sequence):
                 raise ValueError(f"{name} must be a list of texts, got {others!r}")
+            right = {self.answer.strip()}
+            if name == "perturbed_answers":
+                right.add((self.paraphrased_answer or "").strip())
             for text in others:
                 check_text(name, text)
-                if text == self.answer:
+                if text.strip() in right:
                     raise ValueError(f"{name} hold the answer itself, {text!r:.60}")
             object.__setattr__(self, name, tuple(others))
         if isinstance(self.safe_target, Mapping):
