@@ -13,7 +13,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import transformers
 from torch.utils._pytree import tree_map
 from transformers import Trainer
 from transformers.trainer import (
@@ -42,11 +41,6 @@ from nsru_train.checkpoints import (
 )
 from nsru_train.updates import trainable
 
-if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # older ones divide the loss of a step again
-    raise ImportError(
-        f"nsru_train needs transformers 5.19 or newer, got {transformers.__version__}: "
-        "pip install -U transformers"
-    )
 REFERENCE_FILE = "reference_nll.json"
 STATE_KEY = "state of the method"
 # What training reads of a checkpoint's trainer_state.json.

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainingArguments,
 )
 
@@ -280,6 +281,8 @@ class NSRUTrainer(ResumableTrainer):
             # It cannot spread buffers such as the retain bases, and each process has all weights.
             self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         self.model_accepts_loss_kwargs = False  # no token count to gather across ranks every step
+        if not hasattr(Trainer, "loss_is_scaled_for_ga"):
+            self.compute_loss_func = self.compute_loss  # says the same to transformers before 5.19
         self.objective = objective.prepare(model)
         self._state = self.objective.start()
         self._parts = (*objective.parts, "total")
