@@ -83,9 +83,9 @@ class ActivationStream:
         ):
             self._forward(batch)
             # Some models keep no cache, take no labels, or in training mode want gradients.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception), reads.instead_of_calls():
                 self._decode(batch)
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception), reads.instead_of_calls():
                 ids = batch["input_ids"][:1].to(self.device)  # type: ignore
                 self.module(input_ids=ids, labels=ids)
             self.module.train()
@@ -358,14 +358,15 @@ class _WeightReads(TorchDispatchMode):
             if (pointer := _address(getattr(linear, "weight", None))) is not None
         }
         self.found: dict[str, str] = {}
+        self._called: set[str] = set()
         self._running: list[nn.Module] = []  # in this thread, as the reads that are seen
 
     def __enter__(self):
         self._thread = threading.get_ident()
         with contextlib.ExitStack() as undo:
-            for linear in self.linears.values():
+            for name, linear in self.linears.items():
                 # Also where a model calls forward itself, past all hooks.
-                linear.forward = functools.partial(self._forward, linear)
+                linear.forward = functools.partial(self._forward, name, linear)
                 undo.callback(delattr, linear, "forward")
             for handle in (
                 register_module_forward_pre_hook(lambda module, _: self._begin(module)),
@@ -379,7 +380,18 @@ class _WeightReads(TorchDispatchMode):
         self._undo.close()
         return super().__exit__(*error)
 
-    def _forward(self, linear: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    @contextlib.contextmanager
+    def instead_of_calls(self) -> Iterator[None]:
+        """In the block reads count where the linear is not called, too: a loss may look at it."""
+        before, self._called = self.found.copy(), set()
+        try:
+            yield
+        finally:
+            for name in self._called & (self.found.keys() - before.keys()):
+                del self.found[name]
+
+    def _forward(self, name: str, linear: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self._called.add(name)
         self._begin(linear)
         try:
             return type(linear).forward(linear, *args, **kwargs)

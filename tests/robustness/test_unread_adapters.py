@@ -201,6 +201,21 @@ def test_a_head_that_is_read_for_a_loss():
         nk.swap_linears(FusedLoss(LLAMA), ["q_proj", "lm_head"], rank=2, alpha=4)
 
 
+class Penalised(LlamaForCausalLM):
+    """One whose loss looks at weights that its forward calls."""
+
+    def forward(self, input_ids, labels=None, **options):
+        found = super().forward(input_ids, labels=labels, **options)
+        if labels is not None:
+            found.loss += 1e-3 * self.lm_head.weight.norm()
+        return found
+
+
+def test_what_is_called_may_be_looked_at_besides():
+    report = nk.swap_linears(Penalised(LLAMA), ["q_proj", "lm_head"], rank=2, alpha=4)
+    assert "lm_head" in report.swapped
+
+
 def mamba():
     torch.manual_seed(0)
     return MambaForCausalLM(
