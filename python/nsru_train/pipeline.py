@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from enum import Enum
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -424,11 +427,27 @@ def _binding(objective: Method, lora: LoraConfig, train: TrainConfig) -> dict[st
     if train.lr_scheduler_type == "constant":  # further steps are as those before
         free.add("steps")
     return {"method": type(objective).__name__} | {
-        f"{section}.{name}": repr(value)
+        f"{section}.{field.name}": json.dumps(_plain(getattr(settings, field.name)), sort_keys=True)
         for section, settings in (("objective", objective), ("lora", lora), ("train", train))
-        for name, value in asdict(settings).items()
-        if name not in free
+        for field in fields(settings)
+        if field.name not in free
     }
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON holds it: numbers by their value, objects by their type."""
+    if isinstance(value, Enum):
+        value = value.value
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts = [_plain(own) for own in value]
+        return sorted(parts, key=str) if isinstance(value, (set, frozenset)) else parts
+    return type(value).__name__
 
 
 def _attach_guard(

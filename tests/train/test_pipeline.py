@@ -1,10 +1,14 @@
 """What the pipeline measures the subspaces on, and what it makes of their editability."""
 
+import dataclasses
 import math
 import shutil
+import threading
 
+import numpy
 import pytest
 import torch
+import transformers
 from samples import FORGET, RETAIN, make_model, make_tokenizer
 
 import nsru_kernels as nk
@@ -144,7 +148,7 @@ def test_questions_that_several_processes_use_twice_are_said(
     [
         ({"objective": METHODS["npo"]()}, "method was Objective"),
         ({"objective": Objective(w_retain=2.0)}, r"objective\.w_retain was 1\.0"),
-        ({"lora": LoraConfig(project=False, alpha=8)}, r"lora\.alpha was 16"),
+        ({"lora": LoraConfig(project=False, alpha=8)}, r"lora\.alpha was 16\.0"),
         ({"lr": 1e-3}, r"train\.lr was 0\.01"),
         ({"steps": 6}, r"train\.steps was 4"),
         ({"weight_decay": 0.1}, r"train\.weight_decay was 0\.0"),
@@ -168,8 +172,30 @@ def test_a_run_is_resumed_with_its_settings_alone(tokenizer, tmp_path, changes, 
     shutil.rmtree(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match=f"belongs to another run: {said}"):
         run(True, **changes)
-    run(True, eval_steps=1)
+    same = LoraConfig(project=False, alpha=16.0)
+    run(
+        True,
+        lora=same,
+        lr=numpy.float64(1e-2),
+        lr_scheduler_type=transformers.SchedulerType.LINEAR,
+        eval_steps=1,
+    )
     assert (tmp_path / "checkpoint-4").is_dir()
+
+
+@dataclasses.dataclass(frozen=True)
+class WithClient(METHODS["npo"]):
+    client: object = dataclasses.field(default_factory=threading.Lock)
+
+
+def test_a_method_may_hold_what_cannot_be_copied(model, tokenizer, tmp_path):
+    data = Data(FORGET, RETAIN, {}, SafeTargets.from_file())
+    outcome = unlearn(
+        model, tokenizer, data, tmp_path, objective=WithClient(), lora=LoraConfig(project=False),
+        train=TrainConfig(steps=1, save_steps=1), progress=False,
+    )  # fmt: skip
+    assert (tmp_path / "checkpoint-1").is_dir()
+    assert outcome
 
 
 def test_a_precision_that_only_accelerate_knows_is_said(tokenizer, tmp_path, monkeypatch, caplog):
