@@ -477,9 +477,11 @@ def _sizes(
     found, parameters = _found_by_peft(config), config.get("target_parameters") or []
     for name in adapters.keys() - set(_of_experts(layers)):
         if any(f".{name}.weight".endswith(f".{target}") for target in parameters):
-            layer = layers.get(name)  # a Conv1D holds the transpose of W
-            if type(getattr(layer, "base_layer", layer)).__name__ == "Conv1D":
-                raise ValueError(f"target_parameters of a Conv1D, {name}: load it with PEFT.")
+            layer = layers.get(name)
+            kind = type(getattr(layer, "base_layer", layer)).__name__
+            # A Conv1D holds the transpose of W, a router is no linear layer.
+            if layer is not None and (kind == "Conv1D" or linear_sizes(layer) == (0, 0)):
+                raise ValueError(f"target_parameters of a {kind}, {name}: load it with PEFT.")
         elif not found(name):
             raise ValueError(
                 f"{WEIGHTS} has {name}, which {' or '.join(_RULES)} in {CONFIG} leave out, and so "

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from expert_cases import tiny_moe
 from linear_cases import make_basis, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -272,6 +273,15 @@ def test_adapters_of_parameters_are_read_as_peft_reads_them(llama, tmp_path):
     own = copy.deepcopy(llama)
     load_lora_adapter(own, tmp_path / "llama")
     torch.testing.assert_close(logits(own), logits(theirs), rtol=1e-5, atol=1e-6)
+    moe = tiny_moe("mixtral")
+    theirs = filled(
+        copy.deepcopy(moe), target_modules=["q_proj"], target_parameters=["gate.weight"]
+    )
+    theirs.save_pretrained(tmp_path / "moe")
+    with pytest.raises(
+        ValueError, match=r"target_parameters of a Mixtral.*Router, .*mlp\.gate: load"
+    ):
+        load_lora_adapter(moe, tmp_path / "moe")
     sizes = {"vocab_size": 40, "n_embd": 32, "n_layer": 1, "n_head": 4}
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     theirs = filled(
