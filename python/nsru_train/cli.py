@@ -65,7 +65,10 @@ def main(args: list[str] | None = None) -> None:
 
     given = sys.argv[1:] if args is None else args
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a console may have no … or √
+        if any(word.startswith("--print_config") for word in given):
+            sys.stdout.reconfigure(encoding="utf-8")  # as --config reads it
+        else:
+            sys.stdout.reconfigure(errors="replace")  # a console may have no … or √
     if not given:
         print(WELCOME)
         return

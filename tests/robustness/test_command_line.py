@@ -738,10 +738,16 @@ def test_a_config_that_the_locale_would_misread_is_refused(monkeypatch, tmp_path
 
 def test_a_console_without_the_letters_that_are_printed():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "nsru_train.cli"]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    assert 'a set {"question": "?"' in ran.stdout
+
+    def printed(*arguments):
+        command = [sys.executable, "-m", "nsru_train.cli", *arguments]
+        ran = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+        assert ran.returncode == 0, ran.stderr.decode()
+        return ran.stdout
+
+    assert b'a set {"question": "?"' in printed()
+    config = printed("train", "--data.system_prompt=Sé → 日本", "--print_config")
+    assert yaml.safe_load(config.decode("utf-8"))["data"]["system_prompt"] == "Sé → 日本"
 
 
 def test_zero_3_is_refused_before_any_work(monkeypatch, tmp_path, capsys):
