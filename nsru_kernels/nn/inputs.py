@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Number
@@ -81,7 +82,17 @@ class ActivationStream:
             torch.compiler.set_stance("force_eager"),  # or Dynamo keeps what it sees of this
             reads,
         ):
-            self._forward(batch)
+            try:
+                self._forward(batch)
+            except NotImplementedError as error:
+                if "no rule registered" not in str(error):
+                    raise
+                warnings.warn(
+                    "This PyTorch cannot look into higher-order operators such as flex_attention: "
+                    "a linear whose weight the model reads instead of calling it is not noticed.",
+                    stacklevel=4,
+                )
+                return {}
             # Some models keep no cache, take no labels, or in training mode want gradients.
             with contextlib.suppress(Exception), reads.instead_of_calls():
                 self._decode(batch)

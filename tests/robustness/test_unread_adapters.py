@@ -169,6 +169,16 @@ def test_models_with_higher_order_operators():
     torch.testing.assert_close(model(**batch), expected)
 
 
+def test_a_pytorch_that_cannot_look_into_them_is_said(monkeypatch):
+    """Before modes had the switch every one of them was refused."""
+    looker = nk.nn.inputs._WeightReads
+    monkeypatch.setattr(looker, "supports_higher_order_operators", False)
+    model, batch = Branching(make("data")).eval(), {"x": torch.randn(5, K)}
+    with pytest.warns(UserWarning, match="cannot look into higher-order operators"):
+        report = nk.swap_linears(model, "all-linear", rank=2, alpha=4, batch=batch)
+    assert "model.1.read" in report.swapped
+
+
 @pytest.mark.parametrize("attention", ["flex_attention", "sdpa", "eager"])
 def test_every_attention_can_be_estimated_and_swapped(attention):
     torch.manual_seed(0)
