@@ -72,6 +72,7 @@ def greedy_answers(
         raise TypeError(
             f"greedy_answers: questions must be a list of texts, got {questions!r:.60}."
         )
+    questions = list(questions)  # read twice
     texts = answer_share(
         Shares(), model, tokenizer, questions, max_new_tokens=max_new_tokens,
         max_tokens=max_tokens, opening=opening, sample=sample, progress=progress,

@@ -307,6 +307,14 @@ def test_the_bar_of_answers_counts_tokens(model, tokenizer, authors, monkeypatch
     assert len(bar.moves) > longest / 2
 
 
+def test_questions_may_come_from_a_generator_but_are_no_text(model, tokenizer, authors):
+    asked = [qa.question for qa in authors["forget"][:2]]
+    expected = greedy_answers(model, tokenizer, asked, max_new_tokens=4)
+    assert greedy_answers(model, tokenizer, iter(asked), max_new_tokens=4) == expected
+    with pytest.raises(TypeError, match="questions must be a list of texts, got 'Who"):
+        greedy_answers(model, tokenizer, "Who?")
+
+
 def test_greedy_answers_stop_at_any_eos_of_the_generation_config(model, tokenizer, authors):
     questions = [qa.question for qa in authors["forget"]]
     full = greedy_answers(model, tokenizer, questions, max_new_tokens=NEW_TOKENS)
