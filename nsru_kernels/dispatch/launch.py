@@ -50,12 +50,11 @@ def unavailable(device: torch.device) -> str | None:
         return "Triton is not installed. `pip install triton`, or use backend='eager'."
     if device.type == "meta":
         return None
-    interpreted = device.type == "cpu" and interpreting()
-    if device.type != "cuda" and not interpreted:
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return "Triton kernels need tensors on a CUDA device. Use backend='eager'."
     if not _installed("triton.tools.tensor_descriptor"):
         return "Triton 3.4 or newer is needed, as of PyTorch 2.8. Update, or use backend='eager'."
-    if interpreted:
+    if device.type == "cpu":
         return None
     if torch.version.hip:
         return "Triton kernels are written for NVIDIA GPUs; this PyTorch is for ROCm."

@@ -402,13 +402,14 @@ def adapted_names(config: Mapping[str, Any], layers: Mapping[str, nn.Module]) ->
         config: of the adapter's folder.
         layers: name → module, those of experts among them, of the base model or a swapped one.
     """
-    targets = config.get("target_parameters") or []
-    parameters = [
-        name
-        for name in _of_experts(layers)
-        if any(name == target or name.endswith("." + target) for target in targets)
-    ]
+    parameters = [name for name in _of_experts(layers) if _is_target_parameter(name, config)]
     return {own: name for name, own in _names_in_peft(parameters).items()}
+
+
+def _is_target_parameter(parameter: str, config: Mapping[str, Any]) -> bool:
+    """True where PEFT finds it by the names or ends of names in target_parameters."""
+    targets = config.get("target_parameters") or []
+    return any(f".{parameter}".endswith(f".{target}") for target in targets)
 
 
 def _adapters(
@@ -474,9 +475,9 @@ def _sizes(
         raise ValueError(f"init_lora_weights={start!r} is not supported; load it with PEFT.")
     if config["bias"] != "none":
         raise ValueError("trained biases are not supported; load it with PEFT.")
-    found, parameters = _found_by_peft(config), config.get("target_parameters") or []
+    found = _found_by_peft(config)
     for name in adapters.keys() - set(_of_experts(layers)):
-        if any(f".{name}.weight".endswith(f".{target}") for target in parameters):
+        if _is_target_parameter(f"{name}.weight", config):
             layer = layers.get(name)
             kind = type(getattr(layer, "base_layer", layer)).__name__
             # A Conv1D holds the transpose of W, a router is no linear layer.

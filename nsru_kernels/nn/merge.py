@@ -11,7 +11,7 @@ from nsru_kernels.nn.experts import ExpertLinear, NSRUExpertLinear
 from nsru_kernels.nn.inputs import with_progress
 from nsru_kernels.nn.linear import NSRULinear
 from nsru_kernels.nn.names import COMPILED, check_module, unwrap
-from nsru_kernels.nn.sharded import gathered, reshard, shards_of
+from nsru_kernels.nn.sharded import comes_and_goes, gathered, reshard, shards_of
 from nsru_kernels.nn.swap import replace_module
 from nsru_kernels.nn.wrapped import NSRUWrappedLinear, linear_sizes
 
@@ -46,7 +46,7 @@ def merge_adapters(model: nn.Module, *, progress: bool = False) -> nn.Module:
         )
     if modules[0][0] == "":
         raise ValueError("merge_adapters: model is an NSRULinear itself; use its merge().")
-    if hasattr(modules[0][1].lora_A, "ds_id") or any(
+    if comes_and_goes(modules[0][1].lora_A) or any(
         type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
     ):
         raise ValueError(

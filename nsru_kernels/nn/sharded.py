@@ -112,15 +112,15 @@ def gathered(module: nn.Module, *, write: bool = False) -> Iterator[None]:
     """
     shards = shards_of(module)
     try:
-        for held, name, shard in shards:
-            held[name] = nn.Parameter(whole(shard), requires_grad=shard.requires_grad)
+        for holder, name, shard in shards:
+            holder[name] = nn.Parameter(whole(shard), requires_grad=shard.requires_grad)
         yield
-        for held, name, shard in shards if write else ():
+        for holder, name, shard in shards if write else ():
             with torch.no_grad():
-                shard.copy_(shards_like(held[name].detach(), shard))
+                shard.copy_(shards_like(holder[name].detach(), shard))
     finally:
-        for held, name, shard in shards:
-            held[name] = shard
+        for holder, name, shard in shards:
+            holder[name] = shard
 
 
 def gathering(method: Function) -> Function:

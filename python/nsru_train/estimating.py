@@ -188,8 +188,10 @@ def run_subspaces(
     )  # fmt: skip
     if run.writes:
         found.save(own)
-        sets = estimated_on(tokenizer, forget, retain)
-        kept = sets if config.path is None else _sets_of(config.path)
+        if config.path is None:
+            kept: Mapping[str, Any] = estimated_on(tokenizer, forget, retain)
+        else:
+            kept = _sets_of(config.path)
         atomic_write(own / _SETS, to_json(kept))
     return found
 

@@ -267,8 +267,11 @@ def unlearn(
             of another model, the model has adapters already, or folder another run's checkpoints.
     """
     lora, objective, train = lora or LoraConfig(), objective or Objective(), train or TrainConfig()
-    given = {"objective": (objective, Method), "lora": (lora, LoraConfig)}
-    for name, (value, kind) in (given | {"train": (train, TrainConfig)}).items():
+    for name, value, kind in (
+        ("objective", objective, Method),
+        ("lora", lora, LoraConfig),
+        ("train", train, TrainConfig),
+    ):
         if not isinstance(value, kind):
             raise TypeError(f"unlearn: {name} must be a {kind.__name__}, got {value!r:.60}.")
     if not objective.trains:
